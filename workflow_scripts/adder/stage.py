@@ -1,0 +1,247 @@
+"""Running one stage so that its folder is whole or absent, and running it only when it must be.
+
+A finished stage is known by its fingerprint: its name, settings, code and the digests of what it reads. It is kept
+in `cache/<stage>/<fingerprint>/` as hard links, which cost no room, and a stage that would compute the same again is
+restored from there. The folder `stages/<stage>/<key>/` is what Snakemake and people look at; `stage.json` in it is
+written last.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TextIO
+
+from adder import hardware
+from adder.closure import code_digest
+from adder.errors import UserError
+from adder.files import digest_file, read_json, write_json
+from adder.plan import READS, canonical
+from adder.progress import Progress
+
+RECORD = "stage.json"
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "lm-eval", "snakemake", "pyarrow")
+
+
+def execute(
+    stage: str,
+    module: str,
+    settings: dict,
+    inputs: dict[str, Path],
+    results: Path,
+    key: str,
+    log: Path,
+    function: str = "run",
+    runtime: dict | None = None,
+    identity: dict | None = None,
+) -> None:
+    """Run `adder.<module>.<function>` into `results/stages/<stage>/<key>/`, or restore it where it is known.
+
+    `inputs` maps the parents' names to their folders. `identity` stands for the settings where these name files of the
+    user's, by their digests. All output goes to the file `log`; the terminal shows progress
+    and, for a mistake of the user's, one message. Exits with status 1 on failure, leaving no folder behind.
+    """
+    runtime = runtime or {}
+    os.environ["ADDER_DEVICE"] = str(runtime.get("device", "auto"))
+    threads = str(runtime.get("threads", "auto"))
+    os.environ["ADDER_THREADS"] = threads
+    # Snakemake sets these to the rule's threads, which `--cores 1` makes one: see hardware.use_threads.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(hardware.available_cores()) if threads == "auto" else threads
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with _output_to(log) as terminal:
+        progress = Progress(stage, terminal)
+        try:
+            _restore_or_run(stage, module, function, settings, identity, inputs, results, key, runtime, progress)
+        except UserError as error:
+            _tell_log(f"UserError: {error}\n")
+            progress.say(f"cannot go on: {error}")
+            sys.exit(1)
+        except Exception as error:
+            _tell_log(traceback.format_exc())
+            progress.say(f"failed: {type(error).__name__}: {str(error)[:500]}\n{stage}: the whole story is in {log}")
+            sys.exit(1)
+
+
+def _restore_or_run(stage, module, function, settings, identity, inputs, results, key, runtime, progress) -> None:
+    start = time.monotonic()
+    record = {
+        "stage": stage,
+        "key": key,
+        "settings": settings,
+        "identity": identity,
+        "inputs": {name: input_digests(folder, READS[stage][name]) for name, folder in inputs.items()},
+        "code": code_digest(module),
+    }
+    record["fingerprint"] = fingerprint(record, function)
+    folder = results / "stages" / stage / key
+    kept = results / "cache" / stage / record["fingerprint"]
+    if runtime.get("restore", True) and restore(kept, folder, key):
+        progress.say(f"restored from an equal earlier result in {time.monotonic() - start:.1f} s")
+        return
+    partial = folder.with_name(f".{key}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        arguments = {}
+        if stage == "train":  # the one stage that is long enough to be worth continuing
+            arguments = {
+                "checkpoints": results / "checkpoints" / record["fingerprint"],
+                "checkpoint_count": runtime.get("checkpoints", 10),
+            }
+        run = getattr(importlib.import_module(f"adder.{module}"), function)
+        record["summary"] = run(settings, inputs, partial, progress, **arguments)
+        record["seconds"] = round(time.monotonic() - start, 3)
+        finish(partial, record)
+        _replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    link_tree(folder, kept)
+    if stage == "train":
+        shutil.rmtree(arguments["checkpoints"], ignore_errors=True)
+    progress.say(f"done in {_duration(record['seconds'])}")
+
+
+def fingerprint(record: dict, function: str) -> str:
+    """Digest (32 hex digits) of what decides a stage's output: name, settings, code, content of what it reads."""
+    meaning = record["settings"] if record["identity"] is None else record["identity"]
+    parts = [record["stage"], function, meaning, record["code"], record["inputs"]]
+    return hashlib.blake2b(canonical(parts).encode(), digest_size=16).hexdigest()
+
+
+def input_digests(folder: Path, reads: tuple[str, ...]) -> dict[str, str]:
+    """Digests of the files below `folder` that a stage reads, by path, as its record has them.
+
+    A file that was changed after its stage had finished is digested anew.
+    """
+    outputs = read_json(folder / RECORD)["outputs"]
+    digests = {}
+    for path, known in outputs.items():
+        if any(path == wanted or (wanted.endswith("/") and path.startswith(wanted)) or not wanted for wanted in reads):
+            stat = (folder / path).stat()
+            same = [stat.st_size, stat.st_mtime_ns] == [known["bytes"], known["mtime_ns"]]
+            digests[path] = known["digest"] if same else digest_file(folder / path)
+    return digests
+
+
+def finish(folder: Path, record: dict) -> None:
+    """Write the record of a stage into its folder: settings, digests of inputs and outputs, versions, time, memory."""
+    outputs = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        entry = {"digest": digest_file(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        outputs[str(path.relative_to(folder))] = entry
+    record |= {
+        "outputs": outputs,
+        "restored": False,
+        "peak_memory_bytes": _peak_memory(),
+        "versions": _versions(),
+        "hardware": hardware.describe(),
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    write_json(folder / RECORD, record)
+
+
+def restore(kept: Path, folder: Path, key: str) -> bool:
+    """Make `folder` from the kept result, if that is there and its files are as they were written."""
+    if not (kept / RECORD).exists():
+        return False
+    record = read_json(kept / RECORD)
+    for path, known in record["outputs"].items():
+        file = kept / path
+        if not file.exists() or [file.stat().st_size, file.stat().st_mtime_ns] != [known["bytes"], known["mtime_ns"]]:
+            shutil.rmtree(kept)
+            return False
+    link_tree(kept, folder)
+    # The record is the folder's own: the kept one may bear another key.
+    partial = folder / f".{RECORD}"
+    write_json(partial, record | {"key": key, "restored": True})
+    partial.replace(folder / RECORD)
+    return True
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Make `target` a tree of hard links to the files of `source` (copies across file systems), all at once."""
+    partial = target.with_name(f".{target.name}.linking")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, partial, copy_function=_link)
+    _replace(partial, target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`; what stood there is gone."""
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
+
+
+@contextlib.contextmanager
+def _output_to(log: Path) -> Iterator[TextIO]:
+    """Send everything that is written to standard output and error into `log`; yield the terminal that was there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved_out, saved_err = os.dup(1), os.dup(2)
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    logging.captureWarnings(True)
+    try:
+        yield terminal
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved_out, 1)
+        os.dup2(saved_err, 2)
+        os.close(saved_out)
+        os.close(saved_err)
+        terminal.close()
+
+
+def _tell_log(text: str) -> None:
+    os.write(2, text.encode())
+
+
+def _peak_memory() -> int:
+    """Largest resident set of this process in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
