@@ -1,0 +1,111 @@
+"""Loading the base model for training: in 16 or 32 bit, or quantised to NF4."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from adder.attention import implementation
+from adder.choice import Choice
+
+# Share of the free memory that the dequantised copy of an NF4 model may take.
+DEQUANTISED_SHARE = 0.5
+
+
+def load(folder: Path, method: str, dtype: str, device: str) -> tuple[PreTrainedModel, dict[str, Choice]]:
+    """Load the model in `folder` to be trained by `method` ("qlora", "lora" or "full") in compute dtype `dtype`.
+
+    Returns the model, with the attention for packed examples, and the choices made on the way. The weights of a
+    `full` training are fp32 (products run in `dtype` by autocast); frozen ones are kept in `dtype`.
+    """
+    compute = getattr(torch, dtype)
+    options = {
+        "dtype": torch.float32 if method == "full" else compute,
+        "attn_implementation": implementation(device, dtype),
+        "device_map": {"": 0 if device == "cuda" else "cpu"},
+    }
+    if method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model.config.use_cache = False
+    choices = {"attention": Choice(options["attn_implementation"], _attention_reason(options["attn_implementation"]))}
+    if method == "qlora":
+        keep_cpu_weights_intact(model)
+        choices["nf4_values"] = choose_nf4_values(model, compute, device)
+        if choices["nf4_values"].value == "dequantised once":
+            hold_dequantised(model, compute)
+    return model, choices
+
+
+def _attention_reason(name: str) -> str:
+    return {
+        "adder_segments": "on a CPU each example of a pack is attended to by itself, so that none sees another",
+        "adder_varlen": "torch's varlen flash kernel keeps the examples of a pack apart without a mask",
+        "sdpa": "this card has no varlen kernel here: a block-diagonal mask keeps the examples of a pack apart",
+    }[name]
+
+
+def keep_cpu_weights_intact(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking NF4 weights on CPUs with AVX512-BF16.
+
+    There a forward pass without gradients (an evaluation) repacks the weights in place, and every gradient after it is
+    garbage (seen with bitsandbytes 0.50.2). On other hardware the flag is off already.
+    """
+    for module in four_bit_layers(model).values():
+        module.support_avx512bf16_for_cpu = False
+
+
+def four_bit_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the model's bitsandbytes NF4 layers by name."""
+    import bitsandbytes
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+
+
+def choose_nf4_values(model: PreTrainedModel, dtype: torch.dtype, device: str) -> Choice:
+    """Choose whether NF4 weights are dequantised in every product or once: the same numbers, memory for time."""
+    numbers = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model).values())
+    needed = numbers * dtype.itemsize
+    free = _free_memory(device)
+    figures = f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
+    if device == "cpu" and needed <= DEQUANTISED_SHARE * free:
+        return Choice("dequantised once", f"the dequantised values fit ({figures}) and save dequantising in each step")
+    why = "they would not leave room for the rest" if device == "cpu" else "on a GPU memory serves larger batches"
+    return Choice("dequantised in each product", f"holding the dequantised values would take {figures}; {why}")
+
+
+def _free_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def hold_dequantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace each NF4 layer by a frozen linear layer that holds the layer's dequantised values in `dtype`.
+
+    The numbers are those that the NF4 layer computes with, so it is the same QLoRA, without dequantising in each
+    forward and backward pass.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, layer in four_bit_layers(model).items():
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = torch.nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+    # What is left is an ordinary frozen model; libraries must not treat it as a quantised one.
+    for attribute in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

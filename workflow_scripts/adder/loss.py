@@ -1,0 +1,32 @@
+"""Cross-entropy over labelled positions only: the LM head never sees the others."""
+
+import torch
+from transformers import PreTrainedModel
+
+# Positions whose logits are computed at once: bounds the memory of the logits to this many rows of the vocabulary.
+CHUNK = 1024
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether logits are just the LM head's output (Gemma caps them, Cohere and Granite scale them)."""
+    config = model.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+    return all(getattr(config, name, None) is None for name in names)
+
+
+def labelled_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> torch.Tensor:
+    """Return the loss in nats (fp32) at each labelled position, in order, shape (labelled positions,).
+
+    `labels`: (batch, tokens) int64, -100 where there is no loss; position i is predicted from position i - 1.
+    `inputs`: what the model's backbone takes. The cache is off: with it, packed examples would see each other.
+    """
+    hidden = model.base_model(use_cache=False, **inputs).last_hidden_state
+    target = labels[:, 1:]
+    mask = target != -100
+    hidden, target = hidden[:, :-1][mask], target[mask]
+    head = model.get_output_embeddings()
+    parts = [
+        torch.nn.functional.cross_entropy(head(h).float(), t, reduction="none")
+        for h, t in zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)
+    ]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
