@@ -1,0 +1,258 @@
+"""Plots as inline SVG: plain functions from data to an SVG string.
+
+Nothing here names a colour: every mark carries a class, and the page's style sheet colours the classes for light and
+dark. Each plot is drawn 440 units wide, so that it stays legible on a phone and stands two abreast on a desktop.
+Labels go through `escape`, for they may come from data.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+
+WIDTH = 440
+MAX_HOVERED = 150  # points of a curve that answer to the pointer; more would only make the page heavy
+MAX_DRAWN = 1500  # points that are drawn: more than there are pixels
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) between `low` and `high`, about `wanted` of them."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / wanted
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(n * step, 12) for n in range(first, last + 1)]
+
+
+def ceiling(value: float) -> float:
+    """The smallest round number that lies a little above `value`: where an axis can end."""
+    if not value > 0 or not math.isfinite(value):
+        return 1.0
+    power = 10 ** math.floor(math.log10(value))
+    return next(power * factor for factor in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15) if power * factor >= value * 1.02)
+
+
+def interval(base: dict | None, tuned: dict | None, high: float, show: Callable[[float], str], label: str) -> str:
+    """Base above tuned on one scale from 0 to `high`, each a dot with its 95 % interval.
+
+    `base` and `tuned` are {"value", "ci95": [low, high] or None}; an absent or non-finite one is left out.
+    """
+    left, right = 8, 312
+
+    def x(value: float) -> str:
+        return f"{left + (right - left) * min(max(value / high, 0.0), 1.0):.1f}"
+
+    marks = [f'<line class="axis" x1="{left}" x2="{right}" y1="42" y2="42"/>']
+    for name, score, y in (("base", base, 12), ("tuned", tuned, 28)):
+        if not score or not _finite(score["value"]):
+            continue
+        ci = score.get("ci95")
+        text = f"{name}: {show(score['value'])}"
+        if ci and all(map(_finite, ci)):
+            text += f", 95 % CI {show(ci[0])} to {show(ci[1])}"
+            low_x, high_x = x(ci[0]), x(ci[1])
+            whisker = f'<line class="whisker" x1="{low_x}" x2="{high_x}" y1="{y}" y2="{y}"/>'
+        else:
+            whisker = ""
+        dot = f'<circle cx="{x(score["value"])}" cy="{y}" r="4.5"/>'
+        track = f'<line class="track" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
+        marks.append(f'<g class="{name}"><title>{escape(text)}</title>{track}{whisker}{dot}</g>')
+    marks.append(f'<text class="tick" x="{left}" y="55">{escape(show(0.0))}</text>')
+    marks.append(f'<text class="tick end" x="{right}" y="55">{escape(show(high))}</text>')
+    return _svg(320, 58, label, marks)
+
+
+def lines(series: Sequence[dict], x_name: str, show: Callable[[float], str], label: str, from_zero: bool = True) -> str:
+    """One or more curves over the same x.
+
+    A series is {"name", "kind": CSS class, "points": [(x, y)], "dots": bool}. Points that are not finite are left out.
+    """
+    series = [{**one, "points": [p for p in one["points"] if _finite(p[1])]} for one in series]
+    every = [point for one in series for point in one["points"]]
+    if not every:
+        return ""
+    low_x, high_x = min(x for x, _ in every), max(x for x, _ in every)
+    low_y, high_y = min(y for _, y in every), max(y for _, y in every)
+    low_y = min(0.0, low_y) if from_zero else low_y
+    if high_y == low_y:
+        low_y, high_y = low_y - (abs(low_y) or 1) * 0.1, high_y + (abs(high_y) or 1) * 0.1
+    high_y += (high_y - low_y) * 0.04
+    box = _Box(54, 16, WIDTH - 8, 178, low_x, high_x, low_y, high_y)
+    marks = box.axes(x_name, show)
+    for one in series:
+        marks += _curve(one, box, x_name, show)
+    return _svg(WIDTH, 214, label, marks)
+
+
+def histogram(edges: Sequence[float], counts: Sequence[int], limit: float | None, label: str, unit: str) -> str:
+    """Bars of `counts` between `edges` (one more edge than counts); `limit` is a line, and bars past it stand out."""
+    if not counts or not max(counts):
+        return ""
+    low_x, high_x = edges[0], edges[-1]
+    shown_limit = limit is not None and limit <= low_x + 4 * (high_x - low_x)
+    if shown_limit:
+        high_x = max(high_x, limit + 0.12 * (limit - low_x))
+    box = _Box(46, 24, WIDTH - 8, 178, low_x, high_x, 0, max(counts) * 1.05)
+    marks = box.axes(unit, lambda n: f"{n:,.0f}")
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        if not count:
+            continue
+        past = " past" if limit is not None and low >= limit else ""
+        x, width = box.x(low), max(box.x(high) - box.x(low) - 0.6, 0.6)
+        title = f"<title>{low:,.0f} to {high:,.0f} {escape(unit)}: {count:,}</title>"
+        y = box.y(count)
+        marks.append(
+            f'<rect class="bar{past}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{box.bottom - y:.1f}">'
+            f"{title}</rect>"
+        )
+    if shown_limit:
+        x = box.x(limit)
+        anchor = "end" if x > WIDTH * 0.5 else "start"
+        shift = -5 if anchor == "end" else 5
+        marks.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="12" y2="{box.bottom}"/>')
+        marks.append(f'<text class="limit {anchor}" x="{x + shift:.1f}" y="18">max_seq_length {limit:,.0f}</text>')
+    return _svg(WIDTH, 214, label, marks)
+
+
+def flow(total: int, parts: Sequence[dict], label: str) -> str:
+    """Where `total` rows went: a band a part, as thick as its share (never thinner than a visible line).
+
+    A part is {"name", "count", "kind": CSS class}. Parts of no rows are listed without a band.
+    """
+    if not total:
+        return ""
+    top, tall, gap = 8, 150, 14
+    heights = [max(1.5, tall * part["count"] / total) if part["count"] else 0 for part in parts]
+    marks, source_y, target_y = [], top + gap * (len(parts) - 1) / 2, float(top)
+    whole = sum(heights)
+    marks.append(f'<rect class="node" x="84" y="{source_y:.1f}" width="7" height="{whole:.1f}"/>')
+    middle = source_y + whole / 2
+    marks.append(f'<text class="name end" x="76" y="{middle - 2:.1f}">rows in</text>')
+    marks.append(f'<text class="count end" x="76" y="{middle + 14:.1f}">{total:,}</text>')
+    label_y = -100.0
+    for part, height in zip(parts, heights, strict=True):
+        share = f"{part['name']}: {part['count']:,} of {total:,} rows"
+        if height:
+            low, high = target_y, target_y + height
+            path = (
+                f"M91,{source_y:.1f} C180,{source_y:.1f} 180,{low:.1f} 268,{low:.1f} V{high:.1f} "
+                f"C180,{high:.1f} 180,{source_y + height:.1f} 91,{source_y + height:.1f} Z"
+            )
+            marks.append(f'<path class="band {part["kind"]}" d="{path}"><title>{escape(share)}</title></path>')
+            marks.append(f'<rect class="node {part["kind"]}" x="268" y="{low:.1f}" width="7" height="{height:.1f}"/>')
+        label_y = max(target_y + height / 2 + 4, label_y + 15)
+        marks.append(
+            f'<text class="name" x="284" y="{label_y:.1f}">{escape(part["name"])} '
+            f'<tspan class="count">{part["count"]:,}</tspan></text>'
+        )
+        source_y += height
+        target_y += height + gap
+    return _svg(WIDTH, max(target_y, label_y + 12), label, marks)
+
+
+def bars(rows: Sequence[dict], show: Callable[[float], str], label: str) -> str:
+    """Horizontal bars, one a row of {"name", "value", "kind": CSS class, "note"}; the value stands behind the bar."""
+    if not rows:
+        return ""
+    most = max(row["value"] for row in rows) or 1
+    left, room, step = 112, WIDTH - 112 - 92, 23
+    marks = []
+    for number, row in enumerate(rows):
+        y = 4 + number * step
+        width = max(1.5, room * row["value"] / most)
+        text = show(row["value"]) + (f" {row['note']}" if row.get("note") else "")
+        marks.append(
+            f"<g><title>{escape(row['name'])}: {escape(text)}</title>"
+            f'<text class="name end" x="{left - 8}" y="{y + 12}">{escape(row["name"])}</text>'
+            f'<rect class="bar {row["kind"]}" x="{left}" y="{y + 2}" width="{width:.1f}" height="13" rx="2"/>'
+            f'<text class="tick" x="{left + width + 7:.1f}" y="{y + 12}">{escape(text)}</text></g>'
+        )
+    return _svg(WIDTH, 4 + len(rows) * step, label, marks)
+
+
+def pair(base: float | None, tuned: float | None, label: str) -> str:
+    """Two dots on a line from 0 to 1, for a cell of a table."""
+    marks = ['<line class="track" x1="6" x2="114" y1="8" y2="8"/>']
+    shown = [(name, 6 + 108 * value) for name, value in (("base", base), ("tuned", tuned)) if value is not None]
+    if len(shown) == 2:
+        marks.append(f'<line class="whisker" x1="{shown[0][1]:.1f}" x2="{shown[1][1]:.1f}" y1="8" y2="8"/>')
+    marks += [f'<circle class="{name}" cx="{x:.1f}" cy="8" r="4"/>' for name, x in shown]
+    return _svg(120, 16, label, marks, "pair")
+
+
+class _Box:
+    """The rectangle that data is drawn in, and the two scales."""
+
+    def __init__(self, left, top, right, bottom, low_x, high_x, low_y, high_y):
+        self.left, self.top, self.right, self.bottom = left, top, right, bottom
+        self.low_x, self.high_x, self.low_y, self.high_y = low_x, high_x, low_y, high_y
+
+    def x(self, value: float) -> float:
+        width = self.high_x - self.low_x
+        return self.left + (self.right - self.left) * ((value - self.low_x) / width if width else 0.5)
+
+    def y(self, value: float) -> float:
+        return self.bottom - (self.bottom - self.top) * (value - self.low_y) / (self.high_y - self.low_y)
+
+    def axes(self, x_name: str, show: Callable[[float], str]) -> list[str]:
+        """Grid lines with their numbers, and the name of x at the right end."""
+        marks = []
+        for value in ticks(self.low_y, self.high_y, 4):
+            y = self.y(value)
+            marks.append(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            marks.append(f'<text class="tick end" x="{self.left - 6}" y="{y + 3.5:.1f}">{escape(show(value))}</text>')
+        marks.append(f'<line class="axis" x1="{self.left}" x2="{self.right}" y1="{self.bottom}" y2="{self.bottom}"/>')
+        for value in ticks(self.low_x, self.high_x, 7):
+            x = self.x(value)
+            anchor = "end" if x > self.right - 12 else "middle"
+            marks.append(f'<text class="tick {anchor}" x="{x:.1f}" y="{self.bottom + 15}">{value:,g}</text>')
+        marks.append(f'<text class="tick end" x="{self.right}" y="{self.bottom + 31}">{escape(x_name)}</text>')
+        return marks
+
+
+def _curve(one: dict, box: _Box, x_name: str, show: Callable[[float], str]) -> list[str]:
+    """The line, its dots where asked for, and a strip a point that shows the point's numbers under the pointer."""
+    drawn = _thin(one["points"], MAX_DRAWN)
+    kind = escape(one["kind"])
+    path = " ".join(f"{box.x(x):.1f},{box.y(y):.1f}" for x, y in drawn)
+    marks = [f'<polyline class="curve {kind}" points="{path}"/>']
+    hovered = _thin(one["points"], MAX_HOVERED)
+    places = [box.x(x) for x, _ in hovered]
+    for number, (x, y) in enumerate(hovered):
+        before = (places[number - 1] + places[number]) / 2 if number else box.left
+        after = (places[number] + places[number + 1]) / 2 if number + 1 < len(places) else box.right
+        cx, cy = places[number], box.y(y)
+        text = escape(f"{x_name} {x:,g} · {one['name']} {show(y)}")
+        if one.get("dots"):  # dots answer for themselves, so that they do not hide the strips of the curve below
+            target = f'<circle class="target" cx="{cx:.1f}" cy="{cy:.1f}" r="9"/>'
+            shown = "dot"
+        else:
+            width, height = max(after - before, 0.5), box.bottom - box.top
+            target = f'<rect x="{before:.1f}" y="{box.top}" width="{width:.1f}" height="{height}"/>'
+            shown = "dot quiet"
+        marks.append(
+            f'<g class="hit"><title>{text}</title>{target}'
+            f'<circle class="{shown} {kind}" cx="{cx:.1f}" cy="{cy:.1f}" r="3.2"/>'
+            f'<text class="read end" x="{box.right}" y="{box.top - 4}">{text}</text></g>'
+        )
+    return marks
+
+
+def _thin(points: Sequence[tuple], most: int) -> list[tuple]:
+    """At most `most` of the points, evenly chosen, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(n * (len(points) - 1) / (most - 1))] for n in range(most)]
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _svg(width: float, height: float, label: str, marks: Sequence[str], kind: str = "plot") -> str:
+    return (
+        f'<svg class="{kind}" viewBox="0 0 {width:g} {math.ceil(height)}" role="img" aria-label="{escape(label)}">'
+        + "".join(marks)
+        + "</svg>"
+    )

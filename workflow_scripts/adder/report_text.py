@@ -1,0 +1,131 @@
+"""Numbers as people read them: sensible digits, units, one way everywhere in the report."""
+
+import json
+import math
+import re
+from typing import Any
+
+NO_BREAK = "\u00a0"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Columns of the candidate tables, in the order in which they are read.
+HEADINGS = {
+    "max_seq_length": "length",
+    "micro_batch_size": "micro-batch",
+    "share_whole": "kept whole",
+    "examples_truncated": "examples cut",
+    "labelled_tokens_lost": "loss-bearing tokens lost",
+    "labelled_share_lost": "share of them",
+    "padding_waste": "waste if padded",
+    "packs": "packs",
+    "examples_per_pack": "examples a pack",
+    "packing_waste": "waste if packed",
+}
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; thousands separated; powers of ten below a thousandth."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "–"
+    if value == 0 or float(value).is_integer() and abs(value) < 1e15:
+        return f"{value:,.0f}".replace("-", "−")
+    size_of = abs(value)
+    if size_of >= 100:
+        text = f"{value:,.0f}"
+    elif size_of >= 0.001:
+        text = f"{value:.{max(0, 2 - math.floor(math.log10(size_of)))}f}"
+        text = text.rstrip("0").rstrip(".") if size_of < 0.1 else text
+    else:
+        digits, power = f"{value:.2e}".split("e")
+        digits = digits.rstrip("0").rstrip(".")
+        text = f"{digits}×10{str(int(power)).translate(SUPERSCRIPTS)}"
+    return text.replace("-", "−")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage, such as "91.5 %"."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value * 100:.{digits}f}{NO_BREAK}%"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "0.9 s", "5 min 43 s" or "2 h 05 min"."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f}{NO_BREAK}s" if seconds < 10 else f"{seconds:.0f}{NO_BREAK}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}{NO_BREAK}h {minutes:02d}{NO_BREAK}min"
+    return f"{minutes}{NO_BREAK}min {rest:02d}{NO_BREAK}s"
+
+
+def size(count: float | None) -> str:
+    """Bytes as "2.41 GB" (powers of 1000)."""
+    if count is None:
+        return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g}{NO_BREAK}{unit}"
+        count /= 1000
+    return f"{count:.3g}{NO_BREAK}TB"
+
+
+def setting(value: Any) -> str:
+    """A setting as one would write it in the YAML file."""
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def cell(pair: tuple[str, Any]) -> str:
+    """A value in a table, written by what its column's name says it is."""
+    name, value = pair
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        if "waste" in name or "share" in name:
+            return percent(value)
+        if name.endswith("bytes"):
+            return size(value)
+        return f"{value:,}" if isinstance(value, int) else number(value)
+    return setting(value)
+
+
+def heading(name: str) -> str:
+    """A column's heading from a key."""
+    return HEADINGS.get(name, name.replace("_", " "))
+
+
+def token(text: str) -> str:
+    """A token with its line breaks visible, and kept."""
+    return text.replace("\n", "↵\n").replace("\t", "⇥")
+
+
+def short(digest: str | None) -> str:
+    """The first twelve digits of a digest."""
+    return digest[:12] if digest else "–"
+
+
+def sentence(text: str) -> str:
+    """A reason as a sentence of its own: a capital unless it begins with a key's name, and a full stop."""
+    text = (text or "").strip()
+    first = text.split(" ")[0]
+    if text and "_" not in first and "." not in first:
+        text = text[0].upper() + text[1:]
+    return text if not text or text[-1] in ".!?" else text + "."
+
+
+def moment(text: str) -> str:
+    """An ISO time to the minute."""
+    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:\d\d)?(\.\d+)?(Z|\+00:00)$", r"\1 \2 UTC", text or "")
+
+
+FILTERS = {
+    "number": number, "percent": percent, "duration": duration, "size": size, "setting": setting, "cell": cell,
+    "token": token, "short": short, "heading": heading, "moment": moment,
+    "sentence": sentence,
+}  # fmt: skip

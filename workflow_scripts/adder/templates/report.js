@@ -1,0 +1,111 @@
+"use strict";
+// Search, filter and order; the page is whole without it.
+document.documentElement.classList.add("js");
+const get = (id) => document.getElementById(id);
+
+// Show the elements that `keep` accepts and say how many they are.
+function filterTo(elements, keep, count) {
+  let shown = 0;
+  for (const element of elements) {
+    element.hidden = !keep(element);
+    shown += !element.hidden;
+  }
+  count.textContent = `${shown} shown`;
+  return shown;
+}
+
+const samples = [...document.querySelectorAll(".sample")];
+const sampleTexts = new Map(samples.map((sample) => [sample, sample.textContent.toLowerCase()]));
+const groups = {
+  wrong: ({ tuned }) => tuned === "0",
+  right: ({ tuned }) => tuned === "1",
+  gained: ({ base, tuned }) => base === "0" && tuned === "1",
+  lost: ({ base, tuned }) => base === "1" && tuned === "0",
+};
+const FIRST = 12;
+let showAll = false;
+// Without a search or a filter only the first dozen stand open to view, so that the page stays short.
+function filterSamples() {
+  const text = get("sample-search").value.trim().toLowerCase();
+  const group = groups[get("sample-filter").value];
+  let place = 0;
+  const keep = (sample) => {
+    if (!text && !group) return showAll || place++ < FIRST;
+    return (!group || group(sample.dataset)) && sampleTexts.get(sample).includes(text);
+  };
+  const shown = filterTo(samples, keep, get("sample-count"));
+  get("no-samples").hidden = shown > 0;
+  get("sample-more").hidden = showAll || Boolean(text || group) || shown === samples.length;
+  get("sample-more").textContent = `Show all ${samples.length}`;
+}
+function sortSamples() {
+  const by = get("sample-sort").value;
+  const sign = by === "gain" ? -1 : 1;
+  samples.sort((a, b) => sign * (a.dataset[by] - b.dataset[by]));
+  get("samples").append(...samples);
+  filterSamples();
+}
+get("sample-search").addEventListener("input", filterSamples);
+get("sample-filter").addEventListener("change", filterSamples);
+get("sample-sort").addEventListener("change", sortSamples);
+get("sample-more").addEventListener("click", () => {
+  showAll = true;
+  const next = samples[FIRST];
+  filterSamples();
+  next.querySelector("summary").focus();
+});
+filterSamples();
+
+const settings = [...document.querySelectorAll("#setting-table tbody tr")];
+function filterSettings() {
+  const text = get("setting-search").value.trim().toLowerCase();
+  const origin = get("setting-filter").value;
+  const keep = (row) => (!origin || row.dataset.origin === origin) && row.textContent.toLowerCase().includes(text);
+  filterTo(settings, keep, get("setting-count"));
+}
+get("setting-search").addEventListener("input", filterSettings);
+get("setting-filter").addEventListener("change", filterSettings);
+for (const form of document.querySelectorAll("form")) form.addEventListener("submit", (event) => event.preventDefault());
+
+// Headings of sortable tables become buttons; numbers sort as numbers.
+const sortValue = (cell) => {
+  const text = cell.dataset.value ?? cell.textContent.trim();
+  const number = parseFloat(text.replaceAll(",", ""));
+  return Number.isNaN(number) ? text : number;
+};
+function compare(a, b) {
+  if (typeof a === "number" && typeof b === "number") return a - b;
+  return String(a).localeCompare(String(b), "en", { numeric: true });
+}
+for (const table of document.querySelectorAll("table.sortable")) {
+  const headings = [...table.querySelectorAll("thead th")];
+  headings.forEach((heading, column) => {
+    if ("noSort" in heading.dataset) return;
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...heading.childNodes);
+    heading.append(button);
+    button.addEventListener("click", () => {
+      const up = heading.getAttribute("aria-sort") !== "ascending";
+      for (const other of headings) other.removeAttribute("aria-sort");
+      heading.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const rows = [...table.tBodies[0].rows];
+      rows.sort((a, b) => (up ? 1 : -1) * compare(sortValue(a.cells[column]), sortValue(b.cells[column])));
+      table.tBodies[0].append(...rows);
+    });
+  });
+}
+
+// Mark the section that is being read.
+const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+const watcher = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      for (const link of links.values()) link.classList.remove("current");
+      links.get(entry.target.id)?.classList.add("current");
+    }
+  },
+  { rootMargin: "-15% 0px -75% 0px" },
+);
+for (const id of links.keys()) watcher.observe(get(id));
