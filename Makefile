@@ -1,0 +1,54 @@
+# Two commands for a newcomer: `make merged_model` and `make test`. Both make their own environment in .venv first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch comes from, if not from pip's own index: see "Installing" in the README.
+TORCH_INDEX ?=
+CONFIG ?=
+BIN := $(VENV)/bin
+SNAKEMAKE := $(BIN)/snakemake --cores 1 $(if $(CONFIG),--configfile $(CONFIG))
+
+.PHONY: merged_model report all test lint settings prune lock clean
+
+merged_model report all: $(VENV)/.ready
+	$(SNAKEMAKE) $@
+
+$(VENV)/.ready: envs/requirements.lock
+	@echo "Installing into $(VENV): two minutes or so, once"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Adder needs Python 3.11 or later; this is {sys.version}")'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --disable-pip-version-check --index-url $(TORCH_INDEX) "$$(grep '^torch==' $<)")
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+$(VENV)/.ready-dev: envs/requirements-dev.lock $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+
+# Writes config/schema.json and the table in config/README.md from the settings' model.
+settings: $(VENV)/.ready
+	$(BIN)/python workflow_scripts/document_settings.py
+
+# Lists stage folders that no configured run needs, and removes them when told to. CONFIG="a.yaml b.yaml" names more.
+prune: $(VENV)/.ready
+	$(BIN)/python workflow_scripts/prune.py $(CONFIG)
+
+# Resolves envs/*.in anew; run it in an empty VENV.
+lock:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r envs/requirements.in
+	$(BIN)/pip freeze --exclude pip --exclude setuptools | sed 's/+cpu//' > envs/requirements.lock
+	$(BIN)/pip install --quiet -r envs/requirements-dev.in
+	$(BIN)/pip freeze --exclude pip --exclude setuptools | sed 's/+cpu//' > envs/requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,46 @@
+"""Adder: from instruction data and a base model to a merged, evaluated model. What can be asked for stands here."""
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+# A configuration file given on the command line stands alone; this one is the default, not a layer beneath it.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/download.smk"
+include: "rules/format.smk"
+include: "rules/tokenize.smk"
+include: "rules/lengths.smk"
+include: "rules/train.smk"
+include: "rules/merge.smk"
+include: "rules/evaluate.smk"
+include: "rules/report.smk"
+
+
+localrules:
+    merged_model,
+    report,
+    all,
+
+
+rule merged_model:
+    """The merged model of every run, with its report."""
+    default_target: True
+    input:
+        expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=["merged_model", *PAGES]),
+
+
+rule report:
+    """The report of every run."""
+    input:
+        expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=PAGES),
+
+
+rule all:
+    """Everything that the configuration stands for."""
+    input:
+        rules.merged_model.input,

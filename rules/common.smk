@@ -1,0 +1,82 @@
+# The configuration, checked, and the stages that it needs. What a stage is made of is the package's business
+# (workflow_scripts/adder/plan.py); here it only becomes Snakemake's inputs and parameters.
+
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from adder import plan as adder_plan
+from adder import settings as adder_settings
+from adder.closure import closure
+from adder.errors import UserError
+
+
+def runs_of_configuration():
+    """Return {run: {name: stage}} of the configuration; mistakes in it end the workflow before any job."""
+    try:
+        loaded = adder_settings.load(config)
+        results = next(iter(loaded.values())).runtime.results
+        digests = adder_plan.Digests(Path(results) / "cache" / "digests.json")
+        runs = {
+            run: adder_plan.stages_of_run(
+                run, settings, adder_settings.resolved(settings, config, run), Path.cwd(), digests
+            )
+            for run, settings in loaded.items()
+        }
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    return results, runs
+
+
+RESULTS, RUNS = runs_of_configuration()
+STAGES = {folder: stage for stages in RUNS.values() for folder, stage in stages["report"].family().items()}
+PAGES = ["report.html", "metrics.json", "run.yaml"]
+# Stages that compute take all cores that they are given, so that two of them never share a GPU or the cores.
+ALL_CORES = 1024
+
+
+wildcard_constraints:
+    key="[0-9a-f]{12}",
+    run="[^/]+",
+
+
+def parents(name):
+    """Input function: the records of a stage's parents, by the name under which it reads them."""
+
+    def records(wildcards):
+        stage = STAGES[f"stages/{name}/{wildcards.key}"]
+        return {parent: f"{RESULTS}/{above.folder}/stage.json" for parent, above in stage.parents.items()}
+
+    return records
+
+
+def settings_of(name):
+    """Parameter function: a stage's settings as canonical JSON, in which the order of the YAML's keys has no part."""
+
+    def settings(wildcards):
+        stage = STAGES[f"stages/{name}/{wildcards.key}"]
+        return adder_plan.canonical({"settings": stage.settings, "identity": stage.identity})
+
+    return settings
+
+
+def record_of(name):
+    """A stage's output: its record, written last."""
+    return f"{RESULTS}/stages/{name}/{{key}}/stage.json"
+
+
+def log_of(name):
+    return f"{RESULTS}/logs/{name}/{{key}}.log"
+
+
+def benchmark_of(name):
+    return f"{RESULTS}/benchmarks/{name}/{{key}}.tsv"
+
+
+def code_of(module):
+    """The files of the package that a stage is made of: an edit to one of them runs the stage anew."""
+    return [str(path) for path in closure(module)]

@@ -1,0 +1,22 @@
+rule format_data:
+    input:
+        unpack(parents("format")),
+        code=code_of("format"),
+    output:
+        record=record_of("format"),
+    log:
+        log_of("format"),
+    benchmark:
+        benchmark_of("format")
+    conda:
+        "../envs/adder.yaml"
+    threads: 1
+    resources:
+        runtime=60,
+        mem_mb=4000,
+    params:
+        stage=settings_of("format"),
+    message:
+        "Turning rows into conversations"
+    script:
+        "../workflow_scripts/format_data.py"

