@@ -23,7 +23,7 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "format": ("train.parquet", "heldout.parquet"),
         "model": ("model/",),
     },
-    "lengths": {"tokenize": ("train.parquet", "tokenize.json"), "model": ("model/config.json",)},
+    "lengths": {"tokenize": ("train.parquet",), "model": ("model/config.json",)},
     "train": {
         "lengths": ("packs.parquet",),
         "tokenize": ("heldout.parquet", "tokenizer/"),

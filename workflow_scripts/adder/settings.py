@@ -212,6 +212,8 @@ class Runtime(Section):
     """CPU threads of a stage; `auto` takes all cores that the process may use."""
     results: str = "results"
     """Directory of everything that is written."""
+    restore: bool = True
+    """Put a finished result into place where the same work was done before, instead of doing it again."""
     checkpoints: int = Field(10, ge=0)
     """How many checkpoints a training run writes, evenly spread; a killed run continues from the last one."""
 

@@ -1,0 +1,104 @@
+"""What only a CUDA device can show: run with `pytest -m gpu` on a machine that has one."""
+
+import pytest
+import torch
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from adder import base_model, loss, train
+from adder.files import read_json
+from adder.progress import Progress
+from adder.settings import Train
+from tiny import pack_rows, save_tiny_model, token_row, write_training_inputs
+
+pytestmark = pytest.mark.gpu
+LENGTHS = (9, 130, 64, 5, 257)
+
+
+def on_gpu(rows: list[dict]) -> dict:
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
+    return {name: value.cuda() if hasattr(value, "cuda") else value for name, value in batch.items()}
+
+
+def gradients(model, batches: list[dict]) -> torch.Tensor:
+    model.zero_grad()
+    for batch in batches:
+        loss.labelled_losses(model, **batch).sum().backward()
+    return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def load(folder, dtype: str):
+    model, choices = base_model.load(folder, "lora", dtype, "cuda")
+    return model, choices["attention"].value
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (4, 4), (9, 3)])
+def test_varlen_packing_isolates_examples(tmp_path, heads, groups):
+    """bf16 gradients of a pack against fp32 ones of its examples apart: no further off than bf16 itself (3 %)."""
+    shape = {"num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": 32 * heads, "head_dim": 32}
+    folder = save_tiny_model(tmp_path / "model", **shape)
+    rows = [token_row(i, length) for i, length in enumerate(LENGTHS)]
+    exact, attention = load(folder, "float32")
+    assert attention == "sdpa"
+    reference = gradients(exact, [on_gpu(pack_rows([[row]])) for row in rows])
+    packed_exact = gradients(exact, [on_gpu(pack_rows([rows]))])
+    assert relative_error(packed_exact, reference) < 1e-4
+    model, attention = load(folder, "bfloat16")
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert attention == "adder_varlen"
+    packed = gradients(model, [on_gpu(pack_rows([rows]))])
+    apart = gradients(model, [on_gpu(pack_rows([[row]])) for row in rows])
+    assert relative_error(packed, reference) < max(0.03, 1.5 * relative_error(apart, reference))
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_every_method_trains(tmp_path, method, dtype):
+    inputs = write_training_inputs(tmp_path / "inputs", save_tiny_model(tmp_path / "model"))
+    values = Train(epochs=8, learning_rate=1e-2, effective_batch_size=6, compute_dtype=dtype).model_dump(mode="json")
+    out = tmp_path / "out"
+    out.mkdir()
+    train.run(values | {"method": method}, inputs, out, Progress.silent())
+    summary, plan = read_json(out / "train.json"), read_json(out / "plan.json")
+    assert summary["final_loss"] < summary["first_loss"]
+    assert plan["micro_batch_size"]["value"] == 2
+    assert plan["gradient_checkpointing"]["value"] is False
+    if method == "qlora":
+        assert plan["nf4_values"]["value"] == "dequantised in each product"
+
+
+def test_quantised_training_keeps_fp32_adapters(tmp_path):
+    inputs = write_training_inputs(tmp_path / "inputs", save_tiny_model(tmp_path / "model"))
+    out = tmp_path / "out"
+    out.mkdir()
+    train.run(Train(epochs=1).model_dump(mode="json"), inputs, out, Progress.silent())
+    from safetensors.torch import load_file
+
+    weights = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_memory_is_probed_before_the_first_step(tmp_path):
+    """A model that does not fit without checkpointing in a small share of the card is trained with it."""
+    from datasets import Dataset
+
+    from adder.batching import MemoryProbe
+
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "max_position_embeddings": 8192}
+    folder = save_tiny_model(tmp_path / "model", num_attention_heads=16, num_key_value_heads=4, **shape)
+    model, _ = base_model.load(folder, "lora", "bfloat16", "cuda")
+    model = train.add_adapter(model, Train().model_dump(mode="json"))
+    packs = Dataset.from_list(pack_rows([[token_row(i, 8000)] for i in range(4)]))
+    probe = MemoryProbe(model, packs, "bfloat16", "cuda")
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert probe(1, False)
+    torch.cuda.set_per_process_memory_fraction(6e9 / total)
+    try:
+        assert not probe(4, False)
+        assert probe(4, True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert all(p.grad is None for p in model.parameters())

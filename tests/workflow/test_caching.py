@@ -1,0 +1,215 @@
+"""What runs after which change: the table of docs/caching.md, tried with real dry runs and real runs."""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from project import ROOT, write_rows
+
+ALL = {"model", "data", "format", "tokenize", "lengths", "train", "merge", "evaluate", "report"}
+TABLE = ROOT / "docs" / "caching.md"
+
+
+def documented() -> dict[str, str]:
+    """The rows of the table in docs/caching.md: {change: stages that have a job}."""
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|[^|]*\|$", TABLE.read_text(), flags=re.MULTILINE)
+    return {change.strip(): stages.strip() for change, stages in rows if not set(change) <= set("-: ")}
+
+
+def shown(jobs: dict[str, int]) -> str:
+    """Jobs as the table shows them."""
+    names = [name if count == 1 else f"{name} ×{count}" for name, count in jobs.items()]
+    order = "model data format tokenize lengths train merge evaluate report".split()
+    return ", ".join(sorted(names, key=lambda name: order.index(name.split()[0]))) or "nothing"
+
+
+@pytest.fixture
+def untouched(project):
+    """Undo, after a test, what it did to the project's files and data."""
+    kept = {path: path.read_bytes() for path in project.folder.rglob("*.py")}
+    kept[project.folder / "rows.jsonl"] = (project.folder / "rows.jsonl").read_bytes()
+    yield project
+    for path, content in kept.items():
+        if path.read_bytes() != content:
+            path.write_bytes(content)
+
+
+def test_the_first_run_runs_everything(project):
+    assert project.first_run == dict.fromkeys(ALL, "ran")
+    folder = project.folder / "results" / "default"
+    assert sorted(path.name for path in folder.iterdir()) == ["merged_model", "metrics.json", "report.html", "run.yaml"]
+
+
+CHANGES = {
+    "nothing": {},
+    "`train.learning_rate`": {"train": {"learning_rate": 3e-4}},
+    "`train.lora_r`": {"train": {"lora_r": 8}},
+    "`data.heldout.share`": {"data": {"heldout": {"share": 0.3}}},
+    "`format.system_prompt`": {"format": {"system_prompt": "Be brief."}},
+    "`lengths.max_seq_length`": {"lengths": {"max_seq_length": 256}},
+    "`evaluate.max_new_tokens`": {"evaluate": {"max_new_tokens": 16}},
+    "`report.title`": {"report": {"title": "Mine"}},
+    "`model.source`": {"model": {"source": "other-model"}},
+    "anything under `runtime`": {"runtime": {"threads": 1, "checkpoints": 3}},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_setting(project, name, tmp_path_factory):
+    if name == "`model.source`" and not (project.folder / "other-model").exists():
+        from tiny import save_tiny_model
+
+        save_tiny_model(project.folder / "other-model", seed=1)
+    assert shown(project.planned(CHANGES[name])) == documented()[name]
+
+
+def test_a_second_run_shares_what_it_can(project):
+    runs = {"runs": {"default": {}, "other": {"train": {"learning_rate": 3e-4}}}}
+    # The second run's own stages; the evaluation is that of its merged model: the base's is shared.
+    assert shown(project.planned(runs)) == documented()["a second run with another learning rate"]
+
+
+def test_yaml_in_another_order_with_comments(project):
+    project.snakemake("-n")
+    path = project.folder / "config" / "config.yaml"
+    blocks = re.split(r"(?m)^(?=\w)", path.read_text())
+    text = "# a comment\n" + "".join(reversed([block for block in blocks if block]))
+    done = project.snakemake("-n")
+    path.write_text(text)
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "merged_model", "--cores", "1"],
+        cwd=project.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert "Nothing to be done" in done.stdout + done.stderr
+    assert documented()["keys reordered, comments"] == "nothing"
+
+
+def test_touched_data_file(untouched):
+    (untouched.folder / "rows.jsonl").touch()
+    assert shown(untouched.planned()) == documented()["data file touched"] == "nothing"
+
+
+def test_a_row_added(untouched):
+    write_rows(untouched.folder / "rows.jsonl", 1, start=1000)
+    assert shown(untouched.planned()) == documented()["a row added to the data file"]
+
+
+CODE = {
+    "report code": ("report.py", "lengths"),
+    "packing code": ("packing.py", None),
+    "training code": ("train.py", None),
+    "formatting code": ("format.py", None),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_edited_code(untouched, name):
+    path = untouched.folder / "workflow_scripts" / "adder" / CODE[name][0]
+    path.write_text(path.read_text() + "\n\nNEW = 1\n")
+    assert shown(untouched.planned()) == documented()[name]
+
+
+def test_a_comment_in_the_formatting_code_restores_everything_below(untouched):
+    """Early cut-off: the jobs are scheduled, and each finds its finished result."""
+    path = untouched.folder / "workflow_scripts" / "adder" / "format.py"
+    path.write_text(path.read_text() + "\n# a comment\n")
+    start = time.monotonic()
+    below = {"format", "tokenize", "lengths", "train", "merge", "evaluate", "report"}
+    assert untouched.run() == dict.fromkeys(below, "restored")
+    assert untouched.planned() == {}
+    print(f"restored in {time.monotonic() - start:.1f} s")
+
+
+def test_code_that_changes_no_output_stops_there(untouched):
+    """The formatting code does something else and writes the same: it runs, and all below is restored."""
+    path = untouched.folder / "workflow_scripts" / "adder" / "format.py"
+    path.write_text(path.read_text() + "\n\nUNUSED = 1\n")
+    found = untouched.run()
+    assert found.pop("format") == "ran"
+    # The report tells when each stage ran, so it is written anew.
+    assert found.pop("report") == "ran"
+    assert set(found.values()) == {"restored"} and set(found) == {"tokenize", "lengths", "train", "merge", "evaluate"}
+
+
+def test_max_seq_length_fixed_to_what_auto_had_chosen(project):
+    lengths = next((project.folder / "results" / "stages" / "lengths").glob("*/lengths.json"))
+    chosen = json.loads(lengths.read_text())["max_seq_length"]["value"]
+    found = project.run(config={"lengths": {"max_seq_length": chosen}})
+    assert found == {
+        "lengths": "ran",
+        "train": "restored",
+        "merge": "restored",
+        "evaluate": "restored",
+        "report": "ran",
+    }
+
+
+def test_a_setting_changed_and_changed_back(project):
+    """A → B → A: B runs what depends on it; going back runs no stage, and the results are those of A again."""
+    before = project.result("metrics.json")
+    other = {"train": {"learning_rate": 5e-4}}
+    assert project.run(config=other) == {"train": "ran", "merge": "ran", "evaluate": "ran", "report": "ran"}
+    assert project.result("metrics.json")["train"] != before["train"]
+    assert project.planned() == {}
+    assert project.run() == {}
+    assert project.result("metrics.json") == before
+
+
+def test_lost_results_are_put_back(project):
+    shutil.rmtree(project.folder / "results" / "default")
+    assert project.run() == {}
+    assert (project.folder / "results" / "default" / "merged_model" / "model.safetensors").exists()
+
+
+def test_parsing_imports_no_torch(project):
+    """`snakemake -n` stays quick: neither torch nor transformers is imported to parse the workflow."""
+    import os
+    import subprocess
+    import sys
+
+    blocker = project.folder / "blocked"
+    blocker.mkdir(exist_ok=True)
+    for name in ("torch", "transformers", "datasets", "pandas", "pyarrow"):
+        if name != "pyarrow":
+            (blocker / f"{name}.py").write_text(f"raise ImportError('{name} was imported to parse the workflow')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "merged_model", "--cores", "1"],
+        cwd=project.folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(blocker)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prune_lists_and_removes_what_no_run_needs(project):
+    import subprocess
+    import sys
+
+    def prune(*arguments, answer=""):
+        done = subprocess.run(
+            [sys.executable, "workflow_scripts/prune.py", *arguments],
+            cwd=project.folder,
+            capture_output=True,
+            text=True,
+            input=answer,
+        )
+        return done.stdout + done.stderr
+
+    project.run(config={"train": {"learning_rate": 7e-4}})
+    project.run()
+    text = prune(answer="n\n")
+    assert "results/stages/train/" in text and "Nothing was removed." in text
+    assert text.endswith("Nothing was removed.\n")
+    assert "Removed." in prune(answer="y\n")
+    assert "Nothing to prune" in prune()
+    assert project.planned() == {}
+    assert Path(project.folder / "results/default/merged_model/model.safetensors").exists()
