@@ -95,7 +95,7 @@ def test_memory_is_probed_before_the_first_step(tmp_path):
     probe = MemoryProbe(model, packs, "bfloat16", "cuda")
     total = torch.cuda.get_device_properties(0).total_memory
     assert probe(1, False)
-    torch.cuda.set_per_process_memory_fraction(6e9 / total)
+    torch.cuda.set_per_process_memory_fraction(16e9 / total)
     try:
         assert not probe(4, False)
         assert probe(4, True)

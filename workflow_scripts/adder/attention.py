@@ -64,7 +64,8 @@ def varlen_attention(
     options = {"scale": scaling, "window_size": (-1, 0)}
     if groups > 1 and "enable_gqa" in inspect.signature(_varlen_attn()).parameters:
         options["enable_gqa"] = True  # torch 2.13 asks for it; older ones take grouped heads as they are
-    q, k, v = (x.transpose(1, 2)[0] for x in (query, key, value))
+    # With fp32 weights under autocast the rotary embedding leaves queries and keys in fp32.
+    q, k, v = (x.transpose(1, 2)[0].to(value.dtype) for x in (query, key, value))
     out = _varlen_attn()(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
     return out.unsqueeze(0), None
 
