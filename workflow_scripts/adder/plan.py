@@ -147,9 +147,10 @@ def stages_of_run(run: str, settings: Settings, resolved: list[dict], root: Path
             "chat_template": template and _file(template, "tokenize.chat_template", root, digests),
         },
     )
+    max_examples = plain["train"].pop("max_examples")  # drawn before packing: training only sees the packs
     lengths = Stage(
         "lengths",
-        {**plain["lengths"], "effective_batch": plain["train"]["effective_batch_size"]},
+        {**plain["lengths"], "effective_batch": settings.train.effective_batch_size, "max_examples": max_examples},
         {"tokenize": tokenize, "model": model},
     )
     train = Stage("train", plain["train"], {"lengths": lengths, "tokenize": tokenize, "model": model})

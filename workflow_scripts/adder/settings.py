@@ -133,6 +133,8 @@ class Train(Section):
 
     method: Literal["qlora", "lora", "full"] = "qlora"
     """`qlora`: LoRA on a base quantised to NF4; `lora`: on the 16-bit base; `full`: every weight."""
+    max_examples: int | None = Field(None, ge=1)
+    """Train on only so many of the training examples, spread over the data and the same ones every time."""
     epochs: float = Field(2.0, gt=0)
     """Passes over the training examples."""
     learning_rate: float = Field(1e-4, gt=0, lt=1)

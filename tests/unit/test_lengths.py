@@ -1,0 +1,246 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adder.errors import UserError
+from adder.files import read_json, read_table, write_table
+from adder.lengths import (
+    choose_max_seq_length,
+    choose_packing,
+    context_length,
+    ladder,
+    measure,
+    run,
+)
+from adder.progress import Progress
+from adder.reply_length import choose_max_new_tokens
+
+ARTICLE = np.array([180, 95, 310, 150, 220, 60, 400, 130, 275, 200])
+
+
+def choose(lengths, context=8192, keep_whole=0.99, effective_batch=16, requested="auto", **more):
+    lengths = np.asarray(lengths)
+    return choose_max_seq_length(lengths, lengths // 4, context, keep_whole, effective_batch, requested, **more)
+
+
+def row(choice, max_seq_length):
+    return next(row for row in choice.alternatives if row["max_seq_length"] == max_seq_length)
+
+
+def test_the_ladder_climbs_in_multiples_of_64_up_to_the_context():
+    assert ladder(2048) == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert ladder(500) == [64, 128, 192, 256, 384, 448]
+    assert ladder(40) == [40]
+    assert all(step % 64 == 0 for step in ladder(40960)) and ladder(40960)[-1] == 40960
+
+
+def test_the_articles_lengths_are_packed_into_one_sequence_of_2048():
+    choice = choose(ARTICLE)
+    assert choice.value == 2048
+    found = row(choice, 2048)
+    assert found["packs"] == 1 and round(100 * found["packing_waste"], 1) == 1.4
+    assert "1.4%" in choice.reason and "10.0 examples" in choice.reason
+    packing = choose_packing(ARTICLE, 2048, 16)
+    assert packing.value is True
+    waste = {item["layout"]: round(100 * item["waste"], 1) for item in packing.alternatives}
+    assert waste["padded to max_seq_length"] == 90.1 and waste["packed"] == 1.4
+    assert "90.1%" in packing.reason and "10 examples fit into 1 sequence of 2048" in packing.reason
+
+
+def test_without_packing_the_smallest_length_that_keeps_enough_is_chosen():
+    choice = choose(ARTICLE, packing=False)
+    assert choice.value == 512
+    assert "384 tokens would drop 1" in choice.reason
+
+
+def test_a_few_very_long_examples_are_dropped_and_counted():
+    lengths = [100] * 990 + [5000] * 10
+    choice = choose(lengths, packing=False)
+    assert choice.value == 128
+    found = row(choice, 128)
+    assert found["examples_truncated"] == 10 and found["share_whole"] == 0.99
+    assert found["labelled_tokens_lost"] == 10 * 1250
+    assert found["labelled_share_lost"] == pytest.approx(12500 / (990 * 25 + 12500))
+    assert "10 of 1,000 are longer and dropped, with 33.6%" in choice.reason
+    assert choose(lengths, keep_whole=0.995, packing=False).value == 6144
+
+
+def test_everything_is_kept_where_that_takes_at_most_twice_the_length():
+    assert choose([100] * 995 + [250] * 5, packing=False).value == 256
+    assert choose([100] * 995 + [300] * 5, packing=False).value == 128
+
+
+def test_a_pack_holds_no_more_examples_than_one_step_should_see():
+    lengths = np.random.default_rng(0).integers(80, 140, 2000)
+    for effective_batch in (4, 8, 32):
+        choice = choose(lengths, effective_batch=effective_batch)
+        assert row(choice, choice.value)["examples_per_pack"] <= effective_batch
+
+
+def test_examples_longer_than_the_models_context():
+    choice = choose([100, 600, 900], context=512)
+    assert choice.value == 512
+    assert "model's context of 512" in choice.reason and "2 of 3 are longer and dropped" in choice.reason
+
+
+def test_a_length_asked_for_is_taken_or_refused_with_both_numbers():
+    choice = choose(ARTICLE, requested=256)
+    assert choice.value == 256 and "as set in the configuration" in choice.reason
+    assert row(choice, 256)["examples_truncated"] == 3
+    with pytest.raises(UserError, match=r"lengths\.max_seq_length: 4096 .* context is 2048"):
+        choose(ARTICLE, context=2048, requested=4096)
+
+
+def test_packing_is_off_where_it_gains_nothing():
+    assert choose_packing(np.full(100, 700), 768, 16).value is False  # no two fit
+    assert choose_packing(np.array([20, 20, 20]), 2048, 16).value is False  # one pack, nearly all of it empty
+    assert choose_packing(np.array([30]), 64, 16).value is False
+    assert choose_packing(np.full(1000, 70), 128, 16, requested=True).value is True
+    assert choose_packing(ARTICLE, 2048, 16, requested=False).value is False
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(100, 2000), st.integers(1, 32))
+def test_any_lengths_give_a_length_within_the_context_and_a_reason(lengths, context, effective_batch):
+    choice = choose(lengths, context=context, effective_batch=effective_batch)
+    assert 0 < choice.value <= context and str(choice.value) in choice.reason
+    json.dumps(choice.to_dict(), allow_nan=False)
+    kept = np.array([length for length in lengths if length <= choice.value])
+    if max(lengths) <= context // 64 * 64:
+        assert len(kept) >= 0.99 * len(lengths)
+    if len(kept):
+        json.dumps(choose_packing(kept, choice.value, effective_batch).to_dict(), allow_nan=False)
+
+
+def test_max_new_tokens_holds_the_longest_reply_and_some_more():
+    choice = choose_max_new_tokens({"max": 50}, 8192)
+    assert choice.value == 64 and "50" in choice.reason
+    assert choose_max_new_tokens({"max": 64}, 8192).value == 72
+    assert choose_max_new_tokens({"max": 1}, 8192).value == 8
+    assert choose_max_new_tokens({"max": 600}, 512).value == 512
+
+
+def test_context_length_is_found_under_its_various_names(tmp_path):
+    for config, expected in (
+        ({"max_position_embeddings": 8192}, 8192),
+        ({"n_positions": 1024}, 1024),
+        ({"text_config": {"max_position_embeddings": 32768}}, 32768),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert context_length(tmp_path) == expected
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json"):
+        context_length(tmp_path)
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """Run the stage on examples made of (tokens, labels); each example's tokens carry its own number."""
+
+    def run_stage(lengths, context=512, name="out", **settings):
+        generator = np.random.default_rng(0)
+        ids = [[1000 * number + position for position in range(length)] for number, length in enumerate(lengths)]
+        labels = [[token if generator.random() < 0.5 else -100 for token in example] for example in ids]
+        table = pa.table(
+            {
+                "id": [f"rows:{number + 1}" for number in range(len(ids))],
+                "input_ids": pa.array(ids, pa.list_(pa.int32())),
+                "labels": pa.array(labels, pa.list_(pa.int32())),
+            }
+        )
+        (tmp_path / "tokenize").mkdir(exist_ok=True)
+        (tmp_path / "model" / "model").mkdir(parents=True, exist_ok=True)
+        write_table(tmp_path / "tokenize" / "train.parquet", table)
+        (tmp_path / "model" / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
+        out = tmp_path / name
+        out.mkdir()
+        defaults = {"max_seq_length": "auto", "packing": "auto", "keep_whole": 0.99, "effective_batch": 16}
+        defaults["max_examples"] = None
+        inputs = {"tokenize": tmp_path / "tokenize", "model": tmp_path / "model"}
+        run({**defaults, **settings}, inputs, out, Progress.silent())
+        return table, read_table(out / "packs.parquet"), read_json(out / "lengths.json")
+
+    return run_stage
+
+
+def check_packs(table, packs):
+    """Every pack is its examples joined, first labels masked; return the numbers of the examples in order."""
+    ids, labels = table.column("input_ids").to_pylist(), table.column("labels").to_pylist()
+    seen = []
+    for pack in packs.to_pylist():
+        position = 0
+        assert len(pack["input_ids"]) == len(pack["labels"]) == sum(pack["seq_lengths"])
+        for length in pack["seq_lengths"]:
+            number = pack["input_ids"][position] // 1000
+            assert pack["input_ids"][position : position + length] == ids[number]
+            assert pack["labels"][position : position + length] == [-100, *labels[number][1:]]
+            seen.append(number)
+            position += length
+    return seen
+
+
+def test_packs_hold_every_example_with_its_first_label_masked(stage):
+    lengths = np.random.default_rng(1).integers(20, 200, 300)
+    table, packs, details = stage(lengths)
+    assert sorted(check_packs(table, packs)) == list(range(300))
+    assert details["packing"]["value"] is True
+    assert details["packs"] == packs.num_rows < 300 and details["examples"] == 300 and details["dropped"] == []
+    assert details["fill"] == pytest.approx(
+        lengths.sum() / packs.num_rows / details["max_seq_length"]["value"], abs=1e-4
+    )
+    assert max(sum(row) for row in packs.column("seq_lengths").to_pylist()) <= details["max_seq_length"]["value"]
+    assert sum(details["histogram"]["counts"]) == 300
+    assert details["labelled_tokens"] == sum(
+        label != -100 for row in packs.column("labels").to_pylist() for label in row
+    )
+    firsts = [row[0] for row in packs.column("seq_lengths").to_pylist()]
+    assert firsts != sorted(firsts, reverse=True)  # not sorted by length, as they were packed
+
+
+def test_without_packing_a_row_is_an_example_in_the_order_of_the_data(stage):
+    table, packs, details = stage([30, 10, 20], packing=False)
+    assert check_packs(table, packs) == [0, 1, 2]
+    assert packs.column("seq_lengths").to_pylist() == [[30], [10], [20]]
+    assert details["packing"]["value"] is False and details["examples_per_pack"] == 1
+
+
+def test_examples_that_are_too_long_are_dropped_whole_and_listed(stage):
+    table, packs, details = stage([30, 100, 20, 90], max_seq_length=64)
+    assert details["dropped"] == ["rows:2", "rows:4"]
+    assert sorted(check_packs(table, packs)) == [0, 2]
+    with pytest.raises(UserError, match="drops every example, the shortest has 90"):
+        stage([100, 90], max_seq_length=64, name="none")
+
+
+def test_the_same_input_gives_the_same_bytes(stage, tmp_path):
+    lengths = np.random.default_rng(1).integers(20, 200, 100)
+    stage(lengths, name="a")
+    stage(lengths, name="b")
+    for name in ("packs.parquet", "lengths.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_measure_counts_no_loss_on_a_first_token():
+    table = pa.table(
+        {
+            "input_ids": pa.array([[1, 2, 3], [4], [5, 6]], pa.list_(pa.int32())),
+            "labels": pa.array([[1, 2, -100], [4], [-100, 6]], pa.list_(pa.int32())),
+        }
+    )
+    lengths, labelled = measure(table)
+    assert lengths.tolist() == [3, 1, 2] and labelled.tolist() == [1, 0, 1]
+
+
+def test_a_sample_of_the_examples_is_the_same_every_time_and_moves_little(stage):
+    lengths = [20 + number % 7 for number in range(50)]
+    table, packs, found = stage(lengths, name="a", max_examples=20)
+    assert (found["available"], found["examples"]) == (50, 20)
+    first = set(check_packs(table, packs))
+    # One row more displaces one of the sample at most.
+    more, packs, _ = stage([*lengths, 23], name="b", max_examples=20)
+    second = set(check_packs(more, packs))
+    assert len(first) == len(second) == 20 and len(first & second) >= 19
