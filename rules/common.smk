@@ -1,6 +1,7 @@
 # The configuration, checked, and the stages that it needs. What a stage is made of is the package's business
 # (workflow_scripts/adder/plan.py); here it only becomes Snakemake's inputs and parameters.
 
+import fcntl
 import sys
 from pathlib import Path
 
@@ -80,3 +81,21 @@ def benchmark_of(name):
 def code_of(module):
     """The files of the package that a stage is made of: an edit to one of them runs the stage anew."""
     return [str(path) for path in closure(module)]
+
+
+def lock_results():
+    """Let only one workflow write to the results at a time, by a lock that the kernel drops when its holder dies.
+
+    Snakemake's own lock outlives a killed Snakemake and must be removed by hand; profiles/default turns it off.
+    """
+    Path(RESULTS).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(RESULTS) / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise WorkflowError(f"another Snakemake is writing to {RESULTS}/; wait for it, or end it") from None
+    return lock
+
+
+# Kept open until this process ends. Dry runs read only; the processes of single jobs work for the one that has it.
+LOCK = lock_results() if workflow.is_main_process and not workflow.dryrun else None

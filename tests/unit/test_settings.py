@@ -67,6 +67,18 @@ def test_mistakes_are_named(change, sentences):
         assert f"  - {sentence}" in message
 
 
+def test_auto_can_be_written_out():
+    change = {
+        "lengths": {"max_seq_length": "auto", "packing": "auto"},
+        "train": {"micro_batch_size": "auto", "gradient_checkpointing": "auto"},
+        "merge": {"tolerance": "auto"},
+        "evaluate": {"max_new_tokens": "auto", "batch_size": "auto"},
+        "runtime": {"threads": "auto"},
+    }
+    assert load(merged(BASE, change)) == load(BASE)
+    assert load(merged(BASE, {"lengths": {"max_seq_length": 512}}))["default"].lengths.max_seq_length == 512
+
+
 def test_a_mistake_in_the_common_part_is_told_once():
     message = problems({"train": {"epochs": 0}, "runs": {"a": {}, "b": {}}})
     assert message.count("train.epochs") == 1 and "runs." not in message

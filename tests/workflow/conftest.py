@@ -4,7 +4,7 @@ import pytest
 from project import Project, write_rows
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def project(tmp_path_factory, tiny_model_dir) -> Project:
     folder = tmp_path_factory.mktemp("project")
     config = {

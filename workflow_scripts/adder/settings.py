@@ -7,7 +7,7 @@ import copy
 import difflib
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -120,7 +120,7 @@ class Tokenize(Section):
 class Lengths(Section):
     """Sequence length and packing."""
 
-    max_seq_length: Auto | int = Field("auto", ge=16)
+    max_seq_length: Auto | Annotated[int, Field(ge=16)] = "auto"
     """Longest sequence in tokens; longer examples are dropped and counted. `auto` weighs the cost of each."""
     packing: Auto | bool = "auto"
     """Put several examples into one sequence, none of which sees another. `auto` compares the padding either way."""
@@ -149,7 +149,7 @@ class Train(Section):
     """AdamW's weight decay."""
     effective_batch_size: int = Field(16, ge=1)
     """Examples an optimizer step, counted in examples also when they are packed."""
-    micro_batch_size: Auto | int = Field("auto", ge=1)
+    micro_batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Sequences (packs) a forward pass; `auto` takes the most that fit, up to the effective batch."""
     gradient_checkpointing: Auto | bool = "auto"
     """Recompute activations in the backward pass to save memory; `auto` only where memory needs it."""
@@ -183,7 +183,7 @@ class Train(Section):
 class Merge(Section):
     """Merging and its proof."""
 
-    tolerance: Auto | float = Field("auto", gt=0)
+    tolerance: Auto | Annotated[float, Field(gt=0)] = "auto"
     """Largest mean KL divergence (nats a token) allowed between the merged model and base + adapter."""
 
 
@@ -192,9 +192,9 @@ class Evaluate(Section):
 
     max_samples: int | None = Field(None, ge=2)
     """Evaluate only so many held-out rows."""
-    max_new_tokens: Auto | int = Field("auto", ge=1)
+    max_new_tokens: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Longest reply in tokens; `auto` is just above the longest training reply."""
-    batch_size: Auto | int = Field("auto", ge=1)
+    batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Replies generated at once."""
 
 
@@ -210,7 +210,7 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU if there is one."""
-    threads: Auto | int = Field("auto", ge=1)
+    threads: Auto | Annotated[int, Field(ge=1)] = "auto"
     """CPU threads of a stage; `auto` takes all cores that the process may use."""
     results: str = "results"
     """Directory of everything that is written."""

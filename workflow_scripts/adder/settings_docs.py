@@ -3,7 +3,7 @@
 import json
 import re
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -47,13 +47,20 @@ def _section_tables(section: type[BaseModel], prefix: str) -> list[str]:
 
 
 def _values(field: Any) -> str:
-    limits = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in limits.items() if hasattr(m, name)]
-    return " or ".join(_kinds(field.annotation)) + (f", {', '.join(bounds)}" if bounds else "")
+    return " or ".join(_kinds(field.annotation)) + _bounds(field.metadata)
+
+
+def _bounds(metadata: list) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    return "".join(f", {sign} {getattr(m, name)}" for m in metadata for name, sign in signs.items() if hasattr(m, name))
 
 
 def _kinds(annotation: Any) -> list[str]:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        kind, *metadata = get_args(annotation)
+        constraints = [c for m in metadata for c in getattr(m, "metadata", [m])]
+        return [" or ".join(_kinds(kind)) + _bounds(constraints)]
     if origin is Literal:
         return [f"`{value}`" for value in get_args(annotation)]
     if origin in (Union, types.UnionType):

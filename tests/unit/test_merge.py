@@ -1,0 +1,289 @@
+"""The merged model is base + adapter, on real files, and a merge that went wrong is caught."""
+
+import json
+import shutil
+
+import pyarrow as pa
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adder import merge
+from adder.errors import UserError
+from adder.files import digest_file, read_json, write_json, write_table
+from adder.model_card import model_card
+from adder.progress import Progress
+from tiny import save_tiny_model
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+REPLIES = ["Paris.", "Refund of 19.99 for the kettle.", "It has not arrived.", "Four."] * 3
+
+
+def make_inputs(folder, base, adapter=None, **lora):
+    """Folders of the stages that merge reads: `base` is a model directory; the adapter has random, realistic pairs."""
+    inputs = {name: folder / name for name in ("model", "train", "tokenize")}
+    for path in inputs.values():
+        path.mkdir(parents=True)
+    shutil.copytree(base, inputs["model"] / "model")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(inputs["tokenize"] / "tokenizer")
+    rows = []
+    for number, reply in enumerate(REPLIES):
+        prompt = f"<|im_start|>user\nMessage {number}<|im_end|>\n<|im_start|>assistant\n"
+        before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, reply))
+        after.append(tokenizer.eos_token_id)
+        rows.append({"id": f"x:{number}", "input_ids": before + after, "labels": [-100] * len(before) + after})
+    write_table(inputs["tokenize"] / "heldout.parquet", pa.Table.from_pylist(rows))
+    details = {"end_of_turn": {"token": "<|im_end|>", "id": tokenizer.eos_token_id}}
+    write_json(inputs["tokenize"] / "tokenize.json", {**details, "counts": {"train": {"examples": 9, "labelled": 99}}})
+    write_json(
+        inputs["model"] / "source.json", {"source": "org/tiny", "kind": "hub", "revision": "abc", "license": "MIT"}
+    )
+    if adapter is None:
+        make_adapter(base, inputs["train"] / "adapter", **lora)
+    return inputs
+
+
+def make_adapter(base, folder, size=0.02, **lora):
+    """A LoRA adapter whose pairs are all random, so that each adapted weight changes by about `size`."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **lora}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=size)
+    model.save_pretrained(folder)
+
+
+def run(inputs, out, tolerance="auto"):
+    out.mkdir()
+    return merge.run({"tolerance": tolerance}, inputs, out, Progress.silent())
+
+
+def weights(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "lora"),
+    [
+        ({}, {}),
+        ({"tie_word_embeddings": False}, {"use_rslora": True}),
+        ({"attention_bias": True}, {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"layers.0.mlp.up_proj": 2}}),
+    ],
+    ids=["tied", "untied-rslora", "biases-patterns"],
+)
+def test_merged_logits_are_those_of_base_and_adapter(tmp_path, model, lora):
+    base = save_tiny_model(tmp_path / "base", **model)
+    inputs = make_inputs(tmp_path / "in", base, **lora)
+    run(inputs, tmp_path / "out")
+    proof = read_json(tmp_path / "out" / "proof.json")
+    assert proof["checked"] and proof["adapted_weights"] == proof["changed_weights"] == 14
+    assert 0 < proof["kl"] < proof["tolerance"] and proof["max_difference"] < 0.05
+    assert proof["positions"] == sum(len(ids) for ids in labels_of(inputs))
+
+    # And by plain transformers and PEFT, on a text of our own: much nearer to base + adapter than the base is.
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        apart = plain(ids).logits
+        adapted = PeftModel.from_pretrained(plain, inputs["train"] / "adapter")(ids).logits
+        found = merged(ids).logits
+    assert (found - adapted).abs().max() < 0.05 * (apart - adapted).abs().max()
+
+
+def labels_of(inputs):
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(inputs["tokenize"] / "heldout.parquet").to_pylist()
+    return [[label for label in row["labels"] if label != -100] for row in table]
+
+
+def test_everything_but_the_adapted_weights_is_the_bases_byte_for_byte(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, target_modules=["q_proj", "down_proj"])
+    run(inputs, tmp_path / "out")
+    before, after = weights(tiny_model_dir), weights(tmp_path / "out" / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and all(tensor.dtype == torch.bfloat16 for tensor in after.values())
+    assert len(changed) == 4 and all("q_proj" in name or "down_proj" in name for name in changed)
+
+
+def test_a_sharded_base_keeps_its_shards(tmp_path, tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "base")
+    inputs = make_inputs(tmp_path / "in", tmp_path / "base")
+    run(inputs, tmp_path / "out")
+    whole = make_inputs(tmp_path / "in2", tiny_model_dir)
+    run(whole, tmp_path / "out2")
+    files = merge.shard_files(tmp_path / "out" / "model")
+    assert len(files) > 2 and files == merge.shard_files(tmp_path / "base")
+    one, other = weights(tmp_path / "out" / "model"), weights(tmp_path / "out2" / "model")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+
+
+def test_what_lies_beside_the_weights(tmp_path, tiny_model_dir):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    write_json(base / "generation_config.json", {"eos_token_id": 0, "pad_token_id": -1, "top_p": 0.8})
+    (base / "LICENSE").write_text("free")
+    (base / "README.md").write_text("the base's own")
+    inputs = make_inputs(tmp_path / "in", base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<|im_end|>"
+    tokenizer.save_pretrained(inputs["tokenize"] / "tokenizer")
+    run(inputs, tmp_path / "out")
+    model = tmp_path / "out" / "model"
+    generation = read_json(model / "generation_config.json")
+    assert generation["eos_token_id"] == [2, 0] and generation["pad_token_id"] == 2 and generation["top_p"] == 0.8
+    assert (model / "LICENSE").read_text() == "free"
+    assert AutoTokenizer.from_pretrained(model).chat_template == tokenizer.chat_template
+    card = (model / "README.md").read_text()
+    assert "base_model: org/tiny" in card and "license: mit" in card and "rank 4" in card and "`abc`" in card
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir)
+    for name in ("one", "two"):
+        run(inputs, tmp_path / name)
+    digests = [
+        {path.name: digest_file(path) for path in sorted((tmp_path / name).rglob("*")) if path.is_file()}
+        for name in ("one", "two")
+    ]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_change_below_the_weights_rounding_is_kept_on_average(dtype):
+    # Rounded to nearest, a change of a tenth of a step would leave every weight as it was and undo the training.
+    weight = torch.linspace(1.0, 1.9, 64).repeat(256, 1).to(dtype)
+    step = torch.finfo(dtype).eps
+    pair = merge.Pair(torch.full((1, 64), 0.1 * step), torch.ones(256, 1), 1.0, False)
+    change = (merge.merged("w", weight, pair).float() - weight.float()) / step
+    assert set(change.unique().tolist()) == {0.0, 1.0}
+    assert float(change.mean()) == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(merge.merged("w", weight, pair), merge.merged("w", weight, pair))
+    negative = merge.Pair(-pair.a, pair.b, 1.0, False)
+    assert float((merge.merged("w", -weight, negative).float() + weight.float()).mean()) < 0
+
+
+def test_what_needs_no_rounding_is_exact():
+    exact = torch.tensor([0.0, 1.0, -2.5, 3e38])
+    assert torch.equal(merge.round_without_bias(exact, torch.bfloat16, "w")[:3], exact[:3].bfloat16())
+    assert torch.equal(merge.round_without_bias(exact, torch.float32, "w"), exact)
+    assert not torch.isfinite(merge.round_without_bias(exact, torch.float16, "w")[3])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.norm.weight", lambda w: w * 1.01, "model.norm.weight isn't its base's"),
+        ("model.layers.1.mlp.up_proj.weight", lambda w: w.roll(1, 0), "up_proj.weight isn't base"),
+        ("model.layers.0.self_attn.q_proj.weight", lambda w: w * float("nan"), "aren't finite"),
+    ],
+)
+def test_one_wrong_tensor_is_caught_and_nothing_is_left(tmp_path, tiny_model_dir, monkeypatch, name, change, message):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir)
+    right = merge.merge_weights
+
+    def wrong(base, pairs, target, progress):
+        right(base, pairs, target, progress)
+        tensors = load_file(target / "model.safetensors")
+        tensors[name] = change(tensors[name]).contiguous()
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(merge, "merge_weights", wrong)
+    with pytest.raises(UserError, match=message):
+        run(inputs, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, -1.0, 0.0])
+def test_a_wrong_scale_fails_the_proof(tmp_path, tiny_model_dir, monkeypatch, factor):
+    # The weights then are what our own arithmetic expects: only PEFT's logits can tell.
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, size=0.1)
+    right = merge._scale
+    monkeypatch.setattr(merge, "_scale", lambda *arguments: factor * right(*arguments))
+    with pytest.raises(UserError, match="isn't base \\+ adapter.*merge.tolerance"):
+        run(inputs, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_tolerance_is_enforced(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir)
+    with pytest.raises(UserError, match="allowed are 1e-12"):
+        run(inputs, tmp_path / "out", tolerance=1e-12)
+
+
+def test_an_untrained_adapter_changes_nothing_and_says_so(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, size=0.0)
+    run(inputs, tmp_path / "out")
+    proof = read_json(tmp_path / "out" / "proof.json")
+    assert proof["changed_weights"] == 0 and proof["unchanged_weights"] == 14 and proof["kl"] < 1e-9
+    assert "nothing or lost in rounding" in proof["reason"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "trained biases"),
+        ({"modules_to_save": ["embed_tokens"]}, "whole trained modules"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "only LoRA pairs of linear layers"),
+        ({"target_modules": ["lm_head"]}, "lm_head.*only LoRA pairs of linear layers"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path, tiny_model_dir, lora, message):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, **lora)
+    with pytest.raises(UserError, match=message):
+        run(inputs, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, adapter=False)
+    make_adapter(save_tiny_model(tmp_path / "wide", intermediate_size=256), inputs["train"] / "adapter")
+    with pytest.raises(UserError, match="shape"):
+        run(inputs, tmp_path / "out")
+    shutil.rmtree(inputs["train"] / "adapter")
+    make_adapter(save_tiny_model(tmp_path / "deep", num_hidden_layers=3), inputs["train"] / "adapter")
+    with pytest.raises(UserError, match="model.layers.2.*another model"):
+        run(inputs, tmp_path / "out2")
+
+
+def test_a_fully_trained_model_is_taken_as_it_is(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, adapter=False)
+    save_tiny_model(inputs["train"] / "model", seed=5)
+    kept = {path.name: path.read_bytes() for path in (inputs["train"] / "model").iterdir()}
+    run(inputs, tmp_path / "out")
+    proof = read_json(tmp_path / "out" / "proof.json")
+    assert proof["checked"] and proof["method"] == "full"
+    one, other = weights(inputs["train"] / "model"), weights(tmp_path / "out" / "model")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    # Files of the train stage may be linked, never written into.
+    assert kept == {path.name: path.read_bytes() for path in (inputs["train"] / "model").iterdir()}
+    assert read_json(tmp_path / "out" / "model" / "generation_config.json")["eos_token_id"] == [2]
+
+
+def test_a_diverged_full_training_is_refused(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, adapter=False)
+    trained = save_tiny_model(inputs["train"] / "model")
+    tensors = load_file(trained / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, trained / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model.norm.weight holds numbers that aren't finite"):
+        run(inputs, tmp_path / "out")
+
+
+def test_the_model_cards_front_matter_is_yaml():
+    import yaml
+
+    tokenize = {"counts": {"train": {"examples": 1, "labelled": 2}}, "end_of_turn": {"token": "</s>"}}
+    card = model_card({"source": "a: b", "kind": "hub", "license": None}, None, tokenize)
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "a: b" and "license" not in head and "lora" not in head["tags"]
+    assert json.dumps(head)

@@ -1,0 +1,49 @@
+"""The configurations in config/examples parse and dry-run; mistakes in one end before any job."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from project import ROOT
+
+EXAMPLES = sorted((ROOT / "config" / "examples").glob("*.yaml"))
+
+
+def dry_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", "-n", "merged_model", "--cores", "1", "-s", str(ROOT / "Snakefile")]
+    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A working directory that has the example's data file and our examples."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tickets.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    return tmp_path
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_dry_runs(example, folder):
+    if example.stem == "snips" and not (ROOT.parent / "shared" / "data" / "snips").exists():
+        pytest.skip("../shared/data/snips is not here")
+    if example.stem == "snips":
+        (folder.parent / "shared").symlink_to(ROOT.parent / "shared")
+    done = dry_run(folder, "--configfile", str(example))
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = len(yaml.safe_load(example.read_text()).get("runs", {"default": {}}))
+    assert f"train_adapter{runs:>14}".replace(" ", "") in (done.stdout + done.stderr).replace(" ", "")
+    assert f"evaluate_model{1 + runs}" in (done.stdout + done.stderr).replace(" ", "")
+
+
+def test_a_mistake_ends_the_workflow_in_one_message(folder):
+    (folder / "my.yaml").write_text(
+        "model: {source: some/model}\ndata: {sources: [{path: data/tickets.jsonl}]}\ntrain: {learnin_rate: 1.0e-4}\n"
+    )
+    done = dry_run(folder, "--configfile", "my.yaml")
+    text = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in text
+    assert "train.learnin_rate: unknown setting; did you mean `learning_rate`?" in text
+    assert not (folder / "results").exists()

@@ -1,0 +1,46 @@
+"""Killed and started again: the workflow goes on where it was and ends with the same adapter."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import yaml
+from project import Project
+
+from adder.files import digest_file
+from adder.settings import merged
+
+LONG = {"train": {"epochs": 60, "learning_rate": 2e-3}}
+
+
+def adapter(project: Project) -> str:
+    """Digest of the adapter of the run that the results show."""
+    stages = yaml.safe_load((project.folder / "results" / "default" / "run.yaml").read_text())["stages"]
+    key = stages["train"]["key"] if isinstance(stages["train"], dict) else stages["train"]
+    return digest_file(project.folder / "results" / "stages" / "train" / key / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_workflow_killed_while_training_goes_on(project):
+    """kill -9 of everything, Snakemake included, then the same command: no lock to remove, no step lost twice."""
+    (project.folder / "config" / "config.yaml").write_text(yaml.safe_dump(merged(project.config, LONG)))
+    command = [sys.executable, "-m", "snakemake", "merged_model", "--cores", "1"]
+    process = subprocess.Popen(command, cwd=project.folder, start_new_session=True, stderr=subprocess.DEVNULL)
+    results = project.folder / "results"
+    while not list(results.glob("checkpoints/*/checkpoint-*/seal.json")):
+        assert process.poll() is None, "training ended before there was a checkpoint"
+        time.sleep(0.05)
+    second = subprocess.run(command, cwd=project.folder, capture_output=True, text=True)
+    assert second.returncode == 1 and "another Snakemake is writing to results/" in second.stdout + second.stderr
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    done = project.snakemake("merged_model", config=LONG)
+    assert "train: continuing from the checkpoint at step" in done.stdout + done.stderr
+    continued = adapter(project)
+    assert not list(results.glob("checkpoints/*"))
+
+    again = merged(LONG, {"runtime": {"restore": False}})
+    project.snakemake("merged_model", "--forcerun", "train_adapter", config=again)
+    assert adapter(project) == continued
