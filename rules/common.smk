@@ -22,12 +22,11 @@ def runs_of_configuration():
         loaded = adder_settings.load(config)
         results = next(iter(loaded.values())).runtime.results
         digests = adder_plan.Digests(Path(results) / "cache" / "digests.json")
-        runs = {
-            run: adder_plan.stages_of_run(
-                run, settings, adder_settings.resolved(settings, config, run), Path.cwd(), digests
-            )
-            for run, settings in loaded.items()
-        }
+        runs = {}
+        for run, settings in loaded.items():
+            rows = adder_settings.resolved(settings, config, run)
+            runs[run] = adder_plan.stages_of_run(run, settings, rows, Path.cwd(), digests)
+            adder_plan.refuse_too_long(run, settings, runs[run], Path(results), Path.cwd())
     except UserError as error:
         raise WorkflowError(str(error)) from None
     return results, runs

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adder import download, model_source
+from adder import download, files, model_source
 from adder.errors import UserError
 from adder.files import read_json
 from adder.progress import Progress
@@ -84,7 +84,7 @@ def test_link_falls_back_to_a_copy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", across_file_systems)
     (tmp_path / "a").write_bytes(b"x")
-    model_source.link_or_copy(tmp_path / "a", tmp_path / "b")
+    files.link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"x"
 
 

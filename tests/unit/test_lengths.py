@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adder.context import context_length
 from adder.errors import UserError
 from adder.files import read_json, read_table, write_table
 from adder.lengths import (
     choose_max_seq_length,
     choose_packing,
-    context_length,
     ladder,
     measure,
     run,
@@ -133,8 +133,12 @@ def test_context_length_is_found_under_its_various_names(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert context_length(tmp_path) == expected
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="config.json"):
-        context_length(tmp_path)
+    assert context_length(tmp_path) is None
+
+
+def test_a_model_that_does_not_give_its_context_is_refused(stage):
+    with pytest.raises(UserError, match="config.json' doesn't give|config.json doesn't give"):
+        stage([20] * 10, context=None)
 
 
 @pytest.fixture

@@ -153,13 +153,17 @@ def test_max_seq_length_fixed_to_what_auto_had_chosen(project):
 
 def test_a_setting_changed_and_changed_back(project):
     """A → B → A: B runs what depends on it; going back runs no stage, and the results are those of A again."""
-    before = project.result("metrics.json")
+
+    def figures() -> dict:
+        return {name: value for name, value in project.result("metrics.json").items() if name != "stages"}
+
+    before = figures()
     other = {"train": {"learning_rate": 5e-4}}
     assert project.run(config=other) == {"train": "ran", "merge": "ran", "evaluate": "ran", "report": "ran"}
-    assert project.result("metrics.json")["train"] != before["train"]
+    assert figures()["train"] != before["train"]
     assert project.planned() == {}
     assert project.run() == {}
-    assert project.result("metrics.json") == before
+    assert figures() == before
 
 
 def test_lost_results_are_put_back(project):

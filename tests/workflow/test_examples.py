@@ -47,3 +47,14 @@ def test_a_mistake_ends_the_workflow_in_one_message(folder):
     assert done.returncode == 1 and "Traceback" not in text
     assert "train.learnin_rate: unknown setting; did you mean `learning_rate`?" in text
     assert not (folder / "results").exists()
+
+
+def test_a_length_above_the_models_context_is_refused_before_any_job(folder, tiny_model_dir):
+    (folder / "my.yaml").write_text(
+        f"model: {{source: {tiny_model_dir}}}\n"
+        "data: {sources: [{path: data/tickets.jsonl}]}\nlengths: {max_seq_length: 4096}\n"
+    )
+    done = dry_run(folder, "--configfile", "my.yaml")
+    text = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in text
+    assert "lengths.max_seq_length (run default): 4096 is above the model's context, 512 tokens" in text

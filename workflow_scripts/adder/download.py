@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from adder import model_source, rows
+from adder.context import context_length
 from adder.errors import UserError
 from adder.files import digest_file, write_json
 from adder.progress import Progress
@@ -25,7 +26,7 @@ def run_model(settings: dict, inputs: dict[str, Path], out: Path, progress: Prog
         **origin,
         "files": {path.name: digest_file(path) for path in sorted(folder.iterdir())},
         "parameters": model_source.count_parameters(folder),
-        "context_length": model_source.context_length(folder),
+        "context_length": context_length(folder),
     }
     write_json(out / "source.json", source)
     progress.say(f"{settings['source']}: {source['parameters'] / 1e6:,.1f} M parameters")

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,14 +40,26 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Path, table: "pa.Table") -> None:
     """Write a Parquet file; equal tables give equal bytes."""
+    import pyarrow.parquet as pq  # not at the top: the workflow is parsed without it
+
     pq.write_table(table, path, compression="zstd")
 
 
-def read_table(path: Path) -> pa.Table:
+def read_table(path: Path) -> "pa.Table":
     """Read a Parquet file."""
+    import pyarrow.parquet as pq
+
     return pq.read_table(path)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Hard-link a file, which takes no room; copy it where the two places are on different file systems."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def digest_file(path: Path) -> str:

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from adder.choice import Choice
+from adder.context import context_length
 from adder.errors import UserError
-from adder.files import read_json, read_table, write_json, write_table
+from adder.files import read_table, write_json, write_table
 from adder.packing import (
     batch_padded_positions,
     best_fit_decreasing,
@@ -25,8 +26,6 @@ GOOD_FILL = 0.03  # packs that leave no more than this share of their positions 
 SEED = 42
 IGNORED = -100
 HISTOGRAM_BINS = 40
-# What configurations call the number of positions that a model was made for.
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
 
 def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
@@ -39,6 +38,8 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     examples = sample(available, settings["max_examples"])
     lengths, labelled = measure(examples)
     context = context_length(inputs["model"] / "model")
+    if context is None:
+        raise UserError(f"{inputs['model'] / 'model' / 'config.json'} doesn't give the model's context length")
     effective_batch = settings["effective_batch"]
     limit = choose_max_seq_length(
         lengths,
@@ -113,16 +114,6 @@ def measure(examples: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     bears_loss = np.asarray(examples.column("labels").combine_chunks().flatten()) != IGNORED
     bears_loss[starts] = False
     return lengths, np.add.reduceat(bears_loss.astype(np.int64), starts)
-
-
-def context_length(model: Path) -> int:
-    """Positions that the model of this directory was made for. Raises UserError if its config.json doesn't say."""
-    config = read_json(model / "config.json")
-    for part in (config, config.get("text_config") or {}):
-        for name in CONTEXT_NAMES:
-            if isinstance(part.get(name), int):
-                return part[name]
-    raise UserError(f"{model / 'config.json'} doesn't give the model's context length: no {', '.join(CONTEXT_NAMES)}")
 
 
 def ladder(context: int) -> list[int]:

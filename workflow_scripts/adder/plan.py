@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adder.context import context_length
 from adder.errors import UserError
 from adder.files import digest_file
 from adder.settings import Settings, Source, resolve_path
@@ -180,6 +181,16 @@ def stages_of_run(run: str, settings: Settings, resolved: list[dict], root: Path
         above,
     )
     return {**above, "report": report}
+
+
+def refuse_too_long(run: str, settings: Settings, stages: dict[str, Stage], results: Path, root: Path) -> None:
+    """Raise UserError if max_seq_length is above the model's context, as far as that is known before any job runs."""
+    wanted = settings.lengths.max_seq_length
+    folders = (resolve_path(settings.model.source, root), results / stages["model"].folder / "model")
+    known = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    context = known and context_length(known)
+    if context and wanted != "auto" and wanted > context:
+        raise UserError(f"lengths.max_seq_length (run {run}): {wanted} is above the model's context, {context} tokens")
 
 
 def _model_identity(settings: Settings, root: Path, digests: Digests) -> dict:

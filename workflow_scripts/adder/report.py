@@ -91,9 +91,13 @@ def about(settings: dict, facts: dict) -> list[tuple[str, str]]:
     trained = "every weight" if train.get("trainable_parameters") == train.get("total_parameters") else "adapters"
     return [
         ("Base", str(model["source"])),
-        ("Method", f"{values.get('train.method', trained)}, {number(train['epochs'])} epochs"),
+        ("Method", f"{values.get('train.method', trained)}, {_epochs(train)}"),
         ("Data", f"{card['train']:,} training and {card['heldout']:,} held-out conversations"),
     ]
+
+
+def _epochs(train: dict) -> str:
+    return f"{number(train['epochs'])} {'epoch' if train['epochs'] == 1 else 'epochs'}"
 
 
 def cards(heldout: dict, verdict: dict) -> list[dict]:
@@ -154,7 +158,7 @@ def training(facts: dict) -> dict:
     tokens = train.get("tokens_per_epoch")
     seconds = train.get("seconds") or facts["records"]["train"].get("seconds")
     figures = [
-        ("Steps", f"{train['steps']:,}", f"{number(train['epochs'])} epochs"),
+        ("Steps", f"{train['steps']:,}", _epochs(train)),
         ("Time", duration(seconds), f"{number(train.get('tokens_per_second'))} tokens/s"),
         ("Tokens", f"{tokens:,}" if tokens else "–", "an epoch"),
         ("Loss", f"{number(train.get('first_loss'))} → {number(train.get('final_loss'))}", "first step and last ten"),

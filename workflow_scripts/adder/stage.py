@@ -23,7 +23,7 @@ from typing import TextIO
 from adder import hardware
 from adder.closure import code_digest
 from adder.errors import UserError
-from adder.files import digest_file, read_json, write_json
+from adder.files import digest_file, link_or_copy, read_json, write_json
 from adder.plan import READS, canonical
 from adder.progress import Progress
 
@@ -177,15 +177,8 @@ def link_tree(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.linking")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, partial, copy_function=_link)
+    shutil.copytree(source, partial, copy_function=link_or_copy)
     _replace(partial, target)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _replace(partial: Path, folder: Path) -> None:
