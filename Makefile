@@ -15,14 +15,14 @@ merged_model report all: $(VENV)/.ready
 
 $(VENV)/.ready: envs/requirements.lock
 	@echo "Installing into $(VENV): two minutes or so, once"
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Adder needs Python 3.11 or later; this is {sys.version}")'
-	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --disable-pip-version-check --index-url $(TORCH_INDEX) "$$(grep '^torch==' $<)")
-	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Adder needs Python 3.11 or later; this is {sys.version}")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --disable-pip-version-check --index-url $(TORCH_INDEX) "$$(grep '^torch==' $<)")
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 $(VENV)/.ready-dev: envs/requirements-dev.lock $(VENV)/.ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 test: lint

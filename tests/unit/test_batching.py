@@ -26,7 +26,10 @@ def values(choices: dict) -> tuple:
 def test_effective_batch_counts_examples_not_packs():
     packs, sentence = packs_per_step(16, PACKS)
     assert packs == 5
-    assert "16 examples a step were asked for and a pack holds 3.0 on average: 5 pack(s), 15.0 examples" in sentence
+    assert (
+        "16 examples a step were asked for and a pack holds 3.0 on average: 5 packs with 15.0 examples a step"
+        in sentence
+    )
     assert packs_per_step(1, PACKS)[0] == 1
     assert packs_per_step(10_000, PACKS)[0] == len(PACKS)
 

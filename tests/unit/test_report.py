@@ -256,7 +256,7 @@ def test_free_text_full_training_and_restored_stages(tmp_path):
 def test_a_training_without_curves_or_plan_still_reports(tmp_path, emptied):
     settings, inputs = write_stage_folders(tmp_path / "stages", heldout=5)
     (inputs["train"] / emptied).write_text("" if emptied.endswith("l") else "{}")
-    page_of(make_again(tmp_path, settings, inputs))
+    assert "held-out" in page_of(make_again(tmp_path, settings, inputs)).words
 
 
 def test_a_missing_file_is_named(tmp_path):

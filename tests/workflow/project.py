@@ -38,21 +38,28 @@ class Project:
             copy(source, folder / name, **options)
         (folder / "config").mkdir()
 
-    def snakemake(self, *arguments: str, config: dict | None = None, check: bool = True) -> subprocess.CompletedProcess:
-        """Run snakemake on the configuration, laid over by `config`; return its output."""
-        values = merged(self.config, config or {})
-        (self.folder / "config" / "config.yaml").write_text(yaml.safe_dump(values))
-        command = [sys.executable, "-m", "snakemake", *arguments, "--cores", "1"]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=600)
-        if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-        return done
+    def configure(self, config: dict | None = None) -> Path:
+        """Write the configuration, laid over by `config`; return its file."""
+        path = self.folder / "config" / "config.yaml"
+        path.write_text(yaml.safe_dump(merged(self.config, config or {})))
+        return path
+
+    def python(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+        """Run Python in the project's folder; both of its outputs are in `stdout`."""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.run([sys.executable, *arguments], cwd=self.folder, timeout=600, **streams, **options)
+
+    def snakemake(self, *arguments: str, config: dict | None = None) -> str:
+        """Run snakemake on the configuration, laid over by `config`; return its output. It must succeed."""
+        self.configure(config)
+        done = self.python("-m", "snakemake", *arguments, "--cores", "1")
+        assert done.returncode == 0, done.stdout
+        return done.stdout
 
     def run(self, *targets: str, config: dict | None = None) -> dict[str, str]:
         """Run the workflow; return {stage: "ran" or "restored"} for the stages that had a job."""
-        done = self.snakemake(*(targets or ("merged_model",)), config=config)
         found = {}
-        for line in (done.stdout + done.stderr).splitlines():
+        for line in self.snakemake(*(targets or ("merged_model",)), config=config).splitlines():
             match = re.match(r"(\w+): (done in|restored from)", line)
             if match:
                 found[match[1]] = "ran" if match[2] == "done in" else "restored"
@@ -60,16 +67,9 @@ class Project:
 
     def planned(self, config: dict | None = None, *targets: str) -> dict[str, int]:
         """Dry-run the workflow; return how many jobs each stage has."""
-        done = self.snakemake(*(targets or ("merged_model",)), "-n", config=config)
-        rows = re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, flags=re.MULTILINE)
+        shown = self.snakemake(*(targets or ("merged_model",)), "-n", config=config)
+        rows = re.findall(r"^(\w+) +(\d+)$", shown, flags=re.MULTILINE)
         return {STAGES[name]: int(count) for name, count in rows if name in STAGES}
-
-    def edit(self, path: str, old: str, new: str) -> None:
-        """Replace `old` by `new` in one file of the copy; `old` must be there."""
-        file = self.folder / path
-        text = file.read_text()
-        assert old in text, f"{old!r} is not in {path}"
-        file.write_text(text.replace(old, new, 1))
 
     def result(self, page: str, run: str = "default"):
         """Read a JSON page of a run's results."""

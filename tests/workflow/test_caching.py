@@ -1,10 +1,10 @@
 """What runs after which change: the table of docs/caching.md, tried with real dry runs and real runs."""
 
 import json
+import os
 import re
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 from project import ROOT, write_rows
@@ -73,22 +73,10 @@ def test_a_second_run_shares_what_it_can(project):
 
 
 def test_yaml_in_another_order_with_comments(project):
-    project.snakemake("-n")
-    path = project.folder / "config" / "config.yaml"
-    blocks = re.split(r"(?m)^(?=\w)", path.read_text())
-    text = "# a comment\n" + "".join(reversed([block for block in blocks if block]))
-    done = project.snakemake("-n")
-    path.write_text(text)
-    import subprocess
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "-n", "merged_model", "--cores", "1"],
-        cwd=project.folder,
-        capture_output=True,
-        text=True,
-    )
-    assert "Nothing to be done" in done.stdout + done.stderr
+    path = project.configure()
+    blocks = [block for block in re.split(r"(?m)^(?=\w)", path.read_text()) if block]
+    path.write_text("# a comment\n" + "".join(reversed(blocks)))
+    assert "Nothing to be done" in project.python("-m", "snakemake", "-n", "merged_model", "--cores", "1").stdout
     assert documented()["keys reordered, comments"] == "nothing"
 
 
@@ -173,46 +161,22 @@ def test_lost_results_are_put_back(project):
 
 
 def test_parsing_imports_no_torch(project):
-    """`snakemake -n` stays quick: neither torch nor transformers is imported to parse the workflow."""
-    import os
-    import subprocess
-    import sys
-
+    """`snakemake -n` stays quick: none of the heavy packages is imported to parse the workflow."""
     blocker = project.folder / "blocked"
-    blocker.mkdir(exist_ok=True)
-    for name in ("torch", "transformers", "datasets", "pandas", "pyarrow"):
-        if name != "pyarrow":
-            (blocker / f"{name}.py").write_text(f"raise ImportError('{name} was imported to parse the workflow')\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "-n", "merged_model", "--cores", "1"],
-        cwd=project.folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(blocker)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    blocker.mkdir()
+    for name in ("torch", "transformers", "datasets", "pyarrow"):
+        (blocker / f"{name}.py").write_text(f"raise ImportError('{name} was imported to parse the workflow')\n")
+    environment = os.environ | {"PYTHONPATH": str(blocker)}
+    done = project.python("-m", "snakemake", "-n", "merged_model", "--cores", "1", env=environment)
+    assert done.returncode == 0, done.stdout
 
 
 def test_prune_lists_and_removes_what_no_run_needs(project):
-    import subprocess
-    import sys
-
-    def prune(*arguments, answer=""):
-        done = subprocess.run(
-            [sys.executable, "workflow_scripts/prune.py", *arguments],
-            cwd=project.folder,
-            capture_output=True,
-            text=True,
-            input=answer,
-        )
-        return done.stdout + done.stderr
-
     project.run(config={"train": {"learning_rate": 7e-4}})
     project.run()
-    text = prune(answer="n\n")
-    assert "results/stages/train/" in text and "Nothing was removed." in text
-    assert text.endswith("Nothing was removed.\n")
-    assert "Removed." in prune(answer="y\n")
-    assert "Nothing to prune" in prune()
+    text = project.python("workflow_scripts/prune.py", input="n\n").stdout
+    assert "results/stages/train/" in text and text.endswith("Nothing was removed.\n")
+    assert "Removed." in project.python("workflow_scripts/prune.py", input="y\n").stdout
+    assert "Nothing to prune" in project.python("workflow_scripts/prune.py").stdout
     assert project.planned() == {}
-    assert Path(project.folder / "results/default/merged_model/model.safetensors").exists()
+    assert (project.folder / "results" / "default" / "merged_model" / "model.safetensors").exists()

@@ -17,27 +17,26 @@ LONG = {"train": {"epochs": 60, "learning_rate": 2e-3}}
 
 def adapter(project: Project) -> str:
     """Digest of the adapter of the run that the results show."""
-    stages = yaml.safe_load((project.folder / "results" / "default" / "run.yaml").read_text())["stages"]
-    key = stages["train"]["key"] if isinstance(stages["train"], dict) else stages["train"]
+    page = yaml.safe_load((project.folder / "results" / "default" / "run.yaml").read_text())
+    key = page["stages"]["train"]["key"]
     return digest_file(project.folder / "results" / "stages" / "train" / key / "adapter" / "adapter_model.safetensors")
 
 
 def test_a_workflow_killed_while_training_goes_on(project):
     """kill -9 of everything, Snakemake included, then the same command: no lock to remove, no step lost twice."""
-    (project.folder / "config" / "config.yaml").write_text(yaml.safe_dump(merged(project.config, LONG)))
+    project.configure(LONG)
     command = [sys.executable, "-m", "snakemake", "merged_model", "--cores", "1"]
     process = subprocess.Popen(command, cwd=project.folder, start_new_session=True, stderr=subprocess.DEVNULL)
     results = project.folder / "results"
     while not list(results.glob("checkpoints/*/checkpoint-*/seal.json")):
         assert process.poll() is None, "training ended before there was a checkpoint"
         time.sleep(0.05)
-    second = subprocess.run(command, cwd=project.folder, capture_output=True, text=True)
-    assert second.returncode == 1 and "another Snakemake is writing to results/" in second.stdout + second.stderr
+    second = project.python(*command[1:])
+    assert second.returncode == 1 and "another Snakemake is writing to results/" in second.stdout
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
-    done = project.snakemake("merged_model", config=LONG)
-    assert "train: continuing from the checkpoint at step" in done.stdout + done.stderr
+    assert "train: continuing from the checkpoint at step" in project.snakemake("merged_model", config=LONG)
     continued = adapter(project)
     assert not list(results.glob("checkpoints/*"))
 

@@ -51,8 +51,8 @@ def choose_batch(
         why = "the most that a trial step with the longest packs found room for"
     steps = per_step // size
     return {
-        "micro_batch_size": Choice(size, f"{size} pack(s) a forward pass: {why}"),
-        "gradient_accumulation_steps": Choice(steps, f"{sentence}; {per_step} = {steps} × {size}"),
+        "micro_batch_size": Choice(size, f"{packs_in_words(size)} a forward pass: {why}"),
+        "gradient_accumulation_steps": Choice(steps, sentence + (f", in {steps} forward passes" if steps > 1 else "")),
         "gradient_checkpointing": Choice(on, _checkpointing_reason(on, checkpointing, device)),
     }
 
@@ -63,8 +63,13 @@ def packs_per_step(effective_batch: int, seq_lengths: Sequence[Sequence[int]]) -
     packs = min(len(seq_lengths), max(1, round(effective_batch / per_pack)))
     return packs, (
         f"{effective_batch} examples a step were asked for and a pack holds {per_pack:.1f} on average: "
-        f"{packs} pack(s), {packs * per_pack:.1f} examples, a step"
+        f"{packs_in_words(packs)} with {packs * per_pack:.1f} examples a step"
     )
+
+
+def packs_in_words(number: int) -> str:
+    """ "1 pack", "2 packs"."""
+    return f"{number} pack" if number == 1 else f"{number} packs"
 
 
 def divisors(number: int) -> list[int]:

@@ -76,6 +76,8 @@ def size(count: float | None) -> str:
 
 def setting(value: Any) -> str:
     """A setting as one would write it in the YAML file."""
+    if isinstance(value, list):  # what a source leaves open says nothing
+        value = [{k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item for item in value]
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
