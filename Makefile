@@ -6,12 +6,12 @@ VENV ?= .venv
 TORCH_INDEX ?=
 CONFIG ?=
 BIN := $(VENV)/bin
-SNAKEMAKE := $(BIN)/snakemake --cores 1 $(if $(CONFIG),--configfile $(CONFIG))
+SNAKEMAKE := $(BIN)/snakemake --cores 1
 
 .PHONY: merged_model report all test lint settings prune lock clean
 
 merged_model report all: $(VENV)/.ready
-	$(SNAKEMAKE) $@
+	$(SNAKEMAKE) $@ $(if $(CONFIG),--configfile $(CONFIG))
 
 $(VENV)/.ready: envs/requirements.lock
 	@echo "Installing into $(VENV): two minutes or so, once"

@@ -27,11 +27,17 @@ localrules:
     all,
 
 
+onsuccess:
+    for run in RUNS:
+        if (Path(RESULTS) / run / "report.html").exists():
+            print(f"{run}: {RESULTS}/{run}/report.html and {RESULTS}/{run}/merged_model/", file=sys.stderr)
+
+
 rule merged_model:
     """The merged model of every run, with its report."""
     default_target: True
     input:
-        expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=["merged_model", *PAGES]),
+        expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=["merged_model/config.json", *PAGES]),
 
 
 rule report:

@@ -32,7 +32,7 @@ rule link_run:
         report=lambda wildcards: f"{RESULTS}/{RUNS[wildcards.run]['report'].folder}/stage.json",
     output:
         [f"{RESULTS}/{{run}}/{page}" for page in PAGES],
-        model=directory(f"{RESULTS}/{{run}}/merged_model"),
+        model=f"{RESULTS}/{{run}}/merged_model/config.json",
     log:
         f"{RESULTS}/logs/link/{{run}}.log",
     conda:

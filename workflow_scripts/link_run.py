@@ -4,7 +4,7 @@ from pathlib import Path
 
 from adder.stage import link_tree
 
-target = Path(snakemake.output.model).parent
+target = Path(snakemake.output.model).parents[1]
 report = Path(snakemake.input.report).parent
 for page in ("report.html", "metrics.json", "run.yaml"):
     # A page is opened in editors and mailed around: a copy, so that nobody writes into the stage.

@@ -20,6 +20,7 @@ SCHEMA = pa.schema(
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     ]
 )
+FEW_HELDOUT = 30  # an interval over fewer rows is too wide to tell anything but the plainest difference
 COUNTS = ("rows_in", "train", "heldout", "duplicates", "leaked", "rejected")
 SAMPLES = 3
 PROGRESS_EVERY = 1000  # rows
@@ -78,6 +79,8 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     write_json(out / "card.json", card)
     summary = {key: card[key] for key in COUNTS}
     progress.say(", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in summary.items()))
+    if len(heldout) < FEW_HELDOUT:
+        progress.say(f"warning: {len(heldout)} held out is too few for a verdict: data.heldout takes a size or a share")
     return summary
 
 

@@ -220,7 +220,8 @@ def _best_packed(rows: list[dict], effective_batch: int) -> tuple[dict, str]:
     )
     if chosen is not smallest:
         why += f", where packs of {smallest['max_seq_length']} tokens would leave {smallest['packing_waste']:.1%}"
-    if not good and len(allowed) < len(rows):
+    tighter = [row for row in rows if row["packing_waste"] < chosen["packing_waste"]]
+    if not good and tighter:  # none of them is allowed, else it would have been chosen
         why += f"; longer packs would hold more examples than the {effective_batch} of an optimizer step"
     return chosen, why
 

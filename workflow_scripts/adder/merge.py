@@ -176,6 +176,7 @@ def merge_weights(base: Path, pairs: dict[str, Pair], target: Path, progress: Pr
             tensors[name] = merged(name, tensors[name], pairs[name])
         left -= tensors.keys()
         save_file(tensors, target / file, metadata)
+        (target / file).chmod(0o644)  # safetensors lets nobody else read what it writes
     if left:
         raise UserError(
             f"the adapter changes {sorted(left)[0]} (and {len(left) - 1} more), which the base in {base} doesn't have "

@@ -73,7 +73,7 @@ class Source(Section):
 
 
 class Heldout(Section):
-    """Rows that are never trained on and decide the verdict. Exactly one of the three."""
+    """Rows that are never trained on and decide the verdict. One of the three; without any, a tenth of the rows."""
 
     share: float | None = Field(None, gt=0, lt=1)
     """Share of the rows to hold out, chosen by a hash of the prompt: a row stays where it is when others are added."""
@@ -176,7 +176,7 @@ class Train(Section):
     def _lora_needs_lora(self) -> "Train":
         given = sorted(set(LORA_KEYS) & self.model_fields_set)
         if self.method == "full" and given:
-            raise ValueError(f"method: full trains every weight, so {', '.join(given)} would have no effect; remove")
+            raise ValueError(f"method: full trains every weight, so {', '.join(given)} would have no effect; remove it")
         return self
 
 
@@ -331,6 +331,9 @@ def _sentence(path: list, errors: list[dict], base: dict, override: dict, run: s
         return f"{where}: unknown setting; {hint}"
     if error["type"] == "missing":
         return f"{where}: must be set"
+    if error["type"] == "model_type":
+        section = _section(path)
+        return f"{where}: has settings of its own ({', '.join(section.model_fields)}), found {error.get('input')!r}"
     message = " or ".join(one["msg"].removeprefix("Value error, ") for one in errors)
     message = message.replace("or Input should be", "or").replace("Input should be", "should be")
     found = error.get("input")

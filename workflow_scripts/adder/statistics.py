@@ -151,10 +151,14 @@ def _sentence(result: dict, name: str, is_share: bool, unit: str) -> str:
         )
     if result["needed_n"] is None:
         return f"Can't tell: base and tuned model have the same {name} of {shown(base, suffix)} on {rows}."
+    if result["ci95"][0] <= 0 <= result["ci95"][1]:
+        doubt = f"the 95 % interval of the difference, {low} to {high}, leaves it open"
+    else:
+        doubt = "so few rows could show such a difference by chance"
     return (
         f"Can't tell whether the tuned model is better than its base: {name} is {shown(base)} for the base and "
-        f"{shown(tuned, suffix)} tuned on {rows}, and the 95 % interval of the difference, {low} to {high}, leaves it "
-        f"open; about {_round_up(result['needed_n']):,} rows would be needed to show a difference of this size."
+        f"{shown(tuned, suffix)} tuned on {rows}, and {doubt}; "
+        f"about {_round_up(result['needed_n']):,} rows would be needed to show a difference of this size."
     )
 
 

@@ -300,7 +300,7 @@ def _summary(
     examples = sum(map(len, packs["seq_lengths"]))
     return {
         "steps": trainer.state.max_steps,
-        "epochs": round(trainer.state.max_steps * per_step / len(packs), 3),
+        "epochs": round(trainer.state.epoch, 3),
         "tokens_per_epoch": sum(map(sum, packs["seq_lengths"])),
         "tokens_per_second": speeds[len(speeds) // 2],
         "first_loss": losses[0],
