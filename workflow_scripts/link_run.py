@@ -1,4 +1,7 @@
-"""Put a run's model and pages where people look: `results/<run>/`, as hard links to the files of its stages."""
+"""Put a run's model and pages where people look, `results/<run>/`: the weights as hard links, all else as copies.
+
+People edit and mail small files, and Snakemake sets the time stamp of its outputs: neither may reach into a stage.
+"""
 
 from pathlib import Path
 
@@ -7,7 +10,11 @@ from adder.stage import link_tree
 target = Path(snakemake.output.model).parents[1]
 report = Path(snakemake.input.report).parent
 for page in ("report.html", "metrics.json", "run.yaml"):
-    # A page is opened in editors and mailed around: a copy, so that nobody writes into the stage.
     (target / page).write_bytes((report / page).read_bytes())
 link_tree(Path(snakemake.input.merge).parent / "model", target / "merged_model")
+for path in (target / "merged_model").iterdir():
+    if path.suffix != ".safetensors":
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
 Path(snakemake.log[0]).write_text(f"model: {snakemake.input.merge}\npages: {snakemake.input.report}\n")
