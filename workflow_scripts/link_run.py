@@ -12,8 +12,8 @@ report = Path(snakemake.input.report).parent
 for page in ("report.html", "metrics.json", "run.yaml"):
     (target / page).write_bytes((report / page).read_bytes())
 link_tree(Path(snakemake.input.merge).parent / "model", target / "merged_model")
-for path in (target / "merged_model").iterdir():
-    if path.suffix != ".safetensors":
+for path in (target / "merged_model").rglob("*"):
+    if path.is_file() and path.suffix != ".safetensors":
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content)
