@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from adder import hardware
 from adder.attention import implementation
 from adder.choice import Choice
 
@@ -71,20 +72,12 @@ def choose_nf4_values(model: PreTrainedModel, dtype: torch.dtype, device: str) -
     """Choose whether NF4 weights are dequantised in every product or once: the same numbers, memory for time."""
     numbers = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model).values())
     needed = numbers * dtype.itemsize
-    free = _free_memory(device)
+    free = hardware.free_memory(device)
     figures = f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
     if device == "cpu" and needed <= DEQUANTISED_SHARE * free:
         return Choice("dequantised once", f"the dequantised values fit ({figures}) and save dequantising in each step")
     why = "they would not leave room for the rest" if device == "cpu" else "on a GPU memory serves larger batches"
     return Choice("dequantised in each product", f"holding the dequantised values would take {figures}; {why}")
-
-
-def _free_memory(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def hold_dequantised(model: PreTrainedModel, dtype: torch.dtype) -> None:

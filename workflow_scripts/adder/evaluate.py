@@ -202,21 +202,12 @@ def choose_batch_size(wanted: str | int, model: PreTrainedModel, rows: int, toke
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_reply = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
-    fit = int(CACHE_SHARE * _free_memory(model.device.type)) // per_reply
+    fit = int(CACHE_SHARE * hardware.free_memory(model.device.type)) // per_reply
     most = max(1, min(LARGEST_BATCH, fit))
     value = -(-rows // -(-rows // most))
     enough = fit >= LARGEST_BATCH
     why = f"more than {LARGEST_BATCH} gain nothing" if enough else f"keys and values of {fit} fit in memory"
     return Choice(value, f"{rows} replies in even batches; {why}")
-
-
-def _free_memory(device: str) -> int:
-    """Free memory of the device in bytes."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def eos_ids(model: PreTrainedModel) -> list[int]:

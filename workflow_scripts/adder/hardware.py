@@ -82,6 +82,17 @@ def _cpu_flags() -> set[str]:
     return {flag for line in text.splitlines() if line.startswith("flags") for flag in line.split(":", 1)[1].split()}
 
 
+def free_memory(device: str) -> int:
+    """Free memory of the device ("cuda" or "cpu") in bytes."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def describe() -> dict:
     """CPU name, cores, memory in bytes and GPU names, for the provenance of a stage. Does not import torch."""
     import psutil
