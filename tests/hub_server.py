@@ -13,13 +13,23 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """`repos`: id → folder; `gated`: ids that want `token`; `asked`: (method, path, authorization) of each request."""
+    """`repos` and `datasets`: id → folder; `gated`: ids that want `token`; `drops`: after how many bytes the
+    connection of each file in turn breaks; `asked`: (method, path, authorization) of each request.
+    """
 
     daemon_threads = True
 
-    def __init__(self, repos: dict[str, Path], gated: tuple[str, ...] = (), token: str = "hf_right"):
+    def __init__(
+        self,
+        repos: dict[str, Path] | None = None,
+        datasets: dict[str, Path] | None = None,
+        gated: tuple[str, ...] = (),
+        token: str = "hf_right",
+        drops: tuple[int, ...] = (),
+    ):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.gated, self.token = repos, gated, token
+        self.repos, self.datasets, self.gated, self.token = repos or {}, datasets or {}, gated, token
+        self.drops = list(drops)
         self.asked: list[tuple[str, str, str | None]] = []
 
     @property
@@ -28,7 +38,7 @@ class Hub(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(repos: dict[str, Path], **how) -> Iterator[Hub]:
+def serving(repos: dict[str, Path] | None = None, **how) -> Iterator[Hub]:
     """Serve while the block runs."""
     hub = Hub(repos, **how)
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
@@ -58,9 +68,12 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         authorization = self.headers.get("Authorization")
         self.server.asked.append((self.command, path, authorization))
-        is_api = path.startswith("/api/models/")
-        path = path.removeprefix("/api/models/").lstrip("/")
-        repo = next((name for name in self.server.repos if path == name or path.startswith(f"{name}/")), None)
+        is_api = path.startswith("/api/")
+        # Models have their ids at the root, data sets below /datasets; the interface has both below a word.
+        path = path.removeprefix("/api/models").removeprefix("/api").lstrip("/")
+        kind = self.server.datasets if path.startswith("datasets/") else self.server.repos
+        path = path.removeprefix("datasets/")
+        repo = next((name for name in kind if path == name or path.startswith(f"{name}/")), None)
         if repo is None:
             return self.refuse(401, "RepoNotFound")
         what, _, rest = path.removeprefix(repo).lstrip("/").partition("/")
@@ -70,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         # The hub tells anybody what a gated repository holds, and keeps its files.
         if repo in self.server.gated and not is_api and authorization != f"Bearer {self.server.token}":
             return self.refuse(403, "GatedRepo")
-        folder = self.server.repos[repo]
+        folder = kind[repo]
         if what == "resolve":
             return self.file(folder / rest.partition("/")[2])
         files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -88,7 +101,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound")
         body = path.read_bytes()
         headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        self.send(200, body, "application/octet-stream", headers)
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.send(206 if start else 200, body[start:], "application/octet-stream", headers)
 
     def json(self, value):
         self.send(200, json.dumps(value).encode(), "application/json", {})
@@ -101,5 +117,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if kind == "application/octet-stream" and len(body) > 1000 and self.server.drops:
+            body = body[: self.server.drops.pop(0)]
+            self.close_connection = True
+        self.wfile.write(body)

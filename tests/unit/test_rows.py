@@ -7,10 +7,10 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from adder import download, rows
+from adder import download, json_stream, readers, rows, sources
 from adder.errors import UserError
 from adder.files import read_json, read_jsonl
 from adder.progress import Progress
@@ -24,7 +24,7 @@ def source(path, **changes):
 def read(path, **changes):
     """(row number, row) of one source."""
     own = source(path, **changes)
-    named = [(str(n), file) for n, file in enumerate(rows.files_of(own))]
+    named = [(str(n), file) for n, file in enumerate(sources.fetch(own, "data.sources.0", Progress.silent()))]
     return [(number, row) for _, number, row in rows.read_source(own, named)]
 
 
@@ -77,6 +77,50 @@ def test_layouts_of_a_json_file(tmp_path, value, expected):
     assert [row for _, row in read(path)] == expected
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 50])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_json_file_read_in_pieces_is_the_same_as_read_whole(tmp_path_factory, chunk, data):
+    rows_ = data.draw(st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=3), max_size=5))
+    columns = {"a": [1, -2.5e-7, None, "x]\\"], "b": [True, [], "\ud83d\ude00", [1]]}
+    indent = data.draw(st.sampled_from([None, 1]))
+    path = tmp_path_factory.mktemp("pieces") / "rows.json"
+    whole = [dict(zip("ab", cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    for layout, expected in (
+        (rows_, rows_),
+        ({"v": "1", "rows": [*rows_, {}], "x": [1, {}]}, [*rows_, {}, 1, {}]),
+        (columns, whole),
+    ):
+        path.write_text(
+            json.dumps(layout, indent=indent, ensure_ascii=data.draw(st.booleans())), "utf-8", "surrogatepass"
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("adder.json_stream.CHUNK", chunk)
+            found = list(json_stream.rows(lambda: path.open(encoding="utf-8", errors="surrogatepass")))
+        assert json.dumps(found) == json.dumps(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ('[{"a": 1},\n {"a": 1 "b": 2}]', r"line 2, column 10: Expecting ',' delimiter"),
+        ('[{"a": 1}\n {"a": 2}]', r"line 2, column 2: Expecting ',' or ']'"),
+        ('[{"a": 1}', r"line 1, column 10: Expecting ',' or ']'"),
+        ('[{"a": "never closed', r"line 1, column 8: Unterminated string"),
+        ('{"rows": [{"a": 1}], 3: 4}', r"line 1, column 22: Expecting property name"),
+        ('[{"a": 1}] []', r"line 1, column 12: Extra data"),
+        ("", r"line 1, column 1: Expecting value"),
+        ("[" * 3000 + "]" * 3000, r"line 1, column 2: nested too deep"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_a_mistake_in_a_json_file_is_named_by_line_and_column(tmp_path, monkeypatch, text, where, chunk):
+    monkeypatch.setattr("adder.json_stream.CHUNK", chunk)
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(UserError, match=rf"rows\.json: broken JSON at {where}"):
+        read(tmp_path / "rows.json")
+
+
 def test_json_lines_under_the_name_json_are_read(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -103,7 +147,7 @@ def test_broken_lines_stay_in_the_count_with_their_line_number(tmp_path):
     lines = ['{"a": 1}', "", '{"a": ', "[1, 2]", '"text"', deep, many_digits, '{"a": "\\ud800"}', "{}"]
     path.write_text("\n".join(lines) + "\n")
     summary, records, entries = run_data(tmp_path, [source(path)])
-    assert summary == {"rows": 8, "unreadable": 5, "sources": 1}
+    assert summary == {"rows": 8, "unreadable": 6, "sources": 1}
     by_row = {record["row"]: record for record in records}
     assert sorted(by_row) == [1, 3, 4, 5, 6, 7, 8, 9]
     assert by_row[1]["data"] == {"a": 1} and by_row[9]["data"] == {}
@@ -113,7 +157,24 @@ def test_broken_lines_stay_in_the_count_with_their_line_number(tmp_path):
     assert "text" in by_row[5]["error"]
     assert "surrogate" in by_row[8]["error"]
     assert all("data" not in by_row[n] for n in (3, 4, 5, 6, 7, 8))
-    assert entries[0]["unreadable"] == 5
+    assert entries[0]["unreadable"] == 6
+
+
+def test_numbers_beyond_json_or_64_bits_do_not_lose_the_row_or_their_digits(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    big = 123456789012345678901234567890
+    path.write_text(
+        f'{{"n": {big}, "x": NaN}}\n{{"n": -{2**63 + 1}, "x": [Infinity]}}\n{{"x": 1e400}}\n{{"n": {2**64 - 1}}}\n'
+    )
+    _, records, _ = run_data(tmp_path, [source(path)])
+    assert [record["data"] for record in records] == [
+        {"n": big, "x": None},
+        {"n": -(2**63) - 1, "x": [None]},
+        {"x": None},
+        {"n": 2**64 - 1},
+    ]
+    lines = (tmp_path / "data" / "rows.jsonl").read_text()
+    assert "NaN" not in lines and "Infinity" not in lines
 
 
 def test_row_nested_too_deep_becomes_an_error_row_but_brackets_in_text_do_not(tmp_path):
@@ -131,6 +192,25 @@ def test_wrong_encoding_names_the_byte_even_far_into_a_file(tmp_path):
     with pytest.raises(UserError, match=rf"rows\.jsonl: byte {len(start)} \(0xe9\) is not valid utf-8.*`encoding:`"):
         read(path)
     assert len(read(path, encoding="latin-1")) == 1
+
+
+def test_each_file_of_a_pattern_has_the_first_encoding_that_fits_all_of_it(tmp_path):
+    start = b'{"a": "' + b"x" * 3_000_000
+    for name, end in (("one", "é".encode()), ("two", b"\xe9"), ("three", b"")):
+        (tmp_path / f"{name}.jsonl").write_bytes(start + end + b'"}\n')
+    own = source(tmp_path / "*.jsonl", encoding=["utf-8", "cp1252"])
+    _, records, entries = run_data(tmp_path, [own])
+    ends = {record["source"]: record["data"]["a"][-1] for record in records}
+    assert ends == {"one": "é", "two": "é", "three": "x"}
+    assert {entry["name"]: entry["encoding"] for entry in entries} == {
+        "one": "utf-8",
+        "two": "cp1252",
+        "three": "utf-8",
+    }
+    with pytest.raises(
+        UserError, match=r"two.jsonl: byte 3000007 .* is not valid utf-8, byte 3000007 .* not valid ascii"
+    ):
+        read(tmp_path / "two.jsonl", encoding=["utf-8", "ascii"])
 
 
 def test_file_that_ends_within_a_character_is_a_wrong_encoding(tmp_path):
@@ -176,6 +256,60 @@ def test_unknown_ending_says_what_to_set(tmp_path):
     assert read(tmp_path / "rows.txt", format="jsonl") == [(1, {"a": 1})]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "arrow"])
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_compressed_files_are_read_as_what_they_hold(tmp_path, ending, compression):
+    table = pa.Table.from_pylist([{"q": "Grüße", "a": "1"}, {"q": "two", "a": "2"}])
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    content = {
+        "jsonl": "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode(),
+        "json": json.dumps(table.to_pylist()).encode(),
+        "csv": "\ufeffq,a\nGrüße,1\ntwo,2\n".encode(),
+        "tsv": "q\ta\nGrüße\t1\ntwo\t2\n".encode(),
+        "arrow": stream.getvalue().to_pybytes(),
+    }[ending]
+    path = tmp_path / f"rows.{ending}.{'gz' if compression == 'gzip' else 'zst'}"
+    with pa.CompressedOutputStream(str(path), compression) as file:
+        file.write(content)
+    _, records, entries = run_data(tmp_path, [source(path)])
+    assert [record["data"] for record in records] == table.to_pylist()
+    assert (entries[0]["name"], entries[0]["kind"]) == ("rows", ending)
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(UserError, match=r"rows.*: can't be read"):
+        read(path)
+
+
+def test_arrow_files_in_either_format_and_batches_of_any_size(tmp_path):
+    table = pa.table({"n": list(range(5000)), "day": [date(2024, 5, 3)] * 5000})
+    with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pa.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=999)
+    for name in ("file", "stream"):
+        found = read(tmp_path / f"{name}.arrow")
+        assert [(number, row["n"]) for number, row in found] == [(n + 1, n) for n in range(5000)]
+    (tmp_path / "bad.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match=r"bad\.arrow: can't be read as Arrow"):
+        read(tmp_path / "bad.arrow")
+
+
+def test_old_line_ends_end_a_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a":1}\r{"a":2}\r\n\r\n{"a":\n3}')
+    found = read(tmp_path / "rows.jsonl")
+    assert [number for number, _ in found] == [1, 2, 4, 5]
+    assert [row for _, row in found[:2]] == [{"a": 1}, {"a": 2}]
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_a_file_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("adder.readers.MAX_CELL", 100)
+    (tmp_path / "rows.csv").write_text('a,b\n"open,1\n' + "x,y\n" * 200)
+    found = read(tmp_path / "rows.csv")
+    assert "field larger than field limit" in found[0][1].reason
+    assert found[-1][1] == {"a": "x", "b": "y"} and len(found) > 150
+
+
 def test_damaged_parquet_is_named(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 nothing of the kind")
     with pytest.raises(UserError, match=r"rows\.parquet: can't be read as Parquet"):
@@ -183,7 +317,7 @@ def test_damaged_parquet_is_named(tmp_path):
 
 
 def test_missing_files_and_empty_patterns_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"there is no file .*none\.jsonl"):
+    with pytest.raises(UserError, match=r"data.sources.0.path: no file matches .*none\.jsonl"):
         read(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match=r"no file matches .*\*\.jsonl"):
         read(tmp_path / "*.jsonl")
@@ -279,7 +413,7 @@ def test_builtin_tickets_and_heldout_split(tmp_path):
     assert [record["split"] for record in records] == ["train"] * 5 + ["heldout"] * 3
     assert entries[1]["builtin"] == {"builtin": "tickets", "part": "heldout", "rows": 3, "seed": 1}
     with pytest.raises(UserError, match="no built-in source 'poems'"):
-        list(rows.read_source({**tickets, "builtin": "poems", "part": "train"}, [("x", None)]))
+        list(rows.read_source({**tickets, "builtin": "poems"}, [("x", sources.File(None, ("x",)))]))
 
 
 def test_no_sources_is_refused(tmp_path):
@@ -293,6 +427,7 @@ def test_random_bytes_as_json_lines_are_all_accounted_for(tmp_path_factory, line
     tmp_path = tmp_path_factory.mktemp("random")
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
+    assume(not path.read_bytes().startswith(tuple(readers.COMPRESSIONS)))
     expected = [line for line in path.read_text(encoding="latin-1").split("\n") if line.strip()]
     _, records, entries = run_data(tmp_path, [source(path, encoding="latin-1")])
     assert len(records) == entries[0]["rows"] == len(expected)
@@ -316,6 +451,8 @@ def test_random_json_values_come_back_as_they_were(tmp_path_factory, values):
     assert len(records) == len(values)
     for value, record in zip(values, records, strict=True):
         if isinstance(value, dict) and "error" not in record:
-            assert json.dumps(record["data"], sort_keys=True) == json.dumps(value, sort_keys=True)
+            # JSON has no NaN and no infinities.
+            expected = json.loads(json.dumps(value), parse_constant=lambda _: None)
+            assert json.dumps(record["data"], sort_keys=True) == json.dumps(expected, sort_keys=True)
         else:
             assert "error" in record

@@ -39,7 +39,7 @@ def test_defaults_are_those_that_the_readme_promises():
     [
         ({"train": {"learnin_rate": 1}}, ["train.learnin_rate: unknown setting; did you mean `learning_rate`?"]),
         ({"trian": {}}, ["trian: unknown setting; did you mean `train`?"]),
-        ({"train": {"zzz": 1}}, ["train.zzz: unknown setting; allowed here: compute_dtype, "]),
+        ({"train": {"zzz": 1}}, ["train.zzz: unknown setting; allowed here: best_by, compute_dtype, "]),
         ({"train": {"epochs": -1}}, ["train.epochs: should be greater than 0 (found -1)"]),
         ({"train": {"method": "qlorra"}}, ["train.method: should be 'qlora', 'lora' or 'full' (found 'qlorra')"]),
         (
@@ -48,7 +48,18 @@ def test_defaults_are_those_that_the_readme_promises():
         ),
         ({"lengths": {"max_seq_length": "atuo"}}, ["lengths.max_seq_length: should be 'auto' or a valid integer"]),
         ({"data": {"heldout": {"share": 0.1, "size": 5}}}, ["data.heldout: only one of share, size and sources"]),
-        ({"data": {"sources": [{"path": "a", "builtin": "tickets"}]}}, ["data.sources.0: a source has either `path`"]),
+        (
+            {"data": {"sources": [{"path": "a", "builtin": "tickets"}]}},
+            ["data.sources.0: a source has one of path, url, hub, builtin, found path and builtin"],
+        ),
+        (
+            {"data": {"sources": [{"path": "a", "split": "test"}]}},
+            ["data.sources.0: `split` goes with `hub`, not with"],
+        ),
+        (
+            {"data": {"heldout": {"group_by": "author", "stratify_by": "topic"}}},
+            ["data.heldout: only one of group_by and stratify_by can be set"],
+        ),
         ({"data": {"sources": []}}, ["data.sources: List should have at least 1 item"]),
         ({"model": {"source": None}}, ["model.source: should be a valid string (found None)"]),
         ({"runs": {"a/b": {}}}, ["runs.a/b: a run's name is a directory's name"]),

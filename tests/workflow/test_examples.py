@@ -19,17 +19,18 @@ def dry_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A working directory that has the example's data file and our examples."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "tickets.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    (tmp_path / "config").symlink_to(ROOT / "config")
-    return tmp_path
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "tickets.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (folder / "config").symlink_to(ROOT / "config")
+    return folder
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_dry_runs(example, folder):
-    if example.stem == "snips" and not (ROOT.parent / "shared" / "data" / "snips").exists():
-        pytest.skip("../shared/data/snips is not here")
-    if example.stem == "snips":
+    if example.stem in ("snips", "gsm8k"):
+        if not (ROOT.parent / "shared" / "data" / example.stem).exists():
+            pytest.skip(f"../shared/data/{example.stem} is not here")
         (folder.parent / "shared").symlink_to(ROOT.parent / "shared")
     done = dry_run(folder, "--configfile", str(example))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,14 +1,16 @@
 """Stage "download": the base model as a directory of safetensors, and the raw rows of every source as JSON lines."""
 
 from pathlib import Path
+from typing import BinaryIO
 
-from adder import model_source, rows
+from adder import model_source, rows, sources
 from adder.context import context_length
 from adder.errors import UserError
 from adder.files import digest_file, write_json
 from adder.progress import Progress
 
-PROGRESS_EVERY = 1000  # rows
+PROGRESS_EVERY = 10_000  # rows
+WRITE_BUFFER = 1 << 20  # bytes
 
 
 def run_model(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
@@ -34,32 +36,38 @@ def run_model(settings: dict, inputs: dict[str, Path], out: Path, progress: Prog
 
 
 def run_data(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
-    """Write every source's rows to `out/rows.jsonl` and one entry a file to `out/sources.json`.
+    """Write every source's rows to `out/rows.jsonl`, one entry a file to `out/sources.json`, and to `out/reading.json`
+    how each file's rows are to be read.
 
-    settings: sources, heldout.sources (see `rows.read_source`). A row is {"source", "row", "split", "data"}, or
-    {"source", "row", "split", "error", "raw"} where it could not be read. `row` counts from 1: the line in a JSONL
-    file, the row elsewhere. `split` is null unless the held-out rows have sources of their own. Returns
-    {"rows", "unreadable", "sources"}.
+    settings: sources, heldout.sources, tests (lists of settings.Source). A row is {"source", "row", "split", "data"},
+    or {"source", "row", "split", "error", "raw"} where it could not be read. `row` counts from 1: the line in a JSONL
+    file, the row elsewhere. `split` is null unless the held-out rows have sources of their own, and "test" for test
+    sets that are only to be kept out of training. Returns {"rows", "unreadable", "sources"}.
     """
-    heldout_sources = (settings.get("heldout") or {}).get("sources")
-    splits = [("train" if heldout_sources else None, source) for source in settings["sources"]]
-    splits += [("heldout", source) for source in heldout_sources or []]
-    if not splits:
+    heldout = (settings.get("heldout") or {}).get("sources") or []
+    if not settings["sources"]:
         raise UserError("data.sources is empty: name at least one file, for example [{path: data/rows.jsonl}]")
-
-    files = [rows.files_of(source) for _, source in splits]
-    names = iter(
-        rows.short_names([(source, path) for (_, source), group in zip(splits, files, strict=True) for path in group])
-    )
+    groups = [
+        ("train" if heldout else None, "data.sources", settings["sources"]),
+        ("heldout", "data.heldout.sources", heldout),
+        ("test", "data.tests", settings.get("tests") or []),
+    ]
+    fetched = [
+        (split, source, sources.fetch(source, f"{where}.{number}", progress))
+        for split, where, listed in groups
+        for number, source in enumerate(listed)
+    ]
+    names = iter(sources.short_names([file for _, _, files in fetched for file in files]))
     entries = []
-    with (out / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for (split, source), group in zip(splits, files, strict=True):
-            named = [(next(names), path) for path in group]
-            entries += _write_source(file, split, source, named, progress)
-    write_json(out / "sources.json", entries)
+    with (out / "rows.jsonl").open("wb", buffering=WRITE_BUFFER) as lines:
+        for split, source, files in fetched:
+            named = [(next(names), file) for file in files]
+            entries += _write_source(lines, split, source, named, progress)
+    write_json(out / "sources.json", [entry for entry, _ in entries])
+    write_json(out / "reading.json", {entry["name"]: reading for entry, reading in entries})
     summary = {
-        "rows": sum(entry["rows"] for entry in entries),
-        "unreadable": sum(entry["unreadable"] for entry in entries),
+        "rows": sum(entry["rows"] for entry, _ in entries),
+        "unreadable": sum(entry["unreadable"] for entry, _ in entries),
         "sources": len(entries),
     }
     progress.say(f"{summary['rows']:,} rows from {summary['sources']} sources, {summary['unreadable']:,} unreadable")
@@ -67,15 +75,26 @@ def run_data(settings: dict, inputs: dict[str, Path], out: Path, progress: Progr
 
 
 def _write_source(
-    file, split: str | None, source: dict, named: list[tuple[str, Path | None]], progress: Progress
-) -> list[dict]:
-    """Append one source's rows to the open rows.jsonl; return an entry for each of its files."""
-    counts = {name: {"rows": 0, "unreadable": 0} for name, _ in named}
+    lines: BinaryIO, split: str | None, source: dict, named: list[tuple[str, sources.File]], progress: Progress
+) -> list[tuple[dict, dict]]:
+    """Append one source's rows to the open rows.jsonl; return each file's entries of sources.json and reading.json."""
+    rows_of = dict.fromkeys((name for name, _ in named), 0)
+    unreadable_of = dict(rows_of)
     for name, number, row in rows.read_source(source, named):
-        count = counts[name]
-        count["rows"] += 1
-        count["unreadable"] += isinstance(row, rows.Unreadable)
-        file.write(rows.encode_record(name, number, split, row) + "\n")
-        if count["rows"] % PROGRESS_EVERY == 0:
-            progress.line(f"{name}: {count['rows']:,} rows")
-    return [{"name": name, **rows.describe(source, path), "split": split, **counts[name]} for name, path in named]
+        line, readable = rows.encode_record(name, number, split, row)
+        lines.write(line)
+        lines.write(b"\n")
+        rows_of[name] += 1
+        unreadable_of[name] += not readable
+        if rows_of[name] % PROGRESS_EVERY == 0:
+            progress.line(f"{name}: {rows_of[name]:,} rows")
+    reading = {"row_format": source.get("row_format") or "auto", "columns": source.get("columns") or {}}
+    reading |= {"weight": source.get("weight", 1.0), "split": split}
+    return [
+        (
+            {"name": name, **sources.describe(source, file), "split": split}
+            | {"rows": rows_of[name], "unreadable": unreadable_of[name]},
+            reading,
+        )
+        for name, file in named
+    ]

@@ -13,31 +13,32 @@ from pathlib import Path
 from adder.context import context_length
 from adder.errors import UserError
 from adder.files import digest_file
-from adder.settings import Settings, Source, resolve_path
+from adder.locations import local_files, refuse_secrets
+from adder.settings import NAMED_TEMPLATES, Settings, Source, resolve_path
 
 # What a stage reads of its parents (files, or folders with a slash): the early cut-off compares just these.
 READS: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {},
     "data": {},
-    "format": {"data": ("rows.jsonl",)},
+    "format": {"data": ("rows.jsonl", "reading.json")},
     "tokenize": {
         "format": ("train.parquet", "heldout.parquet"),
         "model": ("model/",),
     },
-    "lengths": {"tokenize": ("train.parquet",), "model": ("model/config.json",)},
+    "lengths": {"tokenize": ("train.arrow",), "model": ("model/config.json",)},
     "train": {
         "lengths": ("packs.parquet",),
-        "tokenize": ("heldout.parquet", "tokenizer/"),
+        "tokenize": ("train.arrow", "heldout.arrow", "tokenizer/"),
         "model": ("model/", "source.json"),
     },
     "merge": {
         "train": ("adapter/", "model/"),
         "model": ("model/", "source.json"),
-        "tokenize": ("heldout.parquet", "tokenizer/", "tokenize.json"),
+        "tokenize": ("heldout.arrow", "tokenizer/", "tokenize.json"),
     },
     "evaluate": {
         "model": ("model/",),
-        "tokenize": ("heldout.parquet", "tokenizer/", "tokenize.json"),
+        "tokenize": ("heldout.arrow", "tokenizer/", "tokenize.json"),
         "format": ("heldout.parquet",),
     },
     "report": {
@@ -130,25 +131,29 @@ def stages_of_run(run: str, settings: Settings, resolved: list[dict], root: Path
     """
     plain = settings.model_dump(mode="json")
     model = Stage("model", plain["model"], identity=_model_identity(settings, root, digests))
+    heldout = plain["data"]["heldout"]
     data = Stage(
         "data",
-        {"sources": plain["data"]["sources"], "heldout": {"sources": plain["data"]["heldout"]["sources"]}},
+        {
+            "sources": plain["data"]["sources"],
+            "heldout": {"sources": heldout["sources"]},
+            "tests": plain["data"]["tests"],
+        },
         identity=_data_identity(settings, root, digests),
     )
-    split = {name: plain["data"]["heldout"][name] for name in ("share", "size")}
+    split = {name: heldout[name] for name in ("share", "size", "group_by", "stratify_by")}
     format_ = Stage("format", {**plain["format"], "heldout": split}, {"data": data})
     template = plain["tokenize"]["chat_template"]
-    template = template and _file(template, "tokenize.chat_template", root, digests)
+    if template and template not in NAMED_TEMPLATES:
+        template = _file(template, "tokenize.chat_template", root, digests)
     tokenize = Stage(
         "tokenize",
         plain["tokenize"],
         {"format": format_, "model": model},
-        identity={
-            **plain["tokenize"],
-            "chat_template": template and _file(template, "tokenize.chat_template", root, digests),
-        },
+        identity={**plain["tokenize"], "chat_template": template},
     )
     max_examples = plain["train"].pop("max_examples")  # drawn before packing: training only sees the packs
+    plain["train"]["reshuffle"] = plain["lengths"].pop("reshuffle")  # which is done as training goes
     lengths = Stage(
         "lengths",
         {**plain["lengths"], "effective_batch": settings.train.effective_batch_size, "max_examples": max_examples},
@@ -206,36 +211,29 @@ def _model_identity(settings: Settings, root: Path, digests: Digests) -> dict:
 
 
 def _data_identity(settings: Settings, root: Path, digests: Digests) -> dict:
-    heldout = settings.data.heldout.sources
+    groups = {
+        "sources": settings.data.sources,
+        "heldout": settings.data.heldout.sources or [],
+        "tests": settings.data.tests,
+    }
+    where = {"sources": "data.sources", "heldout": "data.heldout.sources", "tests": "data.tests"}
     return {
-        "sources": [
-            _source_identity(s, f"data.sources.{i}", root, digests) for i, s in enumerate(settings.data.sources)
-        ],
-        "heldout": heldout
-        and [_source_identity(s, f"data.heldout.sources.{i}", root, digests) for i, s in enumerate(heldout)],
+        name: [_source_identity(source, f"{where[name]}.{i}", root, digests) for i, source in enumerate(sources)]
+        for name, sources in groups.items()
     }
 
 
 def _source_identity(source: Source, where: str, root: Path, digests: Digests) -> dict:
+    """A local file counts by its name and content; a URL or a hub data set by its settings."""
     identity = source.model_dump(mode="json")
     if source.path is not None:
-        files = source_files(source.path, f"{where}.path", root)
+        files = local_files(source.path, f"{where}.path", root)
         identity["path"] = [[path.name, digests.of(path)] for path in files]
+    if source.url is not None:
+        refuse_secrets(source.url, f"{where}.url")
     if source.convert is not None:
         identity["convert"] = _file(source.convert, f"{where}.convert", root, digests)
     return identity
-
-
-def source_files(pattern: str, where: str, root: Path) -> list[Path]:
-    """Return the files that a path or pattern stands for, sorted. Raises UserError if there is none."""
-    import glob
-
-    path = resolve_path(pattern, root)
-    found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    found = [file for file in found if file.is_file()]
-    if not found:
-        raise UserError(f"{where}: no file matches {pattern!r} (looked for {path})")
-    return found
 
 
 def _file(name: str, where: str, root: Path, digests: Digests) -> str:

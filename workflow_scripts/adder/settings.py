@@ -14,7 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from adder.errors import UserError
 
 Auto = Literal["auto"]
-LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+RowFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"
+]
+ORIGINS = ("path", "url", "hub", "builtin")  # where a source's rows come from
+NAMED_TEMPLATES = ("chatml", "plain")  # chat templates of Adder's own, in template.py
+# Settings of a source that only some origins have.
+NEEDED_ORIGIN = {
+    "revision": ("hub",),
+    "config": ("hub",),
+    "split": ("hub",),
+    "sha256": ("path", "url"),
+    "token_env": ("url",),
+    "convert": ("path", "url"),
+}
+LORA_KEYS = (
+    "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora",
+    "init_lora_weights", "lora_plus_ratio",
+)  # fmt: skip
 
 
 class Section(BaseModel):
@@ -38,22 +55,44 @@ class Model(Section):
 
 
 class Source(Section):
-    """One source of rows: files, or the built-in generator."""
+    """One source of rows: files, a URL, a data set of the hub, or the built-in generator."""
 
     path: str | None = None
-    """A file, or a pattern such as `data/*.jsonl`: JSON, JSON lines, CSV or Parquet."""
-    format: Literal["auto", "json", "jsonl", "csv", "parquet"] = "auto"
+    """A file, a pattern such as `data/*.jsonl`, or a folder that `datasets` saved: JSON, JSON lines, CSV, TSV, Parquet
+    or Arrow, each also compressed (`.gz`, `.zst`)."""
+    url: str | None = None
+    """A file elsewhere: `https://…`, `s3://…`, `gs://…` or anything else that fsspec opens. `${NAME}` stands for an
+    environment variable, so that no secret is written here."""
+    hub: str | None = None
+    """Id of a data set of the Hugging Face hub (`openai/gsm8k`); a token is read from `HF_TOKEN`."""
+    revision: str | None = None
+    """Branch, tag or commit of `hub`; the commit it stands for is pinned in the output."""
+    config: str | None = None
+    """Configuration (subset) of `hub`, where it has several."""
+    split: str | None = None
+    """Split of `hub`; `train` without it."""
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Expected SHA-256 of the one file at `path` or `url`; anything else is refused."""
+    token_env: str | None = None
+    """Name of the environment variable that holds the token for `url`, sent as `Authorization: Bearer`."""
+    format: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow"] = "auto"
     """How to read the file; `auto` goes by its ending."""
-    encoding: str = "utf-8"
-    """Text encoding of the file; UTF-8 may start with a byte-order mark."""
+    encoding: str | list[str] = "utf-8"
+    """Text encoding; UTF-8 may start with a byte-order mark. Of a list, each file is read in the first that fits it."""
     convert: str | None = None
     """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format."""
+    row_format: RowFormat = "auto"
+    """What a row is; `auto` goes by its columns. `preference` trains on the `chosen` reply; `text` on all of a text."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the row format's columns in this source, where they differ: `{question: problem, answer: solution}`."""
     limit: int | None = Field(None, ge=1)
     """Take only the first so many rows."""
     sample: int | None = Field(None, ge=1)
     """Take so many rows, spread over the source and the same ones every time."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """How often each training row of the source is used an epoch: 2 for twice, 0.5 for a fixed half of the rows."""
     license: str | None = None
-    """Licence of the data, for the model card."""
+    """Licence of the data, for the model card; a hub data set states its own."""
     builtin: Literal["tickets"] | None = None
     """`tickets`: the data set that Adder writes itself, customer messages and the JSON tickets they stand for."""
     rows: int | None = Field(None, ge=1)
@@ -65,15 +104,21 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
-        if (self.path is None) == (self.builtin is None):
-            raise ValueError("a source has either `path` or `builtin`")
+        given = [name for name in ORIGINS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a source has one of {', '.join(ORIGINS)}, found {' and '.join(given) or 'none'}")
         if (self.rows is None) != (self.builtin is None):
             raise ValueError("`rows` goes with `builtin`, and `builtin` needs it; use `limit` or `sample` for files")
+        for name, needed in NEEDED_ORIGIN.items():
+            if getattr(self, name) is not None and given[0] not in needed:
+                raise ValueError(
+                    f"`{name}` goes with {' or '.join(f'`{one}`' for one in needed)}, not with `{given[0]}`"
+                )
         return self
 
 
 class Heldout(Section):
-    """Rows that are never trained on and decide the verdict. One of the three; without any, a tenth of the rows."""
+    """Rows that are never trained on and decide the verdict. One of share, size, sources; else a tenth of the rows."""
 
     share: float | None = Field(None, gt=0, lt=1)
     """Share of the rows to hold out, chosen by a hash of the prompt: a row stays where it is when others are added."""
@@ -81,6 +126,10 @@ class Heldout(Section):
     """Number of rows to hold out, those with the smallest hashes: an added row can displace one of them at most."""
     sources: list[Source] | None = Field(None, min_length=1)
     """Held-out rows from sources of their own; training rows that stand among them are dropped."""
+    group_by: str | None = None
+    """Column whose rows stay together: one conversation or author never stands on both sides."""
+    stratify_by: str | None = None
+    """Column of whose values each is held out by the same share."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "Heldout":
@@ -89,6 +138,11 @@ class Heldout(Section):
             raise ValueError(f"only one of share, size and sources can be set, found {' and '.join(given)}")
         if not given:
             self.share = 0.1
+        by = [name for name in ("group_by", "stratify_by") if getattr(self, name) is not None]
+        if by and given == ["sources"]:
+            raise ValueError(f"{by[0]} has no effect where the held-out rows have sources of their own")
+        if len(by) > 1:
+            raise ValueError("only one of group_by and stratify_by can be set")
         return self
 
 
@@ -99,31 +153,49 @@ class Data(Section):
     """The sources, in order."""
     heldout: Heldout = Field(default_factory=Heldout)
     """Rows held out for the evaluation; without it a tenth of the rows."""
+    tests: list[Source] = Field(default_factory=list)
+    """Test sets that the model will be judged by elsewhere: training rows that overlap with one are dropped."""
 
 
 class Format(Section):
-    """Rows to conversations."""
+    """Rows to conversations, and which of them are worth training on."""
 
     system_prompt: str | None = Field(None, min_length=1)
     """System message for conversations that have none."""
+    max_rejected: float = Field(0.1, ge=0, le=1)
+    """Share of unusable rows above which the run stops."""
     drop_duplicates: bool = True
-    """Drop rows that repeat an earlier one exactly."""
+    """Drop rows that repeat an earlier one, whatever their case and spacing."""
+    near_duplicates: Literal["report", "drop", "off"] = "report"
+    """What to do with training rows that nearly repeat an earlier one, found by MinHash."""
+    near_duplicate_similarity: float = Field(0.8, gt=0, le=1)
+    """Share of their three-word sequences (Jaccard) from which two rows are near-duplicates."""
+    overlap: Literal["drop", "report", "off"] = "drop"
+    """What to do with training rows whose prompt overlaps with a held-out or test prompt, found by 8-word sequences."""
+    overlap_share: float = Field(0.5, gt=0, le=1)
+    """Share of the held-out prompt's words, above which that counts (Lambert et al. 2024, arXiv:2411.15124)."""
 
 
 class Tokenize(Section):
     """Conversations to tokens and the mask that says which of them carry loss."""
 
     chat_template: str | None = None
-    """A Jinja file to use instead of the model's own chat template."""
+    """A Jinja file, or the name of one of Adder's templates (`chatml`, `plain`), instead of the model's own."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens carry loss: all replies, the last reply of each conversation, or everything."""
 
 
 class Lengths(Section):
     """Sequence length and packing."""
 
     max_seq_length: Auto | Annotated[int, Field(ge=16)] = "auto"
-    """Longest sequence in tokens; longer examples are dropped and counted. `auto` weighs the cost of each."""
+    """Longest sequence in tokens. `auto` weighs the cost of each."""
+    truncate: Literal["drop", "right", "left", "split"] = "drop"
+    """What becomes of longer examples: dropped, cut at the end, cut at the start, or split into several."""
     packing: Auto | bool = "auto"
     """Put several examples into one sequence, none of which sees another. `auto` compares the padding either way."""
+    reshuffle: bool = False
+    """Fill the packs anew in each epoch, with other examples of the same lengths."""
     keep_whole: float = Field(0.99, gt=0, le=1)
     """Share of the examples that an `auto` length must keep whole."""
 
@@ -161,8 +233,24 @@ class Train(Section):
     """LoRA scale: updates are multiplied by lora_alpha / lora_r."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout on the input of each LoRA pair."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules that get a LoRA pair; `all-linear` finds them by type: every linear layer but the LM head."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get a LoRA pair: names, or a regular expression over their full names; `all-linear` finds them by
+    type: every linear layer but the LM head."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained whole beside the pairs, such as `lm_head`; they are saved with the adapter."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: updates are multiplied by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023,
+    arXiv:2312.03732)."""
+    use_dora: bool = False
+    """DoRA: magnitude and direction of each weight are trained apart (Liu et al. 2024, arXiv:2402.09353). Slower."""
+    init_lora_weights: Literal["default", "gaussian", "pissa", "olora", "loftq", "eva"] = "default"
+    """How the pairs begin: PEFT's own initialisations, some of which look at the weights or at the data."""
+    lora_plus_ratio: float | None = Field(None, ge=1, le=100)
+    """LoRA+: the B matrices learn at so many times the learning rate (Hayou et al. 2024, arXiv:2402.12354)."""
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """NEFTune: noise on the embeddings while training (Jain et al. 2023, arXiv:2310.05914); 5 is usual."""
+    loss: Literal["nll", "dft"] = "nll"
+    """`nll`: cross-entropy; `dft`: each token's loss weighted by its probability (Wu et al. 2025, arXiv:2508.05629)."""
     seed: int = Field(42, ge=0)
     """Seed of the initialisation, the order of examples and dropout."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -171,6 +259,28 @@ class Train(Section):
     """Held-out examples for the evaluation loss while training; 0 for none."""
     eval_times: int = Field(4, ge=1)
     """How often to take it, evenly spread, the last time at the end."""
+    keep: Literal["last", "best"] = "last"
+    """Which adapter leaves the training: that of the last step, or of the evaluation that `best_by` likes best."""
+    best_by: Literal["loss", "exact_match"] = "loss"
+    """What an evaluation is judged by: the held-out loss, or exact matches among the sampled replies."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Stop after so many evaluations in a row that were no better than the best before."""
+    samples: int = Field(3, ge=0)
+    """Held-out prompts that the model replies to at each evaluation, beside the base's reply; 0 for none."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Train":
+        if self.init_lora_weights == "loftq" and self.method != "qlora":
+            raise ValueError("init_lora_weights: loftq makes up for quantisation, so it needs method: qlora")
+        if self.init_lora_weights in ("pissa", "olora") and self.method == "qlora":
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights} changes the base's weights, so it needs method: lora"
+            )
+        if (self.keep == "best" or self.early_stopping) and not self.eval_samples:
+            raise ValueError("keep: best and early_stopping judge by evaluations, so they need eval_samples above 0")
+        if self.best_by == "exact_match" and not self.samples:
+            raise ValueError("best_by: exact_match counts sampled replies, so it needs samples above 0")
+        return self
 
     @model_validator(mode="after")
     def _lora_needs_lora(self) -> "Train":
@@ -218,6 +328,10 @@ class Runtime(Section):
     """Put a finished result into place where the same work was done before, instead of doing it again."""
     checkpoints: int = Field(10, ge=0)
     """How many checkpoints a training run writes, evenly spread; a killed run continues from the last one."""
+    save_total_limit: int = Field(2, ge=2)
+    """How many of them are kept at a time, the one before the newest among them."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=["tensorboard"])
+    """Where curves go while training, besides the report. TensorBoard's files are in `results/tensorboard/`."""
 
 
 class Settings(Section):

@@ -20,7 +20,7 @@ def schema() -> str:
 
 def tables() -> str:
     """Return one Markdown table a section: setting, values, default, meaning."""
-    return "\n\n".join(_section_tables(Config, ""))
+    return "\n\n".join(_section_tables(Config, "", set()))
 
 
 def filled(page: str) -> str:
@@ -30,13 +30,16 @@ def filled(page: str) -> str:
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
 
 
-def _section_tables(section: type[BaseModel], prefix: str) -> list[str]:
+def _section_tables(section: type[BaseModel], prefix: str, listed: set) -> list[str]:
+    """The section's own table and those of the sections in it; what several lists hold is shown once."""
     rows, inner = [], []
     for name, field in section.model_fields.items():
         nested = section_of(field.annotation)
         many = "list" in str(field.annotation)
-        if nested:
-            inner += _section_tables(nested, f"{prefix}{name}{'[]' if many else ''}.")
+        if nested and nested not in listed:
+            inner += _section_tables(nested, f"{prefix}{name}{'[]' if many else ''}.", listed)
+        if many:
+            listed.add(nested)
         if nested and not many:
             continue
         text = re.sub(r"\s+", " ", field.description or "").replace("|", "\\|")
@@ -70,11 +73,13 @@ def _kinds(annotation: Any) -> list[str]:
         return [f"list of {'text' if inner is str else 'sources'}"]
     names = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}
     if origin is dict:
-        return ["settings by name"]
+        return ["names" if get_args(annotation) == (str, str) else "settings by name"]
     return [names.get(annotation, "settings")]
 
 
 def _default(field: Any) -> str:
     if field.default is PydanticUndefined:
-        return "" if field.default_factory else "must be set"
+        if not field.default_factory:
+            return "must be set"
+        return f"`{json.dumps(field.default_factory())}`" if field.default_factory in (list, dict) else ""
     return f"`{json.dumps(field.default)}`"

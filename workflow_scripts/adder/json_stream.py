@@ -1,0 +1,199 @@
+"""The rows of a JSON file one at a time, so that memory holds the row at hand, however large the file.
+
+Python's own decoder reads each value off a sliding piece of the text: ijson would refuse the NaN that Python writes and
+can't say where in the file a mistake is.
+"""
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+CHUNK = 1 << 20  # characters read at a time
+MARGIN = 16  # characters: the longest piece of a value that reads as broken when it is cut (-Infinity, \uXXXX)
+SINGLE_ROW_KEYS = ("messages", "conversations")  # lists that belong to one row rather than being a list of rows
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder()
+
+
+class BrokenJSON(ValueError):
+    """What is wrong, and at which line and column (both from 1)."""
+
+
+class SeveralValues(ValueError):
+    """A whole value is followed by more: JSON lines under another name, perhaps."""
+
+
+class UnknownLayout(ValueError):
+    """JSON that holds no rows; the message says what it holds."""
+
+
+def rows(open_text: Callable[[], TextIO]) -> Iterator[Any]:
+    """Yield the rows of one JSON document, which `open_text` opens anew as often as it must be read.
+
+    Rows are the items of a list; the items of the list(s) under an object's keys, one after another; or the cells of
+    an object's lists of one length, side by side. An object with `messages` or `conversations` is one row. Raises
+    BrokenJSON, SeveralValues or UnknownLayout.
+    """
+    with open_text() as stream:
+        document = Document(stream)
+        first = document.peek()
+        if first == "[":
+            yield from document.items()
+            document.end()
+            return
+        if first != "{":
+            value = document.value()
+            document.end()
+            raise UnknownLayout(kind(value))
+        members = _survey(document)
+        document.end()
+    lists = {key: member for key, member in members.items() if member.is_list}
+    if any(key in members for key in SINGLE_ROW_KEYS):
+        with open_text() as stream:
+            yield Document(stream).value()
+    elif any(member.has_objects for member in lists.values()):
+        yield from _items_of(open_text, {member.place for member in lists.values()})
+    elif len(lists) > 1 and len(lists) == len(members) and len({member.length for member in lists.values()}) == 1:
+        columns = [_items_of(open_text, {member.place}) for member in lists.values()]
+        for cells in zip(*columns, strict=True):
+            yield dict(zip(lists, cells, strict=True))
+    else:
+        raise UnknownLayout(f"an object with the keys {', '.join(list(members)[:8])}" if members else "an object")
+
+
+class _Member:
+    """What the survey learns of one member of an object: its place, and of a list its length and what it holds."""
+
+    def __init__(self, place: int, is_list: bool):
+        self.place, self.is_list = place, is_list
+        self.length, self.has_objects = 0, False
+
+
+def _survey(document: "Document") -> dict[str, _Member]:
+    members = {}
+    for place, key in enumerate(document.keys()):
+        members[key] = member = _Member(place, document.peek() == "[")
+        if not member.is_list:
+            document.skip()
+            continue
+        for item in document.items():
+            member.length += 1
+            member.has_objects = member.has_objects or isinstance(item, dict)
+    return members
+
+
+def _items_of(open_text: Callable[[], TextIO], places: set[int]) -> Iterator[Any]:
+    """The items of the lists that are the members of an object at `places`."""
+    with open_text() as stream:
+        document = Document(stream)
+        for place, _ in enumerate(document.keys()):
+            if place in places:
+                yield from document.items()
+            else:
+                document.skip()
+
+
+class Document:
+    """A cursor in one JSON document, of which only the piece around the cursor is in memory."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.text, self.at, self.ended = "", 0, False
+        self.line, self.column = 1, 1  # where self.text begins
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            self.at = WHITE_SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self._read_on()
+
+    def value(self) -> Any:
+        """The value that begins here, read whole."""
+        self.peek()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+                # A number that is cut reads as a shorter one that is followed by nothing, `.`, `e` or `e+`.
+                if end + 2 < len(self.text) or self.ended:
+                    self.at = end
+                    return value
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - MARGIN
+                if self.ended or not cut:
+                    raise self._broken(error.msg, error.pos) from None
+            except RecursionError:
+                raise self._broken("nested too deep", self.at) from None
+            except ValueError as error:  # a whole number of more than 4,300 digits
+                raise self._broken(str(error), self.at) from None
+            self._read_on()
+
+    def items(self) -> Iterator[Any]:
+        """The items of the list that begins here."""
+        self._take("[")
+        if self.peek() == "]":
+            self.at += 1
+            return
+        while True:
+            yield self.value()
+            if self._take(",", "]") == "]":
+                return
+
+    def keys(self) -> Iterator[str]:
+        """The keys of the object that begins here; whoever asks must read each one's value before the next."""
+        self._take("{")
+        if self.peek() == "}":
+            self.at += 1
+            return
+        while True:
+            if self.peek() != '"':
+                raise self._broken("Expecting property name enclosed in double quotes", self.at)
+            key = self.value()
+            self._take(":")
+            yield key
+            if self._take(",", "}") == "}":
+                return
+
+    def skip(self) -> None:
+        """Pass over the value that begins here; of a list only one item at a time is in memory."""
+        if self.peek() == "[":
+            deque(self.items(), maxlen=0)
+        else:
+            self.value()
+
+    def end(self) -> None:
+        """Raise SeveralValues unless only white space is left."""
+        if self.peek():
+            raise SeveralValues(str(self._broken("Extra data", self.at)))
+
+    def _take(self, *allowed: str) -> str:
+        found = self.peek()
+        if found not in allowed or not found:
+            raise self._broken(f"Expecting {' or '.join(repr(one) for one in allowed)}", self.at)
+        self.at += 1
+        return found
+
+    def _read_on(self) -> None:
+        self.line, self.column = self._position(self.at)
+        rest = self.text[self.at :]
+        more = self.stream.read(max(CHUNK, len(rest)))  # doubling: a value of any length is read in linear time
+        self.text, self.at, self.ended = rest + more, 0, not more
+
+    def _position(self, at: int) -> tuple[int, int]:
+        breaks = self.text.count("\n", 0, at)
+        if not breaks:
+            return self.line, self.column + at
+        return self.line + breaks, at - self.text.rindex("\n", 0, at)
+
+    def _broken(self, message: str, at: int) -> BrokenJSON:
+        line, column = self._position(at)
+        return BrokenJSON(f"line {line}, column {column}: {message}")
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
