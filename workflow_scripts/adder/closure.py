@@ -10,8 +10,11 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-# What shows progress, names mistakes or looks at the machine cannot change what a stage computes.
-INFRASTRUCTURE = {"progress", "errors", "hardware", "choice"}
+# What shows progress, names mistakes, watches a training or looks at the machine cannot change what a stage computes.
+INFRASTRUCTURE = {
+    *("progress", "errors", "hardware", "choice", "parallel"),
+    *("advice", "doctor", "preflight", "trackers", "randomness"),
+}
 # Files beside the code that a module reads.
 RESOURCES = {"report": "templates"}
 

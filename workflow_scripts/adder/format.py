@@ -1,259 +1,418 @@
-"""Stage "format": raw rows to conversations, split into training and held-out, with every row accounted for."""
+"""Stage "format": raw rows to conversations, split into training and held-out, with every row accounted for.
 
-import hashlib
-import json
+Rows are read in blocks by workers and their conversations wait in a temporary file; in memory stay only hashes and
+numbers, about 40 bytes a row (and 200 more where near-duplicates are looked for). Arrays decide which rows are trained
+on; then the conversations pass through once more into the two Parquet files.
+"""
+
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from adder.conversations import Rejected, recognise_source, to_messages
+from adder import convert, data_card, parallel, quality, selection, split
+from adder.conversations import reading_of
+from adder.convert import HELDOUT, TEST, TRAIN, UNDECIDED, Plan, Survey
 from adder.errors import UserError
-from adder.files import read_jsonl, write_json, write_jsonl, write_table
+from adder.files import read_json, write_json, write_jsonl
 from adder.progress import Progress
+from adder.spool import Spool
 
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),
-        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("id", pa.string()),  # "source:row"; "source:row#2" where a weight repeats a row
+        ("source", pa.string()),
+        ("conversation", pa.string()),  # JSON: {"messages", "tools"?} or {"text"}
+        ("digest", pa.int64()),  # of the content; samples are drawn by it
     ]
 )
+# What becomes of an accepted row, beside TRAIN, HELDOUT and TEST.
+DUPLICATE, NEAR_DUPLICATE, LEAKED, LEFT_OUT = range(UNDECIDED + 1, UNDECIDED + 5)
+CLASSES = {
+    "train": TRAIN,
+    "heldout": HELDOUT,
+    "tests": TEST,
+    "duplicates": DUPLICATE,
+    "near_duplicates": NEAR_DUPLICATE,
+    "leaked": LEAKED,
+    "left_out": LEFT_OUT,
+}
+COUNTS = ("rows_in", *CLASSES, "rejected")
 FEW_HELDOUT = 30  # an interval over fewer rows is too wide to tell anything but the plainest difference
-COUNTS = ("rows_in", "train", "heldout", "duplicates", "leaked", "rejected")
-SAMPLES = 3
-PROGRESS_EVERY = 1000  # rows
+ENOUGH = 4 << 20  # bytes of rows that are worth a worker
+GROUP_ROWS, GROUP_BYTES = 8192, 32 << 20  # of a row group of Parquet, the unit in which the next stage reads
+MOST_COLUMNS = 20  # columns of one source that are looked at for telling values
+SAME, OVERLAP = "same prompt", "8-word overlap"  # how a training row leaked
+SHOWN = 200  # characters of a rejected row in a message
 
 
 @dataclass
-class Conversation:
-    """One accepted row. `digest` tells exact duplicates, `prompt` (normalised, hashed) tells leaks and the split."""
+class Rows:
+    """The accepted rows as arrays; `split` becomes each row's class (CLASSES)."""
 
-    source: str
-    row: int
-    split: str | None
-    messages: list[dict]
-    digest: bytes
-    prompt: bytes
+    sources: list[str]
+    source: np.ndarray
+    row: np.ndarray
+    split: np.ndarray
+    digest: np.ndarray
+    prompt: np.ndarray
+    value: np.ndarray | None
+    signatures: np.ndarray | None
 
-    @property
-    def id(self) -> str:
-        return f"{self.source}:{self.row}"
+    def id(self, index: int) -> str:
+        return f"{self.sources[self.source[index]]}:{self.row[index]}"
+
+
+@dataclass
+class Rejects:
+    """What rejects.jsonl holds, in numbers: by kind [how many, the first], and by source."""
+
+    kinds: dict[str, list]
+    by_source: Counter
+
+    def because(self) -> str:
+        """The most frequent reasons, each with its first row; "" if there are none."""
+        kinds = sorted(self.kinds.items(), key=lambda item: -item[1][0])[:3]
+        lines = [
+            f"\n  {count:,} rows: {first['reason']} (first: {first['source']}, row {first['row']}: "
+            f"{str(first['data'])[:SHOWN]})"
+            for _, (count, first) in kinds
+        ]
+        return "".join([". Rejected:", *lines]) if lines else ""
+
+
+@dataclass
+class Findings:
+    """Rows found and what each matches: duplicates (dropped), leaked prompts and near-duplicates with their share."""
+
+    duplicates: tuple[np.ndarray, np.ndarray]
+    leaks: tuple[np.ndarray, np.ndarray]
+    overlap: tuple[np.ndarray, np.ndarray, np.ndarray]
+    near: tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
-    """Write train.parquet, heldout.parquet, rejects.jsonl, duplicates.jsonl, leaked.jsonl and card.json.
+    """Write train.parquet and heldout.parquet (SCHEMA), what was dropped and why (*.jsonl), and card.json.
 
-    settings: system_prompt, drop_duplicates, heldout {share, size} (used where the rows have no held-out sources).
-    Every row ends in exactly one of train, heldout, duplicates, leaked, rejected. The card's `leaked` counts training
-    rows dropped because a held-out row asks the same, `heldout_in_train` the held-out rows that had such a twin.
-    Returns the card's counts. Raises UserError where nothing is left to train on or to hold out, or more is to be held
-    out than there is.
+    settings: the section Format, and heldout {share, size, group_by, stratify_by}, which is used where the rows have no
+    held-out sources. Every row ends in exactly one of CLASSES or is rejected; `tests` are rows of protected test sets,
+    which are in no file. The card's `leaked` counts training rows dropped because a held-out or test row asks the same,
+    `heldout_in_train` the held-out rows that had such a twin (repeated rows included). Returns the card's counts.
+    Raises UserError where nothing is left to train on or to hold out, more is to be held out than there is, more than
+    settings.max_rejected can't be used, or a column that is named is nowhere.
     """
     rows_path = inputs["data"] / "rows.jsonl"
-    row_format = _row_formats(rows_path)
-    rows_in, conversations, rejects = _read(rows_path, row_format, settings.get("system_prompt"), progress)
-    if not conversations:
-        raise UserError(f"no row can be used{_because(rejects)}")
+    reading = read_json(inputs["data"] / "reading.json")
+    survey, plan = _look(rows_path, reading, settings, progress)
+    spool = Spool(out / "spool")
+    rows, rejects, columns = _convert(rows_path, survey, plan, spool, out / "rejects.jsonl", progress)
+    _refuse_unusable(survey.rows.total(), rows, rejects, settings["max_rejected"])
 
-    duplicates: list[dict] = []
-    if settings.get("drop_duplicates", True):
-        conversations, duplicates = drop_duplicates(conversations)
-    if any(conversation.split is None for conversation in conversations):
-        assign_split(conversations, settings["heldout"])
-    heldout_in_train = count_heldout_in_train(conversations)
-    conversations, leaked = drop_leaked(conversations)
-    train = [conversation for conversation in conversations if conversation.split == "train"]
-    heldout = [conversation for conversation in conversations if conversation.split == "heldout"]
-    _refuse_empty(train, heldout, duplicates, leaked, rejects, settings["heldout"])
+    own_sources = not (rows.split == UNDECIDED).any()
+    heldout_in_train, findings = _decide(rows, spool, settings, progress)
+    copies = _weigh(rows, np.array([reading[name].get("weight", 1.0) for name in rows.sources]))
+    counts = _count(rows, rejects, survey)
+    _refuse_empty(counts, settings["heldout"], rejects)
 
-    card = _card(row_format, train, heldout, duplicates, leaked, rejects)
-    assert card["rows_in"] == len(conversations) + len(duplicates) + len(leaked) + len(rejects) == rows_in
-    card["heldout_in_train"] = heldout_in_train
-    _write_conversations(out / "train.parquet", train)
-    _write_conversations(out / "heldout.parquet", heldout)
-    write_jsonl(out / "rejects.jsonl", ({k: v for k, v in row.items() if k != "kind"} for row in rejects))
-    write_jsonl(out / "duplicates.jsonl", duplicates)
-    write_jsonl(out / "leaked.jsonl", leaked)
+    figures = _write_split(out / "train.parquet", spool, rows, copies * (rows.split == TRAIN), progress)
+    _write_split(out / "heldout.parquet", spool, rows, (rows.split == HELDOUT).astype(np.int64), progress)
+    _write_findings(out, rows, findings)
+    train_rows = int(copies[rows.split == TRAIN].sum())
+    card = {
+        **counts,
+        "train_rows": train_rows,
+        "repeats": train_rows - counts["train"],
+        "accepted": counts["train"] + counts["heldout"],
+        "heldout_in_train": heldout_in_train,
+        "rejects_by_reason": {kind: count for kind, (count, _) in sorted(rejects.kinds.items())},
+        "row_format": {name: found.row_format for name, found in plan.readings.items()},
+        "samples": data_card.samples(spool, np.flatnonzero(rows.split == TRAIN), rows.digest),
+        "columns": columns.result(),
+        "quality": _quality(rows, spool, findings, settings),
+        "split": split.describe(settings["heldout"], counts["heldout"], counts["train"], own_sources),
+        **figures.result(),
+    }
     write_json(out / "card.json", card)
     summary = {key: card[key] for key in COUNTS}
-    progress.say(", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in summary.items()))
-    if len(heldout) < FEW_HELDOUT:
-        progress.say(f"warning: {len(heldout)} held out is too few for a verdict: data.heldout takes a size or a share")
+    progress.say(", ".join(f"{summary[key]:,} {key.replace('_', ' ')}" for key in COUNTS if summary[key]))
+    if counts["heldout"] < FEW_HELDOUT:
+        few = counts["heldout"]
+        progress.say(f"warning: {few} held out is too few for a verdict: data.heldout takes a size or a share")
     return summary
 
 
-def drop_duplicates(conversations: list[Conversation]) -> tuple[list[Conversation], list[dict]]:
-    """Keep the first of equal conversations on each side of the split; list the others with the one they repeat."""
-    first: dict[tuple, Conversation] = {}
-    kept, dropped = [], []
-    for conversation in conversations:
-        earlier = first.setdefault((conversation.split, conversation.digest), conversation)
-        if earlier is conversation:
-            kept.append(conversation)
-        else:
-            dropped.append(_dropped(conversation, earlier))
-    return kept, dropped
-
-
-def assign_split(conversations: list[Conversation], heldout: dict) -> None:
-    """Set each conversation's split from the hash of its normalised prompt, so that other rows don't matter.
-
-    heldout: {share} holds out prompts whose hash, read as a number in [0, 1), is below the share: where a row goes
-    depends on nothing but its prompt. {size} holds out the N conversations with the lowest hashes: a new row displaces
-    one of them at most. Prompts that differ in case or spacing only are one prompt.
-    """
-    share, size = heldout.get("share"), heldout.get("size")
-    if (share is None) == (size is None):
-        raise UserError("data.heldout needs one of share, size and sources")
-    if size is not None and size >= len(conversations):
+def _look(rows_path: Path, reading: dict, settings: dict, progress: Progress) -> tuple[Survey, Plan]:
+    """A first look at all rows, and how they are to be read."""
+    survey = Survey(Counter(), {})
+    for found in _over_blocks(partial(convert.surveyor, rows_path), rows_path):
+        survey.add(found)
+        progress.line(f"{survey.rows.total():,} rows seen")
+    nothing: Counter = Counter()
+    readings = {name: reading_of(name, asked, survey.column_sets.get(name, nothing)) for name, asked in reading.items()}
+    by_source = {name: Counter(c for columns in survey.column_sets.get(name, ()) for c in columns) for name in reading}
+    heldout = settings["heldout"]
+    value_column = heldout.get("group_by") or heldout.get("stratify_by")
+    if value_column and not any(value_column in columns for columns in by_source.values()):
+        which = "group_by" if heldout.get("group_by") else "stratify_by"
+        there = sorted(set().union(*by_source.values()))
         raise UserError(
-            f"data.heldout.size is {size:,}, but there are only {len(conversations):,} usable rows and some must be "
-            "left to train on"
+            f"data.heldout.{which} names the column '{value_column}', which no row has. The columns there: "
+            f"{', '.join(there[:30])}"
         )
-    if share is not None:
-        limit = int(share * 2**64)
-        held = {id(c) for c in conversations if int.from_bytes(c.prompt[:8], "big") < limit}
-    else:
-        held = {id(c) for c in sorted(conversations, key=lambda c: (c.prompt, c.digest))[:size]}
-    for conversation in conversations:
-        conversation.split = "heldout" if id(conversation) in held else "train"
-
-
-def count_heldout_in_train(conversations: list[Conversation]) -> int:
-    """How many held-out rows have a prompt that also stands in training."""
-    asked = {conversation.prompt for conversation in conversations if conversation.split == "train"}
-    return sum(conversation.split == "heldout" and conversation.prompt in asked for conversation in conversations)
-
-
-def drop_leaked(conversations: list[Conversation]) -> tuple[list[Conversation], list[dict]]:
-    """Drop training rows whose prompt, without case and with single spaces, is also a held-out row's; list both."""
-    held: dict[bytes, Conversation] = {}
-    for conversation in conversations:
-        if conversation.split == "heldout":
-            held.setdefault(conversation.prompt, conversation)
-    kept, dropped = [], []
-    for conversation in conversations:
-        match = held.get(conversation.prompt) if conversation.split == "train" else None
-        if match is None:
-            kept.append(conversation)
-        else:
-            dropped.append(_dropped(conversation, match))
-    return kept, dropped
-
-
-def digest_messages(messages: list[dict]) -> bytes:
-    """Digest of the exact messages; equal for equal conversations only."""
-    return _digest([[message["role"], message["content"]] for message in messages])
-
-
-def digest_prompt(messages: list[dict]) -> bytes:
-    """Digest of what is asked: all before the last reply, no system message, without case and with single spaces."""
-    return _digest(
-        [
-            [message["role"], " ".join(message["content"].casefold().split())]
-            for message in messages[:-1]
-            if message["role"] != "system"
+    telling = {
+        name: [c for c in sorted(columns) if c not in readings[name].own_columns() and convert.is_unicode(c)][
+            :MOST_COLUMNS
         ]
-    )
-
-
-def _digest(value: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(value, ensure_ascii=False).encode("utf-8"), digest_size=16).digest()
-
-
-def _row_formats(rows_path: Path) -> dict[str, str | None]:
-    """The row format of each source, from the columns of its rows."""
-    columns: dict[str, Counter] = {}
-    for record in read_jsonl(rows_path):
-        seen = columns.setdefault(record["source"], Counter())
-        if "error" not in record:
-            seen[tuple(sorted(record["data"]))] += 1
-    return {source: recognise_source(seen) for source, seen in columns.items()}
-
-
-def _read(
-    rows_path: Path, row_format: dict[str, str | None], system_prompt: str | None, progress: Progress
-) -> tuple[int, list[Conversation], list[dict]]:
-    """The number of rows read, the conversations among them, and the rejects with their reasons."""
-    count, conversations, rejects = 0, [], []
-    for count, record in enumerate(read_jsonl(rows_path), 1):
-        source, row = record["source"], record["row"]
-        try:
-            if "error" in record:
-                raise Rejected("unreadable row", record["error"])
-            messages = to_messages(record["data"], row_format[source], system_prompt)
-        except Rejected as error:
-            data = _showable(record.get("data", record.get("raw")))
-            rejects.append({"source": source, "row": row, "kind": error.kind, "reason": str(error), "data": data})
-        else:
-            digest, prompt = digest_messages(messages), digest_prompt(messages)
-            conversations.append(Conversation(source, row, record["split"], messages, digest, prompt))
-        if count % PROGRESS_EVERY == 0:
-            progress.line(f"{count:,} rows read, {len(rejects):,} rejected")
-    return count, conversations, rejects
-
-
-def _refuse_empty(train: list, heldout: list, duplicates: list, leaked: list, rejects: list, split: dict) -> None:
-    dropped = f"{len(duplicates):,} duplicates, {len(leaked):,} also held out, {len(rejects):,} rejected"
-    if not train:
-        raise UserError(f"no row is left to train on: {len(heldout):,} held out, {dropped}{_because(rejects)}")
-    if not heldout:
-        hint = ""
-        if split.get("share") is not None:
-            hint = f"; data.heldout.share {split['share']} of few rows can come to none, data.heldout.size is exact"
-        raise UserError(f"no row is held out: {len(train):,} to train on, {dropped}{hint}{_because(rejects)}")
-
-
-def _because(rejects: list[dict]) -> str:
-    """The most frequent reasons for rejection, each with its first row; "" if there are none."""
-    kinds = Counter(row["kind"] for row in rejects).most_common(3)
-    firsts = {kind: next(row for row in rejects if row["kind"] == kind) for kind, _ in kinds}
-    lines = [
-        f"\n  {count:,} rows: {firsts[kind]['reason']} (first: {firsts[kind]['source']}, row {firsts[kind]['row']})"
-        for kind, count in kinds
-    ]
-    return "".join([". Rejected:", *lines]) if lines else ""
-
-
-def _card(
-    row_format: dict, train: list[Conversation], heldout: list[Conversation], duplicates: list, leaked: list, rejects
-) -> dict:
-    by_source = {source: dict.fromkeys((*COUNTS,), 0) for source in row_format}
-    for name, group in (("train", train), ("heldout", heldout)):
-        for conversation in group:
-            by_source[conversation.source][name] += 1
-    for name, rows in (("duplicates", duplicates), ("leaked", leaked), ("rejected", rejects)):
-        for row in rows:
-            by_source[row["source"]][name] += 1
-    for counts in by_source.values():
-        counts["rows_in"] = sum(counts.values())
-    total = {name: sum(counts[name] for counts in by_source.values()) for name in COUNTS}
-    by_digest = sorted(train, key=lambda conversation: conversation.digest)
-    return {
-        **total,
-        "accepted": total["train"] + total["heldout"],
-        "rejects_by_reason": dict(Counter(row["kind"] for row in rejects)),
-        "row_format": row_format,
-        "samples": [conversation.messages for conversation in by_digest[:SAMPLES]],
-        "by_source": by_source,
+        for name, columns in by_source.items()
     }
+    for name, found in readings.items():
+        progress.say(f"{name}: {(found.row_format or 'no known row format').replace('_', ' ')}")
+    sign = settings["near_duplicates"] != "off"
+    return survey, Plan(readings, settings["system_prompt"], value_column, telling, sign)
 
 
-def _write_conversations(path: Path, conversations: list[Conversation]) -> None:
-    columns = {"id": [c.id for c in conversations], "messages": [c.messages for c in conversations]}
-    write_table(path, pa.table(columns, schema=SCHEMA))
+def _over_blocks(make, rows_path: Path) -> Iterator:
+    """The results over all blocks of rows.jsonl, in order."""
+    workers = parallel.worker_count(rows_path.stat().st_size, ENOUGH)
+    return parallel.map_batches(make, convert.blocks(rows_path), workers)
 
 
-def _dropped(conversation: Conversation, match: Conversation) -> dict:
-    return {"source": conversation.source, "row": conversation.row, "matches": match.id}
+def _convert(
+    rows_path: Path, survey: Survey, plan: Plan, spool: Spool, rejects_path: Path, progress: Progress
+) -> tuple[Rows, Rejects, data_card.Columns]:
+    """Convert all rows: conversations into the spool, rejects into their file, the rest into arrays."""
+    total = survey.rows.total()
+    rejects, columns = Rejects({}, Counter()), data_card.Columns()
+    arrays: dict[str, list] = {name: [] for name in ("source", "row", "split", "digest", "prompt", "value")}
+    # The one large array is filled in place: to join parts would take its memory twice.
+    signatures = np.empty((total if plan.sign else 0, quality.PERMUTATIONS), dtype=np.uint8)
+    accepted = 0
+    with rejects_path.open("wb") as rejects_file:
+        for block in _over_blocks(partial(convert.converter, rows_path, plan), rows_path):
+            count = len(block.row)
+            spool.append(block.part, count)
+            for name, parts in arrays.items():
+                parts.append(getattr(block, name))
+            if plan.sign:
+                signatures[accepted : accepted + count] = block.signatures
+            accepted += count
+            rejects_file.write(block.rejects)
+            rejects.by_source.update(block.rejected)
+            for kind, (number, first) in block.kinds.items():
+                rejects.kinds.setdefault(kind, [0, first])[0] += number
+            columns.add(block.telling)
+            rejected = rejects.by_source.total()
+            progress.line(f"{accepted + rejected:,} of {total:,} rows read, {rejected:,} rejected")
+    spool.finish()
+    assert accepted + rejects.by_source.total() == total
+    if not plan.value_column:
+        del arrays["value"]
+    joined = {name: np.concatenate(parts) if parts else np.zeros(0, np.int64) for name, parts in arrays.items()}
+    rows = Rows(list(plan.readings), value=joined.pop("value", None), signatures=signatures[:accepted], **joined)
+    return rows, rejects, columns
 
 
-def _showable(data: Any) -> Any:
-    """The row itself, or its escaped JSON where UTF-8 can't hold it."""
-    try:
-        json.dumps(data, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(data)
-    return data
+def _refuse_unusable(total: int, rows: Rows, rejects: Rejects, limit: float) -> None:
+    if not (rows.split != TEST).any():
+        raise UserError(f"no row can be used{rejects.because()}")
+    rejected = rejects.by_source.total()
+    if rejected > limit * total:
+        raise UserError(
+            f"{rejected:,} of {total:,} rows ({rejected / total:.1%}) can't be used, more than format.max_rejected "
+            f"allows ({limit:.1%}). Mend the rows, say what they are by `row_format`, `columns` or `convert` of the "
+            f"source, or raise format.max_rejected{rejects.because()}"
+        )
+
+
+def _decide(rows: Rows, spool: Spool, settings: dict, progress: Progress) -> tuple[int, Findings]:
+    """Set each row's class; how many held-out rows were asked in training too, and all that was found."""
+    none = np.zeros(0, dtype=np.int64)
+    duplicates = selection.find_duplicates(rows.split, rows.digest) if settings["drop_duplicates"] else (none, none)
+    sides = rows.split.copy()
+    rows.split[duplicates[0]] = DUPLICATE
+    undecided = np.flatnonzero(rows.split == UNDECIDED)
+    if len(undecided):
+        value = None if rows.value is None else rows.value[undecided]
+        held = split.choose_heldout(settings["heldout"], rows.prompt[undecided], rows.digest[undecided], value)
+        rows.split[undecided] = sides[undecided] = np.where(held, HELDOUT, TRAIN)
+    asked = np.isin(rows.prompt[sides == HELDOUT], rows.prompt[sides == TRAIN])
+
+    leaks = selection.find_leaks(rows.split, rows.prompt)
+    rows.split[leaks[0]] = LEAKED
+    overlap = (none, none, none)
+    if settings["overlap"] != "off":
+        overlap = selection.find_overlap(spool, rows.split, settings["overlap_share"], progress)
+        if settings["overlap"] == "drop":
+            rows.split[overlap[0]] = LEAKED
+    near = (none, none, none)
+    if settings["near_duplicates"] != "off":
+        progress.line("looking for near-duplicates")
+        train = np.flatnonzero(rows.split == TRAIN)
+        near = selection.find_near_duplicates(rows.signatures, train, settings["near_duplicate_similarity"])
+        if settings["near_duplicates"] == "drop":
+            rows.split[near[0]] = NEAR_DUPLICATE
+    rows.signatures = None
+    return int(asked.sum()), Findings(duplicates, leaks, overlap, near)
+
+
+def _weigh(rows: Rows, weights: np.ndarray) -> np.ndarray:
+    """How often each row is used, int64 (rows,); a training row that is not used becomes LEFT_OUT."""
+    train = rows.split == TRAIN
+    copies = np.ones(len(train), dtype=np.int64)
+    if (weights != 1).any():
+        copies[train] = split.copies_of(rows.digest[train], weights[rows.source[train]])
+        rows.split[train & (copies == 0)] = LEFT_OUT
+    return copies
+
+
+def _count(rows: Rows, rejects: Rejects, survey: Survey) -> dict:
+    """The card's COUNTS, as a whole and by source. Every row that was read is in exactly one class."""
+    width = LEFT_OUT + 1
+    table = np.bincount(rows.source * width + rows.split, minlength=len(rows.sources) * width).reshape(-1, width)
+    by_source = {}
+    for name, counted in zip(rows.sources, table.tolist(), strict=True):
+        counts = {"rows_in": survey.rows[name], **{key: counted[place] for key, place in CLASSES.items()}}
+        counts["rejected"] = rejects.by_source[name]
+        assert sum(counts.values()) == 2 * counts["rows_in"], (name, counts)
+        by_source[name] = counts
+    return {**{key: sum(c[key] for c in by_source.values()) for key in COUNTS}, "by_source": by_source}
+
+
+def _refuse_empty(counts: dict, heldout: dict, rejects: Rejects) -> None:
+    dropped = (
+        f"{counts['duplicates']:,} duplicates, {counts['leaked']:,} also held out, {counts['rejected']:,} rejected"
+    )
+    for key in ("near_duplicates", "left_out"):
+        if counts[key]:
+            dropped += f", {counts[key]:,} {key.replace('_', ' ')}"
+    if not counts["train"]:
+        held = f"{counts['heldout']:,} held out"
+        raise UserError(f"no row is left to train on: {held}, {dropped}{rejects.because()}")
+    if not counts["heldout"]:
+        hint = ""
+        if heldout.get("share") is not None:
+            hint = f"; data.heldout.share {heldout['share']} of few rows can come to none, data.heldout.size is exact"
+        raise UserError(f"no row is held out: {counts['train']:,} to train on, {dropped}{hint}{rejects.because()}")
+
+
+def _write_split(
+    path: Path, spool: Spool, rows: Rows, copies: np.ndarray, progress: Progress
+) -> data_card.TrainFigures:
+    """Write each row as often as `copies` (rows,) says, in order; figures over the rows, each counted once."""
+    figures, waiting, size = data_card.TrainFigures(), [], 0
+    names = pa.array(rows.sources, type=pa.string())
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=["source"]) as writer:
+        for part in spool.parts():
+            place = spool.slice(part)
+            wanted = copies[place]
+            chosen = np.flatnonzero(wanted)
+            if not len(chosen):
+                continue
+            columns = spool.read(part)
+            columns = columns if len(chosen) == len(columns) else columns.take(pa.array(chosen))
+            figures.add(columns)
+            waiting.append(_table(columns.column("conversation"), rows, chosen + place.start, wanted[chosen], names))
+            size += waiting[-1].nbytes
+            if size >= GROUP_BYTES or sum(map(len, waiting)) >= GROUP_ROWS:
+                writer.write_table(pa.concat_tables(waiting), row_group_size=GROUP_ROWS)
+                waiting, size = [], 0
+            progress.line(f"{path.name}: {place.stop:,} of {len(copies):,} rows")
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting), row_group_size=GROUP_ROWS)
+    return figures
+
+
+def _table(conversation: pa.Array, rows: Rows, chosen: np.ndarray, copies: np.ndarray, names: pa.Array) -> pa.Table:
+    """The table of some rows, each repeated; repeats of a row differ in id and digest."""
+    repeated = np.repeat(np.arange(len(chosen)), copies)
+    number = np.arange(len(repeated)) - np.repeat(np.cumsum(copies) - copies, copies)
+    index = chosen[repeated]
+    digest = rows.digest[index]
+    source = names.take(pa.array(rows.source[index]))
+    identity = pc.binary_join_element_wise(source, pc.cast(pa.array(rows.row[index]), pa.string()), ":")
+    if len(repeated) > len(chosen):
+        conversation = conversation.take(pa.array(repeated))
+        suffixes = pa.array(["", *(f"#{n}" for n in range(2, int(copies.max()) + 1))])
+        identity = pc.binary_join_element_wise(identity, suffixes.take(pa.array(number)), "")
+        digest = np.where(number == 0, digest, split.scramble(digest ^ split.scramble(number.astype(np.uint64), 3), 4))
+    arrays = [identity, source, conversation.cast(pa.string()), pa.array(digest.view(np.int64))]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def _write_findings(out: Path, rows: Rows, findings: Findings) -> None:
+    """duplicates.jsonl, near_duplicates.jsonl, leaked.jsonl: one line a row, with the row that it matches."""
+
+    def lines(found: tuple[np.ndarray, ...]) -> Iterator[tuple[int, dict]]:
+        for index, match in zip(map(int, found[0]), map(int, found[1]), strict=True):
+            source = rows.sources[rows.source[index]]
+            yield index, {"source": source, "row": int(rows.row[index]), "matches": rows.id(match)}
+
+    write_jsonl(out / "duplicates.jsonl", (line for _, line in lines(findings.duplicates)))
+    near = zip(lines(findings.near), map(float, findings.near[2]), strict=True)
+    write_jsonl(
+        out / "near_duplicates.jsonl",
+        (
+            {**line, "similarity": round(similarity, 4), "dropped": bool(rows.split[index] == NEAR_DUPLICATE)}
+            for (index, line), similarity in near
+        ),
+    )
+    overlap = zip(lines(findings.overlap), map(float, findings.overlap[2]), strict=True)
+    same = ({**line, "how": SAME, "share": 1.0, "dropped": True} for _, line in lines(findings.leaks))
+    overlapping = (
+        {**line, "how": OVERLAP, "share": round(share, 4), "dropped": bool(rows.split[index] == LEAKED)}
+        for (index, line), share in overlap
+    )
+    write_jsonl(out / "leaked.jsonl", chain(same, overlapping))
+
+
+def _quality(rows: Rows, spool: Spool, findings: Findings, settings: dict) -> dict:
+    """What was looked for, how, what was found, and a few examples side by side."""
+
+    def shown(*indices: np.ndarray) -> list[list[dict]]:
+        """For each example the rows of it as {id, text}."""
+        flat = np.concatenate([found[: data_card.EXAMPLES] for found in indices]).astype(np.int64)
+        texts = data_card.example_texts(spool, flat)
+        each = [{"id": rows.id(index), "text": text} for index, text in zip(flat.tolist(), texts, strict=True)]
+        count = len(each) // len(indices)
+        return [each[place::count] for place in range(count)] if count else []
+
+    duplicates, near = findings.duplicates, findings.near
+    # Overlap first: that two prompts are the same needs no example to be believed.
+    leaks = [np.concatenate(pair) for pair in zip(findings.overlap[:2], findings.leaks, strict=True)]
+    shares = np.concatenate([findings.overlap[2], np.ones(len(findings.leaks[0]))]).tolist()
+    hows = [OVERLAP] * len(findings.overlap[0]) + [SAME] * len(findings.leaks[0])
+    similarity, share = settings["near_duplicate_similarity"], settings["overlap_share"]
+    return {
+        "duplicates": {
+            "examples": [{**a, "matches": b["id"]} for a, b in shown(*duplicates)],
+        },
+        "near_duplicates": {
+            "action": settings["near_duplicates"],
+            "method": quality.near_duplicate_method(similarity),
+            "similarity": similarity,
+            "found": len(near[0]),
+            "dropped": int((rows.split[near[0]] == NEAR_DUPLICATE).sum()),
+            "examples": [
+                {"a": a, "b": b, "similarity": round(alike, 4)}
+                for (a, b), alike in zip(shown(near[0], near[1]), near[2].tolist(), strict=False)
+            ],
+        },
+        "overlap": {
+            "action": settings["overlap"],
+            "method": quality.overlap_method(share),
+            "share": share,
+            "found": len(leaks[0]),
+            "dropped": int((rows.split[leaks[0]] == LEAKED).sum()),
+            "examples": [
+                {"train": a, "heldout": b, "share": round(value, 4), "how": how}
+                for (a, b), value, how in zip(shown(*leaks), shares, hows, strict=False)
+            ],
+        },
+    }

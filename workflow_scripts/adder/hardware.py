@@ -36,10 +36,15 @@ def use_threads(wanted: str | int | None = None) -> int:
     """
     import torch
 
+    count = threads(wanted)
+    torch.set_num_threads(count)
+    return count
+
+
+def threads(wanted: str | int | None = None) -> int:
+    """Cores to compute on: `wanted`, by default runtime.threads (in ADDER_THREADS); "auto" is all there are."""
     wanted = wanted or os.environ.get("ADDER_THREADS", "auto")
-    threads = available_cores() if wanted == "auto" else int(wanted)
-    torch.set_num_threads(threads)
-    return threads
+    return available_cores() if wanted == "auto" else int(wanted)
 
 
 def compute_dtype(device: str, wanted: str = "auto") -> Choice:

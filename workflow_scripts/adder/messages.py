@@ -1,0 +1,298 @@
+"""The messages of a conversation, out of the ways in which people write them: OpenAI's, ShareGPT's, axolotl's, TRL's.
+
+`conversations.py` says what they become. Whatever is ambiguous or would be lost is a `Rejected`, never a guess.
+"""
+
+import json
+from typing import Any
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the value is the call, as JSON
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TEXT_PARTS = ("text", "input_text", "output_text")
+UNREAD = ("tools", "functions", "images", "audio", "video")  # to ignore them would train on something else
+NOTHING = (None, "", [])
+
+
+class Rejected(Exception):
+    """A row that can't be used. `kind` is counted; `detail` says what was found in this row."""
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+
+
+def user(content: Any, where: str) -> dict:
+    """A user message; `where` names the content if it is no text."""
+    return {"role": "user", "content": text_of(content, where)}
+
+
+def assistant(content: Any, where: str) -> dict:
+    """A reply; `where` names the content if it is no text."""
+    return {"role": "assistant", "content": text_of(content, where)}
+
+
+def text_of(value: Any, where: str) -> str:
+    """The text itself, or that of its typed parts joined; it must not be blank."""
+    if not isinstance(value, str):
+        if isinstance(value, list):
+            return text_of("".join([_part(part, where) for part in value]), where)
+        raise Rejected("content is not text", f"{where} is {kind_of(value)}")
+    if not value or value.isspace():
+        raise Rejected("content is empty", where)
+    return value
+
+
+def read_messages(value: Any, column: str) -> list[dict]:
+    """Role/content or from/value objects as messages, in whatever order they stand.
+
+    An empty system message is left out: it says nothing.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as a table's cell holds it
+        value = parse_json(value, column)
+    if not isinstance(value, list):
+        raise Rejected(f"{column} is not a list", f"found {kind_of(value)}")
+    messages = [_message(message, number) for number, message in enumerate(value, 1)]
+    if messages and messages[0] is None:
+        messages = messages[1:]
+    if not messages:
+        raise Rejected(f"{column} is empty")
+    return messages
+
+
+def read_tools(value: Any) -> list[dict]:
+    """Tool definitions in OpenAI's form, from a list or its JSON; {"type": "function"} is put around bare ones."""
+    value = parse_json(value, "tools") if isinstance(value, str) else value
+    value = [value] if isinstance(value, dict) else value
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise Rejected("tools are not a list of definitions", f"found {kind_of(value)}")
+    tools = []
+    for number, tool in enumerate(value, 1):
+        tool = parse_json(tool, f"tool {number}") if isinstance(tool, str) else tool
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise Rejected("tools are not a list of definitions", f"tool {number} has no name")
+        tools.append(tool if function is not tool else {"type": "function", "function": tool})
+    return tools
+
+
+def check_order(messages: list[dict]) -> None:
+    """Refuse an order of roles that is wrong for every chat template, and replies none of which is to be trained on."""
+    roles = [message["role"] for message in messages]
+    if roles == ["user", "assistant"] and "train" not in messages[1]:  # nearly all there are
+        return
+    if "assistant" not in roles:
+        raise Rejected("no assistant turn", f"roles: {_joined(roles)}")
+    if "system" in roles[1:]:
+        raise Rejected("a system message that is not the first", f"roles: {_joined(roles)}")
+    if roles[-1] != "assistant":
+        raise Rejected("the last message is not the assistant's", f"roles: {_joined(roles)}")
+    if "tool" in roles:
+        _check_results(messages)
+    if all("train" in message for message in messages if message["role"] == "assistant"):
+        raise Rejected("no reply to train on", "every assistant message has weight 0 or train: false")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text within a row; NaN and infinities are no JSON."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant) if text.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise Rejected("broken JSON within the row", f"{where}: {error or 'nested too deep'}") from None
+
+
+def why_not_json(conversation: dict, error: Exception) -> Rejected:
+    """The reason why a conversation can't be encoded as JSON in UTF-8."""
+    for number, message in enumerate(conversation.get("messages", [conversation]), 1):
+        where = f"{message['role']} message {number}" if "role" in message else "text"
+        if _has_lone_surrogate(message):
+            return Rejected("invalid unicode", f"{where} has half a surrogate pair")
+    if _has_lone_surrogate(conversation.get("tools")):
+        return Rejected("invalid unicode", "tools have half a surrogate pair")
+    return Rejected("tools or tool calls that JSON can't hold", str(error))
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _message(message: Any, number: int) -> dict | None:
+    """One message; None for an empty system message at the start."""
+    if not isinstance(message, dict):
+        raise Rejected("a message is not an object", f"message {number} is {kind_of(message)}")
+    role_key = "role" if "role" in message else "from"
+    name = message.get(role_key)
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        name, role = _unusual_role(name, number, role_key)
+    content = message.get("content")
+    if content is None:
+        content = message.get("value")
+    where = f"{role} message {number}"
+    if len(message) == 2 and isinstance(content, str) and content and name not in CALL_ROLES:  # nearly all there are
+        return {"role": role, "content": text_of(content, where)}
+    if name in CALL_ROLES:
+        calls = _tool_calls(parse_json(content, where) if isinstance(content, str) else content, where)
+        read = {"role": role, "content": "", "tool_calls": calls}
+    elif role == "system" and number == 1 and content in NOTHING:
+        return None
+    elif role == "assistant" and (message.get("tool_calls") or message.get("function_call")):
+        content = "" if content in NOTHING else content
+        text = "" if isinstance(content, str) and not content.strip() else text_of(content, where)
+        read = {"role": role, "content": text}
+    else:
+        read = {"role": role, "content": text_of(content, where)}
+    _read_extras(message, read, where)
+    return read
+
+
+def _unusual_role(name: Any, number: int, key: str) -> tuple[str, str]:
+    """A role in other case or with spaces around it."""
+    plain = name.strip().lower() if isinstance(name, str) else ""
+    if plain not in ROLES:
+        found = f"'{name[:40]}'" if isinstance(name, str) else kind_of(name)
+        raise Rejected("unknown role", f"message {number} has {key} {found}; known are {', '.join(ROLES)}")
+    return plain, ROLES[plain]
+
+
+def _read_extras(message: dict, read: dict, where: str) -> None:
+    """What a message has beside role and content: reasoning, tool calls and results, a name, a weight."""
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) not in NOTHING), None)
+    calls = message.get("tool_calls") or message.get("function_call")
+    if read["role"] == "assistant":
+        if reasoning is not None:
+            read["reasoning_content"] = text_of(reasoning, f"{where}, its reasoning")
+        if calls and "tool_calls" not in read:
+            read["tool_calls"] = _tool_calls(parse_json(calls, where) if isinstance(calls, str) else calls, where)
+        if not _trained(message, where):
+            read["train"] = False
+    elif reasoning is not None or calls:
+        found = "reasoning" if reasoning is not None else "a tool call"
+        raise Rejected("only an assistant message can have reasoning or tool calls", f"{where} has {found}")
+    unread = next((key for key in UNREAD if message.get(key)), None)
+    if unread:
+        raise Rejected(f"'{unread}' within a message is not read", f"{where}; tools belong into the column `tools`")
+    for key in ("tool_call_id", "name"):
+        value = message.get(key)
+        if value not in (None, "") and (key == "name" or read["role"] == "tool"):
+            if not isinstance(value, str):
+                raise Rejected(f"{key} is not text", f"{where}: {kind_of(value)}")
+            read[key] = value
+
+
+def _trained(message: dict, where: str) -> bool:
+    """Whether a reply is to be trained on: OpenAI's `weight`, axolotl's `train` and `training`, and `masked`."""
+    trained = True
+    for key in ("weight", "train", "training", "masked"):
+        mark = message.get(key)
+        if mark is None:
+            continue
+        if not isinstance(mark, bool | int | float) or mark not in (0, 1):
+            found = repr(mark)[:40] if isinstance(mark, str | int | float) else kind_of(mark)
+            raise Rejected("a weight or train mark other than 0 and 1", f"{where} has {key}: {found}")
+        trained = trained and bool(mark) != (key == "masked")
+    return trained
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict]:
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not calls:
+        raise Rejected("broken tool call", f"{where}: expected a list of calls, found {kind_of(calls)}")
+    return [_tool_call(call, where) for call in calls]
+
+
+def _tool_call(call: Any, where: str) -> dict:
+    """One call in OpenAI's form, from that or from a bare {"name", "arguments"}; arguments become an object."""
+    call = parse_json(call, where) if isinstance(call, str) else call
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+        raise Rejected("broken tool call", f"{where}: a call has no name")
+    if call.get("type") not in (None, "", "function"):
+        raise Rejected("broken tool call", f"{where}: a call of the type {str(call['type'])[:40]!r}, not function")
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, f"{where}, the arguments of {function['name'][:40]}")
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        found = kind_of(arguments)
+        raise Rejected(
+            "broken tool call", f"{where}: the arguments of {function['name'][:40]} are {found}, not an object"
+        )
+    identity = call.get("id")
+    read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"type": "function", "id": identity, **read} if isinstance(identity, str) and identity else read
+
+
+def _check_results(messages: list[dict]) -> None:
+    """Each tool result follows a reply with tool calls, or another result of it, and answers a call that was made."""
+    calls: list[dict] = []
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "tool":
+            calls = message.get("tool_calls", [])
+            continue
+        if not calls:
+            raise Rejected("a tool result without a tool call before it", f"message {number}")
+        identities = {call["id"] for call in calls if "id" in call}
+        identity = message.get("tool_call_id")
+        if identity is not None and identities and identity not in identities:
+            raise Rejected("a tool result without a tool call before it", f"message {number} answers '{identity[:40]}'")
+
+
+def _part(part: Any, where: str) -> str:
+    """The text of one typed part of a content."""
+    if not isinstance(part, dict):
+        raise Rejected("content is not text", f"{where} is a list that holds {kind_of(part)}")
+    kind = part.get("type", "text")
+    if isinstance(kind, str) and kind in TEXT_PARTS:
+        text = part.get("text")
+        if isinstance(text, str):
+            return text
+        raise Rejected("content is not text", f"{where}: a text part holds {kind_of(text)}")
+    found = kind[:40] if isinstance(kind, str) else kind_of(kind)
+    raise Rejected("content has a part that is not text", f"{where} has a part of the type '{found}'")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _has_lone_surrogate(value: Any) -> bool:
+    waiting = [value]  # not recursive: the nesting is the row's
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                return True
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+    return False
+
+
+def _joined(roles: list[str]) -> str:
+    return ", ".join(roles[:8]) + (", …" if len(roles) > 8 else "")
