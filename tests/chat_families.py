@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adder.template import DATE
+from adder.template import DATE, NAMED, ChatTemplate, UnusableRow
 from tiny import tiny_tokenizer
 
 CHATML_DEFAULT_SYSTEM = """\
@@ -128,6 +128,92 @@ VICUNA = """\
 {{ ' ASSISTANT: ' + message.content + eos_token }}{% else %}{{ message.role | upper + ': ' + message.content }}\
 {% endif %}{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT: ' }}{% endif %}"""
 
+# Roles named in ordinary text; only the end of a turn is a control token (Zephyr).
+ZEPHYR = """\
+{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+
+# A role between two control tokens, a reply right behind (Granite).
+GRANITE = """\
+{%- for message in messages %}
+    {{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"""
+
+# System prompts before all turns, wherever they stand; nothing after a user's turn (DeepSeek V3).
+DEEPSEEK = """\
+{{- bos_token }}
+{%- for message in messages if message['role'] == 'system' %}{{- message['content'] }}{% endfor %}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}{{- '<｜User｜>' + message['content'] }}{% endif %}
+    {%- if message['role'] == 'assistant' %}{{- '<｜Assistant｜>' + message['content'] + eos_token }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<｜Assistant｜>' }}{% endif %}"""
+
+# The next turn's role ends a reply (ChatGLM): nothing that the template writes does.
+CHATGLM = """\
+[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+
+# An end-of-text token after the last turn only.
+EOS_LAST = """\
+{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] + '\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ 'Assistant: ' }}{% else %}{{ eos_token }}{% endif %}"""
+
+# Tools before the last user turn, calls as JSON, and ids of nine letters or digits (Mistral 7B v0.3).
+MISTRAL_TOOLS = """\
+{{- bos_token }}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {%- if tools and message == users[-1] %}
+            {{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {{- '[INST] ' + message['content'] + '[/INST]' }}
+    {%- elif message.tool_calls %}
+        {{- '[TOOL_CALLS] [' }}
+        {%- for call in message.tool_calls %}
+            {%- if call.id is not defined or call.id | length != 9 %}
+                {{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}
+            {%- endif %}
+            {{- '{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson }}
+            {{- ', "id": "' + call.id + '"}' + (']' if loop.last else ', ') }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif message['role'] == 'tool' %}
+        {{- '[TOOL_RESULTS] {"content": ' + message['content'] | tojson + '}[/TOOL_RESULTS]' }}
+    {%- else %}{{- ' ' + message['content'] + eos_token }}{% endif %}
+{%- endfor %}"""
+
+# A space before each content, which the tokenizer joins to its first word.
+SPACED = """\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + ': ' + message['content'] + '<|im_end|>' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}"""
+
+# Contents as lists of parts, as vision models' templates have them (SmolVLM).
+PARTS = """\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for part in message['content'] %}\
+{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ '<image>' }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather of a city",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "description": "Its name"},
+                    "days": {"type": "integer", "description": "How many"},
+                },
+                "required": ["city"],
+            },
+        },
+    }
+]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -173,6 +259,17 @@ FAMILIES = {
     ),
     "phi": Family(PHI, ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>"), eos="<|endoftext|>", end="<|end|>"),
     "vicuna": Family(VICUNA, ("</s>",), eos="</s>", end="</s>"),
+    "zephyr": Family(ZEPHYR, ("</s>",), eos="</s>", end="</s>"),
+    "granite": Family(
+        GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+        eos="<|end_of_text|>", end="<|end_of_text|>",
+    ),
+    "deepseek": Family(
+        DEEPSEEK, ("<｜begin｜>", "<｜end｜>", "<｜User｜>", "<｜Assistant｜>"),
+        bos="<｜begin｜>", eos="<｜end｜>", end="<｜end｜>",
+    ),
+    "parts": Family(PARTS),
+    "plain": Family(NAMED["plain"], eos="<|endoftext|>", end="<|endoftext|>"),
 }  # fmt: skip
 
 
@@ -203,6 +300,26 @@ def sentencepiece_like_tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
     return fast
 
 
+def lacking_bytes(chat_template: str) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer without the byte that é begins with, which it therefore drops without a word."""
+    tokenizer = tiny_tokenizer(chat_template)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    del state["model"]["vocab"]["Ã"]
+    tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    lacking = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **tokens)
+    lacking.chat_template = chat_template
+    return lacking
+
+
+def bos_adding(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with its BOS before every text, as Llama's puts it."""
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
 def rstrip_tokenizer(chat_template: str, token: str) -> PreTrainedTokenizerFast:
     """The tiny tokenizer with one control token that swallows the white space behind it, as Phi 3's do."""
     tokenizer = tiny_tokenizer(chat_template)
@@ -217,12 +334,32 @@ def conversation(*contents, system=None):
     return ([{"role": "system", "content": system}] if system else []) + turns
 
 
+def call(city, name="get_weather", number=1):
+    """A tool call."""
+    function = {"name": name, "arguments": {"city": city, "days": 2}}
+    return {"type": "function", "id": f"call{number:05}", "function": function}
+
+
+def result(content, name="get_weather", number=1):
+    """What a tool call came to."""
+    return {"role": "tool", "content": content, "tool_call_id": f"call{number:05}", "name": name}
+
+
+def label(labeller, messages, tools=None):
+    """Ids, labels and reply lengths of one conversation, or the reason why it can't be used."""
+    conversation = {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    found = labeller.label([conversation])[0]
+    return str(found) if isinstance(found, UnusableRow) else (found.ids, found.labels, found.replies)
+
+
 def labelled_text(tokenizer, labels):
     return tokenizer.decode(labels[labels != -100], clean_up_tokenization_spaces=False)
 
 
-def prompt_ids(tokenizer, messages):
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+def prompt_ids(tokenizer, messages, tools=None):
+    """What apply_chat_template gives a model to go on from; messages in the form that the template takes."""
+    taken = [ChatTemplate(tokenizer).taken(message) for message in messages]
+    return tokenizer.apply_chat_template(taken, tools=tools, add_generation_prompt=True, return_dict=False)
 
 
 @pytest.fixture(scope="module", autouse=True)

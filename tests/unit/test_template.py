@@ -1,17 +1,15 @@
-import importlib.util
-import re
-from pathlib import Path
-
 import pytest
 
 from adder.errors import UserError
-from adder.template import ChatTemplate, choose_template
-from adder.tokenize import Labeller
+from adder.labelling import Labeller
+from adder.settings import NAMED_TEMPLATES
+from adder.template import NAMED, ChatTemplate, choose_template
 from chat_families import (
     FAMILIES,
+    bos_adding,
     conversation,
+    label,
     labelled_text,
-    prompt_ids,
     sentencepiece_like_tokenizer,
     stopped_clock,  # noqa: F401
 )  # fmt: skip
@@ -24,7 +22,7 @@ def labellers():
 
 
 def test_the_date_does_not_change_what_is_written(labellers):
-    text = labellers["llama3"].template.render(conversation("a?", "A."))
+    text = labellers["llama3"].finder.template.render(conversation("a?", "A."))
     assert "Today: 26 Jul 2024" in text
 
 
@@ -33,52 +31,10 @@ def test_the_date_does_not_change_what_is_written(labellers):
 def test_rendering_is_that_of_apply_chat_template(labellers, name, extra):
     messages = conversation("Where?", "Here.", "Sure?", system="Be brief.")
     tokenizer = labellers[name].tokenizer
-    expected = tokenizer.apply_chat_template(messages, tokenize=False, **extra)
-    assert ChatTemplate(tokenizer).render(messages, prompt=bool(extra)) == expected
-
-
-def trl_templates() -> list[Path]:
-    return sorted((Path(importlib.util.find_spec("trl").origin).parent / "chat_templates").glob("*.jinja"))
-
-
-# Templates that TRL ships and that can't be used for text conversations, each with the reason that a user must see.
-REFUSED = {
-    "finished reply lacks": ("deepseek_r1", "deepseekv3", "nemotron_3_"),  # their prompts open a reasoning block
-    "no end-of-turn token": ("glm4moe.",),
-    "refuses this conversation": ("llava_next",),  # contents must be lists of parts
-    "0 times": ("idefics3.", "smolvlm."),
-    "leave out a reply": ("idefics3_training", "smolvlm_training"),
-}
-
-
-@pytest.mark.parametrize("path", trl_templates(), ids=lambda path: path.stem)
-def test_the_real_templates_that_trl_ships(path):
-    source = path.read_text()
-    tokenizer = tiny_tokenizer(source)
-    names = re.findall(r"<\|[^'\"{}\s]*?\|>|<｜[^｜]*｜>|<[a-z_]*_turn>|<\|turn>|<turn\|>|<end_of_utterance>", source)
-    tokenizer.add_special_tokens({"extra_special_tokens": sorted(set(names) - {"<|im_end|>", "<|im_start|>"})})
-    tokenizer.bos_token = "<|endoftext|>"
-    if "eos_token" in source:
-        tokenizer.eos_token = "<|endoftext|>"
-    messages = conversation("Where is it?", "Here, I think.", "Sure?", "Yes é🎉")
-    result = Labeller(tokenizer).label([messages])[0]
-    refusal = next((reason for reason, starts in REFUSED.items() if path.name.startswith(starts)), None)
-    if refusal:
-        assert isinstance(result, str) and refusal in result
-        return
-    assert not isinstance(result, str), result
-    ids, labels, _ = result
-    text = labelled_text(tokenizer, labels)
-    first, second = text.split("Here, I think.")
-    middle, last = second.split("Yes é🎉")
-    assert "Where" not in text and "Sure" not in text
-    assert "Here" not in first and not text.endswith("\n")
-    for end in (middle, last):
-        assert tokenizer(end, add_special_tokens=False).input_ids[0] in tokenizer.all_special_ids
-    prompt = prompt_ids(tokenizer, messages[:3])
-    assert ids[: len(prompt)].tolist() == prompt and (labels[len(prompt) - 1], labels[len(prompt)]) == (
-        -100,
-        ids[len(prompt)],
+    template = ChatTemplate(tokenizer)
+    taken = [template.taken(message) for message in messages]
+    assert template.render(messages, prompt=bool(extra)) == tokenizer.apply_chat_template(
+        taken, tokenize=False, **extra
     )
 
 
@@ -87,9 +43,35 @@ def test_models_without_a_template_get_chatml_where_they_can_express_it():
     assert choose_template(tokenizer, None) == "chatml"
     text = tokenizer.apply_chat_template(conversation("a?", "A."), tokenize=False)
     assert text == "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nA.<|im_end|>\n"
-    other = sentencepiece_like_tokenizer(None)
-    with pytest.raises(UserError, match=r"<\|im_end\|>, <\|im_start\|>.*tokenize\.chat_template"):
-        choose_template(other, None)
+
+
+def test_other_models_without_a_template_get_the_plain_one_and_no_new_tokens():
+    tokenizer = sentencepiece_like_tokenizer(None)
+    size = len(tokenizer)
+    assert choose_template(tokenizer, None) == "plain" and len(tokenizer) == size
+    messages = conversation("a?", "A.", "b?", "B.")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "### User:\na?\n\n### Assistant:\nA.</s>\n\n### User:\nb?\n\n### Assistant:\nB.</s>"
+    assert text.startswith(tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True))
+    assert labelled_text(tokenizer, label(Labeller(tokenizer), messages)[1]) == "A.</s>B.</s>"
+    tokenizer.chat_template = tokenizer.eos_token = None
+    with pytest.raises(UserError, match="tokenize.chat_template"):
+        choose_template(tokenizer, None)
+
+
+def test_bos_stands_in_a_named_template_where_the_tokenizer_adds_it():
+    tokenizer = bos_adding(sentencepiece_like_tokenizer(None))
+    choose_template(tokenizer, "plain")
+    ids = label(Labeller(tokenizer), conversation("a?", "A."))[0]
+    assert ids[0] == tokenizer.bos_token_id and (ids == ids[0]).sum() == 1
+
+
+def test_a_named_template_can_be_asked_for():
+    tokenizer = tiny_tokenizer()
+    assert choose_template(tokenizer, "plain") == "plain" and "### Assistant" in tokenizer.chat_template
+    assert set(NAMED) == set(NAMED_TEMPLATES)
+    with pytest.raises(UserError, match=r"chatml needs the tokens <\|im_end\|>, <\|im_start\|>"):
+        choose_template(sentencepiece_like_tokenizer(None), "chatml")
 
 
 def test_a_template_from_a_file_is_used_or_refused_with_its_name(tmp_path):
@@ -97,7 +79,7 @@ def test_a_template_from_a_file_is_used_or_refused_with_its_name(tmp_path):
     path.write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     tokenizer = tiny_tokenizer()
     assert choose_template(tokenizer, str(path)) == "file"
-    assert labelled_text(tokenizer, Labeller(tokenizer).label([conversation("a?", "A.")])[0][1]) == "A.<|im_end|>"
+    assert labelled_text(tokenizer, label(Labeller(tokenizer), conversation("a?", "A."))[1]) == "A.<|im_end|>"
     with pytest.raises(UserError, match="missing.jinja"):
         choose_template(tokenizer, str(tmp_path / "missing.jinja"))
     path.write_text("{% for m in messages %}\n{{ m.content }")
