@@ -34,7 +34,7 @@ def runs_of_configuration():
 
 RESULTS, RUNS = runs_of_configuration()
 STAGES = {folder: stage for stages in RUNS.values() for folder, stage in stages["report"].family().items()}
-PAGES = ["report.html", "metrics.json", "run.yaml"]
+PAGES = ["report.html", "card.md", "metrics.json", "run.yaml"]
 # Stages that compute take all cores that they are given, so that two of them never share a GPU or the cores.
 ALL_CORES = 1024
 

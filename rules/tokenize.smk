@@ -10,7 +10,7 @@ rule tokenize_data:
         benchmark_of("tokenize")
     conda:
         "../envs/adder.yaml"
-    threads: 1
+    threads: ALL_CORES
     resources:
         runtime=60,
         mem_mb=4000,

@@ -97,8 +97,51 @@ def write_training_inputs(folder: Path, model_dir: Path, packs: int = 12) -> dic
     shutil.copytree(model_dir, inputs["model"] / "model")
     write_json(inputs["model"] / "source.json", {"source": "tiny", "revision": None})
     tiny_tokenizer().save_pretrained(inputs["tokenize"] / "tokenizer")
-    rows = [[token_row(100 + 3 * i + j, 10 + (7 * i + j) % 17) for j in range(3)] for i in range(packs)]
-    write_table(inputs["lengths"] / "packs.parquet", pa.Table.from_pylist(pack_rows(rows)))
-    heldout = [token_row(10_000 + i, 12 + i) for i in range(8)]
-    write_table(inputs["tokenize"] / "heldout.parquet", pa.Table.from_pylist(heldout))
+    rows = [token_row(100 + i, 10 + (7 * (i // 3) + i % 3) % 17) for i in range(3 * packs)]
+    write_tokens(inputs["tokenize"] / "train.arrow", rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    table = {
+        "rows": [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(packs)],
+        "starts": [[0, 0, 0]] * packs,
+        "seq_lengths": [lengths[3 * i : 3 * i + 3] for i in range(packs)],
+    }
+    schema = pa.schema([(name, pa.list_(pa.int32())) for name in table])
+    write_table(inputs["lengths"] / "packs.parquet", pa.table(table, schema=schema))
+    write_tokens(inputs["tokenize"] / "heldout.arrow", [token_row(10_000 + i, 12 + i) for i in range(8)])
     return inputs
+
+
+def write_tokens(path: Path, rows: list[dict]) -> None:
+    """Write a token table from {id, input_ids, labels[, digest]} rows; the counts are made here."""
+    import pyarrow as pa
+
+    from adder.tokens import SCHEMA
+
+    full = [
+        {
+            "digest": number,
+            **row,
+            "tokens": len(row["input_ids"]),
+            "labelled": sum(label != -100 for label in row["labels"][1:]),
+        }
+        for number, row in enumerate(rows)
+    ]
+    with pa.ipc.new_file(str(path), SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(full, schema=SCHEMA), max_chunksize=5)
+
+
+def write_conversations(path: Path, rows: list[dict]) -> None:
+    """Write conversations as the format stage does, from {id, messages[, tools]} or {id, text} rows."""
+    import json
+
+    import pyarrow as pa
+
+    from adder.files import write_table
+
+    table = {
+        "id": [row["id"] for row in rows],
+        "source": [row["id"].partition(":")[0] for row in rows],
+        "conversation": [json.dumps({name: value for name, value in row.items() if name != "id"}) for row in rows],
+        "digest": list(range(len(rows))),
+    }
+    write_table(path, pa.table(table))

@@ -2,7 +2,6 @@
 
 import json
 
-import pyarrow as pa
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -10,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adder import evaluate, replies
 from adder.errors import UserError
-from adder.files import read_json, read_jsonl, write_json, write_table
+from adder.files import read_json, read_jsonl, write_json
 from adder.progress import Progress
 from adder.tokenize import run as tokenize
-from tiny import save_tiny_model
+from tiny import save_tiny_model, write_conversations
 
 SYSTEM = {"role": "system", "content": "Turn the message into JSON."}
 ORDERS = ["48213", "19", "7781", "3"]
@@ -37,13 +36,14 @@ def make_inputs(folder, base, rows=None):
     for path in inputs.values():
         path.mkdir(parents=True)
     (inputs["model"] / "model").symlink_to(base)
-    schema = pa.schema(
-        {"id": pa.string(), "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))}
-    )
     for split, own in (("train", conversations()), ("heldout", rows)):
-        write_table(inputs["format"] / f"{split}.parquet", pa.Table.from_pylist(own, schema=schema))
-    tokenize({"chat_template": None, "train_on": "assistant"}, inputs, inputs["tokenize"], Progress.silent())
+        write_conversations(inputs["format"] / f"{split}.parquet", own)
+    tokenize({"chat_template": None, "loss_on": "assistant"}, inputs, inputs["tokenize"], Progress.silent())
     return inputs
+
+
+def tokenizer_of(inputs):
+    return AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
 
 
 def run(inputs, out, **settings):
@@ -86,7 +86,7 @@ def test_loss_equals_that_of_plain_transformers(tmp_path, tiny_model_dir, monkey
     monkeypatch.setattr(evaluate, "LOSS_TOKENS", 150)  # several batches, with padding in them
     scores, samples = run(inputs, tmp_path / "out", max_new_tokens=2)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    rows = evaluate.load_rows(inputs, None)
+    rows = evaluate.load_rows(inputs, None, tokenizer_of(inputs))
     total = tokens = 0.0
     for row, sample in zip(rows, samples, strict=True):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
@@ -161,12 +161,13 @@ def test_the_model_sees_the_prompts_that_training_used(tmp_path, monkeypatch, bo
     monkeypatch.setattr(replies.HFLM, "_model_generate", spy)
     scores, _ = run(inputs, tmp_path / "out", max_new_tokens=2, batch_size=3)
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
-    rows = evaluate.load_rows(inputs, None)
+    rows = evaluate.load_rows(inputs, None, tokenizer_of(inputs))
     assert len(rows[-1]["prompt"]) == 4  # system, user, assistant, user
     for row in rows:
         by_template = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-        trained = evaluate.trained_prompt(row)
-        assert trained == by_template and trained in seen
+        assert row["prompt_ids"] == by_template and by_template in seen
+        start = next(index for index in range(len(by_template), 0, -1) if row["labels"][index - 1] == -100)
+        assert row["input_ids"][:start] == by_template  # what training saw before the last reply
     assert len(seen) == 4 and scores["generation"]["prompts_unlike_training"] == 0
 
 
@@ -239,10 +240,10 @@ def test_a_bases_repetition_penalty_plays_no_part(tmp_path):
 
 def test_max_samples_takes_the_same_rows_whatever_else_there_is(tmp_path, tiny_model_dir):
     inputs = make_inputs(tmp_path / "in", tiny_model_dir)
-    two = {row["id"] for row in evaluate.load_rows(inputs, 2)}
+    two = {row["id"] for row in evaluate.load_rows(inputs, 2, tokenizer_of(inputs))}
     more = conversations() + [{**row, "id": f"y{row['id']}"} for row in conversations()]
     grown = make_inputs(tmp_path / "grown", tiny_model_dir, more)
-    chosen = [row["id"] for row in evaluate.load_rows(grown, 6)]
+    chosen = [row["id"] for row in evaluate.load_rows(grown, 6, tokenizer_of(grown))]
     assert len(two) == 2 and len(chosen) == 6 and two <= set(chosen)
     assert chosen == sorted(chosen, key=[row["id"] for row in more].index)
 

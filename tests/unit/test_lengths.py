@@ -1,23 +1,23 @@
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adder.context import context_length
+from adder.context import attention_share, context_length
 from adder.errors import UserError
-from adder.files import read_json, read_table, write_table
+from adder.files import read_json
 from adder.lengths import (
     choose_max_seq_length,
     choose_packing,
     ladder,
-    measure,
     run,
 )
 from adder.progress import Progress
 from adder.reply_length import choose_max_new_tokens
+from adder.training_data import PackedExamples
+from tiny import write_tokens
 
 ARTICLE = np.array([180, 95, 310, 150, 220, 60, 400, 130, 275, 200])
 
@@ -149,42 +149,49 @@ def stage(tmp_path):
         generator = np.random.default_rng(0)
         ids = [[1000 * number + position for position in range(length)] for number, length in enumerate(lengths)]
         labels = [[token if generator.random() < 0.5 else -100 for token in example] for example in ids]
-        table = pa.table(
-            {
-                "id": [f"rows:{number + 1}" for number in range(len(ids))],
-                "input_ids": pa.array(ids, pa.list_(pa.int32())),
-                "labels": pa.array(labels, pa.list_(pa.int32())),
-            }
-        )
+        rows = [
+            # A digest that is the row's own, in no order.
+            {"id": f"rows:{n + 1}", "input_ids": ids[n], "labels": labels[n], "digest": (n * 2654435761) % 2**32}
+            for n in range(len(ids))
+        ]
         (tmp_path / "tokenize").mkdir(exist_ok=True)
         (tmp_path / "model" / "model").mkdir(parents=True, exist_ok=True)
-        write_table(tmp_path / "tokenize" / "train.parquet", table)
+        tokens = tmp_path / "tokenize" / "train.arrow"
+        write_tokens(tokens, rows)
         (tmp_path / "model" / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
         out = tmp_path / name
         out.mkdir()
         defaults = {"max_seq_length": "auto", "packing": "auto", "keep_whole": 0.99, "effective_batch": 16}
-        defaults["max_examples"] = None
+        defaults |= {"max_examples": None, "truncate": "drop"}
         inputs = {"tokenize": tmp_path / "tokenize", "model": tmp_path / "model"}
         run({**defaults, **settings}, inputs, out, Progress.silent())
-        return table, read_table(out / "packs.parquet"), read_json(out / "lengths.json")
+        packs = PackedExamples(tokens, out / "packs.parquet", seed=0, reshuffle=False)
+        return rows, [packs.pack(number) for number in range(len(packs.seq_lengths))], read_json(out / "lengths.json")
 
     return run_stage
 
 
-def check_packs(table, packs):
-    """Every pack is its examples joined, first labels masked; return the numbers of the examples in order."""
-    ids, labels = table.column("input_ids").to_pylist(), table.column("labels").to_pylist()
+def pieces_of(rows, packs):
+    """(example, first token, last token) of every piece in order; ids and labels must be the example's own there."""
     seen = []
-    for pack in packs.to_pylist():
+    for pack in packs:
         position = 0
-        assert len(pack["input_ids"]) == len(pack["labels"]) == sum(pack["seq_lengths"])
+        assert len(pack["input_ids"]) == len(pack["labels"]) == pack["seq_lengths"].sum()
         for length in pack["seq_lengths"]:
-            number = pack["input_ids"][position] // 1000
-            assert pack["input_ids"][position : position + length] == ids[number]
-            assert pack["labels"][position : position + length] == [-100, *labels[number][1:]]
-            seen.append(number)
+            number, start = divmod(int(pack["input_ids"][position]), 1000)
+            here, there = slice(position, position + length), slice(start, start + length)
+            assert pack["input_ids"][here].tolist() == rows[number]["input_ids"][there]
+            assert pack["labels"][here].tolist() == [-100, *rows[number]["labels"][there][1:]]
+            seen.append((number, start, start + int(length)))
             position += length
     return seen
+
+
+def check_packs(rows, packs):
+    """Every pack is whole examples, joined; return their numbers in order."""
+    found = pieces_of(rows, packs)
+    assert all((start, end) == (0, len(rows[number]["input_ids"])) for number, start, end in found)
+    return [number for number, _, _ in found]
 
 
 def test_packs_hold_every_example_with_its_first_label_masked(stage):
@@ -192,29 +199,29 @@ def test_packs_hold_every_example_with_its_first_label_masked(stage):
     table, packs, details = stage(lengths)
     assert sorted(check_packs(table, packs)) == list(range(300))
     assert details["packing"]["value"] is True
-    assert details["packs"] == packs.num_rows < 300 and details["examples"] == 300 and details["dropped"] == []
-    assert details["fill"] == pytest.approx(
-        lengths.sum() / packs.num_rows / details["max_seq_length"]["value"], abs=1e-4
-    )
-    assert max(sum(row) for row in packs.column("seq_lengths").to_pylist()) <= details["max_seq_length"]["value"]
+    assert details["packs"] == len(packs) < 300 and details["examples"] == 300 and details["dropped"] == 0
+    assert details["fill"] == pytest.approx(lengths.sum() / len(packs) / details["max_seq_length"]["value"], abs=1e-4)
+    assert max(pack["seq_lengths"].sum() for pack in packs) <= details["max_seq_length"]["value"]
     assert sum(details["histogram"]["counts"]) == 300
-    assert details["labelled_tokens"] == sum(
-        label != -100 for row in packs.column("labels").to_pylist() for label in row
-    )
-    firsts = [row[0] for row in packs.column("seq_lengths").to_pylist()]
+    assert details["labelled_tokens"] == sum((pack["labels"] != -100).sum() for pack in packs)
+    firsts = [pack["seq_lengths"][0] for pack in packs]
     assert firsts != sorted(firsts, reverse=True)  # not sorted by length, as they were packed
 
 
 def test_without_packing_a_row_is_an_example_in_the_order_of_the_data(stage):
     table, packs, details = stage([30, 10, 20], packing=False)
     assert check_packs(table, packs) == [0, 1, 2]
-    assert packs.column("seq_lengths").to_pylist() == [[30], [10], [20]]
+    assert [pack["seq_lengths"].tolist() for pack in packs] == [[30], [10], [20]]
     assert details["packing"]["value"] is False and details["examples_per_pack"] == 1
 
 
 def test_examples_that_are_too_long_are_dropped_whole_and_listed(stage):
     table, packs, details = stage([30, 100, 20, 90], max_seq_length=64)
-    assert details["dropped"] == ["rows:2", "rows:4"]
+    assert details["dropped"] == 2 and details["dropped_ids"] == ["rows:2", "rows:4"]
+    truncation = details["truncation"]
+    lost = sum(label != -100 for number in (1, 3) for label in table[number]["labels"][1:])
+    assert (truncation["examples"], truncation["tokens_lost"], truncation["labelled_lost"]) == (2, 190, lost)
+    assert "2 examples of 4 are longer and dropped" in truncation["sentence"]
     assert sorted(check_packs(table, packs)) == [0, 2]
     with pytest.raises(UserError, match="drops every example, the shortest has 90"):
         stage([100, 90], max_seq_length=64, name="none")
@@ -228,17 +235,6 @@ def test_the_same_input_gives_the_same_bytes(stage, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_measure_counts_no_loss_on_a_first_token():
-    table = pa.table(
-        {
-            "input_ids": pa.array([[1, 2, 3], [4], [5, 6]], pa.list_(pa.int32())),
-            "labels": pa.array([[1, 2, -100], [4], [-100, 6]], pa.list_(pa.int32())),
-        }
-    )
-    lengths, labelled = measure(table)
-    assert lengths.tolist() == [3, 1, 2] and labelled.tolist() == [1, 0, 1]
-
-
 def test_a_sample_of_the_examples_is_the_same_every_time_and_moves_little(stage):
     lengths = [20 + number % 7 for number in range(50)]
     table, packs, found = stage(lengths, name="a", max_examples=20)
@@ -248,3 +244,63 @@ def test_a_sample_of_the_examples_is_the_same_every_time_and_moves_little(stage)
     more, packs, _ = stage([*lengths, 23], name="b", max_examples=20)
     second = set(check_packs(more, packs))
     assert len(first) == len(second) == 20 and len(first & second) >= 19
+
+
+@pytest.mark.parametrize(
+    ("truncate", "expected"),
+    [
+        ("right", [(0, 0, 30), (1, 0, 64), (2, 0, 20)]),
+        ("left", [(0, 0, 30), (1, 86, 150), (2, 0, 20)]),
+        ("split", [(0, 0, 30), (1, 0, 64), (1, 64, 128), (1, 128, 150), (2, 0, 20)]),
+    ],
+)
+def test_long_examples_are_cut_as_asked_and_the_cost_is_counted(stage, truncate, expected):
+    rows, packs, details = stage([30, 150, 20], max_seq_length=64, truncate=truncate)
+    assert sorted(pieces_of(rows, packs)) == expected
+    trained = sum((pack["labels"] != -100).sum() for pack in packs)
+    every = sum(label != -100 for row in rows for label in row["labels"][1:])
+    truncation = details["truncation"]
+    assert truncation["mode"] == truncate and truncation["examples"] == 1 and details["dropped"] == 0
+    assert truncation["tokens_lost"] == 200 - sum(end - start for _, start, end in expected)
+    assert truncation["labelled_lost"] == every - trained == every - details["labelled_tokens"]
+    assert truncation["share"] == pytest.approx(truncation["labelled_lost"] / every)
+    # What the choice was weighed by is an estimate, of the same size.
+    weighed = details["max_seq_length"]["alternatives"][0]["labelled_tokens_lost"]
+    assert abs(weighed - truncation["labelled_lost"]) <= 15
+
+
+def test_a_piece_that_carries_no_loss_is_left_out(tmp_path):
+    from adder.lengths import cut
+    from adder.tokens import TokenTable
+
+    write_tokens(tmp_path / "t.arrow", [{"id": "a:1", "input_ids": [7] * 100, "labels": [-100] * 70 + [7] * 30}])
+    table = TokenTable(tmp_path / "t.arrow")
+    lengths, labelled = table.column("tokens"), table.column("labelled")
+    for truncate, kept in (("right", []), ("left", [36]), ("split", [64])):
+        pieces = cut(table, np.arange(1), lengths, labelled, 64, truncate)
+        assert pieces.starts.tolist() == kept, truncate
+
+
+def test_attention_costs_more_the_longer_the_examples_are():
+    # Llama-3.1-8B's shape: 218.1 M weights a layer, 4,096 wide.
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
+    assert attention_share(shape, np.array([1000])) == pytest.approx(4.096e6 / (4.096e6 + 218.1e6), rel=1e-3)
+    many = attention_share(shape, np.array([1000] * 50))
+    assert many == pytest.approx(attention_share(shape, np.array([1000])))  # no example sees another
+    assert attention_share(shape, np.array([100_000])) > 0.6
+    assert attention_share({}, np.array([10])) is None and attention_share(shape, np.array([], dtype=int)) is None
+
+
+def test_refilled_packs_keep_their_shape_and_every_example(stage, tmp_path):
+    lengths = np.random.default_rng(1).integers(20, 60, 300)
+    rows, first, _ = stage(lengths)
+    packs = PackedExamples(tmp_path / "tokenize" / "train.arrow", tmp_path / "out" / "packs.parquet", 0, True)
+    seen = {}
+    for epoch in (0, 1, 2, 1):
+        packs.start_epoch(epoch)
+        made = [packs.pack(number) for number in range(len(packs.seq_lengths))]
+        assert [pack["seq_lengths"].tolist() for pack in made] == [pack["seq_lengths"].tolist() for pack in first]
+        found = check_packs(rows, made)
+        assert sorted(found) == list(range(300))
+        assert seen.setdefault(epoch, found) == found  # an epoch that is started again is the same
+    assert seen[0] == check_packs(rows, first) and seen[0] != seen[1] != seen[2]

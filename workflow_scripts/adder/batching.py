@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from datasets import Dataset
 
 from adder.choice import Choice
 from adder.errors import UserError
@@ -88,13 +88,13 @@ def _checkpointing_reason(on: bool, wanted: str | bool, device: str) -> str:
 class MemoryProbe:
     """Call with (micro batch, checkpointing): does a forward and backward pass over the longest packs fit the GPU?"""
 
-    def __init__(self, model: torch.nn.Module, packs: Dataset, dtype: str, device: str):
-        self.model, self.packs, self.dtype, self.device = model, packs, dtype, device
+    def __init__(self, model: torch.nn.Module, seq_lengths: list[np.ndarray], dtype: str, device: str):
+        self.model, self.seq_lengths, self.dtype, self.device = model, seq_lengths, dtype, device
 
     def __call__(self, micro: int, checkpointing: bool) -> bool:
         """Run one step on made-up tokens and tell whether it left the headroom."""
-        lengths = sorted(self.packs["seq_lengths"], key=sum, reverse=True)[:micro]
-        flat = [length for pack in lengths for length in pack]
+        lengths = sorted(self.seq_lengths, key=sum, reverse=True)[:micro]
+        flat = [int(length) for pack in lengths for length in pack]
         batch = _batch(flat, self.model.config.get_text_config().vocab_size, self.device)
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,26 +1,30 @@
 """Measure one model on the held-out rows: loss and perplexity, replies and their scores. Base and merged alike."""
 
 import hashlib
+import json
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from adder import hardware, replies, scoring, statistics
 from adder.choice import Choice
 from adder.errors import UserError
-from adder.files import read_json, read_table, write_json, write_jsonl
+from adder.files import read_json, write_json, write_jsonl
 from adder.forward import labelled_logits
 from adder.loss import has_plain_head, labelled_losses
 from adder.progress import Progress
 from adder.reply_length import choose_max_new_tokens
 from adder.template import ChatTemplate
+from adder.tokens import TokenTable
 
 IGNORED = -100
 LOSS_TOKENS = 4096  # positions of one batch of the loss, padding included
 LARGEST_BATCH = 128  # replies at once: beyond it a CPU computes no faster, and each step waits for the longest reply
+SUMMARY = ("loss", "perplexity", "exact_match")
 CACHE_SHARE = 0.5  # of the free memory that keys and values of one batch may take
 
 
@@ -32,15 +36,18 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     hardware.use_threads()
     device = hardware.device()
     details = read_json(inputs["tokenize"] / "tokenize.json")
-    rows = load_rows(inputs, settings["max_samples"])
+    tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
+    rows = load_rows(inputs, settings["max_samples"], tokenizer)
     dtype = hardware.compute_dtype(device)
     progress.say(f"loading the model on {device} in {dtype.value}")
     model = load_model(inputs["model"] / "model", dtype.value, device)
-    tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
     losses = row_losses(model, rows, progress)
-    written, generation = write_replies(model, tokenizer, rows, details, settings, progress)
-    kind = scoring.choose_kind([row["reference"] for row in rows])
-    samples = [make_sample(row, loss, reply, kind) for row, loss, reply in zip(rows, losses, written, strict=True)]
+    asked = [row for row in rows if row["prompt"]]
+    kind = scoring.choose_kind([row["reference"] for row in asked])
+    written, generation = {}, {}
+    if asked:
+        written, generation = write_replies(model, tokenizer, asked, details, settings, kind, progress)
+    samples = [make_sample(row, loss, written.get(row["id"]), kind) for row, loss in zip(rows, losses, strict=True)]
     scores = {
         "model": {"architecture": type(model).__name__, "parameters": model.num_parameters()},
         "kind": kind,
@@ -51,29 +58,51 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     }
     write_json(out / "scores.json", scores)
     write_jsonl(out / "samples.jsonl", samples)
-    return {name: scores["heldout"][name]["value"] for name in ("loss", "perplexity", "exact_match")}
+    return {name: score["value"] for name, score in scores["heldout"].items() if name in SUMMARY}
 
 
-def load_rows(inputs: dict[str, Path], most: int | None) -> list[dict]:
-    """The held-out rows as {id, prompt (messages), reference, input_ids, labels}, at most `most` of them.
+def load_rows(inputs: dict[str, Path], most: int | None, tokenizer) -> list[dict]:
+    """The held-out rows as {id, prompt, prompt_text, prompt_ids, reference, input_ids, labels}, at most `most` of them.
 
     A sample is the rows with the smallest digests of their ids: rows that are added later displace few. The prompt is
-    all that stands before the last reply. Raises UserError when no row was held out.
+    all that stands before the last reply, as messages, as the text that the template makes of them, and as its ids; a
+    plain text has none, and is its own reference. Raises UserError when no row was held out.
     """
-    table = read_table(inputs["tokenize"] / "heldout.parquet").to_pylist()
-    messages = {row["id"]: row["messages"] for row in read_table(inputs["format"] / "heldout.parquet").to_pylist()}
-    if not table:
+    table = TokenTable(inputs["tokenize"] / "heldout.arrow")
+    numbers = range(len(table))
+    if not len(table):
         raise UserError("data.heldout: no row is held out, so there is nothing to evaluate on; set its share or size")
     if most is not None and most < len(table):
-        chosen = sorted(table, key=lambda row: hashlib.blake2b(row["id"].encode(), digest_size=16).digest())[:most]
-        kept = {row["id"] for row in chosen}
-        table = [row for row in table if row["id"] in kept]
-    rows = []
-    for row in table:
-        turns = messages[row["id"]]
-        last = max(index for index, turn in enumerate(turns) if turn["role"] == "assistant")
-        rows.append({**row, "prompt": turns[:last], "reference": turns[last]["content"]})
-    return rows
+        digests = [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in table.ids(numbers)]
+        numbers = sorted(sorted(numbers, key=lambda number: digests[number])[:most])
+    rows = [table.row(number) for number in numbers]
+    texts = _conversations(inputs["format"] / "heldout.parquet", {row["id"] for row in rows})
+    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    return [{**row, **_question(json.loads(texts[row["id"]]), row, tokenizer, template)} for row in rows]
+
+
+def _conversations(path: Path, wanted: set[str]) -> dict[str, str]:
+    """The JSON of some conversations by id."""
+    found = {}
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["id", "conversation"]):
+            pairs = zip(batch.column("id").to_pylist(), batch.column("conversation").to_pylist(), strict=True)
+            found |= {name: text for name, text in pairs if name in wanted}
+    return found
+
+
+def _question(conversation: dict, row: dict, tokenizer, template: ChatTemplate | None) -> dict:
+    """What the model is asked, and the reply that it should give."""
+    if "text" in conversation:
+        return {"prompt": [], "reference": conversation["text"]}
+    turns = conversation["messages"]
+    last = max(index for index, turn in enumerate(turns) if turn["role"] == "assistant")
+    text = template.render(turns[:last], prompt=True, tools=conversation.get("tools"))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    reference = turns[last]["content"]
+    if turns[last].get("tool_calls"):  # as the template writes them
+        reference = tokenizer.decode(row["input_ids"][len(ids) :], skip_special_tokens=True).strip()
+    return {"prompt": turns[:last], "prompt_text": text, "prompt_ids": ids, "reference": reference}
 
 
 def load_model(folder: Path, dtype: str, device: str) -> PreTrainedModel:
@@ -135,12 +164,11 @@ def whole_head_losses(model: PreTrainedModel, ids: list[int], labels: list[int])
     return torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
 
-def write_replies(model, tokenizer, rows: list[dict], details: dict, settings: dict, progress: Progress):
-    """Let the model reply to every row's prompt: [{reply, new_tokens, truncated}] and what scores.json says of it."""
-    template = ChatTemplate(tokenizer)
-    documents = [{"prompt": template.render(row["prompt"], prompt=True), "reference": row["reference"]} for row in rows]
-    prompt_ids = [tokenizer(document["prompt"], add_special_tokens=False)["input_ids"] for document in documents]
-    differ = sum(ids != trained_prompt(row) for ids, row in zip(prompt_ids, rows, strict=True))
+def write_replies(model, tokenizer, rows: list[dict], details: dict, settings: dict, kind: str, progress: Progress):
+    """Let the model reply to each prompt: {id: {reply, new_tokens, truncated}} and what scores.json says of it."""
+    documents = [{"prompt": row["prompt_text"], "reference": row["reference"]} for row in rows]
+    prompt_ids = [row["prompt_ids"] for row in rows]
+    differ = sum(row["input_ids"][: len(row["prompt_ids"])] != row["prompt_ids"] for row in rows)
     if differ:
         progress.say(f"warning: {differ} of {len(rows)} prompts aren't those that training used, token for token")
     context = model.config.get_text_config().max_position_embeddings
@@ -153,36 +181,32 @@ def write_replies(model, tokenizer, rows: list[dict], details: dict, settings: d
     stop = details["end_of_turn"]
     stop_ids = sorted({stop["id"], *eos_ids(model)})
     generator = replies.Generator(model, tokenizer, stop_ids, batch.value, context, len(rows), progress)
-    kind = scoring.choose_kind([row["reference"] for row in rows])
 
     def score(reference: str, reply: str) -> dict[str, float]:
-        return {name: value for name, value in scoring.score(kind, reference, reply).items() if name != "fields"}
+        scores = scoring.score(kind, reference, answer(reply))
+        return {name: value for name, value in scores.items() if name != "fields"}
 
     start = time.perf_counter()
     texts, _ = replies.generate(generator, documents, limit.value, stop["token"], score)
     seconds = time.perf_counter() - start
     replies.say_total(generator, seconds, progress)
-    written = [
-        {"reply": text, **generator.written[tuple(ids[-(context - limit.value) :])]}
-        for text, ids in zip(texts, prompt_ids, strict=True)
-    ]
+    written = {
+        row["id"]: {"reply": text, **generator.written[tuple(ids[-(context - limit.value) :])]}
+        for row, text, ids in zip(rows, texts, prompt_ids, strict=True)
+    }
     generation = {
         "seconds": round(seconds, 2),
-        "new_tokens": sum(one["new_tokens"] for one in written),
-        "truncated": sum(one["truncated"] for one in written),
+        "new_tokens": sum(one["new_tokens"] for one in written.values()),
+        "truncated": sum(one["truncated"] for one in written.values()),
         "prompts_cut": cut,
         "prompts_unlike_training": differ,
     }
     return written, {"max_new_tokens": limit.to_dict(), "batch_size": batch.to_dict(), "generation": generation}
 
 
-def trained_prompt(row: dict) -> list[int]:
-    """The ids before a row's last reply, as training saw them."""
-    labels = row["labels"]
-    end = max((index for index, label in enumerate(labels) if label != IGNORED), default=-1)
-    while end >= 0 and labels[end] != IGNORED:
-        end -= 1
-    return row["input_ids"][: end + 1]
+def answer(reply: str) -> str:
+    """A reply without the reasoning before it, which is not what is compared."""
+    return reply.rpartition("</think>")[2].strip() if "</think>" in reply else reply
 
 
 def choose_limit(wanted: str | int, reply_tokens: dict, context: int) -> Choice:
@@ -219,17 +243,18 @@ def eos_ids(model: PreTrainedModel) -> list[int]:
     return []
 
 
-def make_sample(row: dict, losses: torch.Tensor, written: dict, kind: str) -> dict:
-    """One line of samples.jsonl; `loss` is the row's mean in nats a labelled token."""
-    return {
+def make_sample(row: dict, losses: torch.Tensor, written: dict | None, kind: str) -> dict:
+    """One line of samples.jsonl; `loss` is the row's mean in nats a labelled token. A plain text has no reply."""
+    sample = {
         "id": row["id"],
         "prompt": row["prompt"],
         "reference": row["reference"],
-        **written,
         "loss": float(losses.mean()) if len(losses) else 0.0,
         "labelled_tokens": len(losses),
-        **scoring.score(kind, row["reference"], written["reply"]),
     }
+    if written is None:
+        return {**sample, "reply": None}
+    return {**sample, **written, **scoring.score(kind, row["reference"], answer(written["reply"]))}
 
 
 def summarise(samples: list[dict]) -> dict:
@@ -237,11 +262,12 @@ def summarise(samples: list[dict]) -> dict:
     tokens = [sample["labelled_tokens"] for sample in samples]
     loss = statistics.ratio([sample["loss"] * sample["labelled_tokens"] for sample in samples], tokens)
     scores = {"loss": loss, "perplexity": statistics.perplexity(loss)}
+    asked = [sample for sample in samples if sample["reply"] is not None]
     for name in ("exact_match", "json_valid"):
-        if name in samples[0]:
-            scores[name] = statistics.proportion(sum(sample[name] for sample in samples), len(samples))
-    if "fields" in samples[0]:
-        fields = [sample["fields"] for sample in samples]
+        if asked and name in asked[0]:
+            scores[name] = statistics.proportion(sum(sample[name] for sample in asked), len(asked))
+    if asked and "fields" in asked[0]:
+        fields = [sample["fields"] for sample in asked]
         counts = [scoring.count_fields(one) for one in fields]
         scores["field_f1"] = statistics.ratio(
             [2 * right for right, _, _ in counts], [found + expected for _, found, expected in counts]
