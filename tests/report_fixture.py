@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from statistics import mean, stdev
 
-import pyarrow as pa
-
-from adder.files import write_json, write_jsonl, write_table
+from adder.files import write_json, write_jsonl
+from adder.quality import near_duplicate_method, overlap_method
+from adder.quantiles import summarise
 
 HOSTILE = "<script>alert('adder')</script>\"'&"
 FIELDS = ("intent", "order_number", "product", "amount", "date", "urgency")
@@ -16,6 +16,65 @@ SYSTEM = "Turn the customer's message into a JSON ticket."
 SECONDS = {
     "model": 11.2, "data": 0.9, "format": 0.4, "tokenize": 2.1, "lengths": 0.3, "train": 342.6, "merge": 7.9,
     "evaluate_base": 81.4, "evaluate_tuned": 46.3,
+}  # fmt: skip
+
+
+# What the base says instead of a ticket; it doesn't end by itself.
+CHAT = {
+    "intent": "I'm sorry to hear that! I'd be glad to help you with your order. Could you tell me more about it? " * 3
+}
+# step -> for each of three prompts the wrong values of the reply; None is right.
+REPLIED = {
+    "healthy": {
+        0: [CHAT] * 3,
+        31: [{"urgency": "urgent", "order_number": "48231"}, {"amount": 19.9}, {"intent": "question"}],
+        62: [{"order_number": "48231"}, None, {"intent": "question"}],
+        93: [None, None, {"intent": "question"}],
+        122: [None] * 3,
+    },
+    "spiky": {
+        0: [CHAT] * 3,
+        31: [{"urgency": "urgent"}, {"amount": 19.9}, None],
+        62: [{"urgency": "urgent"}, None, None],
+        93: [{"intent": "complaint complaint"}, {"amount": 0}, {"date": "0000-00-00"}],
+        122: [{"intent": "complaint complaint"}, {"amount": 0}, None],
+    },
+    "overfitted": {
+        0: [CHAT] * 3,
+        31: [{"urgency": "urgent"}, None, {"intent": "question"}],
+        62: [None, None, {"intent": "question"}],
+        93: [{"product": "kettle (white)"}, None, {"intent": "question"}],
+        122: [{"product": "kettle (white)"}, {"amount": 19.9}, {"intent": "question"}],
+    },
+}
+# As adder.doctor words them.
+DIAGNOSES = {
+    "healthy": [],
+    "spiky": [
+        {
+            "name": "gradient explodes", "severity": "note", "step": 67,
+            "evidence": "the gradient norm is 247 over the last 4 steps and was 2.4 in the first; it passed by the end",
+            "cause": "the weights have left the region where they were good (train.learning_rate 1.0e-04)",
+            "change": "train.learning_rate: 1.0e-05 (or train.max_grad_norm: 0.3)",
+        },
+        {
+            "name": "loss spikes", "severity": "warning", "step": 67,
+            "evidence": "the loss jumped in 3 of 102 steps, at worst to 31.6 from 0.072 at step 67",
+            "cause": "some batches are unlike the others (broken rows, another language), or the steps are almost too "
+            "large",
+            "change": "data.sources: look at those rows; else train.max_grad_norm: 0.3 and train.learning_rate: "
+            "5.0e-05",
+        },
+    ],
+    "overfitted": [
+        {
+            "name": "overfitting", "severity": "warning", "step": 62,
+            "evidence": "the held-out loss was best at step 62 with 0.325 and is 0.7803 now, while the training loss "
+            "fell from 0.083 to 0.041",
+            "cause": "overfitting: training rows are learnt by heart",
+            "change": "train.epochs: 1, or train.keep: best with train.early_stopping: 2",
+        },
+    ],
 }  # fmt: skip
 
 
@@ -28,8 +87,12 @@ def write_stage_folders(
     eval_loss: bool = True,
     restored: bool = False,
     hostile: bool = False,
+    course: str = "healthy",
 ) -> tuple[dict, dict[str, Path]]:
-    """Write all stage folders under `root`; return the report's settings and inputs."""
+    """Write all stage folders under `root`; return the report's settings and inputs.
+
+    `course` of the training: "healthy", "spiky" (steps that are almost too large) or "overfitted".
+    """
     rng = random.Random(7)
     inputs = {stage: root / stage / key_of(stage) for stage in SECONDS}
     for stage, folder in inputs.items():
@@ -41,7 +104,8 @@ def write_stage_folders(
     write_format(inputs["format"], examples, heldout, hostile)
     write_tokenize(inputs["tokenize"], heldout, hostile)
     write_lengths(inputs["lengths"], rng)
-    write_train(inputs["train"], rng, method, eval_loss)
+    write_train(inputs["train"], rng, method, eval_loss, course, hostile)
+    write_sampled(inputs["train"], examples[:3], course, hostile)
     write_merge(inputs["merge"])
     for name, share, typical_loss in (("base", 0.0, 1.94), ("tuned", right, 0.031)):
         write_evaluate(inputs[f"evaluate_{name}"], rng, examples, name, share, typical_loss, json_replies)
@@ -123,63 +187,154 @@ def write_model(folder: Path, hostile: bool) -> None:
 
 
 def write_data(folder: Path, hostile: bool) -> None:
-    name = HOSTILE if hostile else "tickets"
-    source = {"name": name, "kind": "builtin", "path": None, "sha256": "77aa" * 16, "license": "CC0-1.0"}
-    sources = [{**source, "rows": 1000, "split": "train"}, {**source, "rows": 203, "split": "heldout"}]
+    bad = HOSTILE if hostile else ""
+    common = {"encoding": "utf-8", "limit": None, "sample": None, "weight": 1.0, "unreadable": 0, "revision": None}
+    tickets = {"name": f"tickets{bad}", "kind": "builtin", "origin": "builtin", "path": None, "sha256": None}
+    hub = {
+        "name": "support-chats", "kind": "parquet", "origin": "hub", "revision": "3f1c" * 10, "weight": 0.5,
+        "path": f"example/support-chats/data/train-00000-of-00001.parquet{bad}", "sha256": "88bb" * 16,
+        "hub": {"id": "example/support-chats", "config": "default", "split": "train", "file": "data/train.parquet"},
+    }  # fmt: skip
+    notes = {"name": "notes", "kind": "jsonl", "origin": "path", "path": "data/notes.jsonl", "sha256": "99cc" * 16}
+    sources = [
+        {**common, **tickets, "rows": 1000, "split": "train", "license": f"CC0-1.0{bad}"},
+        {**common, **hub, "rows": 420, "split": "train", "license": "apache-2.0"},
+        {**common, **notes, "rows": 80, "split": "train", "license": None, "encoding": "latin-1", "unreadable": 2},
+        {**common, **tickets, "name": "tickets-heldout", "rows": 203, "split": "heldout", "license": "CC0-1.0"},
+        {**common, **notes, "name": "exam", "path": "data/exam.jsonl", "rows": 40, "split": "test", "license": "MIT"},
+    ]
     write_json(folder / "sources.json", sources)
-    write_jsonl(folder / "rows.jsonl", [{"source": name, "row": 1, "split": "train", "data": {"message": "Hi"}}])
+    write_jsonl(folder / "rows.jsonl", [{"source": "tickets", "row": 1, "split": "train", "data": {"message": "Hi"}}])
 
 
 def write_format(folder: Path, examples: list[dict], heldout: int, hostile: bool) -> None:
-    reason = f"no assistant message {HOSTILE}" if hostile else "no assistant message"
+    bad = HOSTILE if hostile else ""
+    reason = f"no assistant turn{bad}"
     rejects = [{"source": "tickets", "row": row, "reason": reason, "data": {"message": HOSTILE}} for row in (17, 91)]
-    rejects.append({"source": "tickets", "row": 404, "reason": "empty reply", "data": {"message": "Hello"}})
-    rows = [
-        {"id": e["id"], "messages": [*e["prompt"], {"role": "assistant", "content": e["reference"]}]} for e in examples
-    ]
-    for split in ("train", "heldout"):
-        write_table(folder / f"{split}.parquet", pa.Table.from_pylist(rows))
+    rejects.append({"source": "tickets", "row": 404, "reason": "content is empty", "data": {"message": "Hello"}})
     write_jsonl(folder / "rejects.jsonl", rejects)
-    write_jsonl(folder / "duplicates.jsonl", [{"source": "tickets", "row": 5, "matches": "tickets:2"}])
-    write_jsonl(folder / "leaked.jsonl", [{"source": "tickets", "row": 8, "matches": "tickets:1"}])
+    classes = {
+        "train": 980, "heldout": heldout, "tests": 40, "duplicates": 14, "near_duplicates": 9, "leaked": 6,
+        "left_out": 210, "rejected": 3,
+    }  # fmt: skip
     card = {
-        "rows_in": 980 + heldout + 14 + 6 + 3,
+        **classes,
+        "rows_in": sum(classes.values()),
         "accepted": 980 + heldout,
-        "train": 980,
-        "heldout": heldout,
-        "duplicates": 14,
-        "leaked": 6,
-        "rejected": 3,
-        "rejects_by_reason": {reason: 2, "empty reply": 1},
-        "row_format": {"tickets": "prompt and reply"},
+        "train_rows": 1030,
+        "repeats": 50,
+        "rejects_by_reason": {reason: 2, "content is empty": 1},
+        "row_format": {
+            f"tickets{bad}": "prompt_completion", "support-chats": "messages", "notes": "text",
+            "tickets-heldout": "prompt_completion", "exam": "question_answer",
+        },
         "heldout_in_train": 5,
-        "samples": [row["messages"] for row in rows[:3]],
-        "by_source": {"tickets": {"rows_in": 1003 + heldout, "accepted": 980 + heldout}},
-    }
+        "samples": conversations(examples, bad),
+        "by_source": {},
+        "roles": {"system": 980, "user": 1310, "assistant": 1350, "tool": 40},
+        "turns": {**{str(n): 800 // n**2 for n in range(1, 12)}},
+        "characters": {"prompt": spread(12, 4210), "reply": spread(3, 1890)},
+        "first_words": {
+            "prompt": [["hi", 410], ["where", 122], ["i", 97], ["my", 64], ["please", 31], [f"<b>{bad}", 3]],
+            "reply": [['{"intent":', 812], ["you", 90], ["i'm", 33], ["", 2]],
+        },
+        "columns": {
+            f"language{bad}": [["English", 700], ["Deutsch", 240], ["Français", 120], [f"日本語{bad}", 9]],
+            "urgent": [[False, 900], [True, 180]],
+        },
+        "quality": quality_figures(bad),
+        "split": f"the {heldout} rows with the lowest hashes of their prompts are held out; one conversation, by "
+        "column `thread`, never stands on both sides",
+    }  # fmt: skip
     write_json(folder / "card.json", card)
 
 
+def conversations(examples: list[dict], bad: str) -> list[list[dict]]:
+    """Three samples: a plain one, one with a tool and reasoning, and a plain text."""
+    first = examples[0]
+    call = {"type": "function", "function": {"name": f"track_order{bad}", "arguments": {"order_number": "48213"}}}
+    return [
+        [*first["prompt"], {"role": "assistant", "content": first["reference"]}],
+        [
+            {"role": "user", "content": f"Where is order 48213?{bad}"},
+            {"role": "assistant", "content": "", "tool_calls": [call], "train": False},
+            {"role": "tool", "content": '{"status": "on its way", "due": "2026-05-03"}'},
+            {
+                "role": "assistant",
+                "content": "It is on its way and should arrive on 3 May.\n\n```text\nSTATUS: on its way\n```",
+                "reasoning_content": f"The tool says that it is on its way; the due date is 3 May.{bad}",
+            },
+        ],
+        [{"role": "text", "content": f"Refunds take five working days.\nFour ticks: ````{bad}"}],
+    ]
+
+
+def quality_figures(bad: str) -> dict:
+    text = f"user: Hi, my kettle{bad} leaks at the bottom, order 48213.\nassistant: You are asking about the kettle."
+    near = [
+        {
+            "a": {"id": f"tickets:{20 + n}", "text": text.replace("48213", f"4821{n}")},
+            "b": {"id": f"tickets:{n}", "text": text},
+            "similarity": 0.9 - 0.02 * n,
+        }
+        for n in range(5)
+    ]
+    overlap = {
+        "train": {"id": "support-chats:8", "text": f"Please tell me {text}"},
+        "heldout": {"id": "exam:3", "text": text},
+        "share": 0.846,
+        "how": "8-word overlap",
+    }
+    same = {**overlap, "share": 1.0, "how": "same prompt"}
+    return {
+        "duplicates": {"examples": [{"id": "tickets:5", "matches": "tickets:2", "text": text}]},
+        "near_duplicates": {
+            "action": "drop", "method": near_duplicate_method(0.8), "similarity": 0.8, "found": 9, "dropped": 9,
+            "examples": near,
+        },
+        "overlap": {
+            "action": "drop", "method": overlap_method(0.5), "share": 0.5, "found": 6, "dropped": 6,
+            "examples": [overlap, same],
+        },
+    }  # fmt: skip
+
+
+def spread(low: int, high: int) -> dict:
+    """A summary of lengths as adder.quantiles makes it."""
+    return summarise([low + (high - low) * n**3 // 980**3 for n in range(981)])
+
+
 def write_tokenize(folder: Path, heldout: int, hostile: bool) -> None:
-    ids = pa.table({"id": ["tickets:1"], "input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]]})
-    for split in ("train", "heldout"):
-        write_table(folder / f"{split}.parquet", ids)
     asked = ["<|im_start|>", "system", "\n", "Turn", " the", " customer", "'s", " message", " into", " a", " JSON"]
     asked += [" ticket", ".", "<|im_end|>", "\n", "<|im_start|>", "user", "\n", "Where", " is", " my", " order", " "]
-    asked += ["4", "8", "2", "1", "3", "?", HOSTILE if hostile else " Thanks", "<|im_end|>", "\n"]
+    asked += ["4", "8", "2", "1", "3", "?", HOSTILE if hostile else " Thanks", "\n\n", "  ", "<|im_end|>", "\n"]
     asked += ["<|im_start|>", "assistant", "\n"]
     answered = ['{"', "intent", '":', ' "', "delivery", "_status", '",', ' "', "order", "_number", '":', ' "']
     answered += ["4", "8", "2", "1", "3", '"}', "<|im_end|>"]
+    plain = {"tokens": [*asked, *answered, "\n"], "loss": [0] * len(asked) + [1] * len(answered) + [0]}
+    called = ["<think>", "\n", "The", " tool", " knows", ".", "\n", "</think>", "\n\n", "<tool_call>", "\n", '{"name":']
+    called += [' "track', '_order"', "}", "\n", "</tool_call>", "<|im_end|>"]
+    tools = {"tokens": [*asked, *called, "\n"], "loss": [0] * len(asked) + [1] * len(called) + [0]}
+    long = {"tokens": [f" w{n}" for n in range(2000)] + answered, "loss": [0] * 2000 + [1] * len(answered)}
     counts = {"train": (980, 106_820, 42_140), "heldout": (heldout, 109 * heldout, 43 * heldout)}
+    refused = f"the template refuses it{HOSTILE if hostile else ''}"
     facts = {
         "template": "own",
+        "loss_on": "assistant",
         "end_of_turn": {"token": "<|im_end|>", "id": 2},
         "generation_blocks": False,
         "bos": {"token": "<|im_start|>", "id": 1, "written": False},
         "warnings": [],
         "counts": {s: {"examples": e, "tokens": t, "labelled": n} for s, (e, t, n) in counts.items()},
         "reply_tokens": {"train": {"max": 61, "p50": 43, "p99": 58}, "heldout": {"max": 60, "p50": 43, "p99": 58}},
-        "example": {"tokens": [*asked, *answered, "\n"], "loss": [0] * len(asked) + [1] * len(answered) + [0]},
-        "rejected": [],
+        "examples": [
+            {"id": f"tickets:1{HOSTILE if hostile else ''}", "source": "tickets", **plain},
+            {"id": "support-chats:7", "source": "support-chats", **tools},
+            {"id": "notes:3", "source": "notes", **long},
+        ],
+        "rejected": [{"id": "tickets:9", "reason": refused}],
+        "rejected_count": 1,
+        "rejected_by_reason": {refused: 1},
     }
     write_json(folder / "tokenize.json", facts)
 
@@ -197,10 +352,11 @@ def write_lengths(folder: Path, rng: random.Random) -> None:
             "max_seq_length": length, "examples_truncated": cut, "labelled_tokens_lost": 9 * cut,
             "share_whole": 1 - cut / 980, "padding_waste": max(0.0, 1 - mean(tokens) / length), "packs": packs,
             "packing_waste": max(0.0, 1 - sum(tokens) / packs / length), "examples_per_pack": 980 / packs,
+            "labelled_share_lost": 9 * cut / 42_140, "attention_share": 0.012,
         })  # fmt: skip
     chosen = candidates[2]
     facts = {
-        "tokens": {"min": tokens[0], "mean": mean(tokens), "max": tokens[-1], **at},
+        "tokens": {"count": 980, "min": tokens[0], "mean": mean(tokens), "max": tokens[-1], **at},
         "histogram": {"edges": edges, "counts": counts},
         "max_seq_length": {
             "value": 256,
@@ -219,14 +375,18 @@ def write_lengths(folder: Path, rng: random.Random) -> None:
         "packs": chosen["packs"],
         "examples_per_pack": chosen["examples_per_pack"],
         "fill": 1 - chosen["packing_waste"],
-        "dropped": [],
-    }
+        "truncation": {
+            "mode": "drop", "examples": chosen["examples_truncated"], "tokens_lost": 300, "labelled_lost": 27,
+            "share": 27 / 42_140,
+            "sentence": "3 examples of 980 are longer and dropped: 27 loss-bearing tokens (0.06%) are not trained on",
+        },
+        "dropped": 3,
+        "dropped_ids": ["tickets:12", "tickets:77", "tickets:300"],
+    }  # fmt: skip
     write_json(folder / "lengths.json", facts)
-    packs = pa.table({"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]], "seq_lengths": [[3]]})
-    write_table(folder / "packs.parquet", packs)
 
 
-def write_train(folder: Path, rng: random.Random, method: str, eval_loss: bool) -> None:
+def write_train(folder: Path, rng: random.Random, method: str, eval_loss: bool, course: str, hostile: bool) -> None:
     (folder / ("model" if method == "full" else "adapter")).mkdir()
     steps, lines = 122, []
     for step in range(1, steps + 1):
@@ -235,9 +395,15 @@ def write_train(folder: Path, rng: random.Random, method: str, eval_loss: bool) 
         line["learning_rate"] = 1e-4 * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
         line["grad_norm"] = 0.3 + 3 * math.exp(-step / 18) * rng.uniform(0.7, 1.3)
         line["tokens_per_second"] = rng.gauss(612, 14)
+        if course == "spiky" and step in (41, 66, 67):
+            line |= {"loss": 9.3 + step / 3, "grad_norm": 180.0 + step}
         lines.append(line)
-        if eval_loss and step % 30 == 0:
-            lines.append({"step": step, "epoch": step / 61, "eval_loss": 0.06 + 2.1 * math.exp(-step / 14)})
+        if eval_loss and step in REPLIED[course]:
+            held = 0.06 + 2.1 * math.exp(-step / 14)
+            if course == "overfitted":
+                held = 0.3 + 2.1 * math.exp(-step / 14) + 0.008 * max(0, step - 62)
+            lines.append({"step": step, "epoch": step / 61, "eval_loss": held})
+            lines.append({"step": step, "epoch": step / 61, "exact_match": REPLIED[course][step].count(None) / 3})
     write_jsonl(folder / "metrics.jsonl", lines)
     plan = {
         "compute_dtype": ("float32", "This CPU has neither AVX512-BF16 nor AMX, where bf16 is far slower than fp32."),
@@ -253,11 +419,74 @@ def write_train(folder: Path, rng: random.Random, method: str, eval_loss: bool) 
     trainable = 134_515_008 if method == "full" else 4_884_480
     facts = {
         "steps": steps, "epochs": 2.0, "tokens_per_epoch": 106_820, "tokens_per_second": 631.7,
-        "final_loss": lines[-1]["loss"] if "loss" in lines[-1] else lines[-2]["loss"], "first_loss": lines[0]["loss"],
+        "final_loss": next(one["loss"] for one in reversed(lines) if "loss" in one), "first_loss": lines[0]["loss"],
         "eval_loss": 0.0606 if eval_loss else None, "effective_batch": {"asked": 16, "mean_examples": 16.1},
         "trainable_parameters": trainable, "total_parameters": 134_515_008, "resumed_from": None,
+        "preflight": preflight(course, hostile),
+        "planned_steps": steps, "diagnoses": DIAGNOSES[course], "advice": [], "kept": {
+            "value": steps, "reason": "the last step, as set by train.keep; the best by loss was step 122",
+            "alternatives": [],
+        },
     }  # fmt: skip
+    if course == "overfitted":
+        reason = "the best by loss of 4 evaluations; stopped early, 2 evaluations after the best, at step 122 of 366"
+        facts |= {"kept": {"value": 62, "reason": reason, "alternatives": []}, "planned_steps": 366}
+    if course == "spiky":
+        facts["advice"] = [
+            "train.learning_rate: 5.0e-03; usual: 1e-04 to 3e-03 for method qlora with 135 M parameters; the loss may "
+            "rise or never settle (Hu et al. 2021 trained 355 M parameters at 2e-4)"
+        ]
+    if hostile:
+        words = {name: f"it broke{HOSTILE}" for name in ("name", "evidence", "cause", "change")}
+        facts["diagnoses"] = [{**words, "severity": "stop", "step": 3}]
+        facts["advice"] = [f"train.epochs: 3{HOSTILE}"]
+        facts["kept"]["reason"] += HOSTILE
     write_json(folder / "train.json", facts)
+
+
+def preflight(course: str, hostile: bool) -> dict:
+    """What adder.preflight saw of the first pack: two examples, the second cut off."""
+    asked = f"<|im_start|>user\nWhere is my order 48213?{HOSTILE if hostile else ''}<|im_end|>\n<|im_start|>assistant\n"
+    pieces = [(asked, 0, 0), ('{"intent": "delivery_status"}<|im_end|>', 1, 0), ("\n", 0, 0), (asked, 0, 1)]
+    dead = ["model.layers.1.mlp.experts.7"] if course == "spiky" else []
+    return {
+        "batch": {
+            "pieces": [{"text": text, "loss": loss, "example": example} for text, loss, example in pieces],
+            "from": 12 if course == "spiky" else 0,
+            "tokens": 251,
+        },
+        "tokens": 251, "labelled": 99, "labelled_share": 99 / 251, "base_loss": 2.21, "ln_vocabulary": math.log(49_152),
+        "trainable_parameters": 4_884_480, "gradient_norm": 2.4, "layers": 210, "layers_without_gradient": dead,
+        "disk": {
+            "checkpoints": {"needed_bytes": 175_841_280, "free_bytes": 61_200_000_000},
+            "merged_model": {"needed_bytes": 269_030_016, "free_bytes": 61_200_000_000},
+        },
+        "seconds": 1.31, "estimated_seconds": 318,
+        "estimate": "roughly 5.3 minutes for 122 steps, evaluations and checkpoints not counted",
+        "warnings": [
+            f"1 of 210 trained layers get no gradient from the first pack: {name}; they learn nothing unless other "
+            f"packs reach them (an expert that no token was sent to){HOSTILE if hostile else ''}"
+            for name in dead or ["x"] * hostile
+        ],
+    }  # fmt: skip
+
+
+def write_sampled(folder: Path, examples: list[dict], course: str, hostile: bool) -> None:
+    """Replies on the way, as adder.sampling writes them: chat from the base, then REPLIED's mistakes, if any."""
+    rows = []
+    for step, mistakes in REPLIED[course].items():
+        for e, mistake in zip(examples, mistakes, strict=False):
+            values = {**e["values"], **(mistake or {})}
+            reply = json.dumps(values, ensure_ascii=False) if mistake != CHAT else CHAT["intent"]
+            if mistake is None:
+                reply = e["reference"]
+            prompt = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in e["prompt"])
+            rows.append({
+                "step": step, "id": e["id"], "prompt": f"{prompt}<|im_start|>assistant\n", "reference": e["reference"],
+                "reply": reply + (HOSTILE if hostile else ""), "exact_match": int(mistake is None),
+                "finished": mistake != CHAT,
+            })  # fmt: skip
+    write_jsonl(folder / "samples.jsonl", rows)
 
 
 def write_merge(folder: Path) -> None:
@@ -358,6 +587,8 @@ def resolved(method: str) -> list[dict]:
         ("train.effective_batch_size", 16, "default"), ("train.micro_batch_size", "auto", "default"),
         ("train.gradient_checkpointing", "auto", "default"), ("train.compute_dtype", "auto", "default"),
         ("train.lora_r", 16, "default"), ("train.lora_alpha", 32, "default"), ("train.seed", 42, "default"),
+        ("train.keep", "last", "default"), ("train.best_by", "loss", "default"),
+        ("train.early_stopping", None, "default"), ("train.max_grad_norm", 1.0, "default"),
         ("merge.tolerance", "auto", "default"), ("evaluate.max_new_tokens", "auto", "default"),
         ("evaluate.max_samples", None, "default"), ("hardware.device", "auto", "default"),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from adder.stage import link_tree
 
 target = Path(snakemake.output.model).parents[1]
 report = Path(snakemake.input.report).parent
-for page in ("report.html", "metrics.json", "run.yaml"):
+for page in ("report.html", "card.md", "metrics.json", "run.yaml"):
     (target / page).write_bytes((report / page).read_bytes())
 link_tree(Path(snakemake.input.merge).parent / "model", target / "merged_model")
 for path in (target / "merged_model").rglob("*"):

@@ -25,6 +25,15 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """Round numbers between two positive ones, about `wanted` of them, that stand evenly on a logarithmic axis."""
+    decades = math.log10(high / low)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors, stride = ((1, 3), 1) if decades < 3 else ((1,), max(1, round(decades / wanted)))
+    found = [factor * 10.0**power for power in range(first, last + 1, stride) for factor in factors]
+    return [float(f"{value:.6g}") for value in found if low <= value <= high]
+
+
 def ceiling(value: float) -> float:
     """The smallest round number that lies a little above `value`: where an axis can end."""
     if not value > 0 or not math.isfinite(value):
@@ -63,30 +72,85 @@ def interval(base: dict | None, tuned: dict | None, high: float, show: Callable[
     return _svg(320, 58, label, marks)
 
 
-def lines(series: Sequence[dict], x_name: str, show: Callable[[float], str], label: str, from_zero: bool = True) -> str:
+def lines(
+    series: Sequence[dict],
+    x_name: str,
+    show: Callable[[float], str],
+    label: str,
+    from_zero: bool = True,
+    marks: Sequence[dict] = (),
+    adapt: bool = False,
+    high: float | None = None,
+) -> str:
     """One or more curves over the same x.
 
     A series is {"name", "kind": CSS class, "points": [(x, y)], "dots": bool}. Points that are not finite are left out.
+    A mark is {"x", "label", "kind"}: a line across, its label above. `high`: where the axis ends, else at the largest
+    y. With `adapt` values of very different sizes get a logarithmic axis, and a few that lie far above all others are
+    cut off at the end of a linear one; the plot says so.
     """
     series = [{**one, "points": [p for p in one["points"] if _finite(p[1])]} for one in series]
     every = [point for one in series for point in one["points"]]
     if not every:
         return ""
-    low_x, high_x = min(x for x, _ in every), max(x for x, _ in every)
-    low_y, high_y = min(y for _, y in every), max(y for _, y in every)
-    low_y = min(0.0, low_y) if from_zero else low_y
-    if high_y == low_y:
-        low_y, high_y = low_y - (abs(low_y) or 1) * 0.1, high_y + (abs(high_y) or 1) * 0.1
-    high_y += (high_y - low_y) * 0.04
-    box = _Box(54, 16, WIDTH - 8, 178, low_x, high_x, low_y, high_y)
-    marks = box.axes(x_name, show)
+    xs, ys = [x for x, _ in every] + [mark["x"] for mark in marks], [y for _, y in every]
+    top = usual_top(ys) if adapt else high or max(ys)
+    log = adapt and needs_log(ys, top)
+    top = max(ys) if log else top  # it has room for outliers
+    if log:
+        low_y, high_y = max(min(y for y in ys if y > 0), top * 1e-6) / 1.1, top * 1.15
+    else:
+        low_y = min(0.0, *ys) if from_zero else min(ys)
+        high_y = top
+        if high_y == low_y:
+            low_y, high_y = low_y - (abs(low_y) or 1) * 0.1, high_y + (abs(high_y) or 1) * 0.1
+        high_y += (high_y - low_y) * 0.04
+    box = _Box(54, 16 + 14 * len(marks), WIDTH - 8, 178 + 14 * len(marks), min(xs), max(xs), low_y, high_y, log)
+    drawn = box.axes(x_name, show)
+    notes = ["logarithmic axis"] if log else []
+    over = sum(y > high_y for y in ys)
+    if over:
+        notes.append(f"{over} {'value' if over == 1 else 'values'} above the axis, up to {show(max(ys))}")
+    if notes:
+        drawn.append(f'<text class="tick" x="{box.left}" y="{box.bottom + 31}">{escape("; ".join(notes))}</text>')
+    for number, mark in enumerate(sorted(marks, key=lambda mark: mark["x"])):
+        drawn += _mark(mark, box, 29 + 14 * number)
     for one in series:
-        marks += _curve(one, box, x_name, show)
-    return _svg(WIDTH, 214, label, marks)
+        drawn += _curve(one, box, x_name, show, [mark["x"] for mark in marks])
+    return _svg(WIDTH, box.bottom + 36, label, drawn)
 
 
-def histogram(edges: Sequence[float], counts: Sequence[int], limit: float | None, label: str, unit: str) -> str:
-    """Bars of `counts` between `edges` (one more edge than counts); `limit` is a line, and bars past it stand out."""
+def usual_top(values: Sequence[float]) -> float:
+    """Where an axis for these values (in order of x) should end: their maximum, or the largest that isn't an outlier.
+
+    Outliers lie above three times both the level at the start and what 98 % of the values stay below: a spike, not a
+    curve that climbs or begins high.
+    """
+    first = sorted(values[:5])
+    usual = max(first[len(first) // 2], sorted(values)[int(0.98 * (len(values) - 1))])
+    if usual <= 0 or max(values) <= 3 * usual:
+        return max(values)
+    return max(value for value in values if value <= 2 * usual) * 1.1
+
+
+def needs_log(values: Sequence[float], top: float) -> bool:
+    """Whether half of the values, none of them negative, would lie in the lowest 6 % of a linear axis up to `top`."""
+    middle = sorted(values)[len(values) // 2]
+    return min(values) >= 0 < middle < 0.06 * top
+
+
+def histogram(
+    edges: Sequence[float],
+    counts: Sequence[int],
+    limit: float | None,
+    label: str,
+    unit: str,
+    others: Sequence[float] = (),
+) -> str:
+    """Bars of `counts` between `edges` (one more edge than counts); `limit` is a line, and bars past it stand out.
+
+    `others` are limits that were weighed and not taken: faint lines, as far as they are in sight.
+    """
     if not counts or not max(counts):
         return ""
     low_x, high_x = edges[0], edges[-1]
@@ -106,6 +170,11 @@ def histogram(edges: Sequence[float], counts: Sequence[int], limit: float | None
             f'<rect class="bar{past}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{box.bottom - y:.1f}">'
             f"{title}</rect>"
         )
+    for other in others:
+        if low_x < other <= high_x and other != limit:
+            x = box.x(other)
+            title = f"<title>weighed: {other:,.0f} {escape(unit)}</title>"
+            marks.append(f'<line class="weighed" x1="{x:.1f}" x2="{x:.1f}" y1="24" y2="{box.bottom}">{title}</line>')
     if shown_limit:
         x = box.x(limit)
         anchor = "end" if x > WIDTH * 0.5 else "start"
@@ -184,24 +253,31 @@ def pair(base: float | None, tuned: float | None, label: str) -> str:
 class _Box:
     """The rectangle that data is drawn in, and the two scales."""
 
-    def __init__(self, left, top, right, bottom, low_x, high_x, low_y, high_y):
+    def __init__(self, left, top, right, bottom, low_x, high_x, low_y, high_y, log=False):
         self.left, self.top, self.right, self.bottom = left, top, right, bottom
-        self.low_x, self.high_x, self.low_y, self.high_y = low_x, high_x, low_y, high_y
+        self.low_x, self.high_x, self.low_y, self.high_y, self.log = low_x, high_x, low_y, high_y, log
 
     def x(self, value: float) -> float:
         width = self.high_x - self.low_x
         return self.left + (self.right - self.left) * ((value - self.low_x) / width if width else 0.5)
 
     def y(self, value: float) -> float:
-        return self.bottom - (self.bottom - self.top) * (value - self.low_y) / (self.high_y - self.low_y)
+        """Values beyond the axis lie on its end."""
+        value = min(max(value, self.low_y), self.high_y)
+        share = (value - self.low_y) / (self.high_y - self.low_y)
+        if self.log:
+            share = math.log(value / self.low_y) / math.log(self.high_y / self.low_y)
+        return self.bottom - (self.bottom - self.top) * share
 
     def axes(self, x_name: str, show: Callable[[float], str]) -> list[str]:
         """Grid lines with their numbers, and the name of x at the right end."""
         marks = []
-        for value in ticks(self.low_y, self.high_y, 4):
+        for value in (log_ticks if self.log else ticks)(self.low_y, self.high_y, 4):
             y = self.y(value)
             marks.append(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            marks.append(f'<text class="tick end" x="{self.left - 6}" y="{y + 3.5:.1f}">{escape(show(value))}</text>')
+            marks.append(
+                f'<text class="tick end" x="{self.left - 6}" y="{y + 3.5:.1f}">{escape(_plain(show(value)))}</text>'
+            )
         marks.append(f'<line class="axis" x1="{self.left}" x2="{self.right}" y1="{self.bottom}" y2="{self.bottom}"/>')
         for value in ticks(self.low_x, self.high_x, 7):
             x = self.x(value)
@@ -211,13 +287,33 @@ class _Box:
         return marks
 
 
-def _curve(one: dict, box: _Box, x_name: str, show: Callable[[float], str]) -> list[str]:
-    """The line, its dots where asked for, and a strip a point that shows the point's numbers under the pointer."""
-    drawn = _thin(one["points"], MAX_DRAWN)
+def _mark(mark: dict, box: _Box, y: float) -> list[str]:
+    """A line across the plot at the mark's x, and its label at height `y`, beside the line where there is room."""
+    x, kind = box.x(mark["x"]), escape(mark["kind"])
+    width = 6.6 * len(mark["label"])  # roughly, at the style sheet's size
+    if x - 4 - width > 0 and x > (box.left + box.right) / 2:
+        anchor, at = "end", x - 4
+    else:
+        anchor, at = "start", max(0.0, min(x + 4, WIDTH - width))
+    line = f'<line class="mark {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 9}" y2="{box.bottom}"/>'
+    return [line, f'<text class="mark {kind} {anchor}" x="{at:.1f}" y="{y}">{escape(mark["label"])}</text>']
+
+
+def _curve(one: dict, box: _Box, x_name: str, show: Callable[[float], str], always: Sequence[float] = ()) -> list[str]:
+    """The line, its dots where asked for, and a strip a point that shows the point's numbers under the pointer.
+
+    Points at an x in `always` answer to the pointer however many there are.
+    """
+    drawn = _outline(one["points"], MAX_DRAWN)
     kind = escape(one["kind"])
     path = " ".join(f"{box.x(x):.1f},{box.y(y):.1f}" for x, y in drawn)
     marks = [f'<polyline class="curve {kind}" points="{path}"/>']
-    hovered = _thin(one["points"], MAX_HOVERED)
+    over = [box.x(x) for x, y in drawn if y > box.high_y]
+    marks += [f'<path class="over {kind}" d="M{x - 4:.1f},{box.top} h8 l-4,-6 Z"/>' for x in over]
+    hovered = set(_thin(one["points"], MAX_HOVERED)) | {point for point in one["points"] if point[0] in always}
+    if one["points"]:
+        hovered |= {max(one["points"], key=lambda point: point[1]), min(one["points"], key=lambda point: point[1])}
+    hovered = sorted(hovered)
     places = [box.x(x) for x, _ in hovered]
     for number, (x, y) in enumerate(hovered):
         before = (places[number - 1] + places[number]) / 2 if number else box.left
@@ -234,7 +330,7 @@ def _curve(one: dict, box: _Box, x_name: str, show: Callable[[float], str]) -> l
         marks.append(
             f'<g class="hit"><title>{text}</title>{target}'
             f'<circle class="{shown} {kind}" cx="{cx:.1f}" cy="{cy:.1f}" r="3.2"/>'
-            f'<text class="read end" x="{box.right}" y="{box.top - 4}">{text}</text></g>'
+            f'<text class="read end" x="{box.right}" y="12">{text}</text></g>'
         )
     return marks
 
@@ -244,6 +340,24 @@ def _thin(points: Sequence[tuple], most: int) -> list[tuple]:
     if len(points) <= most:
         return list(points)
     return [points[round(n * (len(points) - 1) / (most - 1))] for n in range(most)]
+
+
+def _outline(points: Sequence[tuple], most: int) -> list[tuple]:
+    """At most `most` of the points: the lowest and the highest of each stretch, so that no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    ends = [n * len(points) // (most // 2) for n in range(most // 2 + 1)]
+    kept = []
+    for start, end in zip(ends, ends[1:], strict=False):
+        stretch = points[start:end]
+        pair = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
+        kept += sorted(pair)
+    return kept
+
+
+def _plain(text: str) -> str:
+    """A tick's number without the digits that only say how exact it is: 0.500 as 0.5."""
+    return text.rstrip("0").rstrip(".") if "." in text and text[-1] == "0" else text
 
 
 def _finite(value: float | None) -> bool:

@@ -1,11 +1,11 @@
-"""The report of one run: one self-contained page, the same figures as JSON, and every setting with its origin as YAML.
+"""The report of one run: one page, the data's card, the same figures as JSON, and every setting with its origin.
 
-`report_data` reads the stages and makes the figures; this module turns them into what the page's template shows.
+`report_data` reads the stages and makes the figures; this module and `report_dataset` turn them into what the page's
+template shows, `report_card` into the card.
 """
 
 import base64
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ from adder import plots
 from adder import report_data as data
 from adder.files import write_json
 from adder.progress import Progress
+from adder.report_card import dataset_card
+from adder.report_dataset import data_section, token_examples
 from adder.report_samples import select_samples
 from adder.report_text import FILTERS, HEADINGS, duration, heading, number, percent, size
+from adder.report_training import doctor_section, epochs, filmstrip, preflight_section, training_section
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 SHOWN_SAMPLES = 60
 
 
 def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
-    """Write `report.html`, `metrics.json` and `run.yaml` into `out`; return the verdict.
+    """Write `report.html`, `card.md`, `metrics.json` and `run.yaml` into `out`; return the verdict.
 
     `settings`: {run, title or None, resolved: [{key, value, origin}], stages: {name: key}}. `inputs`: the finished
     folders of data, model, format, tokenize, lengths, train, merge, evaluate_base and evaluate_tuned.
@@ -38,6 +41,7 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     (out / "run.yaml").write_text(text, encoding="utf-8")
     page = render(build_view(settings, facts, metrics))
     (out / "report.html").write_text(page, encoding="utf-8")
+    (out / "card.md").write_text(dataset_card(data.title(settings), facts), encoding="utf-8")
     progress.say(metrics["verdict"]["sentence"])
     return metrics["verdict"]
 
@@ -67,11 +71,15 @@ def build_view(settings: dict, facts: dict, metrics: dict) -> dict:
         "verdict": metrics["verdict"],
         "about": about(settings, facts),
         "cards": cards(metrics["heldout"], metrics["verdict"]),
+        "evaluated": len(facts["samples"]),
         "samples": select_samples(facts["samples"], SHOWN_SAMPLES),
-        "training": training(facts),
+        "doctor": doctor_section(settings, facts),
+        "training": training_section(settings, facts),
+        "filmstrip": filmstrip(facts),
+        "preflight": preflight_section(facts),
         "data": data_section(facts),
         "lengths": lengths_section(facts, chosen),
-        "example": example(facts["tokenize"]),
+        "examples": token_examples(facts["tokenize"]),
         "tokenize": facts["tokenize"],
         "merge": merge_section(facts["merge"]),
         "fields": fields_section(metrics["fields"]),
@@ -91,13 +99,9 @@ def about(settings: dict, facts: dict) -> list[tuple[str, str]]:
     trained = "every weight" if train.get("trainable_parameters") == train.get("total_parameters") else "adapters"
     return [
         ("Base", str(model["source"])),
-        ("Method", f"{values.get('train.method', trained)}, {_epochs(train)}"),
+        ("Method", f"{values.get('train.method', trained)}, {epochs(train)}"),
         ("Data", f"{card['train']:,} training and {card['heldout']:,} held-out conversations"),
     ]
-
-
-def _epochs(train: dict) -> str:
-    return f"{number(train['epochs'])} {'epoch' if train['epochs'] == 1 else 'epochs'}"
 
 
 def cards(heldout: dict, verdict: dict) -> list[dict]:
@@ -146,81 +150,11 @@ def change(value: float | None, share: bool, unit: bool = True) -> str:
     return text.replace("-", "−") + (" points" if share and unit else "")
 
 
-def training(facts: dict) -> dict:
-    """Curves and key figures of the training."""
-    train, curve = facts["train"], facts["curve"]
-
-    def points(name: str) -> list[tuple[float, float]]:
-        return [(line["step"], line[name]) for line in curve if line.get(name) is not None]
-
-    batch = train.get("effective_batch") or {}
-    share = train["trainable_parameters"] / train["total_parameters"] if train.get("total_parameters") else None
-    tokens = train.get("tokens_per_epoch")
-    seconds = train.get("seconds") or facts["records"]["train"].get("seconds")
-    figures = [
-        ("Steps", f"{train['steps']:,}", _epochs(train)),
-        ("Time", duration(seconds), f"{number(train.get('tokens_per_second'))} tokens/s"),
-        ("Tokens", f"{tokens:,}" if tokens else "–", "an epoch"),
-        ("Loss", f"{number(train.get('first_loss'))} → {number(train.get('final_loss'))}", "first step and last ten"),
-        ("Trained parameters", f"{train['trainable_parameters']:,}", f"{percent(share)} of the model"),
-        (
-            "Effective batch",
-            number(batch.get("mean_examples")),
-            f"examples a step, asked: {batch.get('asked', '–')}",
-        ),
-    ]
-    losses = [{"name": "loss", "kind": "tuned", "points": points("loss")}]
-    evaluated = points("eval_loss")
-    if evaluated:
-        losses.append({"name": "held-out loss", "kind": "heldout", "points": evaluated, "dots": True})
-    wanted = [("Loss", "nats per labelled token", losses, number, True)]
-    for name, label, unit in (
-        ("learning_rate", "Learning rate", ""),
-        ("grad_norm", "Gradient norm", "before clipping"),
-        ("tokens_per_second", "Throughput", "tokens per second"),
-    ):
-        series = [{"name": label.lower(), "kind": "plain", "points": points(name)}]
-        wanted.append((label, unit, series, number, True))
-    drawn = [
-        {
-            "title": label,
-            "unit": unit,
-            "plot": plots.lines(series, "step", show, f"{label} by training step", zero),
-            "legend": [(one["name"], one["kind"]) for one in series] if len(series) > 1 else [],
-        }
-        for label, unit, series, show, zero in wanted
-    ]
-    return {"figures": figures, "curves": [one for one in drawn if one["plot"]], "resumed": train.get("resumed_from")}
-
-
-def data_section(facts: dict) -> dict:
-    """Where the rows went and why."""
-    card = facts["format"]
-    parts = [
-        {"name": "training", "count": card["train"], "kind": "tuned"},
-        {"name": "held out", "count": card["heldout"], "kind": "heldout"},
-        {"name": "duplicates", "count": card["duplicates"], "kind": "plain"},
-        {"name": "leaked", "count": card["leaked"], "kind": "plain"},
-        {"name": "rejected", "count": card["rejected"], "kind": "past"},
-    ]
-    too_long = len(facts["lengths"].get("dropped") or [])
-    reasons = [(reason, count) for reason, count in (card.get("rejects_by_reason") or {}).items()]
-    return {
-        "plot": plots.flow(card["rows_in"], parts, "Rows in, and what became of them"),
-        "card": card,
-        "reasons": sorted(reasons, key=lambda pair: (-pair[1], pair[0])),
-        "rejects": [row | {"data": json.dumps(row.get("data"), ensure_ascii=False)} for row in facts["rejects"]],
-        "too_long": too_long,
-        "untokenized": facts["tokenize"].get("rejected") or [],
-        "counts": facts["tokenize"].get("counts") or {},
-    }
-
-
 def lengths_section(facts: dict, chosen: list[dict]) -> dict:
     """The length decision: histogram with the chosen length, what each candidate would cost, the sentences."""
     lengths = facts["lengths"]
     choice, packing = lengths["max_seq_length"], lengths["packing"]
-    histogram = lengths.get("histogram") or {"edges": [], "counts": []}
+    histogram, cut = lengths["histogram"], lengths["truncation"]
     label = f"Histogram of example lengths in tokens with max_seq_length {choice['value']}"
     packed = lengths.get("examples_per_pack") if packing["value"] else None
     spread = f"{number(packed)} examples a pack" if packed else "one example a sequence"
@@ -229,15 +163,23 @@ def lengths_section(facts: dict, chosen: list[dict]) -> dict:
         ("packing", "on" if packing["value"] else "off", spread),
         ("Sequences", f"{lengths['packs']:,}", f"from {lengths['examples']:,} examples"),
         ("Fill", percent(lengths.get("fill")), "of the positions hold a token"),
+        ("Truncation", cut["mode"], f"costs {percent(cut['share'], 2)} of the loss-bearing tokens"),
     ]
-    alternatives = choice.get("alternatives") or packing.get("alternatives") or []
     return {
         "figures": figures,
         "tokens": lengths.get("tokens") or {},
-        "plot": plots.histogram(histogram["edges"], histogram["counts"], choice["value"], label, "tokens"),
+        "plot": plots.histogram(
+            histogram["edges"],
+            histogram["counts"],
+            choice["value"],
+            label,
+            "tokens",
+            [row["max_seq_length"] for row in choice["alternatives"]],
+        ),
+        "truncation": cut,
         "choice": choice,
         "packing": packing,
-        "table": table(alternatives, "max_seq_length", choice["value"]),
+        "table": table(choice["alternatives"], "max_seq_length", choice["value"]),
     }
 
 
@@ -253,12 +195,6 @@ def table(alternatives: list[dict], key: str | None = None, value: Any = None) -
         for row in alternatives
     ]
     return {"columns": [heading(name) for name in columns], "rows": rows}
-
-
-def example(tokenize: dict) -> list[tuple[str, int]]:
-    """One example's tokens, each with whether it carries loss."""
-    shown = tokenize.get("example") or {"tokens": [], "loss": []}
-    return [(text, loss) for text, loss in zip(shown["tokens"], shown["loss"], strict=True)]
 
 
 def merge_section(proof: dict) -> dict:
@@ -313,7 +249,6 @@ def provenance(settings: dict, facts: dict) -> dict:
     generation = {who: facts[f"evaluate_{who}"].get("generation") or {} for who in ("base", "tuned")}
     return {
         "model": facts["model"],
-        "sources": facts["data"],
         "stages": stages,
         "total": sum(row["value"] for row in timed),
         "plot": plots.bars(timed, duration, "Seconds a stage took"),

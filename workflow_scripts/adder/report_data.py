@@ -34,12 +34,17 @@ METRICS: dict[str, dict] = {
     "loss": {"name": "Held-out loss", "kind": "number", "better": "lower", "unit": "nats per token"},
     "perplexity": {"name": "Perplexity", "kind": "number", "better": "lower", "unit": ""},
 }
+# What becomes of a row: one of these.
+DATA_CLASSES = ("train", "heldout", "tests", "duplicates", "near_duplicates", "leaked", "left_out", "rejected")
+# What train.json says in words, for people: not figures.
+TRAIN_TEXTS = ("advice", "diagnoses", "kept", "preflight")
 # Choices whose name in a stage's file is a setting of this section.
 CHOICE_SECTIONS = {"lengths": "lengths", "train": "train", "merge": "merge", "evaluate_tuned": "evaluate"}
 
 
 def load(inputs: dict[str, Path]) -> dict[str, Any]:
-    """Read all stage folders: {stage: its facts}, and `records`, `plan`, `curve`, `samples`, `rejects`, `paths`.
+    """Read all stage folders: {stage: its facts}, and `records`, `plan`, `curve`, `sampled` (replies while training),
+    `samples` (of the evaluations), `rejects`, `paths`.
 
     Raises UserError where a stage or one of its files is missing.
     """
@@ -52,6 +57,8 @@ def load(inputs: dict[str, Path]) -> dict[str, Any]:
     facts["paths"] = {stage: folder.as_posix() for stage, folder in folders.items()}
     facts["plan"] = _read(folders["train"] / "plan.json")
     facts["curve"] = list(read_jsonl(folders["train"] / "metrics.jsonl"))
+    sampled = folders["train"] / "samples.jsonl"
+    facts["sampled"] = list(read_jsonl(sampled)) if sampled.exists() else []
     facts["samples"] = paired_samples(folders["evaluate_base"], folders["evaluate_tuned"])
     facts["rejects"] = _first_lines(folders["format"] / "rejects.jsonl", 12)
     return facts
@@ -74,25 +81,30 @@ def paired_samples(base: Path, tuned: Path) -> list[dict]:
 
 
 def build_metrics(settings: dict, facts: dict) -> dict:
-    """Return `metrics.json`: schema_version, run, verdict, heldout, data, lengths, train, merge, stages."""
+    """Return `metrics.json`: schema_version, run, verdict, heldout, fields, data, lengths, train, doctor, kept, merge,
+    stages.
+    """
     heldout = compare(facts)
-    card, lengths = facts["format"], facts["lengths"]
-    counts = ("rows_in", "accepted", "train", "heldout", "duplicates", "leaked", "rejected")
+    lengths = facts["lengths"]
     metrics = {
         "schema_version": SCHEMA_VERSION,
         "run": settings["run"],
         "verdict": judge(facts, heldout),
         "heldout": heldout,
         "fields": field_rows(facts),
-        "data": {name: card.get(name) for name in (*counts, "rejects_by_reason", "heldout_in_train")},
+        "data": data_metrics(facts),
         "lengths": {
             "max_seq_length": lengths["max_seq_length"]["value"],
             "packing": lengths["packing"]["value"],
             "tokens": lengths.get("tokens"),
-            "dropped": len(lengths.get("dropped") or []),
+            "dropped": lengths["dropped"],
+            "truncation": lengths["truncation"],
             **{name: lengths.get(name) for name in ("examples", "packs", "examples_per_pack", "fill")},
         },
-        "train": {"seconds": facts["records"]["train"].get("seconds"), **facts["train"]},
+        "train": {"seconds": facts["records"]["train"].get("seconds")}
+        | {name: value for name, value in facts["train"].items() if name not in TRAIN_TEXTS},
+        "doctor": _found(facts["train"].get("diagnoses")),
+        "kept": facts["train"].get("kept"),
         "merge": facts["merge"],
         "stages": {
             stage: {name: record.get(name) for name in ("seconds", "peak_memory_bytes", "restored")}
@@ -101,6 +113,22 @@ def build_metrics(settings: dict, facts: dict) -> dict:
         },
     }
     return finite(metrics)
+
+
+def data_metrics(facts: dict) -> dict:
+    """The counts of rows: every row in is in exactly one of DATA_CLASSES; the rest says more of some."""
+    card, tokenize = facts["format"], facts["tokenize"]
+    near, overlap = card["quality"]["near_duplicates"], card["quality"]["overlap"]
+    return {
+        **{name: card[name] for name in ("rows_in", "accepted", *DATA_CLASSES, "train_rows", "repeats")},
+        **{name: card[name] for name in ("rejects_by_reason", "heldout_in_train")},
+        "near_duplicates_found": near["found"],
+        "overlap_found": overlap["found"],
+        "overlap_dropped": overlap["dropped"],
+        "not_tokenized": tokenize["rejected_count"],
+        "tokens": {split: counts["tokens"] for split, counts in tokenize["counts"].items()},
+        "labelled_tokens": {split: counts["labelled"] for split, counts in tokenize["counts"].items()},
+    }
 
 
 def build_run(settings: dict, facts: dict, metrics: dict) -> dict:
@@ -204,7 +232,7 @@ def judge(facts: dict, heldout: dict) -> dict:
     Raises UserError where the evaluations kept neither exact matches nor losses.
     """
     metric = main_metric(heldout)
-    base, tuned = (per_row(metric, [s[who] for s in facts["samples"]]) for who in ("base", "tuned"))
+    base, tuned = (per_row(metric, rows) for rows in scored(metric, facts["samples"]))
     if base is None or tuned is None:
         raise UserError(f"report: the samples of base and tuned must each have {metric} to be compared")
     return statistics.verdict(metric, base, tuned)
@@ -214,6 +242,12 @@ def main_metric(heldout: dict) -> str:
     """Exact match where any reply of either model matches its reference, else the loss, which free text has too."""
     exact = heldout.get("exact_match")
     return "exact_match" if exact and any(exact[who] and exact[who]["value"] for who in ("base", "tuned")) else "loss"
+
+
+def scored(metric: str, samples: list[dict]) -> list[list[dict]]:
+    """The samples of base and of tuned that have this score: plain texts have a loss, and no reply to judge."""
+    asked = [sample for sample in samples if metric == "loss" or sample["tuned"]["reply"] is not None]
+    return [[sample[who] for sample in asked] for who in ("base", "tuned")]
 
 
 def per_row(metric: str, samples: list[dict]) -> np.ndarray | None:
@@ -231,7 +265,7 @@ def per_row(metric: str, samples: list[dict]) -> np.ndarray | None:
 
 def _difference(metric: str, base: dict, tuned: dict, samples: list[dict]) -> dict:
     """Tuned less base with its interval: paired by row, or as if independent where rows have no such value."""
-    rows = [per_row(metric, [sample[who] for sample in samples]) for who in ("base", "tuned")]
+    rows = [per_row(metric, rows) for rows in scored(metric, samples)]
     if all(row is not None and len(row) > 1 for row in rows):
         found = statistics.paired_difference(*rows)
         return {name: found[name] for name in ("value", "ci95", "p")}
@@ -241,6 +275,12 @@ def _difference(metric: str, base: dict, tuned: dict, samples: list[dict]) -> di
         return {"value": difference, "ci95": None}
     half = 1.96 * math.hypot(*errors)
     return {"value": difference, "ci95": [difference - half, difference + half]}
+
+
+def _found(diagnoses: list[dict] | None) -> list[dict] | None:
+    """The doctor's findings without their words; None where it did not look."""
+    names = ("name", "severity", "step")
+    return diagnoses if diagnoses is None else [{name: one[name] for name in names} for one in diagnoses]
 
 
 def _score(score: dict | None) -> dict | None:

@@ -3,10 +3,15 @@
 import difflib
 import json
 import re
+from functools import partial
 from typing import Any
+
+from adder import report_text
+from adder.report_dataset import call_text
 
 LONGEST_TEXT = 4000  # characters of a text that are shown
 MOST_DIFFED = 1200  # words of a text that are compared: the comparison is quadratic
+clip = partial(report_text.clip, most=LONGEST_TEXT)
 UNLIKE = 0.5  # below this share of common words, marking differences would mark nearly everything
 # Words, numbers and dates whole; spaces; any other sign by itself.
 WORD = re.compile(r"\w+(?:[.,:/\-]\w+)*|\s+|[^\w\s]")
@@ -16,8 +21,10 @@ def select_samples(samples: list[dict], most: int) -> dict:
     """Choose at most `most` samples, the tuned model's worst first, and prepare them for the page.
 
     Wrong replies come first, highest loss first; a third of the places stays for right ones where there are any.
-    Returns {shown, total, wrong, right, system (the system prompt that all share, or None), rows}.
+    Plain texts have no replies and are left out. Returns {shown, total, wrong, right, system (the system prompt that
+    all share, or None), rows}.
     """
+    samples = [sample for sample in samples if sample["tuned"]["reply"] is not None]
     by_loss = sorted(samples, key=lambda s: -(s["tuned"].get("loss") or 0.0))
     wrong = [s for s in by_loss if not s["tuned"]["exact_match"]]
     right = [s for s in by_loss if s["tuned"]["exact_match"]]
@@ -50,10 +57,15 @@ def prepare(sample: dict, order: int, system: str | None) -> dict:
     gain = (base.get("loss") or 0.0) - (tuned.get("loss") or 0.0)
     return {
         "id": sample["id"], "order": order, "loss": tuned.get("loss"), "gain": gain,
-        "turns": [{"role": turn["role"], "content": clip(turn["content"])} for turn in turns],
-        "gist": " ".join((turns[-1]["content"] if turns else "").split())[:160],
+        "turns": [{"role": turn["role"], "content": clip(turn_text(turn))} for turn in turns],
+        "gist": " ".join((turn_text(turns[-1]) if turns else "").split())[:160],
         "reference": clip(pretty(reference) if reference is not None else tuned["reference"]), **replies,
     }  # fmt: skip
+
+
+def turn_text(turn: dict) -> str:
+    """What a message says: its text, and the tools that it calls."""
+    return "\n".join(filter(None, [turn["content"], *map(call_text, turn.get("tool_calls") or [])]))
 
 
 def mark(reference: str, reply: str, right: bool) -> tuple[list[tuple[str, str]], bool]:
@@ -118,9 +130,3 @@ def shared_system(samples: list[dict]) -> str | None:
              and s["tuned"]["prompt"][0]["role"] == "system"}  # fmt: skip
     everywhere = all(s["tuned"]["prompt"] and s["tuned"]["prompt"][0]["role"] == "system" for s in samples)
     return found.pop() if everywhere and len(found) == 1 else None
-
-
-def clip(text: str) -> str:
-    """The text, cut where it is longer than anyone would read here, with a word on what is left out."""
-    left_out = len(text) - LONGEST_TEXT
-    return text if left_out <= 0 else f"{text[:LONGEST_TEXT]} … ({left_out:,} more characters)"

@@ -19,6 +19,7 @@ HEADINGS = {
     "packs": "packs",
     "examples_per_pack": "examples a pack",
     "packing_waste": "waste if packed",
+    "attention_share": "attention's share of the work",
 }
 
 
@@ -102,9 +103,10 @@ def heading(name: str) -> str:
     return HEADINGS.get(name, name.replace("_", " "))
 
 
-def token(text: str) -> str:
-    """A token with its line breaks visible, and kept."""
-    return text.replace("\n", "↵\n").replace("\t", "⇥")
+def clip(text: str, most: int) -> str:
+    """The text, cut where it is longer than anyone would read here, with a word on what is left out."""
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[:most]} … ({left_out:,} more characters)"
 
 
 def short(digest: str | None) -> str:
@@ -128,6 +130,6 @@ def moment(text: str) -> str:
 
 FILTERS = {
     "number": number, "percent": percent, "duration": duration, "size": size, "setting": setting, "cell": cell,
-    "token": token, "short": short, "heading": heading, "moment": moment,
+    "short": short, "heading": heading, "moment": moment,
     "sentence": sentence,
 }  # fmt: skip

@@ -45,16 +45,18 @@ function sortSamples() {
   get("samples").append(...samples);
   filterSamples();
 }
-get("sample-search").addEventListener("input", filterSamples);
-get("sample-filter").addEventListener("change", filterSamples);
-get("sample-sort").addEventListener("change", sortSamples);
-get("sample-more").addEventListener("click", () => {
-  showAll = true;
-  const next = samples[FIRST];
+if (samples.length) {
+  get("sample-search").addEventListener("input", filterSamples);
+  get("sample-filter").addEventListener("change", filterSamples);
+  get("sample-sort").addEventListener("change", sortSamples);
+  get("sample-more").addEventListener("click", () => {
+    showAll = true;
+    const next = samples[FIRST];
+    filterSamples();
+    next.querySelector("summary").focus();
+  });
   filterSamples();
-  next.querySelector("summary").focus();
-});
-filterSamples();
+}
 
 const settings = [...document.querySelectorAll("#setting-table tbody tr")];
 function filterSettings() {
