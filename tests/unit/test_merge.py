@@ -1,23 +1,25 @@
 """The merged model is base + adapter, on real files, and a merge that went wrong is caught."""
 
+import dataclasses
 import json
 import shutil
 
-import pyarrow as pa
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from adder import merge
+from adder import changes, merge
 from adder.errors import UserError
-from adder.files import digest_file, read_json, write_json, write_table
+from adder.files import digest_file, read_json, write_json
 from adder.model_card import model_card
 from adder.progress import Progress
-from tiny import save_tiny_model
+from adder.tokens import TokenTable
+from tiny import save_tiny_model, write_tokens
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+O_PROJ = "model.layers.0.self_attn.o_proj"
 REPLIES = ["Paris.", "Refund of 19.99 for the kettle.", "It has not arrived.", "Four."] * 3
 
 
@@ -35,7 +37,7 @@ def make_inputs(folder, base, adapter=None, **lora):
         before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, reply))
         after.append(tokenizer.eos_token_id)
         rows.append({"id": f"x:{number}", "input_ids": before + after, "labels": [-100] * len(before) + after})
-    write_table(inputs["tokenize"] / "heldout.parquet", pa.Table.from_pylist(rows))
+    write_tokens(inputs["tokenize"] / "heldout.arrow", rows)
     details = {"end_of_turn": {"token": "<|im_end|>", "id": tokenizer.eos_token_id}}
     write_json(inputs["tokenize"] / "tokenize.json", {**details, "counts": {"train": {"examples": 9, "labelled": 99}}})
     write_json(
@@ -54,6 +56,8 @@ def make_adapter(base, folder, size=0.02, **lora):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=size)
+        elif "magnitude" in name or "modules_to_save" in name:
+            parameter.data *= 1 + 10 * size * torch.randn_like(parameter)
     model.save_pretrained(folder)
 
 
@@ -72,8 +76,10 @@ def weights(folder):
         ({}, {}),
         ({"tie_word_embeddings": False}, {"use_rslora": True}),
         ({"attention_bias": True}, {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"layers.0.mlp.up_proj": 2}}),
+        ({}, {"alpha_pattern": {r"layers\.\d\..*_proj": 64}, "target_modules": r".*\.(\w+)_proj"}),
+        ({"attention_bias": True}, {"use_dora": True, "use_rslora": True}),
     ],
-    ids=["tied", "untied-rslora", "biases-patterns"],
+    ids=["tied", "untied-rslora", "biases-patterns", "expressions", "dora-biases"],
 )
 def test_merged_logits_are_those_of_base_and_adapter(tmp_path, model, lora):
     base = save_tiny_model(tmp_path / "base", **model)
@@ -96,10 +102,8 @@ def test_merged_logits_are_those_of_base_and_adapter(tmp_path, model, lora):
 
 
 def labels_of(inputs):
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(inputs["tokenize"] / "heldout.parquet").to_pylist()
-    return [[label for label in row["labels"] if label != -100] for row in table]
+    table = TokenTable(inputs["tokenize"] / "heldout.arrow")
+    return [[label for label in table.labels(row).tolist() if label != -100] for row in range(len(table))]
 
 
 def test_everything_but_the_adapted_weights_is_the_bases_byte_for_byte(tmp_path, tiny_model_dir):
@@ -162,12 +166,12 @@ def test_a_change_below_the_weights_rounding_is_kept_on_average(dtype):
     # Rounded to nearest, a change of a tenth of a step would leave every weight as it was and undo the training.
     weight = torch.linspace(1.0, 1.9, 64).repeat(256, 1).to(dtype)
     step = torch.finfo(dtype).eps
-    pair = merge.Pair(torch.full((1, 64), 0.1 * step), torch.ones(256, 1), 1.0, False)
+    pair = changes.Pair(torch.full((1, 64), 0.1 * step), torch.ones(256, 1), 1.0, False)
     change = (merge.merged("w", weight, pair).float() - weight.float()) / step
     assert set(change.unique().tolist()) == {0.0, 1.0}
     assert float(change.mean()) == pytest.approx(0.1, abs=0.01)
     assert torch.equal(merge.merged("w", weight, pair), merge.merged("w", weight, pair))
-    negative = merge.Pair(-pair.a, pair.b, 1.0, False)
+    negative = changes.Pair(-pair.a, pair.b, 1.0, False)
     assert float((merge.merged("w", -weight, negative).float() + weight.float()).mean()) < 0
 
 
@@ -206,8 +210,8 @@ def test_one_wrong_tensor_is_caught_and_nothing_is_left(tmp_path, tiny_model_dir
 def test_a_wrong_scale_fails_the_proof(tmp_path, tiny_model_dir, monkeypatch, factor):
     # The weights then are what our own arithmetic expects: only PEFT's logits can tell.
     inputs = make_inputs(tmp_path / "in", tiny_model_dir, size=0.1)
-    right = merge._scale
-    monkeypatch.setattr(merge, "_scale", lambda *arguments: factor * right(*arguments))
+    right = changes._scale
+    monkeypatch.setattr(changes, "_scale", lambda *arguments: factor * right(*arguments))
     with pytest.raises(UserError, match="isn't base \\+ adapter.*merge.tolerance"):
         run(inputs, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
@@ -230,9 +234,16 @@ def test_an_untrained_adapter_changes_nothing_and_says_so(tmp_path, tiny_model_d
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "trained biases"),
-        ({"modules_to_save": ["embed_tokens"]}, "whole trained modules"),
+        (
+            {"modules_to_save": ["embed_tokens"]},
+            "one tensor for its embedding and its LM head.*embed_tokens.weight alone",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "one tensor for its embedding and its LM head.*lm_head.weight alone"),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "and model.embed_tokens.weight in different values"),
+        ({"init_lora_weights": "pissa"}, "a start that changes the base's weights"),
+        ({"trainable_token_indices": [3]}, "trained tokens"),
+        ({"target_parameters": ["mlp.up_proj.weight"], "target_modules": ["q_proj"]}, "such as those of experts"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "only LoRA pairs of linear layers"),
         ({"target_modules": ["lm_head"]}, "lm_head.*only LoRA pairs of linear layers"),
     ],
@@ -242,6 +253,88 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path, tiny_model_d
     with pytest.raises(UserError, match=message):
         run(inputs, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "whole"),
+    [
+        ({"tie_word_embeddings": False}, ["lm_head"], {"lm_head.weight"}),
+        ({"tie_word_embeddings": False}, ["embed_tokens"], {"model.embed_tokens.weight"}),
+        ({}, ["embed_tokens"], {"model.embed_tokens.weight"}),
+        ({}, ["model.norm", "1.input_layernorm"], {"model.norm.weight", "model.layers.1.input_layernorm.weight"}),
+        ({"attention_bias": True}, ["0.self_attn.o_proj"], {f"{O_PROJ}.weight", f"{O_PROJ}.bias"}),
+    ],
+    ids=["head", "embedding", "both as one", "norms", "a linear layer with its bias"],
+)  # fmt: skip
+def test_modules_trained_whole_take_the_place_of_the_bases(tmp_path, model, names, whole):
+    base = save_tiny_model(tmp_path / "base", **model)
+    inputs = make_inputs(
+        tmp_path / "in", base, modules_to_save=names, target_modules=["q_proj"], ensure_weight_tying=not model
+    )
+    run(inputs, tmp_path / "out")
+    proof = read_json(tmp_path / "out" / "proof.json")
+    assert proof["checked"] and proof["kl"] < proof["tolerance"] and proof["adapted_weights"] == 2 + len(whole)
+    before, after = weights(base), weights(tmp_path / "out" / "model")
+    trained = weights(inputs["train"] / "adapter")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in changed if "q_proj" not in name} == {name for name in whole if not name.endswith("bias")}
+    for name in whole:
+        wanted = trained[f"base_model.model.{name}"]
+        assert torch.allclose(after[name].float(), wanted, rtol=2**-7)
+
+
+def test_a_head_stored_a_second_time_stays_the_embedding(tmp_path, tiny_model_dir):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    inputs = make_inputs(tmp_path / "in", base, **options)
+    run(inputs, tmp_path / "out")
+    after = weights(tmp_path / "out" / "model")
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_weights_stored_the_other_way_round(tmp_path, dora):
+    """GPT-2 stores (in, out): DoRA's lengths go by outputs all the same."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    model = GPT2LMHeadModel(config)
+    weight = model.transformer.h[0].attn.c_attn.weight.detach().clone()
+    options = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": dora}
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path)
+    change = changes.read_adapter(tmp_path)["transformer.h.0.attn.c_attn.weight"]
+    expected = adapted.merge_and_unload().state_dict()["transformer.h.0.attn.c_attn.weight"]
+    assert torch.allclose(change.apply(weight), expected, atol=1e-6) and not torch.allclose(weight, expected, atol=0.05)
+
+
+def test_a_dora_adapter_without_its_lengths_is_refused(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, use_dora=True)
+    path = inputs["train"] / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors["base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj lacks a part of its LoRA pair: magnitude"):
+        run(inputs, tmp_path / "out")
+
+
+def test_a_wrong_length_fails_the_proof(tmp_path, tiny_model_dir, monkeypatch):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, size=0.1, use_dora=True)
+    right = changes.Pair.apply
+
+    def undirected(self, weight):
+        return right(dataclasses.replace(self, magnitude=None), weight)
+
+    monkeypatch.setattr(changes.Pair, "apply", undirected)
+    with pytest.raises(UserError, match="isn't base \\+ adapter"):
+        run(inputs, tmp_path / "out")
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path, tiny_model_dir):
@@ -277,6 +370,22 @@ def test_a_diverged_full_training_is_refused(tmp_path, tiny_model_dir):
     save_file(tensors, trained / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="model.norm.weight holds numbers that aren't finite"):
         run(inputs, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({}, "LoRA of rank 4, alpha 8, on down_proj, q_proj; merged"),
+        ({"target_modules": r".*\.(q|v)_proj"}, r"on `.*\.(q|v)_proj`; merged"),
+        ({"target_modules": ["layers.0.q_proj", "layers.1.q_proj"]}, "on q_proj; merged"),
+        ({"use_dora": True, "use_rslora": True}, "DoRA of rank 4, alpha 8, rank-stabilised, on"),
+        ({"modules_to_save": ["model.embed_tokens", "embed_tokens"]}, "; embed_tokens trained whole; merged"),
+    ],
+)
+def test_the_model_card_says_how_it_was_trained(changed, text):
+    adapter = {"r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj", "down_proj"], **changed}
+    tokenize = {"counts": {"train": {"examples": 1, "labelled": 2}}, "end_of_turn": {"token": "</s>"}}
+    assert text in model_card({"source": "a", "kind": "hub", "license": None}, adapter, tokenize)
 
 
 def test_the_model_cards_front_matter_is_yaml():

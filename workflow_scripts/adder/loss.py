@@ -30,3 +30,11 @@ def labelled_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> t
         for h, t in zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)
     ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def dft(losses: torch.Tensor) -> torch.Tensor:
+    """Weight each token's loss by the probability that the model gives the token, held constant for the gradient.
+
+    Dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629), as TRL's `loss_type="dft"`. `losses`: nats a token.
+    """
+    return losses * torch.exp(-losses.detach())

@@ -3,22 +3,23 @@
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adder import hardware
+from adder.changes import Change, Whole, read_adapter, share_tied
 from adder.choice import Choice
 from adder.errors import UserError
-from adder.files import link_or_copy, read_json, read_table, write_json
+from adder.files import link_or_copy, read_json, write_json
 from adder.forward import labelled_logits
 from adder.model_card import write_model_card
 from adder.progress import Progress
+from adder.tokens import TokenTable
 
 IGNORED = -100
 PROOF_ROWS = 16
@@ -27,21 +28,6 @@ TOLERANCE = 1e-3  # nats a token; see choose_tolerance
 INDEX = "model.safetensors.index.json"
 # Beside weights, config and tokenizer, what belongs to a model and must travel with it.
 KEPT_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A LoRA pair: the weight's change is `scale * B @ A`. A: (r, in), B: (out, r), fp32."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    transposed: bool  # the weight is stored (in, out), as GPT-2's Conv1D has it
-
-    def delta(self) -> torch.Tensor:
-        """The weight's change in fp32, shaped as the weight is stored."""
-        change = self.scale * (self.b @ self.a)
-        return change.T.contiguous() if self.transposed else change
 
 
 def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
@@ -69,11 +55,13 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
 
 def _merge(settings: dict, inputs: dict[str, Path], base: Path, model: Path, progress: Progress) -> dict:
     adapter = inputs["train"] / "adapter"
-    pairs = read_adapter(adapter)
-    merge_weights(base, pairs, model, progress)
-    weights = check_weights(base, model, pairs)
+    changes = read_adapter(adapter)
+    if AutoConfig.from_pretrained(base, local_files_only=True).get_text_config().tie_word_embeddings:
+        changes = share_tied(changes, set(_shapes(base)), adapter)
+    merge_weights(base, changes, model, progress)
+    weights = check_weights(base, model, changes)
     shutil.copyfile(base / "config.json", model / "config.json")
-    rows = proof_rows(inputs["tokenize"] / "heldout.parquet")
+    rows = proof_rows(inputs["tokenize"] / "heldout.arrow")
     tolerance = choose_tolerance(settings["tolerance"])
     logits = compare_logits(base, adapter, model, rows, progress) if rows else {}
     proof = {**weights, **logits, "tolerance": tolerance.value, "tolerance_reason": tolerance.reason}
@@ -102,53 +90,6 @@ def _reason(proof: dict) -> str:
     )
 
 
-def read_adapter(folder: Path) -> dict[str, Pair]:
-    """LoRA pairs of a PEFT directory by the name of the weight that they change.
-
-    Raises UserError for what is more than plain LoRA pairs on linear layers: DoRA, trained biases, whole modules,
-    embeddings.
-    """
-    config = read_json(folder / "adapter_config.json")
-    _refuse_unknown(config, folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
-        if kind not in ("A.weight", "B.weight"):
-            raise UserError(f"{folder}: can't merge {name}: only LoRA pairs of linear layers are supported")
-        found.setdefault(module, {})[kind[0]] = tensor.float()
-    pairs = {}
-    for module, pair in sorted(found.items()):
-        if pair.keys() != {"A", "B"}:
-            raise UserError(f"{folder}: {module} has only {'lora_A' if 'A' in pair else 'lora_B'} of its LoRA pair")
-        scale = _scale(config, module, len(pair["A"]))
-        pairs[f"{module}.weight"] = Pair(pair["A"], pair["B"], scale, bool(config.get("fan_in_fan_out")))
-    if not pairs:
-        raise UserError(f"{folder}: the adapter is empty")
-    return pairs
-
-
-def _refuse_unknown(config: dict, folder: Path) -> None:
-    unknown = {
-        "another method than LoRA": config.get("peft_type") != "LORA",
-        "DoRA": config.get("use_dora"),
-        "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        "whole trained modules (modules_to_save)": config.get("modules_to_save"),
-        "trained tokens": config.get("trainable_token_indices"),
-        "weights adapted by name (target_parameters)": config.get("target_parameters"),
-    }
-    for what, is_there in unknown.items():
-        if is_there:
-            raise UserError(f"{folder}: the adapter has {what}, which merging doesn't support")
-
-
-def _scale(config: dict, module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732); alpha may be a module's own."""
-    own = [alpha for key, alpha in (config.get("alpha_pattern") or {}).items() if f".{module}".endswith(f".{key}")]
-    alpha = own[0] if own else config["lora_alpha"]
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
 def shard_files(folder: Path) -> list[str]:
     """Names of a model directory's safetensors files, sorted. Raises UserError if there are none."""
     if (folder / INDEX).exists():
@@ -158,22 +99,22 @@ def shard_files(folder: Path) -> list[str]:
     raise UserError(f"{folder}: holds no model.safetensors and no {INDEX}")
 
 
-def merge_weights(base: Path, pairs: dict[str, Pair], target: Path, progress: Progress) -> None:
-    """Write the base's files into `target` with the pairs added, one file in memory at a time.
+def merge_weights(base: Path, changes: dict[str, Change], target: Path, progress: Progress) -> None:
+    """Write the base's files into `target` as the adapter changes them, one file in memory at a time.
 
-    W + scale * B @ A is computed in fp32 and rounded once to the base's dtype (see round_without_bias). Every other
+    A changed weight is computed in fp32 and rounded once to the base's dtype (see round_without_bias). Every other
     tensor, the division into files and their metadata stay as they are. Raises UserError when the adapter doesn't fit
     the base.
     """
     files = shard_files(base)
-    left = set(pairs)
+    left = set(changes)
     for number, file in enumerate(files, 1):
         progress.line(f"merging file {number} of {len(files)}")
         with safe_open(base / file, "pt") as stored:
             metadata = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         for name in left & tensors.keys():
-            tensors[name] = merged(name, tensors[name], pairs[name])
+            tensors[name] = merged(name, tensors[name], changes[name])
         left -= tensors.keys()
         save_file(tensors, target / file, metadata)
         (target / file).chmod(0o644)  # safetensors lets nobody else read what it writes
@@ -186,16 +127,15 @@ def merge_weights(base: Path, pairs: dict[str, Pair], target: Path, progress: Pr
         shutil.copyfile(base / INDEX, target / INDEX)
 
 
-def merged(name: str, weight: torch.Tensor, pair: Pair) -> torch.Tensor:
-    """The weight with its pair added, in the weight's dtype. Raises UserError when shape or dtype don't fit."""
+def merged(name: str, weight: torch.Tensor, change: Change) -> torch.Tensor:
+    """The weight as the adapter changes it, in the weight's dtype. Raises UserError when shape or dtype don't fit."""
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise UserError(f"{name} of the base is {weight.dtype}: merging needs 16-bit or 32-bit weights")
-    delta = pair.delta()
-    if delta.shape != weight.shape:
-        raise UserError(
-            f"{name}: the adapter's change has shape {tuple(delta.shape)}, the weight {tuple(weight.shape)}"
-        )
-    return round_without_bias(weight.float() + delta, weight.dtype, seed=name)
+    try:
+        exact = change.apply(weight.float())
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    return round_without_bias(exact, weight.dtype, seed="whole" if isinstance(change, Whole) else name)
 
 
 def round_without_bias(exact: torch.Tensor, dtype: torch.dtype, seed: str) -> torch.Tensor:
@@ -216,7 +156,7 @@ def round_without_bias(exact: torch.Tensor, dtype: torch.dtype, seed: str) -> to
     return torch.where(torch.rand(exact.shape, generator=generator) < chance, other, nearest)
 
 
-def check_weights(base: Path, model: Path, pairs: dict[str, Pair]) -> dict:
+def check_weights(base: Path, model: Path, changes: dict[str, Change]) -> dict:
     """Compare the merged files on disk with the base's; return {adapted_weights, changed_weights, unchanged_weights}.
 
     Raises UserError unless every adapted weight is the rounded sum and finite, and every other tensor, bit for bit,
@@ -232,18 +172,18 @@ def check_weights(base: Path, model: Path, pairs: dict[str, Pair]) -> dict:
                 raise UserError(f"{model / file}: holds other tensors than its base")
             for name in before.keys():
                 old, new = before.get_tensor(name), after.get_tensor(name)
-                if name in pairs and not torch.isfinite(new).all():
+                if name in changes and not torch.isfinite(new).all():
                     raise UserError(f"{model / file}: {name} holds numbers that aren't finite: the adapter is broken")
-                expected = merged(name, old, pairs[name]) if name in pairs else old
+                expected = merged(name, old, changes[name]) if name in changes else old
                 if not _same_bits(expected, new):
-                    what = "base + adapter" if name in pairs else "its base's, though nothing adapts it"
+                    what = "base + adapter" if name in changes else "its base's, though nothing adapts it"
                     raise UserError(f"{model / file}: {name} isn't {what}")
-                if name in pairs:
+                if name in changes:
                     share[name] = float((old != new).float().mean())
                     unchanged += [name] if _same_bits(old, new) else []
     return {
-        "adapted_weights": len(pairs),
-        "changed_weights": len(pairs) - len(unchanged),
+        "adapted_weights": len(changes),
+        "changed_weights": len(changes) - len(unchanged),
         "unchanged_weights": len(unchanged),
         "unchanged": unchanged,
         "changed_share": sum(share.values()) / len(share),
@@ -256,9 +196,10 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def proof_rows(heldout: Path) -> list[dict]:
     """Evenly spread held-out rows ({input_ids, labels}), a few dozen, with at most PROOF_POSITIONS labels in all."""
-    table = read_table(heldout).to_pylist()
+    table = TokenTable(heldout)
     rows, positions = [], 0
-    for row in table[:: max(1, len(table) // PROOF_ROWS)][:PROOF_ROWS]:
+    for number in range(0, len(table), max(1, len(table) // PROOF_ROWS))[:PROOF_ROWS]:
+        row = table.row(number)
         # A long row is cut behind its first labels: causal logits don't depend on what follows.
         labelled = [index for index, label in enumerate(row["labels"]) if index and label != IGNORED]
         labelled = labelled[: PROOF_POSITIONS - positions]

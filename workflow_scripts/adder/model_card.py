@@ -57,8 +57,14 @@ print(chat([{{"role": "user", "content": "Hello"}}], max_new_tokens=200)[0]["gen
 def _method(adapter: dict | None) -> str:
     if adapter is None:
         return "training of all weights"
-    modules = ", ".join(sorted(adapter["target_modules"]))
-    return f"LoRA of rank {adapter['r']}, alpha {adapter['lora_alpha']:g}, on {modules}; merged into the base's weights"
+    kind = "DoRA" if adapter.get("use_dora") else "LoRA"
+    wanted = adapter["target_modules"]
+    # A pattern as it is; of full names, which some starts of LoRA lead to, the last parts.
+    modules = f"`{wanted}`" if isinstance(wanted, str) else ", ".join(sorted({n.rpartition(".")[2] for n in wanted}))
+    scale = f"alpha {adapter['lora_alpha']:g}{', rank-stabilised' if adapter.get('use_rslora') else ''}"
+    whole = sorted({name.rpartition(".")[2] for name in adapter.get("modules_to_save") or ()})
+    beside = f"; {', '.join(whole)} trained whole" if whole else ""
+    return f"{kind} of rank {adapter['r']}, {scale}, on {modules}{beside}; merged into the base's weights"
 
 
 def _revision(source: dict) -> str:
