@@ -1,10 +1,11 @@
 """What only a CUDA device can show: run with `pytest -m gpu` on a machine that has one."""
 
+import numpy as np
 import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from adder import base_model, loss, train
+from adder import adapter, base_model, loss, train
 from adder.files import read_json
 from adder.progress import Progress
 from adder.settings import Train
@@ -61,7 +62,7 @@ def test_every_method_trains(tmp_path, method, dtype):
     values = Train(epochs=8, learning_rate=1e-2, effective_batch_size=6, compute_dtype=dtype).model_dump(mode="json")
     out = tmp_path / "out"
     out.mkdir()
-    train.run(values | {"method": method}, inputs, out, Progress.silent())
+    train.run(values | {"method": method, "reshuffle": False}, inputs, out, Progress.silent())
     summary, plan = read_json(out / "train.json"), read_json(out / "plan.json")
     assert summary["final_loss"] < summary["first_loss"]
     assert plan["micro_batch_size"]["value"] == 2
@@ -74,7 +75,7 @@ def test_quantised_training_keeps_fp32_adapters(tmp_path):
     inputs = write_training_inputs(tmp_path / "inputs", save_tiny_model(tmp_path / "model"))
     out = tmp_path / "out"
     out.mkdir()
-    train.run(Train(epochs=1).model_dump(mode="json"), inputs, out, Progress.silent())
+    train.run(Train(epochs=1).model_dump(mode="json") | {"reshuffle": False}, inputs, out, Progress.silent())
     from safetensors.torch import load_file
 
     weights = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -83,16 +84,13 @@ def test_quantised_training_keeps_fp32_adapters(tmp_path):
 
 def test_memory_is_probed_before_the_first_step(tmp_path):
     """A model that does not fit without checkpointing in a small share of the card is trained with it."""
-    from datasets import Dataset
-
     from adder.batching import MemoryProbe
 
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "max_position_embeddings": 8192}
     folder = save_tiny_model(tmp_path / "model", num_attention_heads=16, num_key_value_heads=4, **shape)
     model, _ = base_model.load(folder, "lora", "bfloat16", "cuda")
-    model = train.add_adapter(model, Train().model_dump(mode="json"))
-    packs = Dataset.from_list(pack_rows([[token_row(i, 8000)] for i in range(4)]))
-    probe = MemoryProbe(model, packs, "bfloat16", "cuda")
+    model = adapter.add_adapter(model, Train().model_dump(mode="json"))
+    probe = MemoryProbe(model, [np.array([8000])] * 4, "bfloat16", "cuda")
     total = torch.cuda.get_device_properties(0).total_memory
     assert probe(1, False)
     torch.cuda.set_per_process_memory_fraction(16e9 / total)

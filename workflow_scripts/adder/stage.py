@@ -26,6 +26,7 @@ from adder.errors import UserError
 from adder.files import digest_file, link_or_copy, read_json, write_json
 from adder.plan import READS, canonical
 from adder.progress import Progress
+from adder.settings import Runtime
 
 RECORD = "stage.json"
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "lm-eval", "snakemake", "pyarrow")
@@ -49,9 +50,9 @@ def execute(
     user's, by their digests. All output goes to the file `log`; the terminal shows progress
     and, for a mistake of the user's, one message. Exits with status 1 on failure, leaving no folder behind.
     """
-    runtime = runtime or {}
-    os.environ["ADDER_DEVICE"] = str(runtime.get("device", "auto"))
-    threads = str(runtime.get("threads", "auto"))
+    runtime = Runtime.model_validate(runtime or {}).model_dump()
+    os.environ["ADDER_DEVICE"] = runtime["device"]
+    threads = str(runtime["threads"])
     os.environ["ADDER_THREADS"] = threads
     # Snakemake sets these to the rule's threads, which `--cores 1` makes one: see hardware.use_threads.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -84,7 +85,7 @@ def _restore_or_run(stage, module, function, settings, identity, inputs, results
     record["fingerprint"] = fingerprint(record, function)
     folder = results / "stages" / stage / key
     kept = results / "cache" / stage / record["fingerprint"]
-    if runtime.get("restore", True) and restore(kept, folder, key):
+    if runtime["restore"] and restore(kept, folder, key):
         progress.say(f"restored from an equal earlier result in {time.monotonic() - start:.1f} s")
         return
     partial = folder.with_name(f".{key}.partial")
@@ -95,7 +96,7 @@ def _restore_or_run(stage, module, function, settings, identity, inputs, results
         if stage == "train":  # the one stage that is long enough to be worth continuing
             arguments = {
                 "checkpoints": results / "checkpoints" / record["fingerprint"],
-                "checkpoint_count": runtime.get("checkpoints", 10),
+                "runtime": runtime | {"results": str(results)},
             }
         run = getattr(importlib.import_module(f"adder.{module}"), function)
         record["summary"] = run(settings, inputs, partial, progress, **arguments)

@@ -1,24 +1,28 @@
 """Train on the packs: adapter (or full model), curves, and the plan that data and hardware led to."""
 
-import json
+import math
 import shutil
-import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoTokenizer, set_seed
+from trl import SFTConfig
 
-from adder import base_model, hardware
+from adder import adapter, base_model, folded_lora, hardware, preflight, trackers
+from adder.advice import advise
 from adder.batching import MemoryProbe, choose_batch
-from adder.checkpoints import newest_whole, seal
+from adder.checkpoints import newest_whole
 from adder.choice import Choice
-from adder.errors import UserError
-from adder.files import read_json, read_table, write_json, write_jsonl
-from adder.loss import has_plain_head, labelled_losses
+from adder.doctor import Doctor
+from adder.files import write_json, write_jsonl
+from adder.neftune import add_noise
 from adder.progress import Progress
+from adder.randomness import undisturbed
+from adder.sampling import Sampler, choose_prompts
+from adder.tokens import TokenTable
+from adder.trainer import Judge, ShowProgress, StopWhenTold, Trainer
+from adder.training_data import PackedExamples, RefillPacks, heldout_examples
 
 
 def run(
@@ -27,40 +31,100 @@ def run(
     out: Path,
     progress: Progress,
     checkpoints: Path | None = None,
-    checkpoint_count: int = 10,
+    runtime: dict | None = None,
 ) -> dict:
-    """Train, and write `adapter/` (`model/` for method full), metrics.jsonl, plan.json and train.json into `out`.
+    """Train; write `adapter/` (`model/` for method full), metrics.jsonl, samples.jsonl, plan.json, train.json to `out`.
 
     `checkpoints`: a directory that outlives a kill; training continues from the last whole checkpoint in it.
-    Raises UserError when the loss stops being a number.
+    `runtime`: {checkpoints, save_total_limit, report_to, results}, of the machine; trackers write below `results`.
+    Raises UserError for a set-up that can't work and when the loss stops being a number.
     """
+    runtime = runtime or {}
     hardware.use_threads()
     device = hardware.device()
     plan = {"compute_dtype": hardware.compute_dtype(device, settings["compute_dtype"])}
     dtype = plan["compute_dtype"].value
-    train_set, eval_set = _datasets(settings, inputs)
+    packs = PackedExamples(
+        inputs["tokenize"] / "train.arrow",
+        inputs["lengths"] / "packs.parquet",
+        settings["seed"],
+        settings["reshuffle"],
+    )
+    seq_lengths = packs.seq_lengths
     progress.say(f"loading the base model for {settings['method']} on {device} in {dtype}")
     set_seed(settings["seed"])
     model, choices = base_model.load(inputs["model"] / "model", settings["method"], dtype, device)
     plan |= choices
     if settings["method"] != "full":
-        model = add_adapter(model, settings)
-    plan |= choose_batch(settings, train_set["seq_lengths"], device, MemoryProbe(model, train_set, dtype, device))
+        model = adapter.add_adapter(model, settings)
+        adapter.initialise(model, packs, settings)
+        if device == "cuda":
+            plan["lora_products"] = folded_lora.attach_where_it_pays(model, dtype)
+    if settings["neftune_noise_alpha"]:
+        add_noise(model, settings["neftune_noise_alpha"])
+    plan |= choose_batch(settings, seq_lengths, device, MemoryProbe(model, seq_lengths, dtype, device))
+
     folder = checkpoints or out / "checkpoints"
-    arguments = _arguments(settings, plan, len(train_set), device, dtype, folder, checkpoint_count)
+    newest = newest_whole(folder)
+    if newest is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    resumed_from = newest and int(newest.name.removeprefix("checkpoint-"))
+    tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
+    arguments = _arguments(settings, plan, len(seq_lengths), device, dtype, folder, runtime)
+    facts = _facts(model, inputs, settings, plan, arguments, seq_lengths)
+    advice = advise(settings, facts)
+    for line in advice:
+        progress.say(f"advice: {line}")
+    watchers = trackers.callbacks(
+        runtime.get("report_to", []), Path(runtime.get("results", out)), folder.name, settings, progress
+    )
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer"),
-        callbacks=[SealCheckpoints(), ShowProgress(progress)],
+        train_dataset=packs.dataset(),
+        eval_dataset=heldout_examples(inputs["tokenize"] / "heldout.arrow", settings["eval_samples"]),
+        processing_class=tokenizer,
+        optimizers=(adapter.create_optimizer(model, arguments, settings), None),
+        callbacks=[RefillPacks(packs), ShowProgress(progress), StopWhenTold(), *watchers],
+        settings=settings,
+        sampler=Sampler(
+            choose_prompts(inputs["tokenize"] / "heldout.arrow", settings["samples"]),
+            tokenizer,
+            dtype,
+            folder / "samples.jsonl",
+            resumed_from or 0,
+            progress,
+        ),
+        judge=Judge(settings, folder),
+        doctor=Doctor(facts, settings, progress),
     )
-    _keep_adapter_fp32(trainer.model, settings["method"])
-    resumed_from = _train(trainer, folder, progress)
-    summary = _summary(trainer, settings, plan, train_set, resumed_from)
-    save(trainer.model, inputs, out, settings["method"])
+    if settings["method"] != "full":
+        adapter.keep_fp32(trainer.model)  # TRL casts a quantised model's adapter to bf16
+    seen = preflight.check(trainer.model, tokenizer, packs.pack(0), settings, plan, facts | {"results": out})
+    for warning in seen["warnings"]:
+        progress.say(f"warning: {warning}")
+    progress.say(seen["estimate"])
+    trainer.doctor.facts["base_loss"] = seen["base_loss"]
+    if newest is None:
+        with undisturbed():
+            trainer.sampler.sample(trainer.model, 0)
+    else:
+        progress.say(f"continuing from the checkpoint at step {resumed_from}")
+    trainer.train(resume_from_checkpoint=newest and str(newest))
+    if settings["eval_samples"] and not _evaluated_last(trainer.state):
+        trainer.evaluate()
+    kept = trainer.judge.finish(trainer.model, trainer.state, progress)
+
+    summary = {
+        **_summary(trainer, settings, plan, seq_lengths, resumed_from),
+        "kept": kept.to_dict(),
+        "preflight": seen,
+        "diagnoses": trainer.doctor.conclude(trainer.state.log_history),
+        "advice": advice,
+    }
+    adapter.save(trainer.model, inputs, out, settings["method"])
     write_jsonl(out / "metrics.jsonl", _metrics(trainer.state.log_history))
+    write_jsonl(out / "samples.jsonl", trainer.sampler.rows)
     write_json(out / "plan.json", {name: choice.to_dict() for name, choice in plan.items()})
     write_json(out / "train.json", summary)
     if checkpoints is None:
@@ -68,150 +132,35 @@ def run(
     return {name: summary[name] for name in ("steps", "final_loss", "eval_loss", "tokens_per_second")}
 
 
-def add_adapter(model: torch.nn.Module, settings: dict) -> PeftModel:
-    """Put LoRA pairs on the modules that settings name; the pairs are fp32."""
-    wanted = settings["target_modules"]
-    config = LoraConfig(
-        r=settings["lora_r"],
-        lora_alpha=settings["lora_alpha"],
-        lora_dropout=settings["lora_dropout"],
-        target_modules=linear_names(model) if wanted == "all-linear" else wanted,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(
-            f"train.target_modules: {wanted} does not fit this model ({error}); "
-            f"its linear layers are called {', '.join(linear_names(model))}"
-        ) from error
+def _facts(
+    model: torch.nn.Module, inputs: dict, settings: dict, plan: dict, arguments: SFTConfig, seq_lengths: list
+) -> dict:
+    """What doctor, advice and preflight judge by."""
+    table = TokenTable(inputs["tokenize"] / "train.arrow")
+    parameters = list(model.parameters())
+    examples, tokens = sum(map(len, seq_lengths)), int(sum(pack.sum() for pack in seq_lengths))
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    files = (inputs["model"] / "model").glob("*.safetensors")
+    return {
+        "ln_vocabulary": math.log(model.config.get_text_config().vocab_size),
+        "parameters": sum(_numbers(parameter) for parameter in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "labelled_share": int(table.column("labelled").sum()) / max(1, int(table.column("tokens").sum())),
+        "dtype": plan["compute_dtype"].value,
+        "examples": examples,
+        "epochs": settings["epochs"],
+        "steps": arguments.max_steps,
+        "steps_per_epoch": -(-len(seq_lengths) // per_step),
+        "effective_batch": round(per_step * examples / len(seq_lengths), 2),
+        "tokens_per_step": tokens / len(seq_lengths) * per_step,
+        "checkpoints": arguments.output_dir,
+        "save_total_limit": arguments.save_total_limit if arguments.save_strategy != "no" else 0,
+        "base_bytes": sum(file.stat().st_size for file in files),
+    }
 
 
-def linear_names(model: torch.nn.Module) -> list[str]:
-    """Names (last part) of the model's linear layers, found by type, the LM head left out; sorted."""
-    head = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return sorted({name.rpartition(".")[2] for name in linear})
-
-
-class Trainer(SFTTrainer):
-    """TRL's trainer, with tokens per second in its log and, on CPUs, the LM head at labelled positions only.
-
-    On a GPU TRL's own fused head does that; on a CPU it would compute the logits of every position.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.tokens = 0
-        self.tokens_logged = 0
-        self.clock = time.perf_counter()
-        self.idle = 0.0  # seconds since the last log that were not spent on training steps
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss over the labelled tokens of the whole optimizer step, this micro-batch's part of it."""
-        if model.training:
-            self.tokens += inputs["input_ids"].numel()
-        bare = self.accelerator.unwrap_model(self.model)
-        bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
-        if self.args.device.type != "cpu" or return_outputs or not has_plain_head(bare):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
-            losses = labelled_losses(bare, **inputs)
-        count = losses.numel() if num_items_in_batch is None else num_items_in_batch
-        return losses.sum() / torch.as_tensor(count).clamp(min=1)
-
-    def evaluate(self, *args, **kwargs):
-        """As TRL's; the time it takes is none of the training's."""
-        start = time.perf_counter()
-        result = super().evaluate(*args, **kwargs)
-        self.idle += time.perf_counter() - start
-        return result
-
-    def log(self, logs, start_time=None):
-        """Add the training speed since the last log: tokens of real examples, in steps alone."""
-        if "loss" in logs:
-            if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-                raise UserError(
-                    f"the loss became {logs['loss']} at step {self.state.global_step}: lower train.learning_rate "
-                    f"(now {self.args.learning_rate}) or train.max_grad_norm (now {self.args.max_grad_norm})"
-                )
-            now = time.perf_counter()
-            seconds = max(now - self.clock - self.idle, 1e-9)
-            logs["tokens_per_second"] = round((self.tokens - self.tokens_logged) / seconds, 1)
-            self.clock, self.idle, self.tokens_logged = now, 0.0, self.tokens
-        super().log(logs, start_time)
-
-
-class SealCheckpoints(TrainerCallback):
-    """Seal each checkpoint once it is complete: only a sealed one is continued from."""
-
-    def on_save(self, args, state, control, **kwargs):
-        """Called by the trainer after all files of a checkpoint are written."""
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class ShowProgress(TrainerCallback):
-    """One line with step, loss, speed and time left."""
-
-    def __init__(self, progress: Progress):
-        self.progress = progress
-        self.start = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Note where this process starts, which after a kill is not step 0."""
-        self.start = (time.perf_counter(), state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the line that the trainer has just logged."""
-        logs = logs or {}
-        if "eval_loss" in logs:
-            self.progress.say(f"step {state.global_step}/{state.max_steps}, held-out loss {logs['eval_loss']:.4f}")
-        if "loss" in logs:
-            began, first = self.start
-            done = max(state.global_step - first, 1)
-            left = (time.perf_counter() - began) / done * (state.max_steps - state.global_step)
-            self.progress.line(
-                f"step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.4f}, "
-                f"{logs['tokens_per_second']:,.0f} tokens/s, {_clock(left)} left",
-                last=state.global_step == state.max_steps,
-            )
-
-
-def save(model: torch.nn.Module, inputs: dict[str, Path], out: Path, method: str) -> None:
-    """Write the adapter in PEFT's form (or the full model in 16 bit), the same bytes for the same weights."""
-    if method == "full":
-        model.to(torch.bfloat16).save_pretrained(out / "model")
-        AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer").save_pretrained(out / "model")
-        return
-    source = read_json(inputs["model"] / "source.json")
-    config = model.peft_config["default"]
-    # Not the path of this machine's copy: an adapter is loaded elsewhere.
-    config.base_model_name_or_path, config.revision = source["source"], source["revision"]
-    model.save_pretrained(out / "adapter")
-    (out / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the merged model has a real one
-    path = out / "adapter" / "adapter_config.json"
-    stored = json.loads(path.read_text())
-    write_json(path, {key: sorted(v) if key == "target_modules" else v for key, v in stored.items()})
-
-
-def _datasets(settings: dict, inputs: dict[str, Path]) -> tuple[Dataset, Dataset | None]:
-    """The packs, and held-out examples as packs of one, longest first so that evaluation batches are even."""
-    packs = Dataset(read_table(inputs["lengths"] / "packs.parquet"))
-    if not settings["eval_samples"]:
-        return packs, None
-    heldout = read_table(inputs["tokenize"] / "heldout.parquet").slice(0, settings["eval_samples"]).to_pylist()
-    rows = [
-        {
-            "input_ids": row["input_ids"],
-            "labels": [-100, *row["labels"][1:]],
-            "seq_lengths": [len(row["input_ids"])],
-        }
-        for row in sorted(heldout, key=lambda row: (-len(row["input_ids"]), row["id"]))
-    ]
-    return packs, Dataset.from_list(rows)
-
-
-def _arguments(settings, plan, packs, device, dtype, folder, checkpoint_count) -> SFTConfig:
+def _arguments(settings, plan, packs, device, dtype, folder, runtime) -> SFTConfig:
+    checkpoint_count = runtime.get("checkpoints", 10)
     accumulation = plan["gradient_accumulation_steps"].value
     micro = plan["micro_batch_size"].value
     per_epoch = -(-packs // (micro * accumulation))
@@ -239,14 +188,16 @@ def _arguments(settings, plan, packs, device, dtype, folder, checkpoint_count) -
         gradient_checkpointing=plan["gradient_checkpointing"].value,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         optim="adamw_torch_fused" if device == "cuda" else "adamw_torch",
+        loss_type=settings["loss"],
         padding_free=True,
         max_length=None,
+        remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         eval_strategy="steps" if settings["eval_samples"] else "no",
         eval_steps=max(1, -(-steps // settings["eval_times"])),
         save_strategy="steps" if checkpoint_count else "no",
         save_steps=max(1, steps // (checkpoint_count + 1)),
-        save_total_limit=2,
+        save_total_limit=runtime.get("save_total_limit", 2),
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -255,41 +206,18 @@ def _arguments(settings, plan, packs, device, dtype, folder, checkpoint_count) -
     )
 
 
-def _keep_adapter_fp32(model: torch.nn.Module, method: str) -> None:
-    """Undo TRL's cast of a quantised model's adapter to bf16, in which small updates are lost to rounding."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and method != "full":
-            parameter.data = parameter.data.float()
-
-
-def _train(trainer: Trainer, folder: Path, progress: Progress) -> int | None:
-    """Train to the end, from the newest whole checkpoint if there is one; return the step continued from."""
-    newest = newest_whole(folder)
-    if newest is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        trainer.train()
-        result = None
-    else:
-        result = int(newest.name.removeprefix("checkpoint-"))
-        progress.say(f"continuing from the checkpoint at step {result}")
-        trainer.train(resume_from_checkpoint=str(newest))
-    if trainer.args.eval_strategy != "no" and not _evaluated_last(trainer.state):
-        trainer.evaluate()
-    return result
-
-
 def _evaluated_last(state) -> bool:
-    return any("eval_loss" in row and row["step"] == state.max_steps for row in state.log_history)
+    return any("eval_loss" in row and row["step"] == state.global_step for row in state.log_history)
 
 
 def _metrics(history: list[dict]) -> list[dict]:
-    wanted = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+    wanted = ("step", "epoch", "loss", "eval_loss", "exact_match", "learning_rate", "grad_norm", "tokens_per_second")
     rows = [{name: row[name] for name in wanted if name in row} for row in history]
-    return [row for row in rows if "loss" in row or "eval_loss" in row]
+    return [row for row in rows if row.keys() & {"loss", "eval_loss", "exact_match"}]
 
 
 def _summary(
-    trainer: Trainer, settings: dict, plan: dict[str, Choice], packs: Dataset, resumed_from: int | None
+    trainer: Trainer, settings: dict, plan: dict[str, Choice], seq_lengths: list[np.ndarray], resumed_from: int | None
 ) -> dict:
     rows = _metrics(trainer.state.log_history)
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -297,18 +225,19 @@ def _summary(
     speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
     parameters = list(trainer.model.parameters())
     per_step = plan["micro_batch_size"].value * plan["gradient_accumulation_steps"].value
-    examples = sum(map(len, packs["seq_lengths"]))
+    examples = sum(map(len, seq_lengths))
     return {
-        "steps": trainer.state.max_steps,
+        "steps": trainer.state.global_step,
+        "planned_steps": trainer.state.max_steps,
         "epochs": round(trainer.state.epoch, 3),
-        "tokens_per_epoch": sum(map(sum, packs["seq_lengths"])),
+        "tokens_per_epoch": int(sum(pack.sum() for pack in seq_lengths)),
         "tokens_per_second": speeds[len(speeds) // 2],
         "first_loss": losses[0],
         "final_loss": sum(losses[-10:]) / len(losses[-10:]),
         "eval_loss": evals[-1] if evals else None,
         "effective_batch": {
             "asked": settings["effective_batch_size"],
-            "mean_examples": round(per_step * examples / len(packs), 2),
+            "mean_examples": round(per_step * examples / len(seq_lengths), 2),
             "packs": per_step,
         },
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -321,8 +250,3 @@ def _numbers(parameter: torch.nn.Parameter) -> int:
     """How many numbers a parameter stands for: an NF4 one holds two in each byte."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return torch.Size(shape).numel() if shape is not None else parameter.numel()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,69 @@
+"""The best adapter so far and when to stop looking for a better one, in a way that a killed run can take up again."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+NAME = "best-{}.safetensors"
+
+
+def judged(history: list[dict], by: str) -> list[tuple[int, float]]:
+    """(step, value) of each evaluation in a trainer's log, higher is better: the loss counts negative."""
+    key = {"loss": "eval_loss", "exact_match": "exact_match"}[by]
+    return [(row["step"], -row[key] if by == "loss" else row[key]) for row in history if key in row]
+
+
+def best_step(history: list[dict], by: str) -> int | None:
+    """The step whose evaluation was best, the earliest of equals."""
+    found = judged(history, by)
+    return max(found, key=lambda pair: (pair[1], -pair[0]))[0] if found else None
+
+
+def evaluations_since_best(history: list[dict], by: str) -> int:
+    """How many evaluations in a row were no better than the best before them."""
+    step = best_step(history, by)
+    return sum(other > step for other, _ in judged(history, by)) if step is not None else 0
+
+
+class BestWeights:
+    """Keeps the trained weights of the best evaluation in `folder`, and those that a resumed run may need."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def keep(self, model: torch.nn.Module, step: int) -> None:
+        """Write the trained weights of `step`, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = self.folder / NAME.format(step)
+        partial = target.with_suffix(".partial")
+        # Copies: a tied embedding and LM head are one tensor, which safetensors refuses to store under two names.
+        save_file({name: tensor.contiguous().clone() for name, tensor in trained(model).items()}, partial)
+        partial.replace(target)
+
+    def tidy(self, needed: int | None) -> None:
+        """Remove all but the weights of step `needed`. To be called when a checkpoint is sealed: none is older."""
+        for path in self.folder.glob("best-*"):
+            if needed is None or path.name != NAME.format(needed):
+                path.unlink()
+
+    def load(self, model: torch.nn.Module, step: int) -> None:
+        """Put the weights of `step` back into the model."""
+        state = load_file(self.folder / NAME.format(step))
+        if hasattr(model, "peft_config"):
+            set_peft_model_state_dict(model, state)
+        else:
+            model.load_state_dict(state, strict=False)
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: the adapter, or every weight."""
+    if hasattr(model, "peft_config"):
+        return get_peft_model_state_dict(model)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}

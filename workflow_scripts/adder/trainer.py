@@ -1,0 +1,208 @@
+"""The trainer: TRL's, with what watches a run. Samples, the best adapter, an early end, whole checkpoints, progress."""
+
+import errno
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from adder.best import BestWeights, best_step, evaluations_since_best, judged
+from adder.checkpoints import seal
+from adder.choice import Choice
+from adder.doctor import Doctor, explain_nan
+from adder.errors import UserError
+from adder.loss import dft, has_plain_head, labelled_losses
+from adder.progress import Progress
+from adder.randomness import undisturbed
+from adder.sampling import Sampler
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer, with tokens per second in its log and, on CPUs, the LM head at labelled positions only.
+
+    On a GPU TRL's own fused head does that; on a CPU it would compute the logits of every position. After each
+    evaluation `sampler` replies to its prompts and `judge` decides what is kept and whether to go on.
+    """
+
+    def __init__(self, *args, settings: dict, sampler: Sampler, judge: "Judge", doctor: Doctor, **kwargs):
+        super().__init__(*args, callbacks=[*kwargs.pop("callbacks"), judge, doctor], **kwargs)
+        self.settings, self.sampler, self.judge, self.doctor = settings, sampler, judge, doctor
+        self.tokens = 0
+        self.tokens_logged = 0
+        self.clock = time.perf_counter()
+        self.idle = 0.0  # seconds since the last log that were not spent on training steps
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss over the labelled tokens of the whole optimizer step, this micro-batch's part of it."""
+        if model.training:
+            self.tokens += inputs["input_ids"].numel()
+        bare = self.accelerator.unwrap_model(self.model)
+        bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
+        if self.args.device.type != "cpu" or return_outputs or not has_plain_head(bare):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+            losses = labelled_losses(bare, **inputs)
+        if self.settings["loss"] == "dft" and model.training:
+            losses = dft(losses)
+        count = losses.numel() if num_items_in_batch is None else num_items_in_batch
+        return losses.sum() / torch.as_tensor(count).clamp(min=1)
+
+    def evaluate(self, *args, **kwargs):
+        """As TRL's, with samples and what follows from both; neither time nor random numbers are the training's."""
+        start = time.perf_counter()
+        with undisturbed():
+            # What is held out is judged by its likelihood, whatever the training minimises.
+            trained_on, self.args.loss_type = self.args.loss_type, "nll"
+            result = super().evaluate(*args, **kwargs)
+            self.args.loss_type = trained_on
+            right = self.sampler.sample(self.model, self.state.global_step)
+        if right is not None:
+            self.doctor.facts["samples"] = self.sampler.describe(self.state.global_step)
+            self.log({"exact_match": right})
+        self.judge.weigh(self.model, self.state, self.control)
+        self.idle += time.perf_counter() - start
+        return result
+
+    def _save_checkpoint(self, *args, **kwargs):
+        """As the trainer's; a full disk ends the run in one sentence, and the checkpoint before stays."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:
+            if not _is_write_error(error):
+                raise
+            free = shutil.disk_usage(self.args.output_dir).free
+            raise UserError(
+                f"a checkpoint can't be written to {self.args.output_dir} ({error}; {free / 1e9:,.1f} GB free there). "
+                "Make room and start again: training continues from the last whole checkpoint"
+            ) from error
+
+    def log(self, logs, start_time=None):
+        """Add the training speed since the last log: tokens of real examples, in steps alone."""
+        if "loss" in logs:
+            if not torch.isfinite(torch.tensor(float(logs["loss"]))):
+                reasons = explain_nan(self.state.log_history, self.settings, self.doctor.facts["dtype"])
+                raise UserError(f"the loss became {logs['loss']} at step {self.state.global_step}: {reasons}")
+            now = time.perf_counter()
+            seconds = max(now - self.clock - self.idle, 1e-9)
+            logs["tokens_per_second"] = round((self.tokens - self.tokens_logged) / seconds, 1)
+            self.clock, self.idle, self.tokens_logged = now, 0.0, self.tokens
+        super().log(logs, start_time)
+
+
+class Judge(TrainerCallback):
+    """Keeps the weights of the best evaluation, ends a training that no longer gets better, seals checkpoints."""
+
+    def __init__(self, settings: dict, folder: Path):
+        self.by, self.keep, self.patience = (settings[name] for name in ("best_by", "keep", "early_stopping"))
+        self.best = BestWeights(folder / "best")
+
+    def weigh(self, model: torch.nn.Module, state, control) -> None:
+        """After an evaluation: keep its weights if it is the best, stop if none was better for long enough."""
+        if self.keep == "best" and best_step(state.log_history, self.by) == state.global_step:
+            self.best.keep(model, state.global_step)
+        if self.patience and evaluations_since_best(state.log_history, self.by) >= self.patience:
+            control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        """Called by the trainer after all files of a checkpoint are written: only a sealed one is continued from."""
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.best.tidy(best_step(state.log_history, self.by))
+
+    def finish(self, model: torch.nn.Module, state, progress: Progress) -> Choice:
+        """Leave the weights in the model that are to leave the stage; say which these are."""
+        best, by = best_step(state.log_history, self.by), self.by.replace("_", " ")
+        ended = ""
+        if state.global_step < state.max_steps:
+            ended = (
+                f"; stopped early, {evaluations_since_best(state.log_history, self.by)} evaluations after the best, at "
+                f"step {state.global_step} of {state.max_steps}"
+            )
+        if self.keep == "last" or best is None:
+            seen = f"the best by {by} was step {best}" if best is not None else "none was evaluated"
+            choice = Choice(state.global_step, f"the last step, as set by train.keep; {seen}{ended}")
+        else:
+            if best != state.global_step:
+                self.best.load(model, best)
+            choice = Choice(best, f"the best by {by} of {len(judged(state.log_history, self.by))} evaluations{ended}")
+        progress.say(f"kept: step {choice.value}, {choice.reason}")
+        return choice
+
+
+class StopWhenTold(TrainerCallback):
+    """On SIGTERM, which Slurm sends before a time limit: finish the step, write a checkpoint, end.
+
+    The next start continues from it.
+    """
+
+    def __init__(self):
+        self.told = False
+        self.before = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Listen, where this thread may."""
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._hear)
+
+    def _hear(self, number, frame):
+        self.told = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask the trainer for a checkpoint and to stop."""
+        if self.told and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Leave the signal as it was; tell why there is no adapter."""
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+        if self.told and state.global_step < state.max_steps:
+            raise UserError(
+                f"told to stop (SIGTERM) at step {state.global_step} of {state.max_steps}; a checkpoint is written, "
+                "and the next start continues from it"
+            )
+
+
+class ShowProgress(TrainerCallback):
+    """One line with step, loss, speed and time left."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.start = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Note where this process starts, which after a kill is not step 0."""
+        self.start = (time.perf_counter(), state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the line that the trainer has just logged."""
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self.progress.say(f"step {state.global_step}/{state.max_steps}, held-out loss {logs['eval_loss']:.4f}")
+        if "loss" in logs:
+            began, first = self.start
+            done = max(state.global_step - first, 1)
+            left = (time.perf_counter() - began) / done * (state.max_steps - state.global_step)
+            self.progress.line(
+                f"step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.4f}, "
+                f"{logs['tokens_per_second']:,.0f} tokens/s, {_clock(left)} left",
+                last=state.global_step == state.max_steps,
+            )
+
+
+def _is_write_error(error: Exception) -> bool:
+    """Whether something could not be written, whichever library says so (torch and safetensors don't raise OSError)."""
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
+    signs = ("No space left", "File too large", "iostream error", "unexpected pos", "PytorchStreamWriter failed")
+    return any(sign in str(error) for sign in signs)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

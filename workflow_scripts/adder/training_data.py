@@ -1,0 +1,103 @@
+"""What training reads: packs, put together from the mapped token table at the moment they are needed."""
+
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from adder.files import read_table
+from adder.tokens import TokenTable
+
+IGNORED = -100
+
+
+class PackedExamples:
+    """The packs of a lengths stage over the examples of a tokenize stage.
+
+    `seq_lengths`: for each pack the tokens of its pieces (int32 arrays). With `reshuffle`, `start_epoch` fills the
+    packs anew: each piece changes places with another of the same length, so that every pack keeps its shape, an epoch
+    its number of steps, and examples meet others than before.
+    """
+
+    def __init__(self, tokens: Path, packs: Path, seed: int, reshuffle: bool):
+        table = read_table(packs)
+        self.tokens = TokenTable(tokens)
+        self.seed, self.reshuffle = seed, reshuffle
+        self._borders = np.asarray(table.column("seq_lengths").combine_chunks().offsets)
+        self._pieces = {
+            name: np.asarray(table.column(name).combine_chunks().values) for name in ("rows", "starts", "seq_lengths")
+        }
+        self._order = np.arange(len(self._pieces["rows"]))
+
+    @property
+    def seq_lengths(self) -> list[np.ndarray]:
+        """Tokens of each piece, by pack."""
+        return np.split(self._pieces["seq_lengths"], self._borders[1:-1])
+
+    def start_epoch(self, epoch: int) -> None:
+        """Fill the packs for an epoch (from 0), the same way whenever that epoch is started."""
+        lengths = self._pieces["seq_lengths"]
+        self._order = np.arange(len(lengths))
+        if self.reshuffle and epoch:
+            shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(lengths))
+            # Two lists of all pieces by length, one in order and one shuffled: equal places are of equal length.
+            in_order = np.argsort(lengths, kind="stable")
+            self._order[in_order] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+
+    def pack(self, number: int) -> dict[str, np.ndarray]:
+        """One pack: its pieces' `input_ids` and `labels` joined, and their `seq_lengths`, all int64 as torch has them.
+
+        The first label of every piece is -100, since the token that would predict it belongs to another example.
+        """
+        ids, labels = [], []
+        chosen = self._order[self._borders[number] : self._borders[number + 1]]
+        for row, start, length in zip(*(self._pieces[name][chosen] for name in self._pieces), strict=True):
+            ids.append(self.tokens.input_ids(row)[start : start + length])
+            piece = self.tokens.labels(row)[start : start + length].copy()
+            piece[0] = IGNORED
+            labels.append(piece)
+        return {
+            "input_ids": np.concatenate(ids).astype(np.int64),
+            "labels": np.concatenate(labels).astype(np.int64),
+            "seq_lengths": self._pieces["seq_lengths"][chosen].astype(np.int64),
+        }
+
+    def dataset(self) -> Dataset:
+        """The packs as a data set that makes each of them when it is asked for."""
+        numbers = Dataset.from_dict({"pack": np.arange(len(self._borders) - 1)})
+
+        def make(batch: dict) -> dict:
+            packs = [self.pack(number) for number in batch["pack"]]
+            return {name: [pack[name] for pack in packs] for name in ("input_ids", "labels", "seq_lengths")}
+
+        return numbers.with_transform(make)
+
+
+class RefillPacks(TrainerCallback):
+    """Tells the packs which epoch begins, also when training continues in the middle of one."""
+
+    def __init__(self, packs: PackedExamples):
+        self.packs = packs
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Called by the trainer before it reads the first batch of an epoch."""
+        self.packs.start_epoch(int(state.epoch or 0))
+
+
+def heldout_examples(tokens: Path, most: int) -> Dataset | None:
+    """The first `most` held-out examples as packs of one, longest first so that batches are even; None without any."""
+    table = TokenTable(tokens)
+    rows = [table.row(number) for number in range(min(most, len(table)))]
+    if not rows:
+        return None
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": row["input_ids"],
+                "labels": [IGNORED, *row["labels"][1:]],
+                "seq_lengths": [len(row["input_ids"])],
+            }
+            for row in sorted(rows, key=lambda row: (-len(row["input_ids"]), row["id"]))
+        ]
+    )
