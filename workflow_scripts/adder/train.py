@@ -113,6 +113,7 @@ def run(
     trainer.train(resume_from_checkpoint=newest and str(newest))
     if settings["eval_samples"] and not _evaluated_last(trainer.state):
         trainer.evaluate()
+    trackers.close_all()
     kept = trainer.judge.finish(trainer.model, trainer.state, progress)
 
     summary = {

