@@ -194,7 +194,7 @@ def compare(options) -> dict:
     for count in counts:
         rows = scratch / f"{count}.jsonl"
         write_rows(options.data, rows, count)
-        for arm in ("tokenizer_only", "trl_map", "adder", "adder_checked"):
+        for arm in ("tokenizer_only", "adder", "adder_checked", "trl_map"):
             results.append(measure(arm, model, rows, count, cores))
         if count == counts[-2 if len(counts) > 1 else -1] and cores > 1:
             results += [measure(arm, model, rows, count, 1) for arm in ("tokenizer_only", "adder")]

@@ -88,6 +88,9 @@ def killed_at(step, run, *args, **options) -> None:
     """Run in a forked process that kills itself with -9 when step `step` is done."""
     child = os.fork()
     if child == 0:
+        # A forked process has none of its parent's OpenMP threads and would wait for them.
+        os.environ["ADDER_THREADS"] = "1"
+        torch.set_num_threads(1)
         try:
             run(*args, kill=step, **options)
         finally:

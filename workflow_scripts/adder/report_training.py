@@ -21,6 +21,7 @@ LOOKED_FOR = (
     "replies that are empty, never end or stay wrong at a good loss",
     "steps and batch that don't suit the amount of data",
 )
+GIST = 160  # characters of a prompt that stand for it
 # A setting by its path, and its value where one stands behind it: a number, or a word that ends there.
 SETTING = re.compile(
     r"(?<![\w.])(?:model|data|format|tokenize|lengths|train|merge|evaluate|runtime)\.[a-z][a-z_]*(?!\w|\.\w)"
@@ -266,8 +267,9 @@ def frame(row: dict, kept: int | None) -> dict:
 def gist(prompt: str, turns: list[dict]) -> str:
     """What the prompt asks, in one line: its last turn where the evaluation knows it, else its end."""
     if turns:
-        return " ".join(turn_text(turns[-1]).split())[:160]
-    return " ".join(SPECIAL.sub(" ", prompt).split())[-160:]
+        return " ".join(turn_text(turns[-1]).split())[:GIST]
+    words = " ".join(SPECIAL.sub(" ", prompt).split())
+    return words if len(words) <= GIST else f"… {words[-GIST:].partition(' ')[2]}"
 
 
 def _some(values: list, most: int) -> list:

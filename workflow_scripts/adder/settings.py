@@ -331,8 +331,8 @@ class Runtime(Section):
     save_total_limit: int = Field(2, ge=2)
     """How many of them are kept at a time, the one before the newest among them."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=["tensorboard"])
-    """Where curves go while training, besides the report. TensorBoard's files are in `results/tensorboard/`; the others'
-    own variables (`WANDB_MODE`, `MLFLOW_TRACKING_URI`, `TRACKIO_DIR`) say where theirs go. None can fail a training."""
+    """Where curves go while training, besides the report. TensorBoard's files are in `results/tensorboard/`; the others
+    go by their own variables (`WANDB_MODE`, `MLFLOW_TRACKING_URI`, `TRACKIO_DIR`). None can fail a training."""
 
 
 class Settings(Section):

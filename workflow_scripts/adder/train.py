@@ -148,6 +148,7 @@ def _facts(
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "labelled_share": int(table.column("labelled").sum()) / max(1, int(table.column("tokens").sum())),
         "dtype": plan["compute_dtype"].value,
+        "skipped_steps": 0,  # by the fp16 scaler; counted as training goes
         "examples": examples,
         "epochs": settings["epochs"],
         "steps": arguments.max_steps,

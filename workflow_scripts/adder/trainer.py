@@ -88,6 +88,7 @@ class Trainer(SFTTrainer):
             if not torch.isfinite(torch.tensor(float(logs["loss"]))):
                 reasons = explain_nan(self.state.log_history, self.settings, self.doctor.facts["dtype"])
                 raise UserError(f"the loss became {logs['loss']} at step {self.state.global_step}: {reasons}")
+            self.doctor.facts["skipped_steps"] += self.accelerator.optimizer_step_was_skipped
             now = time.perf_counter()
             seconds = max(now - self.clock - self.idle, 1e-9)
             logs["tokens_per_second"] = round((self.tokens - self.tokens_logged) / seconds, 1)
