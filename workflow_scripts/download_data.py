@@ -1,4 +1,4 @@
-"""Fetch the rows: from files or the built-in generator to `rows.jsonl` and `sources.json`."""
+"""Fetch the rows from files, URLs, the hub or the built-in generator: `rows.jsonl`, `reading.json`, `sources.json`."""
 
 from job import run
 
