@@ -113,6 +113,17 @@ def outcome(folder: Path) -> dict:
     return {"adapter": adapter, "curves": curves, "samples": list(read_jsonl(folder / "out" / "samples.jsonl"))}
 
 
+def finish(inputs: dict, folder: Path) -> None:
+    """Start, and let it train to its end. Raises AssertionError where it fails by itself."""
+    process, channel = start(inputs, folder)
+    try:
+        while True:
+            channel.recv()
+    except EOFError:
+        process.join()
+    assert process.exitcode == 0, "a start that nobody disturbed failed"
+
+
 def live(inputs: dict, folder: Path, kills: int, chance: random.Random, done: Counter) -> None:
     """Start, kill and start again until `kills` have been made in this life, then let it finish."""
     made = 0
@@ -126,14 +137,7 @@ def live(inputs: dict, folder: Path, kills: int, chance: random.Random, done: Co
             raise AssertionError(f"a start failed by itself with exit code {process.exitcode}")
         else:
             break
-    process, channel = start(inputs, folder)
-    while True:
-        try:
-            channel.recv()
-        except EOFError:
-            break
-    process.join()
-    assert process.exitcode == 0, "the last start failed"
+    finish(inputs, folder)
 
 
 def run(kills: int, folder: Path, seed: int = 0, say=lambda text: None) -> Counter:
@@ -144,13 +148,7 @@ def run(kills: int, folder: Path, seed: int = 0, say=lambda text: None) -> Count
     chance = random.Random(seed)
     inputs = write_training_inputs(folder / "inputs", save_tiny_model(folder / "model"))
     (folder / "whole").mkdir()
-    process, channel = start(inputs, folder / "whole")
-    while True:
-        try:
-            channel.recv()
-        except EOFError:
-            break
-    process.join()
+    finish(inputs, folder / "whole")
     expected = outcome(folder / "whole")
     done: Counter = Counter()
     number = 0
