@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adder.errors import UserError
+from adder.hub_errors import explain
 from adder.progress import Progress
-from adder.remote import without_secrets
 
 CARD = ["README.md", ".huggingface.yaml"]  # what tells configurations and licence
 # `datasets` would look into archives, which are not fetched yet when it is asked; no reader of ours opens them either.
@@ -131,30 +131,12 @@ def _license(cached: Path) -> str | None:
 
 
 def _message(source: dict, where: str, error: Exception) -> str:
-    from huggingface_hub import errors
-
-    name, lead = source["hub"], f"{where}: {source['hub']}"
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-    if isinstance(cause, errors.GatedRepoError):
-        return f"{lead} is gated: accept its terms on its hub page, then set HF_TOKEN to a token that may read it"
-    if isinstance(cause, errors.RevisionNotFoundError):
-        return f"{lead} has no revision '{source.get('revision')}' (a branch, a tag or a commit)"
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return (
-            f"{lead} is not a data set on the hub. Check the spelling; if it is private, set HF_TOKEN to a token that "
-            "may read it"
-        )
-    unreachable = isinstance(cause, errors.HTTPError) and not isinstance(cause, errors.HfHubHTTPError)
-    absent = (
-        errors.OfflineModeIsEnabled,
-        errors.LocalEntryNotFoundError,
-        errors.IncompleteSnapshotError,
-        errors.CachedRepoTreeNotFoundError,
+    name = source["hub"]
+    return explain(
+        error,
+        f"{where}: {name}",
+        no_revision=f"has no revision '{source.get('revision')}' (a branch, a tag or a commit)",
+        missing="is not a data set on the hub. Check the spelling",
+        unreachable="is not whole in the hub's cache, and the hub is out of reach (HF_HUB_OFFLINE, or no network). "
+        f"Fetch it where there is a network: hf download --repo-type dataset {name}",
     )
-    if unreachable or isinstance(cause, absent):
-        return (
-            f"{lead} is not whole in the hub's cache, and the hub is out of reach (HF_HUB_OFFLINE, or no network). "
-            f"Fetch it where there is a network: hf download --repo-type dataset {name}"
-        )
-    token = os.environ.get("HF_TOKEN")
-    return f"{lead} can't be fetched from the hub: {without_secrets(cause, {token: '${HF_TOKEN}'} if token else {})}"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from adder.errors import UserError
 from adder.files import link_or_copy
+from adder.hub_errors import explain
 from adder.progress import Progress
 from adder.rows import sha256_file
 
@@ -209,27 +210,14 @@ def _hub_files(names: list[str], source: str) -> list[str]:
 
 
 def _hub_message(source: str, revision: str | None, error: Exception) -> str:
-    from huggingface_hub import errors
-
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-    lead = f"model.source: {source}"
-    if isinstance(cause, errors.GatedRepoError):
-        return f"{lead} is gated: accept its terms on its hub page, then set HF_TOKEN to a token that may read it"
-    if isinstance(cause, errors.RevisionNotFoundError):
-        return f"{lead} has no revision '{revision}' (model.revision: a branch, a tag or a commit)"
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return (
-            f"{lead} is neither a directory here nor a model on the hub. Check the spelling; "
-            "if the model is private, set HF_TOKEN to a token that may read it"
-        )
-    unreachable = isinstance(cause, errors.HTTPError) and not isinstance(cause, errors.HfHubHTTPError)
-    absent = errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError | errors.IncompleteSnapshotError
-    if unreachable or isinstance(cause, absent):
-        return (
-            f"{lead} is neither a directory here nor whole in the hub's cache, and the hub is out of reach "
-            "(HF_HUB_OFFLINE, or no network). Fetch it where there is a network, or name a local directory"
-        )
-    return f"{lead} can't be fetched from the hub: {type(cause).__name__}: {cause}"
+    return explain(
+        error,
+        f"model.source: {source}",
+        no_revision=f"has no revision '{revision}' (model.revision: a branch, a tag or a commit)",
+        missing="is neither a directory here nor a model on the hub. Check the spelling",
+        unreachable="is neither a directory here nor whole in the hub's cache, and the hub is out of reach "
+        "(HF_HUB_OFFLINE, or no network). Fetch it where there is a network, or name a local directory",
+    )
 
 
 def _take_files(source_folder: Path, folder: Path, source: str) -> None:
