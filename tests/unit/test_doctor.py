@@ -139,7 +139,6 @@ def facts_of(rows: list[dict], summary: dict, settings: dict) -> dict:
         "effective_batch": settings["effective_batch_size"],
         "skipped_steps": 0,
         "samples": None,
-        "prompts_unlike_training": None,
         "base_loss": None,
     }
 
@@ -464,17 +463,25 @@ def test_far_more_passes_than_are_usual():
 # Good loss, bad replies
 
 
-def replies(model_dir: Path, prompts: list[list[int]], end: int, limit: int) -> dict:
-    """Greedy replies of a trained model, counted as the trainer's samples are."""
+def replies(model_dir: Path, rows: list[dict], prompts: list[list[int]], end: int | None, limit: int) -> dict:
+    """Greedy replies of a trained model to `prompts`, held against the rows' own and counted as the sampler does."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    unfinished = empty = 0
+    made = []
     for prompt in prompts:
-        made = model.generate(
-            torch.tensor([prompt]), max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=end
-        )[0, len(prompt) :].tolist()
-        unfinished += end not in made
-        empty += made[:1] == [end]
-    return {"exact_match": 0.0, "unfinished_share": unfinished / len(prompts), "empty_share": empty / len(prompts)}
+        options = {"max_new_tokens": limit, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
+        made.append(model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist())
+    references = [[token for token in row["labels"] if token != -100] for row in rows]
+    return {
+        "count": len(rows),
+        "exact_match": sum(map(list.__eq__, made, references)) / len(rows),
+        "unfinished_share": sum(end is not None and end not in reply for reply in made) / len(rows),
+        "empty_share": sum(reply[:1] == [end] for reply in made) / len(rows),
+        "reply_tokens": len(references[0]),
+    }
+
+
+def named(found: Run, samples: dict) -> list[dict]:
+    return diagnose(found.rows, {**found.facts, "final": True, "samples": samples}, found.settings)
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -489,32 +496,31 @@ def test_replies_that_never_end(base, trained, ended):
         return {**row, "input_ids": row["input_ids"] + reply, "labels": labels}
 
     found = trained(base, many(turn, 240), heldout(turn), method="full")
-    prompts = [row["input_ids"][:4] for row in heldout(turn)]
-    samples = {**replies(found.out / "model", prompts, end, limit=12), "exact_match": None}
-    final = diagnose(found.rows, {**found.facts, "final": True, "samples": samples}, found.settings)
+    held = heldout(turn)
+    samples = replies(found.out / "model", held, [row["input_ids"][:4] for row in held], end, limit=12)
+    final = named(found, samples | ({} if ended else {"exact_match": None}))
     assert [one["name"] for one in final] == ([] if ended else ["replies never end"])
     if not ended:
         assert "the end of a turn was not learnt" in final[0]["cause"]
+        return
+    # Asked with a prompt in which the reply already stands, the same model has nothing to add.
+    samples = replies(found.out / "model", held, [row["input_ids"][:-1] for row in held], end, limit=12)
+    assert [one["name"] for one in named(found, samples)] == ["empty replies"]
 
 
-def test_replies_do_not_fit_a_good_loss(base, trained):
-    """Samples as generation under another template gives them, beside the curves of a run that learnt well."""
-    found = trained(base, many(chain, 120, noise=0.0), heldout(noise=0.0), learning_rate=1e-2, epochs=3)
-
-    def names(**facts) -> list[str]:
-        return [one["name"] for one in diagnose(found.rows, {**found.facts, "final": True, **facts}, found.settings)]
-
-    empty = {"exact_match": 0.0, "unfinished_share": 0.0, "empty_share": 1.0}
-    wrong = {"exact_match": 0.0, "unfinished_share": 0.0, "empty_share": 0.0, "reply_tokens": 8, "count": 20}
-    assert names() == [] and names(prompts_unlike_training=0) == []
-    assert names(samples=empty) == ["empty replies"]
-    assert names(samples=wrong) == ["wrong replies"]
+def test_replies_to_prompts_of_another_form(base, trained):
+    """Prompts with a token that training never showed there: the loss is good, and no reply is right."""
+    rows, held = many(chain, 240, noise=0.1, length=10), heldout(noise=0.0, length=10)
+    found = trained(base, rows, held, learning_rate=1e-2, epochs=3, method="full")
+    prompts = [row["input_ids"][:4] for row in held]
+    right = replies(found.out / "model", held, prompts, None, limit=6)
+    assert right["exact_match"] == 1 and named(found, right) == []
+    wrong = replies(found.out / "model", held, [[*prompt, FIRST + 200] for prompt in prompts], None, limit=6)
+    assert [one["name"] for one in named(found, wrong)] == ["wrong replies"]
     # Of three replies none may be right by chance, and at this loss no long one is.
-    assert names(samples={**wrong, "count": 3, "reply_tokens": 12}) == []
-    assert names(samples={**wrong, "reply_tokens": 200}) == []
-    assert names(samples=empty, prompts_unlike_training=2) == ["prompts unlike training"]
-    # Before anything is learnt, replies may run on.
-    begun = [row for row in found.rows if row["epoch"] < 0.3]
+    assert named(found, {**wrong, "reply_tokens": 20_000}) == []
+    # Before anything is learnt, replies may be wrong and run on.
+    begun = [row for row in found.rows if row["epoch"] < 0.1]
     assert diagnose(begun, {**found.facts, "samples": {**wrong, "unfinished_share": 1.0}}, found.settings) == []
 
 

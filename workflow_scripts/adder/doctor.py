@@ -20,7 +20,6 @@ EXPLAINS = {
     "rows repeat": ("overfitting",),
     "replies never end": ("wrong replies",),
     "empty replies": ("wrong replies",),
-    "prompts unlike training": ("replies never end", "empty replies", "wrong replies"),
 }
 
 
@@ -32,8 +31,7 @@ def diagnose(rows: list[dict], facts: dict, settings: dict) -> list[dict]:
     trainable_parameters, labelled_share (of the tokens), dtype ("float32", "bfloat16", "float16"), examples, epochs,
     steps (planned), effective_batch (examples), final (whether training has ended), skipped_steps (by the fp16 scaler),
     samples ({exact_match, unfinished_share, empty_share} of the replies sampled last, and if known their `count` and
-    `reply_tokens`) or None, prompts_unlike_training (how many prompts as generation sees them are not the beginning of
-    a training example) or None, base_loss (nats) or None. Facts that are missing are not judged by.
+    `reply_tokens`) or None, base_loss (nats) or None. Facts that are missing are not judged by.
 
     A diagnosis: {name, severity: "stop" | "warning" | "note", step (where it shows) or None, evidence, cause, change}.
     """
@@ -120,16 +118,6 @@ def _masked(rows, curves, facts, settings) -> dict | None:
     return diagnosis("labels masked", severity, step, ", ".join(parts), cause, change)
 
 
-def _unlike_training(curves: Curves, facts: dict, settings: dict) -> dict | None:
-    unlike = facts.get("prompts_unlike_training", 0)
-    if not unlike:
-        return None
-    evidence = f"{unlike} sampled prompts, as generation sees them, are not the beginning of any training example"
-    cause = "the chat template writes prompts for generation otherwise than for training"
-    change = "tokenize.chat_template: chatml, or a template whose add_generation_prompt is what training shows"
-    return diagnosis("prompts unlike training", "warning", None, evidence, cause, change)
-
-
 def _unending(curves: Curves, facts: dict, settings: dict) -> dict | None:
     share = facts.get("samples", {}).get("unfinished_share", 0)
     if share < 0.5 or not _good(curves, facts):
@@ -208,7 +196,7 @@ BY_HEIGHT = (
     *(symptoms.near_zero, symptoms.memorised, symptoms.spikes),
 )
 CHECKS = (
-    *(symptoms.overflow, symptoms.overfitting, _unlike_training, _unending, _empty, _wrong_replies),
+    *(symptoms.overflow, symptoms.overfitting, _unending, _empty, _wrong_replies),
     *(_few_steps, _many_steps, _many_passes),
 )
 PASSED = "; it passed by the end"
