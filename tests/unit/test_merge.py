@@ -1,7 +1,6 @@
 """The merged model is base + adapter, on real files, and a merge that went wrong is caught."""
 
 import dataclasses
-import json
 import shutil
 
 import pytest
@@ -13,61 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from adder import changes, merge
 from adder.errors import UserError
 from adder.files import digest_file, read_json, write_json
-from adder.model_card import model_card
-from adder.progress import Progress
+from adder.shards import shard_files
 from adder.tokens import TokenTable
-from tiny import save_tiny_model, write_tokens
+from merge_fixture import make_adapter, make_inputs, reply_in_this_process, run, weights  # noqa: F401 (a fixture)
+from tiny import save_tiny_model
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+pytestmark = pytest.mark.usefixtures("reply_in_this_process")
 O_PROJ = "model.layers.0.self_attn.o_proj"
-REPLIES = ["Paris.", "Refund of 19.99 for the kettle.", "It has not arrived.", "Four."] * 3
-
-
-def make_inputs(folder, base, adapter=None, **lora):
-    """Folders of the stages that merge reads: `base` is a model directory; the adapter has random, realistic pairs."""
-    inputs = {name: folder / name for name in ("model", "train", "tokenize")}
-    for path in inputs.values():
-        path.mkdir(parents=True)
-    shutil.copytree(base, inputs["model"] / "model")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.save_pretrained(inputs["tokenize"] / "tokenizer")
-    rows = []
-    for number, reply in enumerate(REPLIES):
-        prompt = f"<|im_start|>user\nMessage {number}<|im_end|>\n<|im_start|>assistant\n"
-        before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, reply))
-        after.append(tokenizer.eos_token_id)
-        rows.append({"id": f"x:{number}", "input_ids": before + after, "labels": [-100] * len(before) + after})
-    write_tokens(inputs["tokenize"] / "heldout.arrow", rows)
-    details = {"end_of_turn": {"token": "<|im_end|>", "id": tokenizer.eos_token_id}}
-    write_json(inputs["tokenize"] / "tokenize.json", {**details, "counts": {"train": {"examples": 9, "labelled": 99}}})
-    write_json(
-        inputs["model"] / "source.json", {"source": "org/tiny", "kind": "hub", "revision": "abc", "license": "MIT"}
-    )
-    if adapter is None:
-        make_adapter(base, inputs["train"] / "adapter", **lora)
-    return inputs
-
-
-def make_adapter(base, folder, size=0.02, **lora):
-    """A LoRA adapter whose pairs are all random, so that each adapted weight changes by about `size`."""
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **lora}))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=size)
-        elif "magnitude" in name or "modules_to_save" in name:
-            parameter.data *= 1 + 10 * size * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-
-
-def run(inputs, out, tolerance="auto"):
-    out.mkdir()
-    return merge.run({"tolerance": tolerance}, inputs, out, Progress.silent())
-
-
-def weights(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize(
@@ -123,8 +74,8 @@ def test_a_sharded_base_keeps_its_shards(tmp_path, tiny_model_dir):
     run(inputs, tmp_path / "out")
     whole = make_inputs(tmp_path / "in2", tiny_model_dir)
     run(whole, tmp_path / "out2")
-    files = merge.shard_files(tmp_path / "out" / "model")
-    assert len(files) > 2 and files == merge.shard_files(tmp_path / "base")
+    files = shard_files(tmp_path / "out" / "model")
+    assert len(files) > 2 and files == shard_files(tmp_path / "base")
     one, other = weights(tmp_path / "out" / "model"), weights(tmp_path / "out2" / "model")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
@@ -146,8 +97,7 @@ def test_what_lies_beside_the_weights(tmp_path, tiny_model_dir):
     assert generation["eos_token_id"] == [2, 0] and generation["pad_token_id"] == 2 and generation["top_p"] == 0.8
     assert (model / "LICENSE").read_text() == "free"
     assert AutoTokenizer.from_pretrained(model).chat_template == tokenizer.chat_template
-    card = (model / "README.md").read_text()
-    assert "base_model: org/tiny" in card and "license: mit" in card and "rank 4" in card and "`abc`" in card
+    assert not (model / "README.md").exists()  # the model's own card is written with the scores
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path, tiny_model_dir):
@@ -159,27 +109,6 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path, tiny_model_dir):
         for name in ("one", "two")
     ]
     assert digests[0] == digests[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_change_below_the_weights_rounding_is_kept_on_average(dtype):
-    # Rounded to nearest, a change of a tenth of a step would leave every weight as it was and undo the training.
-    weight = torch.linspace(1.0, 1.9, 64).repeat(256, 1).to(dtype)
-    step = torch.finfo(dtype).eps
-    pair = changes.Pair(torch.full((1, 64), 0.1 * step), torch.ones(256, 1), 1.0, False)
-    change = (merge.merged("w", weight, pair).float() - weight.float()) / step
-    assert set(change.unique().tolist()) == {0.0, 1.0}
-    assert float(change.mean()) == pytest.approx(0.1, abs=0.01)
-    assert torch.equal(merge.merged("w", weight, pair), merge.merged("w", weight, pair))
-    negative = changes.Pair(-pair.a, pair.b, 1.0, False)
-    assert float((merge.merged("w", -weight, negative).float() + weight.float()).mean()) < 0
-
-
-def test_what_needs_no_rounding_is_exact():
-    exact = torch.tensor([0.0, 1.0, -2.5, 3e38])
-    assert torch.equal(merge.round_without_bias(exact, torch.bfloat16, "w")[:3], exact[:3].bfloat16())
-    assert torch.equal(merge.round_without_bias(exact, torch.float32, "w"), exact)
-    assert not torch.isfinite(merge.round_without_bias(exact, torch.float16, "w")[3])
 
 
 @pytest.mark.parametrize(
@@ -234,7 +163,6 @@ def test_an_untrained_adapter_changes_nothing_and_says_so(tmp_path, tiny_model_d
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"bias": "all"}, "trained biases"),
         (
             {"modules_to_save": ["embed_tokens"]},
             "one tensor for its embedding and its LM head.*embed_tokens.weight alone",
@@ -329,8 +257,8 @@ def test_a_wrong_length_fails_the_proof(tmp_path, tiny_model_dir, monkeypatch):
     inputs = make_inputs(tmp_path / "in", tiny_model_dir, size=0.1, use_dora=True)
     right = changes.Pair.apply
 
-    def undirected(self, weight):
-        return right(dataclasses.replace(self, magnitude=None), weight)
+    def undirected(self, weight, first=0):
+        return right(dataclasses.replace(self, magnitude=None), weight, first)
 
     monkeypatch.setattr(changes.Pair, "apply", undirected)
     with pytest.raises(UserError, match="isn't base \\+ adapter"):
@@ -370,29 +298,3 @@ def test_a_diverged_full_training_is_refused(tmp_path, tiny_model_dir):
     save_file(tensors, trained / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="model.norm.weight holds numbers that aren't finite"):
         run(inputs, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("changed", "text"),
-    [
-        ({}, "LoRA of rank 4, alpha 8, on down_proj, q_proj; merged"),
-        ({"target_modules": r".*\.(q|v)_proj"}, r"on `.*\.(q|v)_proj`; merged"),
-        ({"target_modules": ["layers.0.q_proj", "layers.1.q_proj"]}, "on q_proj; merged"),
-        ({"use_dora": True, "use_rslora": True}, "DoRA of rank 4, alpha 8, rank-stabilised, on"),
-        ({"modules_to_save": ["model.embed_tokens", "embed_tokens"]}, "; embed_tokens trained whole; merged"),
-    ],
-)
-def test_the_model_card_says_how_it_was_trained(changed, text):
-    adapter = {"r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj", "down_proj"], **changed}
-    tokenize = {"counts": {"train": {"examples": 1, "labelled": 2}}, "end_of_turn": {"token": "</s>"}}
-    assert text in model_card({"source": "a", "kind": "hub", "license": None}, adapter, tokenize)
-
-
-def test_the_model_cards_front_matter_is_yaml():
-    import yaml
-
-    tokenize = {"counts": {"train": {"examples": 1, "labelled": 2}}, "end_of_turn": {"token": "</s>"}}
-    card = model_card({"source": "a: b", "kind": "hub", "license": None}, None, tokenize)
-    head = yaml.safe_load(card.split("---")[1])
-    assert head["base_model"] == "a: b" and "license" not in head and "lora" not in head["tags"]
-    assert json.dumps(head)

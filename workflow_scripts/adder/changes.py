@@ -23,7 +23,7 @@ class Pair:
 
     With DoRA (Liu et al. 2024, arXiv:2402.09353) each output's row of that sum is then given the length that was
     trained, `magnitude`: (out,), fp32. In training on NF4 the rows were those of base + pair with the quantised base,
-    scaled to the same lengths; here they are of the 16-bit base, as wherever PEFT loads the adapter on it.
+    scaled to the same lengths; here they are of the base that is merged into, as wherever PEFT loads the adapter on it.
     """
 
     a: torch.Tensor
@@ -32,16 +32,32 @@ class Pair:
     transposed: bool  # the weight is stored (in, out), as GPT-2's Conv1D has it
     magnitude: torch.Tensor | None = None
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The changed weight in fp32, shaped as it is stored. Raises ValueError when the shapes don't fit."""
-        change = self.scale * (self.b @ self.a)
-        change = change.T if self.transposed else change
-        _check_shape(change, weight)
-        result = weight + change
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, as it is stored."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def rank(self) -> int:
+        """What the sum costs: products for each number."""
+        return len(self.a)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether some rows can be computed without the others."""
+        return self.magnitude is None or not self.transposed
+
+    def apply(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """The changed weight in fp32. `weight`: fp32, those rows of it that begin with row `first`."""
+        rows = slice(first, first + len(weight))
+        left, right = (self.a.T[rows], self.b.T) if self.transposed else (self.b[rows], self.a)
+        result = torch.addmm(weight, left.to(weight.device), right.to(weight.device), alpha=self.scale)
         if self.magnitude is None:
             return result
-        rows = 0 if self.transposed else 1
-        return result * (self.magnitude / result.norm(dim=rows)).unsqueeze(rows)
+        if self.transposed:
+            return result * (self.magnitude.to(weight.device) / result.norm(dim=0))
+        return result * (self.magnitude[rows].to(weight.device) / result.norm(dim=1))[:, None]
 
 
 @dataclass(frozen=True)
@@ -49,36 +65,60 @@ class Whole:
     """A tensor that was trained whole, which takes the base's place."""
 
     value: torch.Tensor
+    by_rows = True
+    rank = 0
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The trained tensor. Raises ValueError when it isn't shaped as the base's."""
-        _check_shape(self.value, weight)
-        return self.value
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return tuple(self.value.shape)
+
+    def apply(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Those rows of the trained tensor, in fp32, that begin with row `first` and are as many as the weight's."""
+        return self.value[first : first + len(weight)].to(weight.device, torch.float32)
 
 
-Change = Pair | Whole
+@dataclass(frozen=True)
+class Sum:
+    """A bias to which another, trained with the pair (PEFT's `lora_bias`), is added; fp32, scaled already."""
+
+    value: torch.Tensor
+    by_rows = True
+    rank = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the bias."""
+        return tuple(self.value.shape)
+
+    def apply(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """The changed bias in fp32, from element `first` on."""
+        return weight + self.value[first : first + len(weight)].to(weight.device)
 
 
-def _check_shape(change: torch.Tensor, weight: torch.Tensor) -> None:
-    if change.shape != weight.shape:
-        raise ValueError(f"the adapter's change has shape {tuple(change.shape)}, the weight {tuple(weight.shape)}")
+Change = Pair | Whole | Sum
 
 
 def read_adapter(folder: Path) -> dict[str, Change]:
-    """What a PEFT directory changes, by the name of the base's tensor: LoRA pairs and whole tensors.
+    """What a PEFT directory changes, by the name of the base's tensor: pairs, biases and whole tensors.
 
-    Raises UserError for what isn't LoRA or DoRA of linear layers, or modules trained whole (modules_to_save).
+    Raises UserError for what isn't LoRA or DoRA of linear layers, or modules and biases trained whole, and for numbers
+    that aren't finite.
     """
     config = read_json(folder / "adapter_config.json")
     _refuse_unknown(config, folder)
     found: dict[str, dict[str, torch.Tensor]] = {}
     changes: dict[str, Change] = {}
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{folder}: {name} holds numbers that aren't finite: the adapter is broken")
         module, is_lora, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
-        if is_lora and kind in PARTS:
-            found.setdefault(module, {})[PARTS[kind]] = tensor.float()
+        if is_lora and (kind in PARTS or kind == "B.bias"):
+            found.setdefault(module, {})[PARTS.get(kind, "bias")] = tensor.float()
+        elif not is_lora and _is_bias(kind, config):
+            changes[kind.replace(".base_layer.", ".")] = Whole(tensor)
         elif not is_lora and _is_whole(kind, config):
-            changes[kind] = Whole(tensor.float())
+            changes[kind] = Whole(tensor)
         else:
             raise UserError(
                 f"{folder}: can't merge {name}: only LoRA pairs of linear layers and whole modules are supported"
@@ -89,6 +129,8 @@ def read_adapter(folder: Path) -> dict[str, Change]:
             raise UserError(f"{folder}: {module} lacks a part of its LoRA pair: {', '.join(sorted(missing))}")
         scale = _scale(config, module, len(parts["a"]))
         transposed = bool(config.get("fan_in_fan_out"))
+        if "bias" in parts:
+            changes[f"{module}.bias"] = Sum(scale * parts.pop("bias"))
         changes[f"{module}.weight"] = Pair(scale=scale, transposed=transposed, **parts)
     if not changes:
         raise UserError(f"{folder}: the adapter is empty")
@@ -101,6 +143,11 @@ def _is_whole(name: str, config: dict) -> bool:
     modules = [name[:end] for end, letter in enumerate(name) if letter == "."]
     # An embedding's partner is saved with it, under its own name, where the two share one tensor.
     return any(m.endswith(names) for m in modules) or (bool(config.get("ensure_weight_tying")) and bool(names))
+
+
+def _is_bias(name: str, config: dict) -> bool:
+    """Whether a tensor is one of the base's own biases, trained beside the pairs (`bias: all` or `lora_only`)."""
+    return config.get("bias", "none") != "none" and name.endswith(".bias")
 
 
 def share_tied(changes: dict[str, Change], stored: set[str], folder: Path) -> dict[str, Change]:
@@ -133,7 +180,6 @@ def _refuse_unknown(config: dict, folder: Path) -> None:
     )  # fmt: skip
     unknown = {
         "another method than LoRA": config.get("peft_type") != "LORA",
-        "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
         "trained tokens": config.get("trainable_token_indices"),
         "weights adapted by name (target_parameters), such as those of experts": config.get("target_parameters"),
         "a start that changes the base's weights": config.get("init_lora_weights") not in (None, *ORDINARY_STARTS),

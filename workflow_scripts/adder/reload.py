@@ -1,0 +1,37 @@
+"""One greedy reply of a model directory, by a process that knows nothing but that directory.
+
+`python -m adder.reload FOLDER DTYPE DEVICE` reads {"input_ids": …, "max_new_tokens": …} as JSON from standard input and
+writes {"input_ids": the reply's, "text": …} as the last line of its output. DEVICE "auto" spreads a model over GPU,
+memory and disk.
+"""
+
+import json
+import sys
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+
+def greedy_reply(folder: str, dtype: str, device: str, input_ids: list[int], max_new_tokens: int) -> dict:
+    """Load model and tokenizer from `folder`; return {input_ids, text} of its reply, up to an end that it names."""
+    with tempfile.TemporaryDirectory() as offload:
+        place = {"device_map": "auto", "offload_folder": offload} if device == "auto" else {"device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, **place
+        )
+        own = model.generation_config
+        # Neither sampling nor penalties, whatever the model's own configuration asks for.
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id,
+        )
+        prompt = torch.tensor([input_ids], device=model.device)
+        ids = model.eval().generate(prompt, attention_mask=torch.ones_like(prompt))[0, len(input_ids) :].tolist()
+    return {"input_ids": ids, "text": AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(greedy_reply(*sys.argv[1:], **json.load(sys.stdin))))
