@@ -5,6 +5,7 @@ import json
 import pytest
 
 from adder import scoring
+from adder.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,29 @@ from adder import scoring
 )
 def test_kind_follows_from_all_references(references, kind):
     assert scoring.choose_kind(references) == kind
+
+
+@pytest.mark.parametrize(
+    ("references", "wanted", "metrics", "kind"),
+    [
+        (['{"a": 1}'], "auto", ["exact_match", "json"], "json"),
+        (["#### 3"], "auto", ["exact_match", "final_answer"], "final_answer"),
+        (["Yes."], "auto", ["exact_match", "rouge_l", "chrf"], "text"),
+        ([], "auto", ["exact_match", "rouge_l", "chrf"], "text"),
+        (['{"a": 1}'], ["exact_match"], ["exact_match"], "text"),  # then as text, character for character
+        (['{"a": 1}'], ["chrf", "json", "chrf"], ["exact_match", "chrf", "json"], "json"),
+        (["so\n#### 3"], ["rouge_l"], ["exact_match", "rouge_l"], "text"),
+    ],
+)
+def test_metrics_follow_from_the_references_or_the_setting(references, wanted, metrics, kind):
+    choice = scoring.choose_metrics(references, wanted)
+    assert choice.value == metrics and scoring.kind_of(choice.value) == kind and choice.reason
+
+
+@pytest.mark.parametrize("wanted", [["json"], ["exact_match", "final_answer"]])
+def test_a_metric_that_the_references_have_no_form_for_is_refused(wanted):
+    with pytest.raises(UserError, match=f"evaluate.metrics: '{wanted[-1]}' needs .* but one is 'Yes.'"):
+        scoring.choose_metrics(['{"a": "#### 3"}', "Yes."], wanted)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import time
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,20 +12,17 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from adder import hardware, replies, scoring, statistics
+from adder import decoding, hardware, replies, scoring, statistics, text_metrics
 from adder.choice import Choice
 from adder.errors import UserError
 from adder.files import read_json, write_json, write_jsonl
-from adder.forward import labelled_logits
-from adder.loss import has_plain_head, labelled_losses
+from adder.heldout_loss import row_losses
 from adder.progress import Progress
 from adder.reply_length import choose_max_new_tokens
 from adder.template import ChatTemplate
 from adder.tokens import TokenTable
 
-IGNORED = -100
-LOSS_TOKENS = 4096  # positions of one batch of the loss, padding included
-LARGEST_BATCH = 128  # replies at once: beyond it a CPU computes no faster, and each step waits for the longest reply
+LARGEST_BATCH = 128  # replies at once: beyond it a CPU computes no faster
 SUMMARY = ("loss", "perplexity", "exact_match")
 CACHE_SHARE = 0.5  # of the free memory that keys and values of one batch may take
 
@@ -31,26 +30,30 @@ CACHE_SHARE = 0.5  # of the free memory that keys and values of one batch may ta
 def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
     """Evaluate `inputs["model"]/model` on the held-out rows; write scores.json and samples.jsonl into `out`.
 
-    Raises UserError when there are no held-out rows, or when the model and the tokenizer don't belong together.
+    Raises UserError when there are no held-out rows, when a metric doesn't suit them, or when vLLM is asked for and
+    can't run.
     """
     hardware.use_threads()
     device = hardware.device()
-    details = read_json(inputs["tokenize"] / "tokenize.json")
-    tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
+    backend = replies.choose_backend(settings["backend"], device)
+    tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer", local_files_only=True)
     rows = load_rows(inputs, settings["max_samples"], tokenizer)
+    metrics = scoring.choose_metrics([row["reference"] for row in rows if row["prompt"]], settings["metrics"])
     dtype = hardware.compute_dtype(device)
     progress.say(f"loading the model on {device} in {dtype.value}")
     model = load_model(inputs["model"] / "model", dtype.value, device)
-    losses = row_losses(model, rows, progress)
-    asked = [row for row in rows if row["prompt"]]
-    kind = scoring.choose_kind([row["reference"] for row in asked])
-    written, generation = {}, {}
-    if asked:
-        written, generation = write_replies(model, tokenizer, asked, details, settings, kind, progress)
+    about = {"architecture": type(model).__name__, "parameters": model.num_parameters()}
+    details = read_json(inputs["tokenize"] / "tokenize.json")
+    losses, written, generation = measure(
+        model, tokenizer, rows, details, settings, backend.value, metrics.value, progress
+    )
+    kind = scoring.kind_of(metrics.value)
     samples = [make_sample(row, loss, written.get(row["id"]), kind) for row, loss in zip(rows, losses, strict=True)]
     scores = {
-        "model": {"architecture": type(model).__name__, "parameters": model.num_parameters()},
+        "model": about,
         "kind": kind,
+        "metrics": metrics.to_dict(),
+        "backend": backend.to_dict(),
         "heldout": summarise(samples),
         "compute_dtype": dtype.to_dict(),
         "lm_eval_version": version("lm_eval"),
@@ -107,101 +110,132 @@ def _question(conversation: dict, row: dict, tokenizer, template: ChatTemplate |
 
 def load_model(folder: Path, dtype: str, device: str) -> PreTrainedModel:
     """Load a model to be evaluated: weights in `dtype`, on `device`."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     return model.to(device).eval()
 
 
-@torch.inference_mode()
-def row_losses(model: PreTrainedModel, rows: list[dict], progress: Progress) -> list[torch.Tensor]:
-    """Loss in nats at each labelled position of each row, fp64 on the CPU; a row longer than the context is cut."""
-    context = model.config.get_text_config().max_position_embeddings
-    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]["input_ids"]), index))
-    losses: list[torch.Tensor] = [torch.zeros(0)] * len(rows)
-    done = 0
-    plain = has_plain_head(model)
-    for batch in loss_batches(order, rows, context) if plain else [[index] for index in order]:
-        examples = [(rows[index]["input_ids"][:context], rows[index]["labels"][:context]) for index in batch]
-        found = padded_losses(model, examples) if plain else [whole_head_losses(model, *examples[0])]
-        for index, values in zip(batch, found, strict=True):
-            losses[index] = values.double().cpu()
-        done += len(batch)
-        progress.line(f"loss: {done:,} of {len(rows):,} rows", last=done == len(rows))
-    return losses
+@dataclass(frozen=True)
+class Plan:
+    """How the replies are written, each of `requests` one; `stop` is the text of the end-of-turn token."""
+
+    limit: Choice
+    batch_size: Choice
+    context: int
+    stop: str
+    stop_ids: list[int]
+    requests: list[decoding.Request]
 
 
-def loss_batches(order: list[int], rows: list[dict], context: int) -> list[list[int]]:
-    """Rows, longest first, in batches of at most LOSS_TOKENS positions: neighbours are alike, so little is padding."""
-    batches: list[list[int]] = []
-    for index in order:
-        width = min(len(rows[batches[-1][0]]["input_ids"]), context) if batches else 0
-        if not batches or (len(batches[-1]) + 1) * width > LOSS_TOKENS:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+def measure(
+    model: PreTrainedModel,
+    tokenizer,
+    rows: list[dict],
+    details: dict,
+    settings: dict,
+    backend: str,
+    metrics: list[str],
+    progress: Progress,
+) -> tuple[list[torch.Tensor], dict[str, dict], dict]:
+    """Each row's losses; {id: reply, its counts and scores} for each that has a prompt; what scores.json says of it.
 
-
-def padded_losses(model: PreTrainedModel, examples: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
-    """Losses of several examples (ids, labels) in one padded batch; the LM head sees labelled positions only."""
-    width = max(len(ids) for ids, _ in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    labels = torch.full_like(ids, IGNORED)
-    mask = torch.zeros_like(ids)
-    for number, (own_ids, own_labels) in enumerate(examples):
-        ids[number, : len(own_ids)] = torch.tensor(own_ids)
-        labels[number, : len(own_ids)] = torch.tensor(own_labels)
-        mask[number, : len(own_ids)] = 1
-    counts = (labels[:, 1:] != IGNORED).sum(dim=1).tolist()
-    device = model.device
-    losses = labelled_losses(model, labels.to(device), input_ids=ids.to(device), attention_mask=mask.to(device))
-    return list(losses.split(counts))
-
-
-def whole_head_losses(model: PreTrainedModel, ids: list[int], labels: list[int]) -> torch.Tensor:
-    """Losses of one example for models that scale or cap the LM head's output: from the model's own logits."""
-    logits, target = labelled_logits(model, ids, labels)
-    return torch.nn.functional.cross_entropy(logits, target, reduction="none")
-
-
-def write_replies(model, tokenizer, rows: list[dict], details: dict, settings: dict, kind: str, progress: Progress):
-    """Let the model reply to each prompt: {id: {reply, new_tokens, truncated}} and what scores.json says of it."""
-    documents = [{"prompt": row["prompt_text"], "reference": row["reference"]} for row in rows]
-    prompt_ids = [row["prompt_ids"] for row in rows]
-    differ = sum(row["input_ids"][: len(row["prompt_ids"])] != row["prompt_ids"] for row in rows)
-    if differ:
-        progress.say(f"warning: {differ} of {len(rows)} prompts aren't those that training used, token for token")
-    context = model.config.get_text_config().max_position_embeddings
-    longest = max(map(len, prompt_ids))
-    limit = choose_limit(settings["max_new_tokens"], details["reply_tokens"]["train"], context)
-    cut = sum(len(ids) + limit.value > context for ids in prompt_ids)
-    if cut:
-        progress.say(f"warning: {cut} of {len(rows)} prompts lose their beginning, to fit the context of {context}")
-    batch = choose_batch_size(settings["batch_size"], model, len(rows), min(longest + limit.value, context))
-    stop = details["end_of_turn"]
-    stop_ids = sorted({stop["id"], *eos_ids(model)})
-    generator = replies.Generator(model, tokenizer, stop_ids, batch.value, context, len(rows), progress)
-
-    def score(reference: str, reply: str) -> dict[str, float]:
-        scores = scoring.score(kind, reference, answer(reply))
-        return {name: value for name, value in scores.items() if name != "fields"}
-
+    The loop of decoding.py gives a row's losses and its reply in one pass, if the prompt is the one that training saw.
+    """
+    asked = [row for row in rows if row["prompt"]]
+    if not asked:
+        return row_losses(model, rows, progress), {}, {}
+    plan = plan_replies(model, tokenizer, asked, details, settings, progress)
+    one_pass = backend == "hf" and decoding.supports(model)
+    shared = {row["id"] for row, request in zip(asked, plan.requests, strict=True) if one_pass and request.labels}
+    alone = [row for row in rows if row["id"] not in shared]
+    losses = dict(zip([row["id"] for row in alone], row_losses(model, alone, progress), strict=True))
+    generator = make_generator(model, tokenizer, plan, backend, progress)
+    documents = [{"prompt": row["prompt_text"], "reference": row["reference"]} for row in asked]
     start = time.perf_counter()
-    texts, _ = replies.generate(generator, documents, limit.value, stop["token"], score)
+    found = replies.generate(generator, documents, plan.limit.value, plan.stop, partial(score_reply, metrics))
     seconds = time.perf_counter() - start
-    replies.say_total(generator, seconds, progress)
-    written = {
-        row["id"]: {"reply": text, **generator.written[tuple(ids[-(context - limit.value) :])]}
-        for row, text, ids in zip(rows, texts, prompt_ids, strict=True)
-    }
+    written = {}
+    for row, reply, request in zip(asked, found, plan.requests, strict=True):
+        written[row["id"]] = {**reply, **generator.written[tuple(request.ids[: request.prompt])]}
+    if one_pass:
+        own = {row["id"]: values for row, values in zip(asked, generator.losses, strict=True) if row["id"] in shared}
+        losses |= {name: values.double().cpu() for name, values in own.items()}
+    new_tokens = sum(one["new_tokens"] for one in written.values())
+    replies.say_total(len(written), new_tokens, seconds, progress)
     generation = {
         "seconds": round(seconds, 2),
-        "new_tokens": sum(one["new_tokens"] for one in written.values()),
+        "new_tokens": new_tokens,
         "truncated": sum(one["truncated"] for one in written.values()),
-        "prompts_cut": cut,
-        "prompts_unlike_training": differ,
+        "prompts_cut": sum(is_cut(row, plan.limit.value, plan.context) for row in asked),
+        "prompts_unlike_training": sum(not is_as_trained(row) for row in asked),
     }
-    return written, {"max_new_tokens": limit.to_dict(), "batch_size": batch.to_dict(), "generation": generation}
+    about = {"max_new_tokens": plan.limit.to_dict(), "batch_size": plan.batch_size.to_dict(), "generation": generation}
+    return [losses[row["id"]] for row in rows], written, about
+
+
+def plan_replies(
+    model: PreTrainedModel, tokenizer, asked: list[dict], details: dict, settings: dict, progress: Progress
+) -> Plan:
+    """Choose how the replies to the rows `asked` are written, and warn of prompts that are odd."""
+    context = model.config.get_text_config().max_position_embeddings
+    limit = choose_limit(settings["max_new_tokens"], details["reply_tokens"]["train"], context)
+    if differ := sum(not is_as_trained(row) for row in asked):
+        progress.say(f"warning: {differ} of {len(asked)} prompts aren't those that training used, token for token")
+    if cut := sum(is_cut(row, limit.value, context) for row in asked):
+        progress.say(f"warning: {cut} of {len(asked)} prompts lose their beginning, to fit the context of {context}")
+    longest = max(len(row["prompt_ids"]) for row in asked)
+    batch = choose_batch_size(settings["batch_size"], model, len(asked), min(longest + limit.value, context))
+    stop = details["end_of_turn"]
+    return Plan(
+        limit=limit,
+        batch_size=batch,
+        context=context,
+        stop=stop["token"],
+        stop_ids=sorted({stop["id"], *eos_ids(model, tokenizer)}),
+        requests=[make_request(row, limit.value, context) for row in asked],
+    )
+
+
+def is_as_trained(row: dict) -> bool:
+    """Whether the prompt is, token for token, what stood before the last reply in training."""
+    return row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
+
+
+def is_cut(row: dict, limit: int, context: int) -> bool:
+    """Whether the prompt loses its beginning, so that a reply of `limit` tokens fits the context."""
+    return len(row["prompt_ids"]) + limit > context
+
+
+def make_request(row: dict, limit: int, context: int) -> decoding.Request:
+    """The prompt, with the reference as a guess at the reply and with labels where prompt and reference stand so."""
+    prompt = row["prompt_ids"][-(context - limit) :]
+    if is_as_trained(row) and not is_cut(row, limit, context) and len(row["input_ids"]) <= context:
+        return decoding.Request(row["input_ids"], len(prompt), row["labels"])
+    return decoding.Request(prompt, len(prompt))
+
+
+def make_generator(model: PreTrainedModel, tokenizer, plan: Plan, backend: str, progress: Progress):
+    """The lm-eval model that replies. With "vllm" the model given is emptied: its memory is vLLM's from then on."""
+    if backend == "vllm":
+        from adder.vllm_replies import VllmGenerator  # imports vLLM
+
+        dtype = str(model.dtype).removeprefix("torch.")
+        model.to("meta")
+        torch.cuda.empty_cache()
+        return VllmGenerator(model.name_or_path, tokenizer.name_or_path, dtype, plan.stop_ids, plan.context)
+    common = (model, tokenizer, plan.stop_ids, plan.batch_size.value, plan.context)
+    if decoding.supports(model):
+        return replies.SlotGenerator(*common, plan.requests, progress)
+    return replies.Generator(*common, len(plan.requests), progress)
+
+
+def score_reply(metrics: list[str], reference: str, reply: str) -> dict[str, float]:
+    """Scores of one reply, 0 to 1 each; what stands before the end of its reasoning isn't compared."""
+    own = answer(reply)
+    scores = scoring.score(scoring.kind_of(metrics), reference, own)
+    scores.pop("fields", None)
+    return scores | {
+        name: text_metrics.METRICS[name](reference, own) for name in metrics if name in text_metrics.METRICS
+    }
 
 
 def answer(reply: str) -> str:
@@ -234,13 +268,13 @@ def choose_batch_size(wanted: str | int, model: PreTrainedModel, rows: int, toke
     return Choice(value, f"{rows} replies in even batches; {why}")
 
 
-def eos_ids(model: PreTrainedModel) -> list[int]:
-    """Ids that end the model's generation by its own configuration."""
+def eos_ids(model: PreTrainedModel, tokenizer) -> set[int]:
+    """Ids that end the model's generation by its own configuration, and the one that ends a text for its tokenizer."""
+    found = {tokenizer.eos_token_id}
     for config in (model.generation_config, model.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
-    return []
+        own = getattr(config, "eos_token_id", None)
+        found |= set(own if isinstance(own, list) else [own])
+    return found - {None}
 
 
 def make_sample(row: dict, losses: torch.Tensor, written: dict | None, kind: str) -> dict:
@@ -254,7 +288,8 @@ def make_sample(row: dict, losses: torch.Tensor, written: dict | None, kind: str
     }
     if written is None:
         return {**sample, "reply": None}
-    return {**sample, **written, **scoring.score(kind, row["reference"], answer(written["reply"]))}
+    fields = scoring.score(kind, row["reference"], answer(written["reply"])) if kind == "json" else {}
+    return {**sample, **written, **fields}
 
 
 def summarise(samples: list[dict]) -> dict:
@@ -266,6 +301,9 @@ def summarise(samples: list[dict]) -> dict:
     for name in ("exact_match", "json_valid"):
         if asked and name in asked[0]:
             scores[name] = statistics.proportion(sum(sample[name] for sample in asked), len(asked))
+    for name in text_metrics.METRICS:
+        if asked and name in asked[0]:
+            scores[name] = statistics.mean([sample[name] for sample in asked])
     if asked and "fields" in asked[0]:
         fields = [sample["fields"] for sample in asked]
         counts = [scoring.count_fields(one) for one in fields]

@@ -2,17 +2,36 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 
 import lm_eval
 import torch
 from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from adder import decoding
+from adder.choice import Choice
+from adder.errors import UserError
 from adder.progress import Progress
 
 TASK = "heldout"
+
+
+def choose_backend(wanted: str, device: str) -> Choice:
+    """What generates the replies, "hf" or "vllm". Raises UserError where vLLM is asked for and can't run."""
+    installed = find_spec("vllm") is not None
+    if wanted == "vllm" and not (installed and device == "cuda"):
+        missing = "no CUDA device is used here" if installed else "the package vllm isn't installed"
+        raise UserError(f"evaluate.backend: 'vllm' was asked for, but {missing}; use 'auto' or 'hf'")
+    if wanted != "auto":
+        return Choice(wanted, "as set")
+    if installed and device == "cuda":
+        return Choice("vllm", "vLLM is installed and there is a GPU")
+    return Choice("hf", "transformers: vLLM needs a GPU" if installed else "transformers: vLLM isn't installed")
 
 
 class Generator(HFLM):
@@ -60,9 +79,43 @@ class Generator(HFLM):
 
     def _show(self, new_ids: torch.Tensor) -> None:
         lengths, ended = reply_lengths(new_ids, self.stop_ids)
-        speed = (self.new_tokens + int(lengths.sum())) / max(time.perf_counter() - self.started, 1e-9)
-        finished = self.replies + int(ended.sum())
-        self.progress.line(f"generating: {finished:,} of {self.total:,} replies, {speed:,.0f} new tokens/s")
+        self.show(self.replies + int(ended.sum()), self.new_tokens + int(lengths.sum()))
+
+    def show(self, replies: int, new_tokens: int) -> None:
+        """Say how far the generation is."""
+        speed = new_tokens / max(time.perf_counter() - self.started, 1e-9)
+        self.progress.line(f"generating: {replies:,} of {self.total:,} replies, {speed:,.0f} new tokens/s")
+
+
+class SlotGenerator(Generator):
+    """The same replies by the loop of decoding.py: `requests` are the prompts of lm-eval's documents, in their order.
+
+    No prompt is tokenised or read twice. `losses` are those of the requests' labels.
+    """
+
+    def __init__(self, model, tokenizer, stop_ids, batch_size, context, requests: list[decoding.Request], progress):
+        super().__init__(model, tokenizer, stop_ids, batch_size, context, len(requests), progress)
+        self.requests = requests
+        self.losses: list[torch.Tensor] = []
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Reply to lm-eval's requests, which all come with the same options."""
+        options = requests[0].args[1]
+        asked = [self.requests[request.doc_id] for request in requests]
+        limit = options["max_gen_toks"]
+        watch = partial(self._watch, limit)
+        found = decoding.reply(self.model, asked, self.stop_ids.tolist(), limit, self.batch_size, watch)
+        self.losses = [reply.losses for reply in found]
+        for request, reply in zip(asked, found, strict=True):
+            prompt = tuple(request.ids[: request.prompt])
+            self.written[prompt] = {"new_tokens": len(reply.ids), "truncated": not reply.ended}
+        until = handle_stop_sequences(
+            options["until"], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        )
+        return [postprocess_generated_text(self.tok_decode(reply.ids), until, None) for reply in found]
+
+    def _watch(self, limit: int, found: list[decoding.Reply]) -> None:
+        self.show(sum(reply.is_done(limit) for reply in found), sum(len(reply.ids) for reply in found))
 
 
 class Watch(LogitsProcessor):
@@ -88,16 +141,16 @@ def reply_lengths(new_ids: torch.Tensor, stop_ids: torch.Tensor) -> tuple[torch.
 
 
 def generate(
-    generator: Generator,
+    generator: lm_eval.api.model.LM,
     documents: list[dict],
     max_new_tokens: int,
     stop: str,
     score: Callable[[str, str], dict[str, float]],
-) -> tuple[list[str], dict[str, float]]:
+) -> list[dict]:
     """Run lm-eval's generate_until over `documents` ({prompt, reference}, the prompt a rendered text).
 
     `stop`: text of the end-of-turn token, cut from a reply where the tokenizer doesn't hide it as a special one.
-    `score(reference, reply)` gives the metrics of one reply. Returns the replies in order and each metric's mean.
+    `score(reference, reply)` gives the metrics of one reply. Returns {reply, and its metrics} for each, in order.
     """
     table = Dataset.from_list([{"prompt": d["prompt"], "reference": d["reference"]} for d in documents])
     first = score(documents[0]["reference"], documents[0]["reference"])
@@ -116,11 +169,9 @@ def generate(
     # `evaluate`, not `simple_evaluate`: that one also asks the hub about the model and lists the machine's packages.
     results = lm_eval.evaluate(generator, manager.load([task]), bootstrap_iters=0, log_samples=True)
     samples = sorted(results["samples"][TASK], key=lambda sample: sample["doc_id"])
-    means = {name: float(results["results"][TASK][f"{name},none"]) for name in first}
-    return [sample["filtered_resps"][0] for sample in samples], means
+    return [{"reply": sample["filtered_resps"][0], **{name: sample[name] for name in first}} for sample in samples]
 
 
-def say_total(generator: Generator, seconds: float, progress: Progress) -> None:
+def say_total(replies: int, new_tokens: int, seconds: float, progress: Progress) -> None:
     """Leave one line about the whole generation."""
-    speed = generator.new_tokens / max(seconds, 1e-9)
-    progress.line(f"generated {generator.replies:,} replies, {speed:,.0f} new tokens/s", last=True)
+    progress.line(f"generated {replies:,} replies, {new_tokens / max(seconds, 1e-9):,.0f} new tokens/s", last=True)

@@ -5,6 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from adder.choice import Choice
+from adder.errors import UserError
+
 # The last line of a worked answer in GSM8K's form.
 FINAL_ANSWER = re.compile(r"####\s*(-?[\d.,]*\d)")
 
@@ -17,6 +20,36 @@ def choose_kind(references: Sequence[str]) -> str:
     if references and all(FINAL_ANSWER.search(text) for text in references):
         return "final_answer"
     return "text"
+
+
+def choose_metrics(references: Sequence[str], wanted: str | list[str] = "auto") -> Choice:
+    """Choose how replies are scored: a list of exact_match, json, final_answer, rouge_l and chrf.
+
+    exact_match is always there; with json it compares objects, with final_answer the numbers behind "####". Raises
+    UserError where a metric is asked for that a reference has no form for.
+    """
+    if wanted == "auto":
+        kind = choose_kind(references)
+        if kind == "json":
+            return Choice(["exact_match", "json"], "every reference is a JSON object")
+        if kind == "final_answer":
+            return Choice(["exact_match", "final_answer"], 'every reference ends in "#### number"')
+        return Choice(["exact_match", "rouge_l", "chrf"], "the references are free text")
+    for name, form, fits in (
+        ("json", "a JSON object", lambda text: parse_object(text) is not None),
+        ("final_answer", 'a text with "#### number"', FINAL_ANSWER.search),
+    ):
+        odd = next((text for text in references if not fits(text)), None) if name in wanted else None
+        if odd is not None:
+            raise UserError(
+                f"evaluate.metrics: {name!r} needs {form} as each reference, but one is {odd[:80]!r}; leave it out"
+            )
+    return Choice(list(dict.fromkeys(["exact_match", *wanted])), "as set")
+
+
+def kind_of(metrics: Sequence[str]) -> str:
+    """What exact_match compares under these metrics: "json", "final_answer" or "text"."""
+    return next((name for name in ("json", "final_answer") if name in metrics), "text")
 
 
 def score(kind: str, reference: str, reply: str) -> dict:

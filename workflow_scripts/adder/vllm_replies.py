@@ -1,0 +1,45 @@
+"""Replies by vLLM, through lm-eval's own vLLM model. Imported only where vLLM is installed and there is a GPU."""
+
+import os
+from pathlib import Path
+
+# The engine runs in this process: one of its own would start by running Snakemake's script again.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from lm_eval.models.vllm_causallms import VLLM  # noqa: E402
+
+MEMORY_SHARE = 0.85  # of the GPU's memory, once the model that measured the losses has left it
+
+
+class VllmGenerator(VLLM):
+    """lm-eval's vLLM model with the prompts, the end and the counts of replies.Generator.
+
+    `written` maps a prompt's ids to {new_tokens, truncated}, as there. vLLM batches by itself.
+    """
+
+    def __init__(self, model: Path, tokenizer: Path, dtype: str, stop_ids: list[int], context: int):
+        super().__init__(
+            pretrained=str(model),
+            tokenizer=str(tokenizer),
+            dtype=dtype,
+            max_model_len=context,
+            batch_size="auto",
+            add_bos_token=False,  # prompts come rendered, with every control token that they need
+            gpu_memory_utilization=MEMORY_SHARE,
+            generation_config="vllm",  # not the model's own, with its penalties
+        )
+        self.stop_ids = stop_ids
+        self.written: dict[tuple[int, ...], dict] = {}
+
+    def modify_gen_kwargs(self, *args, **kwargs) -> tuple[dict, list[str], int]:
+        """lm-eval's options, and the ids that end a reply; special tokens don't show in a reply, as elsewhere."""
+        options, until, most = super().modify_gen_kwargs(*args, **kwargs)
+        return {**options, "stop_token_ids": self.stop_ids, "skip_special_tokens": True}, until, most
+
+    def _model_generate(self, requests, generate=False, sampling_params=None):
+        outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
+        for ids, output in zip(requests, outputs, strict=True):
+            reply = output.outputs[0]
+            truncated = reply.finish_reason == "length"
+            self.written[tuple(ids)] = {"new_tokens": len(reply.token_ids), "truncated": truncated}
+        return outputs
