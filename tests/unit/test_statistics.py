@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from adder import statistics
 
@@ -71,10 +72,127 @@ def test_pairing_sees_a_difference_that_two_separate_intervals_hide():
     assert statistics.mean(base)["ci95"][1] > statistics.mean(tuned)["ci95"][0]
 
 
-def test_sign_flip_p_is_mcnemars_for_right_and_wrong():
+def test_right_and_wrong_get_mcnemars_exact_p():
     # 7 rows became right, 1 wrong: two-sided binomial p of 8 with at least 7 = 2 * (1 + 8) / 256 = 0.0703.
     base, tuned = [0] * 7 + [1] + [1] * 20, [1] * 7 + [0] + [1] * 20
-    assert statistics.paired_difference(base, tuned)["p"] == pytest.approx(18 / 256, abs=0.01)
+    assert statistics.paired_difference(base, tuned)["p"] == pytest.approx(18 / 256, rel=1e-9)
+    # The sign-flip test, which serves other scores, is its Monte Carlo version: 10,000 draws, 4 standard errors.
+    flipped = statistics.paired_difference(np.multiply(base, 0.5), np.multiply(tuned, 0.5))["p"]
+    assert flipped == pytest.approx(18 / 256, abs=0.01)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 5), (0, 6), (400, 460), (3000, 2800)])
+def test_mcnemars_p_is_the_binomial_tests(gained, lost):
+    base, tuned = [0] * gained + [1] * lost + [1], [1] * gained + [0] * lost + [1]
+    expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert statistics.paired_difference(base, tuned)["p"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_interval_of_a_difference_of_shares_by_hand():
+    # Agresti and Min with 10 gained, 4 lost of 50: (10.5 - 4.5) / 52 -+ 1.96 / 52 * sqrt(15 - 36 / 52)
+    base, tuned = [0] * 10 + [1] * 4 + [1] * 36, [1] * 10 + [0] * 4 + [1] * 36
+    found = statistics.paired_difference(base, tuned)
+    middle, half = 6 / 52, 1.96 / 52 * math.sqrt(15 - 36 / 52)
+    assert found["value"] == pytest.approx(0.12) and found["n"] == 50
+    assert found["ci95"] == pytest.approx([middle - half, middle + half], abs=1e-4)
+
+
+def test_no_changed_row_is_not_certainty():
+    """30 rows with the same answers leave room for a difference of several points; a bootstrap would say 0 to 0."""
+    low, high = statistics.paired_difference([1] * 30, [1] * 30)["ci95"]
+    assert low == pytest.approx(-high) and 0.05 < high < 0.08
+
+
+def test_rows_of_one_cluster_do_not_count_as_independent():
+    random = np.random.default_rng(3)
+    of_cluster = random.normal(0.3, 1.0, 30)
+    base, tuned, clusters = np.zeros(150), np.repeat(of_cluster, 5), np.repeat(np.arange(30), 5)
+    found = statistics.paired_difference(base, tuned, clusters)
+    assert found["stderr"] == pytest.approx(of_cluster.std() / math.sqrt(30), rel=0.05) and found["n"] == 150
+    assert found["value"] == pytest.approx(of_cluster.mean())
+    assert found["p"] == pytest.approx(statistics.paired_difference(np.zeros(30), of_cluster)["p"], abs=0.02)
+    assert statistics.paired_difference(base, tuned)["stderr"] < 0.6 * found["stderr"]
+
+
+def test_clusters_of_one_row_change_nothing():
+    base, tuned = np.linspace(0, 1, 40), np.linspace(0, 1.3, 40)
+    names = [f"row {n}" for n in range(40)]
+    single, plain = statistics.paired_difference(base, tuned, names), statistics.paired_difference(base, tuned)
+    assert single["ci95"] == plain["ci95"] and single["p"] == plain["p"]
+    small = (tuned - base) * 0 + np.tile([1.0, -0.8], 20)
+    assert statistics.needed_n(small, names) == statistics.needed_n(small)
+
+
+def test_more_rows_are_needed_where_they_come_in_clusters():
+    random = np.random.default_rng(4)
+    of_cluster = random.normal(0.1, 1.0, 40)
+    alone, together = (
+        statistics.needed_n(of_cluster),
+        statistics.needed_n(np.repeat(of_cluster, 5), np.arange(200) // 5),
+    )
+    assert together == pytest.approx(5 * alone, rel=0.01)
+
+
+def test_clusters_must_name_each_row():
+    with pytest.raises(ValueError, match="3 rows, but clusters of 2"):
+        statistics.paired_difference([1, 2, 3], [1, 2, 4], ["a", "b"])
+
+
+# ---- calibration: what is said to happen in 95 % of cases does, in simulations that never change
+
+TRIES = 300
+COVERED = 0.917  # 0.95 less 2.6 standard errors of a share of 300: falsely broken about once in 200 changes of the seed
+
+
+def compare_often(monkeypatch, draw, truth):
+    """Shares of TRIES in which the interval held the truth, and in which "better" or "worse" was said."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)  # enough for a share of intervals, and quick
+    random = np.random.default_rng(7)
+    held = said = 0
+    for _ in range(TRIES):
+        found = statistics.paired_difference(*draw(random))
+        held += found["ci95"][0] <= truth <= found["ci95"][1]
+        said += statistics.is_sure(found)
+    return held / TRIES, said / TRIES
+
+
+def answers(random, n, base, tuned):
+    """Right and wrong answers of two models that mostly fail at the same questions."""
+    luck, own = random.random(n), random.random(n)
+    return (luck < base).astype(float), np.where(own < 0.6, luck < tuned, random.random(n) < tuned).astype(float)
+
+
+@pytest.mark.parametrize("n", [20, 100])
+@pytest.mark.parametrize("level", [0.05, 0.5])
+def test_equal_models_are_seldom_told_apart(monkeypatch, n, level):
+    held, said = compare_often(monkeypatch, lambda random: answers(random, n, level, level), 0.0)
+    assert held >= COVERED and said <= 1 - COVERED
+
+
+def test_the_interval_of_shares_holds_a_true_difference(monkeypatch):
+    held, said = compare_often(monkeypatch, lambda random: answers(random, 60, 0.3, 0.5), 0.2)
+    assert held >= COVERED and said > 0.5
+
+
+@pytest.mark.parametrize("n", [15, 60])
+def test_the_interval_of_means_holds_a_true_difference(monkeypatch, n):
+    def draw(random):
+        base = random.normal(0, 1, n)
+        return base, base + random.normal(0.1, 0.5, n)
+
+    held, _ = compare_often(monkeypatch, draw, 0.1)
+    assert held >= COVERED
+
+
+def test_equal_models_on_clustered_rows(monkeypatch):
+    def draw(random):
+        together = np.repeat(random.normal(0, 0.5, 25), 4)
+        return random.normal(0, 0.01, 100), together + random.normal(0, 0.5, 100), np.arange(100) // 4
+
+    held, said = compare_often(monkeypatch, draw, 0.0)
+    assert held >= COVERED and said <= 1 - COVERED
+    ignored, falsely = compare_often(monkeypatch, lambda random: draw(random)[:2], 0.0)
+    assert ignored < 0.88 and falsely > 0.1  # what the clusters are for
 
 
 @pytest.mark.parametrize("rows", [([1, 0], [1]), ([], [])])
@@ -93,6 +211,25 @@ def test_verdict_better_worse_and_which_way_is_better():
     losses = np.linspace(1, 2, 50)
     assert statistics.verdict("loss", losses, losses - 0.5)["verdict"] == "better"
     assert statistics.verdict("loss", losses, losses + 0.5)["verdict"] == "worse"
+
+
+def test_a_score_of_any_task():
+    base, tuned = np.array([0.0, 1.0] * 50), np.array([1.0, 1.0] * 50)
+    found = statistics.verdict("exact_match,strict-match", base, tuned, name="GSM8K", row="question")
+    assert found["verdict"] == "better" and found["metric"] == "exact_match,strict-match"
+    assert "GSM8K went up from 50.0 to 100.0 %, by 50.0 points" in found["sentence"]
+    assert found["sentence"].endswith("on 100 questions.")
+    worse = statistics.verdict("words", base * 9, tuned * 9, better="lower")
+    assert worse["verdict"] == "worse" and "words went up from 4.500 to 9.000, by 4.500 (" in worse["sentence"]
+    assert "from 0.500 to 1.000" in statistics.verdict("acc", base, tuned, is_share=False)["sentence"]
+    assert "about " in (unsure := statistics.verdict("acc", base[:9], 1 - base[:9], row="question")["sentence"])
+    assert "questions would be needed" in unsure
+
+
+def test_scores_of_text_have_names():
+    values = np.linspace(0.1, 0.4, 40)
+    assert "ROUGE-L went up from 25.0 to 35.0 %" in statistics.verdict("rouge_l", values, values + 0.1)["sentence"]
+    assert "chrF went down" in statistics.verdict("chrf", values, values - 0.1)["sentence"]
 
 
 def test_two_rows_are_never_enough():
