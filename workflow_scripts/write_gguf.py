@@ -1,0 +1,5 @@
+"""Write the merged model as one GGUF file, and read it back."""
+
+from job import run
+
+run(snakemake, "gguf", module="gguf_file")
