@@ -1,11 +1,10 @@
 """What only a CUDA device can show: run with `pytest -m gpu` on a machine that has one."""
 
-import numpy as np
 import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from adder import adapter, base_model, loss, train
+from adder import base_model, loss, train
 from adder.files import read_json
 from adder.progress import Progress
 from adder.settings import Train
@@ -80,23 +79,3 @@ def test_quantised_training_keeps_fp32_adapters(tmp_path):
 
     weights = load_file(out / "adapter" / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
-
-
-def test_memory_is_probed_before_the_first_step(tmp_path):
-    """A model that does not fit without checkpointing in a small share of the card is trained with it."""
-    from adder.batching import MemoryProbe
-
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "max_position_embeddings": 8192}
-    folder = save_tiny_model(tmp_path / "model", num_attention_heads=16, num_key_value_heads=4, **shape)
-    model, _ = base_model.load(folder, "lora", "bfloat16", "cuda")
-    model = adapter.add_adapter(model, Train().model_dump(mode="json"))
-    probe = MemoryProbe(model, [np.array([8000])] * 4, "bfloat16", "cuda")
-    total = torch.cuda.get_device_properties(0).total_memory
-    assert probe(1, False)
-    torch.cuda.set_per_process_memory_fraction(16e9 / total)
-    try:
-        assert not probe(4, False)
-        assert probe(4, True)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert all(p.grad is None for p in model.parameters())

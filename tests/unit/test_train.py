@@ -212,6 +212,15 @@ def test_samples_and_evaluations_disturb_nothing(inputs, tmp_path, method):
     assert made[0] == made[1] and made[0]
 
 
+def test_the_held_out_loss_does_not_change_with_the_batch(inputs, tmp_path, monkeypatch):
+    """The mean over tokens, as the finished model's own: batches of examples of unlike lengths weigh as they should."""
+    found = []
+    for size in (1, 3, 8):
+        monkeypatch.setattr(train, "_eval_batch", lambda *_, size=size: size)
+        found.append(run(inputs, tmp_path / str(size), eval_samples=8)["eval_loss"])
+    assert max(found) - min(found) < 1e-5  # fp32 sums in another order
+
+
 def test_sampled_replies_stand_beside_the_bases_and_the_reference(inputs, tmp_path):
     summary = run(inputs, tmp_path / "out", samples=3, eval_times=2)
     rows = list(read_jsonl(tmp_path / "out" / "samples.jsonl"))

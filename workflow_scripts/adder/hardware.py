@@ -88,14 +88,38 @@ def _cpu_flags() -> set[str]:
 
 
 def free_memory(device: str) -> int:
-    """Free memory of the device ("cuda" or "cpu") in bytes."""
+    """Free memory of the device ("cuda" or "cpu") in bytes: on a GPU, of what this process may take of it."""
     if device == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info()[0]
+        return min(torch.cuda.mem_get_info()[0], total_memory("cuda") - torch.cuda.memory_reserved())
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def total_memory(device: str) -> int:
+    """Memory of the device in bytes, or the part of a GPU's that ADDER_MEMORY_LIMIT_GB (in 10^9 bytes) leaves to us."""
+    if device == "cuda":
+        import torch
+
+        total = torch.cuda.mem_get_info()[1]
+        limit = os.environ.get("ADDER_MEMORY_LIMIT_GB")
+        return min(total, int(float(limit) * 1e9)) if limit else total
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def prepare_gpu() -> None:
+    """Before the first tensor on the GPU: hold the allocator to total_memory, and let it grow pieces in place.
+
+    Batches of ever other shapes leave gaps in memory that is handed out in pieces of fixed size.
+    """
+    import torch
+
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    torch.cuda.set_per_process_memory_fraction(total_memory("cuda") / torch.cuda.mem_get_info()[1])
 
 
 def describe() -> dict:

@@ -1,17 +1,18 @@
 """Train on the packs: adapter (or full model), curves, and the plan that data and hardware led to."""
 
+import gc
 import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig
 
-from adder import adapter, base_model, folded_lora, hardware, preflight, trackers
+from adder import adapter, base_model, folded_lora, hardware, planner, preflight, trackers
 from adder.advice import advise
-from adder.batching import MemoryProbe, choose_batch
 from adder.checkpoints import newest_whole
 from adder.choice import Choice
 from adder.doctor import Doctor
@@ -21,7 +22,7 @@ from adder.progress import Progress
 from adder.randomness import undisturbed
 from adder.sampling import Sampler, choose_prompts
 from adder.tokens import TokenTable
-from adder.trainer import Judge, ShowProgress, StopWhenTold, Trainer
+from adder.trainer import Judge, ShowProgress, Trainer
 from adder.training_data import PackedExamples, RefillPacks, heldout_examples
 
 
@@ -35,13 +36,35 @@ def run(
 ) -> dict:
     """Train; write `adapter/` (`model/` for method full), metrics.jsonl, samples.jsonl, plan.json, train.json to `out`.
 
-    `checkpoints`: a directory that outlives a kill; training continues from the last whole checkpoint in it.
-    `runtime`: {checkpoints, save_total_limit, report_to, results}, of the machine; trackers write below `results`.
-    Raises UserError for a set-up that can't work and when the loss stops being a number.
+    `checkpoints`: a directory that outlives a kill; training continues from the last whole checkpoint in it, by the
+    plan that it began with. Where memory runs out, it goes on from there with a smaller plan. `runtime`: {checkpoints,
+    save_total_limit, report_to, results}, of the machine; trackers write below `results`. Raises UserError for a set-up
+    that can't work, when the loss stops being a number and when memory runs out with the smallest plan.
     """
-    runtime = runtime or {}
+    folder = checkpoints or out / "checkpoints"
+    while True:
+        try:
+            summary = _train(settings, inputs, out, progress, folder, runtime or {})
+            break
+        except planner.MemoryRanOut as error:
+            progress.say(str(error))
+        trackers.close_all()
+        gc.collect()  # what is left of the training that failed, before the model is loaded anew
+        torch.cuda.empty_cache()
+    if checkpoints is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {name: summary[name] for name in ("steps", "final_loss", "eval_loss", "tokens_per_second")}
+
+
+def _train(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress, folder: Path, runtime: dict) -> dict:
+    """One start, from `folder`'s last whole checkpoint where there is one; return what train.json holds.
+
+    Raises planner.MemoryRanOut when another start, by the plan that `folder` then holds, can go on.
+    """
     hardware.use_threads()
     device = hardware.device()
+    if device == "cuda":
+        hardware.prepare_gpu()
     plan = {"compute_dtype": hardware.compute_dtype(device, settings["compute_dtype"])}
     dtype = plan["compute_dtype"].value
     packs = PackedExamples(
@@ -59,19 +82,27 @@ def run(
         model = adapter.add_adapter(model, settings)
         adapter.initialise(model, packs, settings)
         if device == "cuda":
-            plan["lora_products"] = folded_lora.attach_where_it_pays(model, dtype)
+            plan["lora_products"] = folded_lora.attach_where_it_pays(model, dtype, products=settings["frozen_products"])
     if settings["neftune_noise_alpha"]:
         add_noise(model, settings["neftune_noise_alpha"])
-    plan |= choose_batch(settings, seq_lengths, device, MemoryProbe(model, seq_lengths, dtype, device))
 
-    folder = checkpoints or out / "checkpoints"
     newest = newest_whole(folder)
+    resumed_from = newest and int(newest.name.removeprefix("checkpoint-"))
+    step_plan = planner.load(folder)
     if newest is None:
         shutil.rmtree(folder, ignore_errors=True)
-    resumed_from = newest and int(newest.name.removeprefix("checkpoint-"))
+    levels = planner.supported(model, device)
+    if step_plan is None:
+        trials = planner.Trials(model, seq_lengths, dtype, device)
+        step_plan = planner.choose(settings, seq_lengths, device, levels, trials)
+    planner.save(step_plan, folder)
+    planner.apply(model, planner.of(step_plan).checkpointing)
+    plan |= step_plan
+
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
-    arguments = _arguments(settings, plan, len(seq_lengths), device, dtype, folder, runtime)
-    facts = _facts(model, inputs, settings, plan, arguments, seq_lengths)
+    heldout = heldout_examples(inputs["tokenize"] / "heldout.arrow", settings["eval_samples"])
+    arguments = _arguments(settings, plan, seq_lengths, heldout, device, dtype, folder, runtime)
+    facts = _facts(model, inputs, settings, plan, arguments, seq_lengths) | {"results": out}
     advice = advise(settings, facts)
     for line in advice:
         progress.say(f"advice: {line}")
@@ -82,10 +113,10 @@ def run(
         model=model,
         args=arguments,
         train_dataset=packs.dataset(),
-        eval_dataset=heldout_examples(inputs["tokenize"] / "heldout.arrow", settings["eval_samples"]),
+        eval_dataset=heldout,
         processing_class=tokenizer,
         optimizers=(adapter.create_optimizer(model, arguments, settings), None),
-        callbacks=[RefillPacks(packs), ShowProgress(progress), StopWhenTold(), *watchers],
+        callbacks=[RefillPacks(packs), ShowProgress(progress), *watchers],
         settings=settings,
         sampler=Sampler(
             choose_prompts(inputs["tokenize"] / "heldout.arrow", settings["samples"]),
@@ -100,20 +131,15 @@ def run(
     )
     if settings["method"] != "full":
         adapter.keep_fp32(trainer.model)  # TRL casts a quantised model's adapter to bf16
-    seen = preflight.check(trainer.model, tokenizer, packs.pack(0), settings, plan, facts | {"results": out})
-    for warning in seen["warnings"]:
-        progress.say(f"warning: {warning}")
-    progress.say(seen["estimate"])
-    trainer.doctor.facts["base_loss"] = seen["base_loss"]
-    if newest is None:
-        with undisturbed():
-            trainer.sampler.sample(trainer.model, 0)
-    else:
-        progress.say(f"continuing from the checkpoint at step {resumed_from}")
-    trainer.train(resume_from_checkpoint=newest and str(newest))
-    if settings["eval_samples"] and not _evaluated_last(trainer.state):
-        trainer.evaluate()
-    trackers.close_all()
+    try:
+        seen = _check(trainer, packs, plan, progress)
+        _optimise(trainer, newest, progress)
+    except torch.OutOfMemoryError as error:
+        checkpoint = newest_whole(folder)
+        continued_from = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+        step_plan = planner.fall_back(step_plan, levels, trainer.state.global_step, continued_from)
+        planner.save(step_plan, folder)
+        raise planner.MemoryRanOut(step_plan["memory_fallback"].reason) from error
     kept = trainer.judge.finish(trainer.model, trainer.state, progress)
 
     summary = {
@@ -128,9 +154,32 @@ def run(
     write_jsonl(out / "samples.jsonl", trainer.sampler.rows)
     write_json(out / "plan.json", {name: choice.to_dict() for name, choice in plan.items()})
     write_json(out / "train.json", summary)
-    if checkpoints is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return {name: summary[name] for name in ("steps", "final_loss", "eval_loss", "tokens_per_second")}
+    return summary
+
+
+def _check(trainer: Trainer, packs: PackedExamples, plan: dict[str, Choice], progress: Progress) -> dict:
+    """Look before the first step, and say what is seen."""
+    seen = preflight.check(
+        trainer.model, trainer.processing_class, packs.pack(0), trainer.settings, plan, trainer.doctor.facts
+    )
+    for warning in seen["warnings"]:
+        progress.say(f"warning: {warning}")
+    progress.say(seen["estimate"])
+    trainer.doctor.facts["base_loss"] = seen["base_loss"]
+    return seen
+
+
+def _optimise(trainer: Trainer, newest: Path | None, progress: Progress) -> None:
+    """All steps, from the checkpoint `newest` on, with an evaluation at the end."""
+    if newest is None:
+        with undisturbed():
+            trainer.sampler.sample(trainer.model, 0)
+    else:
+        progress.say(f"continuing from the checkpoint at step {newest.name.removeprefix('checkpoint-')}")
+    trainer.train(resume_from_checkpoint=newest and str(newest))
+    if trainer.args.eval_strategy != "no" and not _evaluated_last(trainer.state):
+        trainer.evaluate()
+    trackers.close_all()
 
 
 def _facts(
@@ -161,11 +210,11 @@ def _facts(
     }
 
 
-def _arguments(settings, plan, packs, device, dtype, folder, runtime) -> SFTConfig:
+def _arguments(settings, plan, seq_lengths, heldout, device, dtype, folder, runtime) -> SFTConfig:
     checkpoint_count = runtime.get("checkpoints", 10)
     accumulation = plan["gradient_accumulation_steps"].value
     micro = plan["micro_batch_size"].value
-    per_epoch = -(-packs // (micro * accumulation))
+    per_epoch = -(-len(seq_lengths) // (micro * accumulation))
     steps = max(1, round(settings["epochs"] * per_epoch))
     scheduler, options = settings["lr_scheduler"], {}
     if scheduler == "cosine" and settings["min_lr_ratio"]:
@@ -173,7 +222,7 @@ def _arguments(settings, plan, packs, device, dtype, folder, runtime) -> SFTConf
     return SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
-        per_device_eval_batch_size=max(1, micro * 4),
+        per_device_eval_batch_size=_eval_batch(micro, seq_lengths, heldout),
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
         learning_rate=settings["learning_rate"],
@@ -187,15 +236,14 @@ def _arguments(settings, plan, packs, device, dtype, folder, runtime) -> SFTConf
         use_cpu=device == "cpu",
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
-        gradient_checkpointing=plan["gradient_checkpointing"].value,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing=False,  # the planner has set the layers that recompute
         optim="adamw_torch_fused" if device == "cuda" else "adamw_torch",
         loss_type=settings["loss"],
         padding_free=True,
         max_length=None,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        eval_strategy="steps" if settings["eval_samples"] else "no",
+        eval_strategy="steps" if heldout is not None else "no",
         eval_steps=max(1, -(-steps // settings["eval_times"])),
         save_strategy="steps" if checkpoint_count else "no",
         save_steps=max(1, steps // (checkpoint_count + 1)),
@@ -206,6 +254,14 @@ def _arguments(settings, plan, packs, device, dtype, folder, runtime) -> SFTConf
         report_to=[],
         dataloader_pin_memory=device == "cuda",
     )
+
+
+def _eval_batch(micro: int, seq_lengths: list[np.ndarray], heldout: Dataset | None) -> int:
+    """As many of the longest held-out examples as have the tokens of a training batch, for which there is room."""
+    if heldout is None:
+        return 1
+    longest = len(heldout[0]["input_ids"])
+    return max(1, micro * max(int(pack.sum()) for pack in seq_lengths) // longest)
 
 
 def _evaluated_last(state) -> bool:

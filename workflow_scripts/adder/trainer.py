@@ -12,12 +12,13 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from adder.best import BestWeights, best_step, evaluations_since_best, judged
+from adder.best import BestWeights
 from adder.checkpoints import seal
 from adder.choice import Choice
 from adder.doctor import Doctor, explain_nan
 from adder.errors import UserError
-from adder.loss import dft, has_plain_head, labelled_losses
+from adder.evaluations import best_step, evaluations_since_best, judged
+from adder.loss import dft, labelled_losses, serves_training
 from adder.progress import Progress
 from adder.randomness import undisturbed
 from adder.sampling import Sampler
@@ -31,12 +32,21 @@ class Trainer(SFTTrainer):
     """
 
     def __init__(self, *args, settings: dict, sampler: Sampler, judge: "Judge", doctor: Doctor, **kwargs):
-        super().__init__(*args, callbacks=[*kwargs.pop("callbacks"), judge, doctor], **kwargs)
+        self.stop = StopWhenTold()
+        super().__init__(*args, callbacks=[self.stop, *kwargs.pop("callbacks"), judge, doctor], **kwargs)
         self.settings, self.sampler, self.judge, self.doctor = settings, sampler, judge, doctor
         self.tokens = 0
+        self.held_out: list[tuple[float, int]] = []  # loss in nats and labelled tokens of each evaluated batch
         self.tokens_logged = 0
         self.clock = time.perf_counter()
         self.idle = 0.0  # seconds since the last log that were not spent on training steps
+
+    def train(self, *args, **kwargs):
+        """As TRL's; however it ends, SIGTERM means again what it meant before."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.stop.release()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the labelled tokens of the whole optimizer step, this micro-batch's part of it."""
@@ -44,14 +54,30 @@ class Trainer(SFTTrainer):
             self.tokens += inputs["input_ids"].numel()
         bare = self.accelerator.unwrap_model(self.model)
         bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
-        if self.args.device.type != "cpu" or return_outputs or not has_plain_head(bare):
+        if return_outputs or not serves_training(bare):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+        with torch.autocast(self.args.device.type, dtype, enabled=self.args.bf16 or self.args.fp16):
             losses = labelled_losses(bare, **inputs)
         if self.settings["loss"] == "dft" and model.training:
             losses = dft(losses)
         count = losses.numel() if num_items_in_batch is None else num_items_in_batch
         return losses.sum() / torch.as_tensor(count).clamp(min=1)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As TRL's; the batch's loss also enters the mean over all held-out tokens."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        count = int((inputs["labels"][:, 1:] != -100).sum())
+        self.held_out += [(float(result[0]) * count, count)] if count else []
+        return result
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As TRL's, with the mean over tokens: that of batches would change with how examples are batched."""
+        self.held_out = []
+        output = super().evaluation_loop(*args, **kwargs)
+        sums, counts = zip(*self.held_out, strict=True)
+        output.metrics["eval_loss"] = sum(sums) / sum(counts)
+        return output
 
     def evaluate(self, *args, **kwargs):
         """As TRL's, with samples and what follows from both; neither time nor random numbers are the training's."""
@@ -158,10 +184,14 @@ class StopWhenTold(TrainerCallback):
         if self.told and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Leave the signal as it was; tell why there is no adapter."""
+    def release(self) -> None:
+        """Leave the signal as it was."""
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
+            self.before = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Tell why there is no adapter."""
         if self.told and state.global_step < state.max_steps:
             raise UserError(
                 f"told to stop (SIGTERM) at step {state.global_step} of {state.max_steps}; a checkpoint is written, "
