@@ -1,213 +1,193 @@
 """How fast QLoRA training runs on one GPU: the usual ways beside Adder's, on the same made-up data, in one run.
 
-Usage: python benchmarks/train_speed.py [--workloads short_chat] [--arms adder ...] [--layers 32]
-                                        [--micro-batches 4 8] [--out benchmarks/results/train_speed.json]
+Usage: python benchmarks/train_speed.py [--workloads short_chat ...] [--arms adder ...] [--layers 32]
+                                        [--seconds 520] [--add] [--out benchmarks/results/train_speed.json]
 
 The model has Llama-3.1-8B's shape and random weights, NF4 with double quantisation, LoRA of rank 16 on all seven
 projections; the lengths are log-normal, the tokens random, every token carries loss. A step is forward, backward,
-clipping and fused AdamW. Speed counts the tokens of real examples, not padding. Each arm runs in a process of its own.
+clipping and fused AdamW. Speed counts the tokens of real examples, not padding. Each arm runs in a process of its own
+with a time limit, and the JSON is written after each, so that a run that is cut off keeps what it has; --add keeps what
+an earlier run wrote about other arms and workloads.
 
-padded_script                   one example a row, padded to the longest, gradient checkpointing, sdpa: most tutorials
+padded_script                   one example a row, padded to the longest, checkpointing, sdpa: most tutorials
+trl_packing                     TRL's SFTTrainer with packing=True as its documentation has it: sdpa, checkpointing
+trl_liger                       the same with use_liger_kernel=True
+unsloth                         Unsloth's model under TRL's trainer, packing, no checkpointing (its best); see below
 transformers_peft_liger_varlen  packs, varlen attention, Liger's layers and loss, no checkpointing: the best by hand
-adder                           packs, varlen attention, LoRA folded into the base products, Liger's loss
+adder                           packs, varlen attention, LoRA folded into the base products, own LM head loss
+adder_liger_head, adder_trl_head  the same with Liger's and with TRL's loss: what our own brings
 adder_dropout                   the same with lora_dropout 0.05
-adder_workspace                 the same without dropout, NF4 values dequantised anew in each product
+adder_workspace                 NF4 values dequantised anew in each product: 13 GB less
+adder_fp8                       frozen products in fp8
+adder_24gb, unsloth_24gb        within 24 GB (a cap on the allocator)
+adder_stage, adder_stage_fp8    the pipeline's own train stage, planner and all, from files; short_chat alone
+
+Unsloth pins older libraries, so it has a folder of its own, which UNSLOTH_SITE names (several, joined by ":", like
+PYTHONPATH, which it becomes). Without that the arm is left out, and the JSON says so. Not given to it: xformers and
+flash-attn, which it prefers and which have no wheel of a few dozen MB; it then takes torch's own attention. The folder,
+for Python 3.12 beside torch, transformers 5.17 and accelerate, is 12 MB packed without what nobody imports here:
+
+    pip install --no-deps --no-compile --only-binary=:all: --python-version 3.12 --implementation cp \\
+      --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \\
+      --platform manylinux2014_x86_64 --platform any --target site unsloth==2026.10.9 unsloth_zoo==2026.10.9 \\
+      trl==1.15.0 datasets==4.8.5 peft==0.21.2 bitsandbytes==0.50.2 cut_cross_entropy torchao tyro shtab \\
+      docstring_parser typeguard msgspec structlog json5 nest_asyncio einops "dill<0.4.2" "multiprocess<0.70.20" \\
+      xxhash rich markdown-it-py mdurl pygments typer shellingham click requests urllib3 charset_normalizer idna \\
+      certifi psutil wheel
+    rm -rf site/studio site/unsloth_cli
 """
 
 import argparse
+import gc
 import json
-import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
+sys.path[:0] = [str(ROOT / "workflow_scripts"), str(ROOT / "tests")]
 
-LENGTH = 2048
-MEANS = {"short_chat": 225, "long_document": 1500, "classification": 60}
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel")
-SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")
+# For each arm the (packs or rows a forward pass, gradient checkpointing) that are measured.
+ARMS = {  # what matters most comes first: a run that is cut off has it
+    "adder": [(4, False), (8, False)],
+    "adder_fp8": [(4, False), (8, False)],
+    "padded_script": [(4, True)],
+    "trl_packing": [(4, True)],
+    "trl_liger": [(4, True)],
+    "unsloth": [(4, False)],
+    "adder_stage": [(8, False)],
+    "adder_stage_fp8": [(8, False)],
+    "adder_24gb": [(2, False), (8, True)],
+    "transformers_peft_liger_varlen": [(8, False)],
+    "adder_workspace": [(8, False)],
+    "adder_liger_head": [(8, False)],
+    "adder_trl_head": [(8, False)],
+    "adder_dropout": [(8, False)],
+    "unsloth_24gb": [(8, True)],
 }
-ARMS = ("padded_script", "transformers_peft_liger_varlen", "adder", "adder_dropout", "adder_workspace")
+BY_TRL = ("trl_packing", "trl_liger", "unsloth", "unsloth_24gb")
+CAP = 24e9
 WARM_UP, STEPS = 2, 4
+ARM_SECONDS = 100
+SAVED = Path("/dev/shm/adder_speed_model")
 
 
-def flop_per_token(layers: int) -> float:
-    """What the products need at least: forward, and backward to the input, two FLOP a parameter and token each."""
-    wide, hidden, size = SHAPE["intermediate_size"], SHAPE["hidden_size"], SHAPE["head_dim"]
-    heads = 2 * (SHAPE["num_attention_heads"] + SHAPE["num_key_value_heads"])
-    layer = hidden * (heads * size + 3 * wide)
-    return 4 * (layers * layer + 2 * SHAPE["vocab_size"] * hidden)
+class Clock:
+    """Seconds of steps after the warm-up, and the real tokens that went through them."""
+
+    def __init__(self):
+        self.done, self.tokens, self.start, self.seconds = 0, 0, None, 0.0
+
+    def tick(self, tokens: int) -> None:
+        """Called after each step with what it trained on."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.done += 1
+        if self.done > WARM_UP:
+            self.tokens += tokens
+            self.seconds = now - self.start
+        elif self.done == WARM_UP:
+            self.start = now
+
+    @property
+    def speed(self) -> float:
+        """Real tokens a second."""
+        return self.tokens / self.seconds
 
 
-def lengths_of(workload: str, tokens: int, seed: int = 0) -> np.ndarray:
-    """Log-normal example lengths (sigma 0.9) of the workload's mean, about `tokens` together, 16 to LENGTH each."""
-    mean, generator = MEANS[workload], np.random.default_rng(seed)
-    count = tokens // mean + 50
-    return np.clip(generator.lognormal(math.log(mean) - 0.9**2 / 2, 0.9, count), 16, LENGTH).astype(int)
+def build(arm: str, shape: dict, layers: int):
+    """The arm's model with its adapter, ready for a loop of its own."""
+    import speed_model
+    from peft import get_peft_model
 
+    from adder import attention, folded_lora
 
-def full_packs(workload: str, count: int) -> list[list[int]]:
-    """`count` packs, each a list of example lengths, at least 97 % full where the workload allows it."""
-    from adder.packing import best_fit_decreasing
-
-    lengths = lengths_of(workload, int(1.3 * count * LENGTH))
-    packs = [[int(n) for n in lengths[pack]] for pack in best_fit_decreasing(lengths, LENGTH)]
-    packs.sort(key=lambda pack: -sum(pack))
-    chosen = packs[:count]
-    np.random.default_rng(1).shuffle(chosen)
-    return chosen
-
-
-def packed_batch(packs: list[list[int]], seed: int) -> dict:
-    """One row of joined packs, as TRL's padding-free collator makes them."""
-    import torch
-
-    lengths = [n for pack in packs for n in pack]
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, SHAPE["vocab_size"], (1, sum(lengths)), generator=generator).cuda()
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
-    target = torch.roll(tokens[0], -1)
-    target[ends[1:].long() - 1] = -100
-    return {
-        "input_ids": tokens,
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].cuda(),
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-        "target": target,
-        "real": sum(lengths),
-    }
-
-
-def padded_batch(lengths: list[int], seed: int) -> dict:
-    """Rows padded to the longest; padding carries no loss."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, SHAPE["vocab_size"], (len(lengths), max(lengths)), generator=generator).cuda()
-    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long().cuda()
-    return {
-        "input_ids": tokens,
-        "attention_mask": mask,
-        "labels": tokens.masked_fill(mask == 0, -100),
-        "real": sum(lengths),
-    }
-
-
-def build(arm: str, layers: int):
-    """The arm's model: random weights quantised on the GPU, with its adapter, ready to train."""
-    import bitsandbytes
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from adder import attention
-
-    if arm == "transformers_peft_liger_varlen":
+    by_hand = arm == "transformers_peft_liger_varlen"
+    if by_hand:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama(
             rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False
         )
-    kernel = "sdpa" if arm == "padded_script" else attention.implementation("cuda", "bfloat16")
-    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, use_cache=False, attn_implementation=kernel)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    torch.manual_seed(0)
+    kernel = "sdpa" if arm == "padded_script" else attention.implementation(speed_model.device(), "bfloat16")
+    model = speed_model.base_model(shape, layers, kernel)
+    if arm == "adder_trl_head":
+        from trl.trainer.utils import add_fused_lm_head
 
-    def random(*shape: int) -> torch.nn.Parameter:
-        weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
-        return torch.nn.Parameter(weight, requires_grad=False)
-
-    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
-    for name in names:
-        bare = model.get_submodule(name)
-        linear = bitsandbytes.nn.Linear4bit(
-            bare.in_features,
-            bare.out_features,
-            bias=False,
-            compute_dtype=torch.bfloat16,
-            quant_type="nf4",
-            compress_statistics=True,
-            device="meta",
-        )
-        values = random(bare.out_features, bare.in_features).data
-        linear.weight = bitsandbytes.nn.Params4bit(
-            values, requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear.cuda())
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            ones = torch.ones(SHAPE["hidden_size"], device="cuda", dtype=torch.bfloat16)
-            module.weight = torch.nn.Parameter(ones, requires_grad=False)
-    model.model.embed_tokens.weight = random(SHAPE["vocab_size"], SHAPE["hidden_size"])
-    model.lm_head.weight = random(SHAPE["vocab_size"], SHAPE["hidden_size"])
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).cuda()
-    lora = LoraConfig(
-        r=16,
-        lora_alpha=32,
-        lora_dropout=0.05 if arm == "adder_dropout" else 0.0,
-        target_modules=sorted({name.rpartition(".")[2] for name in names}),
-        task_type="CAUSAL_LM",
-    )
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # what its trainer asks for
     # The best that can be had by hand keeps the pairs in bf16: in fp32 each product would be cast.
-    by_hand = arm == "transformers_peft_liger_varlen"
+    lora = speed_model.lora_config(0.05 if arm == "adder_dropout" else 0.0)
     model = get_peft_model(model, lora, autocast_adapter_dtype=not by_hand)
-    with torch.no_grad():  # the same pairs in every arm, so that losses can be compared
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                spread = 0.01 if "lora_B" in name else parameter.shape[1] ** -0.5
-                parameter.copy_(torch.randn(parameter.shape, device="cuda") * spread)
-    if arm == "padded_script":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+    speed_model.fill_pairs(model)
     if arm.startswith("adder"):
-        from adder import folded_lora
-
-        print(folded_lora.attach(model, hold=arm != "adder_workspace"), flush=True)
+        hold = arm not in {"adder_workspace", "adder_24gb"}
+        print(folded_lora.attach(model, hold, "fp8" if arm == "adder_fp8" else "bf16"), flush=True)
     return model.train()
 
 
-def trainer(model, arm: str):
-    """The function of one training step: batch to loss."""
+def loss_function(model, arm: str):
+    """The function from a batch to its mean loss."""
     import torch
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    if arm == "padded_script":
+    bare = model.get_base_model()
 
-        def loss_of(batch: dict) -> torch.Tensor:
-            with torch.autocast("cuda", torch.bfloat16):
-                return model(**{k: v for k, v in batch.items() if k != "real"}).loss
-    else:
+    def by_transformers(batch: dict) -> torch.Tensor:
+        """The model's own loss, by way of all logits."""
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return model(**batch).loss
+
+    def by_trl(batch: dict) -> torch.Tensor:
+        """TRL's fused head, which adder's trainer would have otherwise."""
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return model(**batch, fused_lm_head=True).loss
+
+    def hidden_and_target(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states that predict a labelled token, and these tokens."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        hidden, target = bare.model(**inputs, use_cache=False).last_hidden_state[:, :-1], batch["labels"][:, 1:]
+        mask = target != -100
+        return hidden[mask], target[mask]
+
+    def by_liger(batch: dict) -> torch.Tensor:
+        """Liger's fused head."""
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        fused, bare = LigerFusedLinearCrossEntropyLoss(ignore_index=-100), model.get_base_model()
+        return LigerFusedLinearCrossEntropyLoss()(bare.lm_head.weight, *hidden_and_target(batch))
 
-        def loss_of(batch: dict) -> torch.Tensor:
-            inputs = {k: v for k, v in batch.items() if k not in {"real", "target"}}
-            hidden = bare.model(**inputs, use_cache=False).last_hidden_state[0]
-            return fused(bare.lm_head.weight, hidden, batch["target"])
+    def by_adder(batch: dict) -> torch.Tensor:
+        """The package's own."""
+        from adder.head_loss import frozen_head_losses
+
+        hidden, target = hidden_and_target(batch)
+        return frozen_head_losses(hidden, bare.lm_head.weight, None, target).mean()
+
+    if arm == "padded_script":
+        return by_transformers
+    if arm in {"transformers_peft_liger_varlen", "adder_liger_head"}:
+        return by_liger
+    return by_trl if arm == "adder_trl_head" else by_adder
+
+
+def measure_loop(arm: str, options, report) -> None:
+    """Measure an arm by a plain training loop; `report` takes each row as it comes."""
+    import torch
+
+    model = build(arm, options.shape, options.layers)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    loss_of = loss_function(model, arm)
 
     def step(batch: dict) -> torch.Tensor:
+        """One optimizer step; its loss."""
         loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -215,62 +195,229 @@ def trainer(model, arm: str):
         optimizer.zero_grad()
         return loss.detach()
 
-    return step
-
-
-def batches_of(arm: str, workload: str, micro: int) -> list[dict]:
-    """Three batches, always the same ones."""
-    if arm == "padded_script":
-        lengths = lengths_of(workload, 12 * MEANS[workload])
-        return [padded_batch([int(n) for n in lengths[i * micro : (i + 1) * micro]], i) for i in range(3)]
-    packs = full_packs(workload, 3 * micro)
-    return [packed_batch(packs[i * micro : (i + 1) * micro], i) for i in range(3)]
-
-
-def measure(arm: str, workloads: list[str], micro_batches: list[int], layers: int, profile: Path | None) -> list[dict]:
-    """Real tokens a second, peak memory and last loss for each workload and micro-batch that fits."""
-    import torch
-
-    start = time.perf_counter()
-    model = build(arm, layers)
-    step = trainer(model, arm)
-    torch.cuda.empty_cache()
-    print(f"{arm}: built in {time.perf_counter() - start:.0f} s", flush=True)
-    rows = []
-    for workload in workloads:
-        for micro in micro_batches:
-            torch.cuda.reset_peak_memory_stats()
+    for micro, checkpointing in ARMS[arm]:
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        for workload in options.workloads:
+            batches = batches_of(arm, workload, micro, options.shape["vocab_size"])
+            reals = [sum(lengths) for lengths, _ in batches]
+            clock, loss = Clock(), None
             try:
-                batches = batches_of(arm, workload, micro)
-                for i in range(WARM_UP):
-                    step(batches[i % 3])
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for i in range(STEPS):
-                    loss = step(batches[i % 3])
-                torch.cuda.synchronize()
-                seconds = time.perf_counter() - start
+                reset_peak()
+                for i in range(WARM_UP + STEPS):
+                    loss = step(batches[i % len(batches)][1])
+                    clock.tick(reals[i % len(batches)])
             except torch.OutOfMemoryError:
-                rows.append({"workload": workload, "name": arm, "micro_batch": micro, "out_of_memory": True})
+                report(workload, micro, checkpointing, {"out_of_memory": True})
                 model.zero_grad()
             else:
-                real = sum(batches[i % 3]["real"] for i in range(STEPS))
-                rows.append(
-                    {
-                        "workload": workload,
-                        "name": arm,
-                        "micro_batch": micro,
-                        "real_tokens_per_second": round(real / seconds, 1),
-                        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
-                        "final_loss": round(loss.item(), 4),
-                    }
-                )
-                if profile:
-                    write_profile(step, batches[0], profile / f"profile_{arm}_{workload}_{micro}.txt")
+                report(workload, micro, checkpointing, figures(clock, loss.item()))
+                if options.profile:
+                    write_profile(step, batches[0][1], options.profile / f"profile_{arm}_{workload}_{micro}.txt")
             batches = loss = None
-            torch.cuda.empty_cache()
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+
+
+def batches_of(arm: str, workload: str, micro: int, vocabulary: int) -> list[tuple[list[int], dict]]:
+    """Three batches, always the same ones, each with the lengths of its examples."""
+    import speed_model
+
+    if arm == "padded_script":
+        lengths = [int(n) for n in speed_model.lengths_of(workload, 12 * speed_model.MEANS[workload])]
+        parts = [lengths[i * micro : (i + 1) * micro] for i in range(3)]
+        return [(part, speed_model.padded_batch(part, i, vocabulary)) for i, part in enumerate(parts)]
+    packs = speed_model.full_packs(workload, 3 * micro)
+    parts = [packs[i * micro : (i + 1) * micro] for i in range(3)]
+    return [
+        ([n for pack in part for n in pack], speed_model.packed_batch(part, i, vocabulary))
+        for i, part in enumerate(parts)
+    ]
+
+
+def figures(clock: Clock, loss: float) -> dict:
+    """One measurement's row."""
+    return {
+        "real_tokens_per_second": round(clock.speed, 1),
+        "peak_memory_bytes": peak(),
+        "final_loss": round(loss, 4),
+    }
+
+
+def reset_peak() -> None:
+    """Forget the memory that was taken before."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> int:
+    """The most memory that was taken since."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def measure_trainer(arm: str, options, report) -> None:
+    """Measure TRL's SFTTrainer with packing, on its own model or on Unsloth's."""
+    by_unsloth = arm.startswith("unsloth")
+    if by_unsloth:
+        import unsloth  # noqa: F401 - before all others, as it asks
+    import speed_model
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    clock = None
+
+    class Timed(SFTTrainer):
+        """The trainer with a clock."""
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            """As the trainer's."""
+            tokens = inputs["input_ids"].numel()
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            clock.tick(tokens)  # optimizer steps fall within the next one's time, and the last one's into none
+            return loss
+
+    vocabulary = options.shape["vocab_size"]
+    ((micro, checkpointing),) = ARMS[arm]
+    model = None
+    for workload in options.workloads:
+        if model is None:
+            model = unsloth_model(checkpointing) if by_unsloth else trl_model(options)
+        lengths = speed_model.lengths_of(workload, int(1.2 * (WARM_UP + STEPS + 1) * micro * speed_model.LENGTH))
+        rows = [speed_model.random_tokens(int(n), vocabulary, i).tolist() for i, n in enumerate(lengths)]
+        clock = Clock()
+        reset_peak()
+        config = SFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            packing=True,
+            max_length=speed_model.LENGTH,
+            per_device_train_batch_size=micro,
+            max_steps=WARM_UP + STEPS,
+            learning_rate=1e-4,
+            gradient_checkpointing=checkpointing,
+            bf16=True,
+            optim="adamw_torch_fused",
+            use_liger_kernel=arm == "trl_liger",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        )
+        trainer = Timed(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_dict({"input_ids": rows}),
+            processing_class=speed_model.tokenizer_of(vocabulary),
+        )
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError:
+            report(workload, micro, checkpointing, {"out_of_memory": True})
+        else:
+            losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+            report(workload, micro, checkpointing, figures(clock, losses[-1]))
+        trainer = None
+
+
+def trl_model(options):
+    """What `from_pretrained` with a BitsAndBytesConfig and `get_peft_model` would give."""
+    import speed_model
+    from peft import get_peft_model
+
+    model = speed_model.base_model(options.shape, options.layers, "sdpa")
+    model.is_loaded_in_4bit = True
+    model = get_peft_model(model, speed_model.lora_config())
+    speed_model.fill_pairs(model)
+    return model
+
+
+def unsloth_model(checkpointing: bool):
+    """The saved model through Unsloth's loader and its patched PEFT."""
+    import speed_model
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(SAVED), max_seq_length=speed_model.LENGTH, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        bias="none",
+        target_modules=speed_model.TARGETS,
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
+        random_state=0,
+    )
+    speed_model.fill_pairs(model)
+    return model
+
+
+def measure_stage(arm: str, options, report) -> None:
+    """Measure the pipeline's train stage on the saved model: loading, planning and training as in any run.
+
+    The speed is the median that train.json has, of single steps; model and data come from files, the batch from trials.
+    """
+    import pyarrow as pa
+    import speed_model
+
+    from adder import train
+    from adder.files import read_json, write_json, write_table
+    from adder.progress import Progress
+    from adder.settings import Train
+    from tiny import write_tokens
+
+    ((micro, _),) = ARMS[arm]
+    packs = speed_model.full_packs("short_chat", (WARM_UP + STEPS + 2) * micro)
+    vocabulary, folder = options.shape["vocab_size"], Path(tempfile.mkdtemp())
+    inputs = {name: folder / name for name in ("model", "tokenize", "lengths")}
+    for path in inputs.values():
+        path.mkdir()
+    (inputs["model"] / "model").symlink_to(SAVED)
+    write_json(inputs["model"] / "source.json", {"source": "random", "revision": None})
+    speed_model.tokenizer_of(vocabulary).save_pretrained(inputs["tokenize"] / "tokenizer")
+    rows, numbers, lengths = [], [], []
+    for pack in packs:
+        numbers.append(list(range(len(rows), len(rows) + len(pack))))
+        lengths.append(pack)
+        for n in pack:
+            ids = speed_model.random_tokens(n, vocabulary, len(rows)).tolist()
+            rows.append({"id": f"rows:{len(rows)}", "input_ids": ids, "labels": ids})
+    write_tokens(inputs["tokenize"] / "train.arrow", rows)
+    write_tokens(inputs["tokenize"] / "heldout.arrow", rows[:2])
+    table = {"rows": numbers, "starts": [[0] * len(pack) for pack in packs], "seq_lengths": lengths}
+    schema = pa.schema([(name, pa.list_(pa.int32())) for name in table])
+    write_table(inputs["lengths"] / "packs.parquet", pa.table(table, schema=schema))
+    examples = sum(map(len, packs)) / len(packs) * micro
+    settings = Train(
+        epochs=1,
+        effective_batch_size=round(examples),
+        lora_dropout=0.0,
+        eval_samples=0,
+        samples=0,
+        frozen_products="fp8" if arm == "adder_stage_fp8" else "bf16",
+    )
+    out = folder / "out"
+    out.mkdir()
+    reset_peak()
+    train.run(settings.model_dump(mode="json") | {"reshuffle": False}, inputs, out, Progress.silent())
+    summary, plan = read_json(out / "train.json"), read_json(out / "plan.json")
+    row = {
+        "real_tokens_per_second": summary["tokens_per_second"],
+        "peak_memory_bytes": peak(),
+        "final_loss": round(summary["final_loss"], 4),
+        "plan": {name: choice["value"] for name, choice in plan.items()},
+    }
+    report("short_chat", plan["micro_batch_size"]["value"], plan["gradient_checkpointing"]["value"], row)
 
 
 def write_profile(step, batch: dict, path: Path) -> None:
@@ -284,67 +431,146 @@ def write_profile(step, batch: dict, path: Path) -> None:
     path.write_text(profiler.key_averages().table("cuda_time_total", row_limit=60, max_name_column_width=110))
 
 
-def product_rate() -> float:
-    """FLOP/s of a bf16 product of 8,192 × 8,192 × 8,192 on random numbers, the mean of 20 after 5."""
+def product_rate(size: int = 8192) -> dict:
+    """FLOP/s of a bf16 product of size × size × size on random numbers, the mean of 20 after 5; the card's name."""
     import torch
 
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    if not torch.cuda.is_available():
+        size, name = 256, "CPU"
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        synchronize = time.perf_counter
+    else:
+        name, synchronize = torch.cuda.get_device_name(), torch.cuda.synchronize
+        a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
         a @ b
-    torch.cuda.synchronize()
+    synchronize()
     start = time.perf_counter()
     for _ in range(20):
         a @ b
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - start)
+    synchronize()
+    return {"flop_per_second": 20 * 2 * size**3 / (time.perf_counter() - start), "gpu": name}
 
 
 def run_arm(options) -> None:
-    """The child process: measure the product's rate or one arm, and write JSON."""
+    """The child process: measure one arm, writing the rows that there are after each of them."""
+    import speed_model
     import torch
 
     if options.run == "product_rate":
-        result = {"flop_per_second": product_rate(), "gpu": torch.cuda.get_device_name()}
+        options.out.write_text(json.dumps(product_rate()))
+        return
+    if options.run == "save_model":
+        speed_model.save(options.shape, options.layers, SAVED)
+        options.out.write_text("[]")
+        return
+    rows, start = [], time.perf_counter()
+
+    def report(workload: str, micro: int, checkpointing, found: dict) -> None:
+        """Take a row, and write all that there are."""
+        head = {"workload": workload, "name": options.run, "micro_batch": micro, "checkpointing": checkpointing}
+        rows.append(head | found)
+        options.out.write_text(json.dumps(rows))
+        print(f"{time.perf_counter() - start:5.1f} s {json.dumps(rows[-1])}", flush=True)
+
+    if options.run.endswith("_24gb"):
+        torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(0).total_memory)
+    if options.run in BY_TRL:
+        measure_trainer(options.run, options, report)
+    elif options.run.startswith("adder_stage"):
+        measure_stage(options.run, options, report)
     else:
-        micros = [4] if options.run == "padded_script" else options.micro_batches
-        result = measure(options.run, options.workloads, micros, options.layers, options.profile)
-    options.out.write_text(json.dumps(result))
+        measure_loop(options.run, options, report)
+
+
+def child(name: str, options, limit: float) -> tuple[list | dict | None, str | None]:
+    """Run one arm in a process of its own; return what it wrote, and why it is not all, if it isn't."""
+    part, log = (options.out.with_suffix(f".{name}.{end}") for end in ("part", "log"))
+    part.unlink(missing_ok=True)
+    arguments = ["--run", name, "--out", part, "--layers", options.layers, "--workloads", *options.workloads]
+    arguments += ["--profile", options.profile] if options.profile else []
+    arguments += ["--tiny"] if options.tiny else []
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
+    if name.startswith("unsloth"):
+        environment |= {"PYTHONPATH": os.environ["UNSLOTH_SITE"], "UNSLOTH_DISABLE_STATISTICS": "1"}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    problem = None
+    with log.open("w") as output:
+        try:
+            done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=limit)
+            if done.returncode:
+                problem = f"ended with {done.returncode}: {last_line(log)}"
+        except subprocess.TimeoutExpired:
+            problem = f"stopped after {limit:.0f} s"
+    print("".join(line for line in log.read_text().splitlines(True) if "real_tokens_per_second" in line), end="")
+    result = json.loads(part.read_text()) if part.exists() else None
+    part.unlink(missing_ok=True)
+    if problem:
+        print(f"{name} {problem}", flush=True)
+    else:
+        log.unlink()
+    return result, problem
+
+
+def last_line(log: Path) -> str:
+    """What a process said last, which for a Python error is the error."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "nothing was said"
 
 
 def compare(options) -> dict:
-    """Run every arm in a process of its own, and put their figures together."""
+    """Run every arm and put their figures together; what fails or is left out is said beside them."""
+    import speed_model
 
-    def child(name: str):
-        part = options.out.with_suffix(f".{name}.part")
-        arguments = ["--run", name, "--out", part, "--layers", options.layers, "--workloads", *options.workloads]
-        arguments += ["--micro-batches", *options.micro_batches]
-        arguments += ["--profile", options.profile] if options.profile else []
-        environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-        done = subprocess.run([sys.executable, __file__, *map(str, arguments)], env=environment)
-        if done.returncode:
-            print(f"{name} failed", flush=True)
-            return None
-        result = json.loads(part.read_text())
-        part.unlink()
-        return result
-
-    rate = child("product_rate")
-    floor = rate["flop_per_second"] / flop_per_token(options.layers)
+    begun = time.monotonic()
+    rate, problem = child("product_rate", options, ARM_SECONDS)
+    if rate is None:
+        raise SystemExit(f"the product's rate can't be measured: {problem}")
+    floor = rate["flop_per_second"] / speed_model.flop_per_token(options.shape, options.layers)
+    earlier = json.loads(options.out.read_text()) if options.add and options.out.exists() else {}
+    workloads = earlier.get("workloads", {})
+    for name in options.workloads:
+        known = workloads.get(name, {"arms": []})["arms"]
+        kept = [row for row in known if row["name"] not in options.arms]
+        workloads[name] = {"mean_length": speed_model.MEANS[name], "arms": kept}
+    left_out = {arm: why for arm, why in earlier.get("left_out", {}).items() if arm not in options.arms}
     result = {
         "hardware": {"gpu": rate["gpu"]},
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "model": {**SHAPE, "num_hidden_layers": options.layers},
+        "versions": {name: version(name) for name in PACKAGES},
+        "model": {**options.shape, "num_hidden_layers": options.layers},
         "product_flop_per_second": rate["flop_per_second"],
         "floor_tokens_per_second": round(floor, 1),
-        "workloads": {name: {"mean_length": MEANS[name], "arms": []} for name in options.workloads},
+        "workloads": workloads,
+        "left_out": left_out,
     }
+    shutil.rmtree(SAVED, ignore_errors=True)  # it may be of another shape
     for arm in options.arms:
-        for row in child(arm) or []:
-            if "real_tokens_per_second" in row:
-                row["share_of_floor"] = round(row["real_tokens_per_second"] / floor, 4)
-            result["workloads"][row.pop("workload")]["arms"].append(row)
-            options.out.write_text(json.dumps(result, indent=2) + "\n")
+        left = options.seconds - (time.monotonic() - begun)
+        if arm.startswith("unsloth") and "UNSLOTH_SITE" not in os.environ:
+            result["left_out"][arm] = "UNSLOTH_SITE names no folder that Unsloth is installed in"
+        elif left < 20:
+            result["left_out"][arm] = f"the {options.seconds} s for all arms were over"
+        else:
+            if (arm.startswith(("unsloth", "adder_stage"))) and not (SAVED / "config.json").exists():
+                child("save_model", options, min(ARM_SECONDS, left))
+            rows, problem = child(arm, options, min(ARM_SECONDS, options.seconds - (time.monotonic() - begun)))
+            for row in rows or []:
+                if "real_tokens_per_second" in row:
+                    row["share_of_floor"] = round(row["real_tokens_per_second"] / floor, 4)
+                result["workloads"][row.pop("workload")]["arms"].append(row)
+            if problem:
+                result["left_out"][arm] = problem
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    shutil.rmtree(SAVED, ignore_errors=True)
     return result
+
+
+def version(name: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def table(result: dict) -> str:
@@ -353,26 +579,34 @@ def table(result: dict) -> str:
     for workload, found in result["workloads"].items():
         lines.append(f"{workload} (mean {found['mean_length']} tokens)")
         for row in found["arms"]:
+            how = f"  {row['name']:32} {row['micro_batch']:3} {'checkpointed' if row['checkpointing'] else '':13}"
             if "out_of_memory" in row:
-                lines.append(f"  {row['name']:32} {row['micro_batch']:3}  out of memory")
+                lines.append(f"{how} out of memory")
                 continue
             lines.append(
-                f"  {row['name']:32} {row['micro_batch']:3} {row['real_tokens_per_second']:10,.0f} tokens/s "
-                f"{row['share_of_floor']:6.1%} {row['peak_memory_bytes'] / 2**30:6.1f} GiB  loss {row['final_loss']}"
+                f"{how} {row['real_tokens_per_second']:10,.0f} tokens/s {row['share_of_floor']:6.1%} "
+                f"{row['peak_memory_bytes'] / 2**30:6.1f} GiB  loss {row['final_loss']}"
             )
+    lines += [f"left out: {arm}: {why}" for arm, why in result["left_out"].items()]
     return "\n".join(lines)
 
 
 def main() -> None:
+    """Read the command line; measure everything, or one arm as a child of that."""
+    import speed_model
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=MEANS, default=["short_chat"])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--workloads", nargs="+", choices=speed_model.MEANS, default=["short_chat"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=520, help="for all arms together")
+    parser.add_argument("--add", action="store_true", help="to what --out holds already, from the same card")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/train_speed.json")
     parser.add_argument("--profile", type=Path, help="folder for a profile of each measurement")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, for a try without a GPU")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.shape = speed_model.TINY if options.tiny else speed_model.LLAMA_8B
     if options.run:
         run_arm(options)
     else:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from adder import adapter, base_model, folded_lora, kernels, loss, train
+from adder import adapter, base_model, folded_lora, loss, train
+from adder.dropout_kernels import dropout_mask
 from adder.files import read_jsonl
 from adder.progress import Progress
 from adder.settings import Train
@@ -45,7 +46,7 @@ FAMILIES = {
 
 def family(name: str, dtype=torch.float32, **changes) -> transformers.PreTrainedModel:
     """A two-layer model of a family, with random weights large enough for each part to show."""
-    config = getattr(transformers, f"{name}Config")(**SHAPE | FAMILIES[name][0] | changes)
+    config = getattr(transformers, f"{name}Config")(**SHAPE | FAMILIES.get(name, ({}, 0))[0] | changes)
     config._attn_implementation = "adder_segments"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -251,7 +252,7 @@ def test_checkpointing_changes_nothing(name, reentrant):
 
 
 class MaskedDropout(torch.nn.Module):
-    """Dropout by kernels.dropout_mask, with seeds drawn as the folded path draws them."""
+    """Dropout by dropout_mask, with seeds drawn as the folded path draws them."""
 
     def __init__(self, p: float, seeds: dict):
         super().__init__()
@@ -259,7 +260,7 @@ class MaskedDropout(torch.nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])
-        mask = kernels.dropout_mask(self.seeds[self], *rows.shape, self.p, x.device)
+        mask = dropout_mask(self.seeds[self], *rows.shape, self.p, x.device)
         return (rows * mask / (1 - self.p)).view(x.shape)
 
 
@@ -286,16 +287,6 @@ def test_dropout_drops_the_adapters_input_alone():
     found = step(model, batch_of(9, 23, 14))
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert worst_error(found[1], expected[1]) < 2e-5
-
-
-def test_dropout_mask_is_random_enough():
-    """Share kept, and no correlation between neighbours in a row, in a column, or between seeds (5 standard errors)."""
-    mask = kernels.dropout_mask(12345, 512, 512, 0.1).float()
-    error = 5 * (0.09 / mask.numel()) ** 0.5
-    assert mask.mean().item() == pytest.approx(0.9, abs=error)
-    other = kernels.dropout_mask(12346, 512, 512, 0.1).float()
-    for a, b in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1]), (mask, other)):
-        assert abs(((a - 0.9) * (b - 0.9)).mean().item()) < error
 
 
 def test_evaluation_is_training_without_dropout():
@@ -428,9 +419,6 @@ def test_training_folded_is_training(tmp_path, tiny_model_dir, monkeypatch):
 
 # On a GPU -------------------------------------------------------------------------------------------------------------
 
-# Rounding of one bf16 or fp16 number is at most 2^-9 or 2^-12 of it; half as much in the mean, over some steps.
-ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
-SIZES = [(1, 64), (300, 1000), (129, 4096)]
 WIDER = {
     "hidden_size": 512,
     "intermediate_size": 1416,
@@ -441,127 +429,12 @@ WIDER = {
 LENGTHS = (9, 130, 64, 5, 257)
 
 
-def random(*shape: int, dtype=torch.float32, gap: int = 0) -> torch.Tensor:
-    """Normal numbers on the GPU, in rows that lie `gap` numbers apart."""
-    wide = torch.randn(*shape[:-1], shape[-1] + gap, device="cuda").to(dtype)
-    return wide[..., : shape[-1]]
-
-
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert found.shape == expected.shape
     return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 gpu = pytest.mark.gpu
-both_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-
-
-@gpu
-@both_types
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("plus_one", [False, True])
-def test_norm_kernels(dtype, size, plus_one):
-    x, weight = random(*size, dtype=dtype), random(size[1], dtype=dtype)
-    out, exact = random(*size, dtype=dtype, gap=48), torch.empty(*size, device="cuda")
-    inverse = kernels.rms_norm_into(x, weight, 1e-5, plus_one, out)
-    expected = kernels.rms_norm_into_reference(x.float(), weight.float(), 1e-5, plus_one, exact)
-    assert off(out, exact) < ROUNDING[dtype] and off(inverse, expected) < 1e-5
-    for residual in (None, random(*size, dtype=dtype)):
-        grad = random(*size, dtype=dtype, gap=48)
-        exact_grad = grad.float()
-        found = kernels.rms_norm_backward(grad, x, weight, inverse, plus_one, residual)
-        wide = None if residual is None else residual.float()
-        expected = kernels.rms_norm_backward_reference(exact_grad, x.float(), weight.float(), inverse, plus_one, wide)
-        assert off(found, expected) < ROUNDING[dtype] and off(grad, exact) < ROUNDING[dtype]
-
-
-@gpu
-@both_types
-@pytest.mark.parametrize("size", [*SIZES, (2000, 200)])
-@pytest.mark.parametrize(
-    ("activation", "ranks", "dropout"),
-    [
-        ("silu", (0, 0, 0), None),
-        ("silu", (16, 16, 16), None),
-        ("silu", (16, 16, 16), (77, 0.3)),
-        ("silu", (0, 40, 0), None),
-        ("silu", (72, 9, 20), None),
-        ("gelu_tanh", (16, 16, 16), None),
-        ("gelu_tanh", (3, 0, 8), (77, 0.3)),
-    ],
-)
-def test_gated_kernels(dtype, size, activation, ranks, dropout):
-    (rows, width), (down, *others) = size, ranks
-    gate_up = random(rows, 2 * width, dtype=dtype) * 2
-    out, exact = random(*size, dtype=dtype, gap=48), torch.empty(*size, device="cuda")
-    kernels.gated_into(gate_up, activation, out)
-    kernels.gated_into_reference(gate_up.float(), activation, exact)
-    assert off(out, exact) < ROUNDING[dtype]
-    pair = (random(rows, down, dtype=dtype, gap=5), random(down, width, dtype=dtype)) if down else None
-    low_rank = [random(rows, rank, dtype=dtype, gap=9) if rank else None for rank in others]
-    grad = random(*size, dtype=dtype, gap=48)
-    arguments = (grad, activation, pair, *low_rank, dropout)
-    expected, thin = kernels.gated_backward_reference(gate_up.float(), *arguments)
-    found, thin_found = kernels.gated_backward(gate_up, *arguments)
-    assert off(found, expected) < ROUNDING[dtype]
-    for name, matrix in vars(thin).items():
-        if matrix is None:
-            assert getattr(thin_found, name) is None
-        else:
-            assert off(getattr(thin_found, name), matrix) < ROUNDING[dtype], name
-
-
-@gpu
-@both_types
-@pytest.mark.parametrize(("heads", "size"), [(1, 16), (9, 64), (40, 128), (5, 80)])
-def test_rotary_kernel(dtype, heads, size):
-    source = random(26, heads * size, dtype=dtype, gap=64).unflatten(1, (heads, size))
-    angles = torch.randn(13, size // 2, device="cuda").repeat(1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    for inverse in (False, True):
-        exact = torch.empty(26, heads, size, device="cuda")
-        kernels.rotate_reference(source.float(), cos.float(), sin.float(), exact, inverse)
-        out = torch.empty_like(exact, dtype=dtype)
-        kernels.rotate(source, cos, sin, out, inverse)
-        assert off(out, exact) < ROUNDING[dtype]
-    kernels.rotate(source, cos, sin, source, inverse=True)
-    assert torch.equal(source, out)
-
-
-@gpu
-@both_types
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("rank", [3, 16, 40])
-def test_dropout_kernels(dtype, size, rank):
-    """The same mask as the reference's, to the last number: one wrong would be seen."""
-    (rows, width), p, seed = size, 0.3, 2**31 - 7
-    x, a = random(*size, dtype=dtype, gap=64), random(rank, width, dtype=dtype)
-    grad = random(rows, rank, dtype=dtype, gap=8)
-    out, exact = random(rows, rank, dtype=dtype, gap=3), torch.empty(rows, rank, device="cuda")
-    kernels.dropped_product(x, a, seed, p, out)
-    kernels.dropped_product_reference(x.float(), a.float(), seed, p, exact)
-    assert off(out, exact) < ROUNDING[dtype]
-    expected = kernels.dropped_weight_grad_reference(grad.float(), x.float(), seed, p)
-    assert off(kernels.dropped_weight_grad(grad, x, seed, p), expected) < 1e-5
-    total = random(*size, dtype=dtype, gap=64)
-    exact = total.float()
-    kernels.add_dropped_input_grad_reference(exact, grad.float(), a.float(), seed, p)
-    kernels.add_dropped_input_grad(total, grad, a, seed, p)
-    assert off(total, exact) < ROUNDING[dtype]
-
-
-@gpu
-@both_types
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_dequantisation_kernel(dtype, nested, kind):
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    weight = random(320, 1088, dtype=dtype)
-    packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
-    out = random(320, 1088, dtype=dtype, gap=64)
-    kernels.dequantise_into(packed, state, out)
-    assert torch.equal(out, dequantize_4bit(packed, state))
 
 
 def on_gpu(name: str, dtype: torch.dtype, attention: str, adapter: dict | None = None, **changes) -> PeftModel:

@@ -3,6 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from adder import head_loss
+
 # Positions whose logits are computed at once: bounds the memory of the logits to this many rows of the vocabulary.
 CHUNK = 1024
 
@@ -12,6 +14,15 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
     return all(getattr(config, name, None) is None for name in names)
+
+
+def serves_training(model: PreTrainedModel) -> bool:
+    """Whether to train by labelled_losses: a plain head, and on a GPU a frozen one, where no logits are kept.
+
+    TRL's own fused head does the rest: it computes the logits again in the backward pass.
+    """
+    frozen = not any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
+    return has_plain_head(model) and (model.device.type == "cpu" or frozen)
 
 
 def labelled_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> torch.Tensor:
@@ -25,6 +36,8 @@ def labelled_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> t
     mask = target != -100
     hidden, target = hidden[:, :-1][mask], target[mask]
     head = model.get_output_embeddings()
+    if head_loss.applies(head, hidden):
+        return head_loss.frozen_head_losses(hidden, head.weight, head.bias, target)
     parts = [
         torch.nn.functional.cross_entropy(head(h).float(), t, reduction="none")
         for h, t in zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)

@@ -1,0 +1,229 @@
+"""Each Triton kernel against its plain PyTorch reference in fp32: on a GPU, or by Triton's interpreter.
+
+`pytest -m gpu` runs them on a GPU; TRITON_INTERPRET=1 runs them on a CPU where Triton is installed, a few times slower
+than one would like.
+"""
+
+import pytest
+import torch
+
+from adder import dropout_kernels, fp8, gated_kernels, nf4_kernels, norm_kernels, rotary_kernels, triton_tools
+
+DEVICE = "cpu" if triton_tools.INTERPRETED else "cuda"
+# Rounding of one bf16 or fp16 number is at most 2^-9 or 2^-12 of it; half as much in the mean, over some steps.
+# (The interpreter cuts bf16 off where a GPU rounds.)
+ROUNDING = {torch.bfloat16: 8e-3 if triton_tools.INTERPRETED else 4e-3, torch.float16: 5e-4}
+SIZES = [(1, 64), (300, 1000), (129, 4096)]
+kernel = pytest.mark.slow if triton_tools.INTERPRETED else pytest.mark.gpu
+both_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+# The interpreter multiplies the bits of bf16 matrices, not their numbers.
+product_types = pytest.mark.parametrize(
+    "dtype", [torch.float16] if triton_tools.INTERPRETED else [torch.bfloat16, torch.float16]
+)
+
+
+def random(*shape: int, dtype=torch.float32, gap: int = 0) -> torch.Tensor:
+    """Normal numbers, in rows that lie `gap` numbers apart."""
+    wide = torch.randn(*shape[:-1], shape[-1] + gap, device=DEVICE).to(dtype)
+    return wide[..., : shape[-1]]
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def test_dropout_mask_is_random_enough():
+    """Share kept, and no correlation between neighbours in a row, in a column, or between seeds (5 standard errors)."""
+    mask = dropout_kernels.dropout_mask(12345, 512, 512, 0.1).float()
+    error = 5 * (0.09 / mask.numel()) ** 0.5
+    assert mask.mean().item() == pytest.approx(0.9, abs=error)
+    other = dropout_kernels.dropout_mask(12346, 512, 512, 0.1).float()
+    for a, b in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1]), (mask, other)):
+        assert abs(((a - 0.9) * (b - 0.9)).mean().item()) < error
+
+
+@kernel
+@both_types
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_norm_kernels(dtype, size, plus_one):
+    x, weight = random(*size, dtype=dtype), random(size[1], dtype=dtype)
+    out, exact = random(*size, dtype=dtype, gap=48), torch.empty(*size, device=DEVICE)
+    inverse, _ = norm_kernels.rms_norm_into(x, weight, 1e-5, plus_one, out)
+    expected, _ = norm_kernels.rms_norm_into_reference(x.float(), weight.float(), 1e-5, plus_one, exact)
+    assert off(out, exact) < ROUNDING[dtype] and off(inverse, expected) < 1e-5
+    for residual in (None, random(*size, dtype=dtype)):
+        grad = random(*size, dtype=dtype, gap=48)
+        exact_grad = grad.float()
+        found = norm_kernels.rms_norm_backward(grad, x, weight, inverse, plus_one, residual)
+        wide = None if residual is None else residual.float()
+        expected = norm_kernels.rms_norm_backward_reference(
+            exact_grad, x.float(), weight.float(), inverse, plus_one, wide
+        )
+        assert off(found, expected) < ROUNDING[dtype] and off(grad, exact) < ROUNDING[dtype]
+
+
+@kernel
+@product_types
+@pytest.mark.parametrize("size", [*SIZES, (2000, 200)])
+@pytest.mark.parametrize(
+    ("activation", "ranks", "dropout"),
+    [
+        ("silu", (0, 0, 0), None),
+        ("silu", (16, 16, 16), None),
+        ("silu", (16, 16, 16), (77, 0.3)),
+        ("silu", (0, 40, 0), None),
+        ("silu", (72, 9, 20), None),
+        ("gelu_tanh", (16, 16, 16), None),
+        ("gelu_tanh", (3, 0, 8), (77, 0.3)),
+    ],
+)
+def test_gated_kernels(dtype, size, activation, ranks, dropout):
+    (rows, width), (down, *others) = size, ranks
+    gate_up = random(rows, 2 * width, dtype=dtype) * 2
+    out, exact = random(*size, dtype=dtype, gap=48), torch.empty(*size, device=DEVICE)
+    gated_kernels.gated_into(gate_up, activation, out)
+    gated_kernels.gated_into_reference(gate_up.float(), activation, exact)
+    assert off(out, exact) < ROUNDING[dtype]
+    pair = (random(rows, down, dtype=dtype, gap=5), random(down, width, dtype=dtype)) if down else None
+    low_rank = [random(rows, rank, dtype=dtype, gap=9) if rank else None for rank in others]
+    grad = random(*size, dtype=dtype, gap=48)
+    arguments = (grad, activation, pair, *low_rank, dropout)
+    expected, thin = gated_kernels.gated_backward_reference(gate_up.float(), *arguments)
+    found, thin_found = gated_kernels.gated_backward(gate_up, *arguments)
+    assert off(found, expected) < ROUNDING[dtype]
+    for name, matrix in vars(thin).items():
+        if matrix is None:
+            assert getattr(thin_found, name) is None
+        else:
+            assert off(getattr(thin_found, name), matrix) < ROUNDING[dtype], name
+
+
+@kernel
+@both_types
+@pytest.mark.parametrize(("heads", "size"), [(1, 16), (9, 64), (40, 128), (5, 80)])
+def test_rotary_kernel(dtype, heads, size):
+    source = random(26, heads * size, dtype=dtype, gap=64).unflatten(1, (heads, size))
+    angles = torch.randn(13, size // 2, device=DEVICE).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    for inverse in (False, True):
+        exact = torch.empty(26, heads, size, device=DEVICE)
+        rotary_kernels.rotate_reference(source.float(), cos.float(), sin.float(), exact, inverse)
+        out = torch.empty_like(exact, dtype=dtype)
+        rotary_kernels.rotate(source, cos, sin, out, inverse)
+        assert off(out, exact) < ROUNDING[dtype]
+    rotary_kernels.rotate(source, cos, sin, source, inverse=True)
+    assert torch.equal(source, out)
+
+
+@kernel
+@product_types
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rank", [3, 16, 40])
+def test_dropout_kernels(dtype, size, rank):
+    """The same mask as the reference's, to the last number: one wrong would be seen."""
+    (rows, width), p, seed = size, 0.3, 2**31 - 7
+    x, a = random(*size, dtype=dtype, gap=64), random(rank, width, dtype=dtype)
+    grad = random(rows, rank, dtype=dtype, gap=8)
+    out, exact = random(rows, rank, dtype=dtype, gap=3), torch.empty(rows, rank, device=DEVICE)
+    dropout_kernels.dropped_product(x, a, seed, p, out)
+    dropout_kernels.dropped_product_reference(x.float(), a.float(), seed, p, exact)
+    assert off(out, exact) < ROUNDING[dtype]
+    expected = dropout_kernels.dropped_weight_grad_reference(grad.float(), x.float(), seed, p)
+    assert off(dropout_kernels.dropped_weight_grad(grad, x, seed, p), expected) < 1e-5
+    total = random(*size, dtype=dtype, gap=64)
+    exact = total.float()
+    dropout_kernels.add_dropped_input_grad_reference(exact, grad.float(), a.float(), seed, p)
+    dropout_kernels.add_dropped_input_grad(total, grad, a, seed, p)
+    assert off(total, exact) < ROUNDING[dtype]
+
+
+@kernel
+@both_types
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_dequantisation_kernel(dtype, nested, kind):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = random(320, 1088, dtype=dtype)
+    packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    out = random(320, 1088, dtype=dtype, gap=64)
+    nf4_kernels.dequantise_into(packed, state, out)
+    assert off(out, dequantize_4bit(packed, state)) <= (ROUNDING[dtype] if triton_tools.INTERPRETED else 0)
+
+
+def assert_same_fp8(found: fp8.Fp8Rows, expected: fp8.Fp8Rows) -> None:
+    """Scales within fp32's rounding; of the values one in a thousand, near the middle of two, may be the other one."""
+    assert off(found.scales, expected.scales) < 1e-6
+    assert torch.isfinite(found.values.float()).all()
+    same = (found.values.float() == expected.values.float()).float().mean().item()
+    if triton_tools.INTERPRETED:  # which halves what it should round up to a power of two
+        assert same > 0.9
+    else:
+        assert same > 0.999 and off(found.dequantised(), expected.dequantised()) < 5e-3
+
+
+@kernel
+@both_types
+@pytest.mark.parametrize("size", [(1, 16), (37, 5000), (5, 64)])
+def test_fp8_kernel(dtype, size):
+    x = random(*size, dtype=dtype, gap=48) * torch.logspace(-6, 4, size[0], device=DEVICE)[:, None].to(dtype)
+    x[0, 3] = 0
+    found = fp8.quantise(x)
+    assert_same_fp8(found, fp8.quantise_reference(x))
+    if not triton_tools.INTERPRETED:
+        assert found.values.float().abs().amax(-1).eq(fp8.LARGEST).all()
+    assert not fp8.quantise(torch.zeros_like(x)).values.float().any()
+
+
+@pytest.mark.gpu
+def test_fp8_shows_what_is_not_a_number():
+    x = random(3, 64, dtype=torch.bfloat16)
+    x[1, 5], x[2, 6] = float("nan"), float("inf")
+    wide = fp8.quantise(x).dequantised()
+    assert torch.isfinite(wide[0]).all() and not torch.isfinite(wide[1]).all() and not torch.isfinite(wide[2]).all()
+
+
+@kernel
+@both_types
+@pytest.mark.parametrize("size", [(1, 64), (13, 1000), (9, 17000)])
+def test_kernels_that_quantise_write_the_fp8_of_what_they_write(dtype, size):
+    x, weight = random(*size, dtype=dtype), random(size[1], dtype=dtype)
+    plain, out = torch.empty_like(x), random(*size, dtype=dtype, gap=48)
+    norm_kernels.rms_norm_into(x, weight, 1e-5, False, plain)
+    _, found = norm_kernels.rms_norm_into(x, weight, 1e-5, False, out, quantised=True)
+    assert torch.equal(out, plain)
+    assert_same_fp8(found, fp8.quantise_reference(out))
+    gate_up = random(size[0], 2 * size[1], dtype=dtype)
+    gated_kernels.gated_into(gate_up, "silu", plain)
+    found = gated_kernels.gated_into(gate_up, "silu", out, quantised=True)
+    assert torch.equal(out, plain)
+    assert_same_fp8(found, fp8.quantise_reference(out))
+
+
+@kernel
+@product_types
+@pytest.mark.parametrize(("rows", "width", "rank"), [(1, 64, 8), (70, 200, 16), (65, 136, 104), (3, 32, 0)])
+@pytest.mark.parametrize("more", [False, True])
+def test_low_rank_kernel(dtype, rows, width, rank, more):
+    y, residual, bias = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype), random(width, dtype=dtype)
+    low_rank, b = random(rows, rank, dtype=dtype, gap=5), random(width, rank, dtype=dtype, gap=9)
+    options = (residual, bias) if more else (None, None)
+    exact = y.float()
+    fp8.add_low_rank_reference(exact, low_rank, b, *options)
+    fp8.add_low_rank(y, low_rank, b, *options)
+    assert off(y, exact) < ROUNDING[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 16, 32), (300, 1408, 512), (257, 6144, 4096)])
+def test_fp8_product(tokens, outputs, inputs):
+    """Both directions on the tensor cores against the dequantised numbers in fp32: rounding to bf16, and the narrow
+    sums of Hopper's fp8 instructions, which keep about 14 bits."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("fp8 products need compute capability 9.0")
+    weight = fp8.Fp8Weight(random(outputs, inputs, dtype=torch.bfloat16))
+    for side, width in ((weight.forward, inputs), (weight.backward, outputs)):
+        rows = fp8.quantise(random(tokens, width, dtype=torch.bfloat16))
+        assert off(fp8.product(rows, side, torch.bfloat16), fp8.product_reference(rows, side)) < 6e-3
