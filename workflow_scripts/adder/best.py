@@ -1,4 +1,4 @@
-"""The best adapter so far and when to stop looking for a better one, in a way that a killed run can take up again."""
+"""The weights of the best evaluation so far, kept in a way that a killed run can take up again."""
 
 import shutil
 from pathlib import Path
@@ -8,24 +8,6 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 NAME = "best-{}.safetensors"
-
-
-def judged(history: list[dict], by: str) -> list[tuple[int, float]]:
-    """(step, value) of each evaluation in a trainer's log, higher is better: the loss counts negative."""
-    key = {"loss": "eval_loss", "exact_match": "exact_match"}[by]
-    return [(row["step"], -row[key] if by == "loss" else row[key]) for row in history if key in row]
-
-
-def best_step(history: list[dict], by: str) -> int | None:
-    """The step whose evaluation was best, the earliest of equals."""
-    found = judged(history, by)
-    return max(found, key=lambda pair: (pair[1], -pair[0]))[0] if found else None
-
-
-def evaluations_since_best(history: list[dict], by: str) -> int:
-    """How many evaluations in a row were no better than the best before them."""
-    step = best_step(history, by)
-    return sum(other > step for other, _ in judged(history, by)) if step is not None else 0
 
 
 class BestWeights:

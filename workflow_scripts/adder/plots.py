@@ -69,7 +69,7 @@ def interval(base: dict | None, tuned: dict | None, high: float, show: Callable[
         marks.append(f'<g class="{name}"><title>{escape(text)}</title>{track}{whisker}{dot}</g>')
     marks.append(f'<text class="tick" x="{left}" y="55">{escape(show(0.0))}</text>')
     marks.append(f'<text class="tick end" x="{right}" y="55">{escape(show(high))}</text>')
-    return _svg(320, 58, label, marks)
+    return svg(320, 58, label, marks)
 
 
 def lines(
@@ -105,7 +105,7 @@ def lines(
         if high_y == low_y:
             low_y, high_y = low_y - (abs(low_y) or 1) * 0.1, high_y + (abs(high_y) or 1) * 0.1
         high_y += (high_y - low_y) * 0.04
-    box = _Box(54, 16 + 14 * len(marks), WIDTH - 8, 178 + 14 * len(marks), min(xs), max(xs), low_y, high_y, log)
+    box = Box(54, 16 + 14 * len(marks), WIDTH - 8, 178 + 14 * len(marks), min(xs), max(xs), low_y, high_y, log)
     drawn = box.axes(x_name, show)
     notes = ["logarithmic axis"] if log else []
     over = sum(y > high_y for y in ys)
@@ -117,7 +117,7 @@ def lines(
         drawn += _mark(mark, box, 29 + 14 * number)
     for one in series:
         drawn += _curve(one, box, x_name, show, [mark["x"] for mark in marks])
-    return _svg(WIDTH, box.bottom + 36, label, drawn)
+    return svg(WIDTH, box.bottom + 36, label, drawn)
 
 
 def usual_top(values: Sequence[float]) -> float:
@@ -157,7 +157,7 @@ def histogram(
     shown_limit = limit is not None and limit <= low_x + 4 * (high_x - low_x)
     if shown_limit:
         high_x = max(high_x, limit + 0.12 * (limit - low_x))
-    box = _Box(46, 24, WIDTH - 8, 178, low_x, high_x, 0, max(counts) * 1.05)
+    box = Box(46, 24, WIDTH - 8, 178, low_x, high_x, 0, max(counts) * 1.05)
     marks = box.axes(unit, lambda n: f"{n:,.0f}")
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
         if not count:
@@ -181,7 +181,7 @@ def histogram(
         shift = -5 if anchor == "end" else 5
         marks.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="12" y2="{box.bottom}"/>')
         marks.append(f'<text class="limit {anchor}" x="{x + shift:.1f}" y="18">max_seq_length {limit:,.0f}</text>')
-    return _svg(WIDTH, 214, label, marks)
+    return svg(WIDTH, 214, label, marks)
 
 
 def flow(total: int, parts: Sequence[dict], label: str) -> str:
@@ -217,7 +217,7 @@ def flow(total: int, parts: Sequence[dict], label: str) -> str:
         )
         source_y += height
         target_y += height + gap
-    return _svg(WIDTH, max(target_y, label_y + 12), label, marks)
+    return svg(WIDTH, max(target_y, label_y + 12), label, marks)
 
 
 def bars(rows: Sequence[dict], show: Callable[[float], str], label: str) -> str:
@@ -237,7 +237,7 @@ def bars(rows: Sequence[dict], show: Callable[[float], str], label: str) -> str:
             f'<rect class="bar {row["kind"]}" x="{left}" y="{y + 2}" width="{width:.1f}" height="13" rx="2"/>'
             f'<text class="tick" x="{left + width + 7:.1f}" y="{y + 12}">{escape(text)}</text></g>'
         )
-    return _svg(WIDTH, 4 + len(rows) * step, label, marks)
+    return svg(WIDTH, 4 + len(rows) * step, label, marks)
 
 
 def pair(base: float | None, tuned: float | None, label: str) -> str:
@@ -247,10 +247,51 @@ def pair(base: float | None, tuned: float | None, label: str) -> str:
     if len(shown) == 2:
         marks.append(f'<line class="whisker" x1="{shown[0][1]:.1f}" x2="{shown[1][1]:.1f}" y1="8" y2="8"/>')
     marks += [f'<circle class="{name}" cx="{x:.1f}" cy="8" r="4"/>' for name, x in shown]
-    return _svg(120, 16, label, marks, "pair")
+    return svg(120, 16, label, marks, "pair")
 
 
-class _Box:
+def stacked(parts: Sequence[dict], label: str) -> str:
+    """One bar of parts side by side, each as wide as its share.
+
+    A part is {"name", "count", "kind": CSS class}; parts of nothing are left out.
+    """
+    total = sum(part["count"] for part in parts)
+    marks, x = [], 0.0
+    for part in parts:
+        width = WIDTH * part["count"] / total if total else 0
+        if width:
+            kind, wide = escape(part["kind"]), max(width - 1.5, 1)
+            title = f"<title>{escape(part['name'])}: {part['count']:,} of {total:,}</title>"
+            marks.append(
+                f'<rect class="part {kind}" x="{x:.1f}" y="1" width="{wide:.1f}" height="18" rx="2">{title}</rect>'
+            )
+        x += width
+    return svg(WIDTH, 20, label, marks)
+
+
+def change(found: dict, worst: float | None, span: float, label: str) -> str:
+    """A difference with its interval on a line from -`span` to `span` with 0 in its middle, for a cell of a table.
+
+    `found` is {"value", "ci95"}; `worst`: where a limit stands, such as the largest drop that is allowed.
+    """
+    left, right, middle = 6, 134, 70
+
+    def x(value: float) -> float:
+        return middle + (right - middle) * min(max(value / span, -1.0), 1.0)
+
+    marks = [f"<title>{escape(label)}</title>", f'<line class="track" x1="{left}" x2="{right}" y1="9" y2="9"/>']
+    marks.append(f'<line class="zero" x1="{middle}" x2="{middle}" y1="1" y2="17"/>')
+    if worst is not None:
+        title = "<title>the guard's limit</title>"
+        marks.append(f'<line class="guard" x1="{x(worst):.1f}" x2="{x(worst):.1f}" y1="1" y2="17">{title}</line>')
+    if found["ci95"] and all(map(_finite, found["ci95"])):
+        low, high = found["ci95"]
+        marks.append(f'<line class="whisker" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="9" y2="9"/>')
+    marks.append(f'<circle class="tuned" cx="{x(found["value"]):.1f}" cy="9" r="4.5"/>')
+    return svg(140, 18, label, marks, "change")
+
+
+class Box:
     """The rectangle that data is drawn in, and the two scales."""
 
     def __init__(self, left, top, right, bottom, low_x, high_x, low_y, high_y, log=False):
@@ -287,7 +328,7 @@ class _Box:
         return marks
 
 
-def _mark(mark: dict, box: _Box, y: float) -> list[str]:
+def _mark(mark: dict, box: Box, y: float) -> list[str]:
     """A line across the plot at the mark's x, and its label at height `y`, beside the line where there is room."""
     x, kind = box.x(mark["x"]), escape(mark["kind"])
     width = 6.6 * len(mark["label"])  # roughly, at the style sheet's size
@@ -299,7 +340,7 @@ def _mark(mark: dict, box: _Box, y: float) -> list[str]:
     return [line, f'<text class="mark {kind} {anchor}" x="{at:.1f}" y="{y}">{escape(mark["label"])}</text>']
 
 
-def _curve(one: dict, box: _Box, x_name: str, show: Callable[[float], str], always: Sequence[float] = ()) -> list[str]:
+def _curve(one: dict, box: Box, x_name: str, show: Callable[[float], str], always: Sequence[float] = ()) -> list[str]:
     """The line, its dots where asked for, and a strip a point that shows the point's numbers under the pointer.
 
     Points at an x in `always` answer to the pointer however many there are.
@@ -310,7 +351,7 @@ def _curve(one: dict, box: _Box, x_name: str, show: Callable[[float], str], alwa
     marks = [f'<polyline class="curve {kind}" points="{path}"/>']
     over = [box.x(x) for x, y in drawn if y > box.high_y]
     marks += [f'<path class="over {kind}" d="M{x - 4:.1f},{box.top} h8 l-4,-6 Z"/>' for x in over]
-    hovered = set(_thin(one["points"], MAX_HOVERED)) | {point for point in one["points"] if point[0] in always}
+    hovered = set(thin(one["points"], MAX_HOVERED)) | {point for point in one["points"] if point[0] in always}
     if one["points"]:
         hovered |= {max(one["points"], key=lambda point: point[1]), min(one["points"], key=lambda point: point[1])}
     hovered = sorted(hovered)
@@ -335,7 +376,7 @@ def _curve(one: dict, box: _Box, x_name: str, show: Callable[[float], str], alwa
     return marks
 
 
-def _thin(points: Sequence[tuple], most: int) -> list[tuple]:
+def thin(points: Sequence[tuple], most: int) -> list[tuple]:
     """At most `most` of the points, evenly chosen, the first and the last among them."""
     if len(points) <= most:
         return list(points)
@@ -364,7 +405,7 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _svg(width: float, height: float, label: str, marks: Sequence[str], kind: str = "plot") -> str:
+def svg(width: float, height: float, label: str, marks: Sequence[str], kind: str = "plot") -> str:
     return (
         f'<svg class="{kind}" viewBox="0 0 {width:g} {math.ceil(height)}" role="img" aria-label="{escape(label)}">'
         + "".join(marks)

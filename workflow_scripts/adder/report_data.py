@@ -4,13 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from adder import statistics
+from adder import guard, report_scores
 from adder.errors import UserError
 from adder.files import read_json, read_jsonl
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STAGES = (
     "model", "data", "format", "tokenize", "lengths", "train", "merge", "evaluate_base", "evaluate_tuned",
 )  # fmt: skip
@@ -26,14 +24,7 @@ FACTS = {
     "evaluate_base": "scores.json",
     "evaluate_tuned": "scores.json",
 }
-# The scores, in the order in which the report shows them. `kind` says how a value is written: a share or a number.
-METRICS: dict[str, dict] = {
-    "exact_match": {"name": "Exact match", "kind": "share", "better": "higher"},
-    "field_f1": {"name": "Field F1", "kind": "share", "better": "higher"},
-    "json_valid": {"name": "Valid JSON", "kind": "share", "better": "higher"},
-    "loss": {"name": "Held-out loss", "kind": "number", "better": "lower", "unit": "nats per token"},
-    "perplexity": {"name": "Perplexity", "kind": "number", "better": "lower", "unit": ""},
-}
+GUARD = {True: "passed", False: "failed"}
 # What becomes of a row: one of these.
 DATA_CLASSES = ("train", "heldout", "tests", "duplicates", "near_duplicates", "leaked", "left_out", "rejected")
 # What train.json says in words, for people: not figures.
@@ -44,54 +35,49 @@ CHOICE_SECTIONS = {"lengths": "lengths", "train": "train", "merge": "merge", "ev
 
 def load(inputs: dict[str, Path]) -> dict[str, Any]:
     """Read all stage folders: {stage: its facts}, and `records`, `plan`, `curve`, `sampled` (replies while training),
-    `samples` (of the evaluations), `rejects`, `paths`.
+    `samples` (of the evaluations), `rejects`, `paths`, `tasks` (see report_scores.read_tasks), `judge` (None without
+    one), `judgements`.
 
+    `inputs`: the folders of STAGES, of `task_base_0`, `task_tuned_0` and so on, and of `judge` where these ran.
     Raises UserError where a stage or one of its files is missing.
     """
     missing = [stage for stage in STAGES if stage not in inputs]
     if missing:
         raise UserError(f"report: no folder given for {', '.join(missing)}; it needs {', '.join(STAGES)}")
-    folders = {stage: Path(inputs[stage]) for stage in STAGES}
+    # In the order in which a reader follows a run; Snakemake gives them by name.
+    tasks = [f"task_{who}_{number}" for number in range(len(inputs)) for who in ("base", "tuned")]
+    folders = {stage: Path(inputs[stage]) for stage in (*STAGES, *tasks, "judge") if stage in inputs}
     facts: dict[str, Any] = {stage: _read(folders[stage] / FACTS[stage]) for stage in STAGES}
-    facts["records"] = {stage: _read(folders[stage] / "stage.json") for stage in STAGES}
+    facts["records"] = {stage: _read(folder / "stage.json") for stage, folder in folders.items()}
     facts["paths"] = {stage: folder.as_posix() for stage, folder in folders.items()}
     facts["plan"] = _read(folders["train"] / "plan.json")
     facts["curve"] = list(read_jsonl(folders["train"] / "metrics.jsonl"))
     sampled = folders["train"] / "samples.jsonl"
     facts["sampled"] = list(read_jsonl(sampled)) if sampled.exists() else []
-    facts["samples"] = paired_samples(folders["evaluate_base"], folders["evaluate_tuned"])
+    facts["samples"] = report_scores.paired_samples(folders["evaluate_base"], folders["evaluate_tuned"])
+    facts["tasks"] = report_scores.read_tasks(folders)
+    facts["judge"] = _read(folders["judge"] / "judge.json") if "judge" in folders else None
+    facts["judgements"] = list(read_jsonl(folders["judge"] / "judgements.jsonl")) if "judge" in folders else []
     facts["rejects"] = _first_lines(folders["format"] / "rejects.jsonl", 12)
     return facts
 
 
-def paired_samples(base: Path, tuned: Path) -> list[dict]:
-    """Join the samples of two evaluations by id, in the tuned model's order.
-
-    Raises UserError when they were not made from the same held-out rows: a paired comparison would be meaningless.
-    """
-    base_rows = {row["id"]: row for row in read_jsonl(base / "samples.jsonl")}
-    tuned_rows = {row["id"]: row for row in read_jsonl(tuned / "samples.jsonl")}
-    if base_rows.keys() != tuned_rows.keys():
-        apart = sorted(base_rows.keys() ^ tuned_rows.keys())
-        raise UserError(
-            f"report: base ({base}) and tuned ({tuned}) were evaluated on different rows, "
-            f"{len(apart)} stand in just one of them, such as {apart[0]}"
-        )
-    return [{"id": id_, "base": base_rows[id_], "tuned": row} for id_, row in tuned_rows.items()]
-
-
 def build_metrics(settings: dict, facts: dict) -> dict:
-    """Return `metrics.json`: schema_version, run, verdict, heldout, fields, data, lengths, train, doctor, kept, merge,
-    stages.
+    """Return `metrics.json`: schema_version, run, verdict, heldout, fields, tasks, guard, judge, data, lengths, train,
+    doctor, kept, merge, stages, cost. Its keys are described in docs/metrics.md.
     """
-    heldout = compare(facts)
+    heldout = report_scores.compare(facts)
+    tasks, guarded = guarded_tasks(report_scores.compare_tasks(facts["tasks"], settings["tasks"]))
     lengths = facts["lengths"]
     metrics = {
         "schema_version": SCHEMA_VERSION,
         "run": settings["run"],
-        "verdict": judge(facts, heldout),
+        "verdict": report_scores.verdict(facts, heldout),
         "heldout": heldout,
-        "fields": field_rows(facts),
+        "fields": report_scores.field_rows(facts),
+        "tasks": tasks,
+        "guard": guarded,
+        "judge": facts["judge"],
         "data": data_metrics(facts),
         "lengths": {
             "max_seq_length": lengths["max_seq_length"]["value"],
@@ -111,8 +97,35 @@ def build_metrics(settings: dict, facts: dict) -> dict:
             | ({"peak_gpu_memory_bytes": gpu} if (gpu := record.get("peak_gpu_memory_bytes")) else {})
             for stage, record in facts["records"].items()
         },
+        "cost": cost(settings, facts["records"]),
     }
     return finite(metrics)
+
+
+def guarded_tasks(rows: list[dict]) -> tuple[list[dict], dict | None]:
+    """The compared tasks with the guard's word for each, and {passed, failed: names}; None where none is guarded."""
+    words = [None if row["max_drop"] is None else GUARD[guard.check([row])["passed"]] for row in rows]
+    rows = [row | {"guard": found} for row, found in zip(rows, words, strict=True)]
+    failed = [row["task"] for row in rows if row["guard"] == "failed"]
+    return rows, {"passed": not failed, "failed": failed} if any(words) else None
+
+
+def cost(settings: dict, records: dict[str, dict]) -> dict:
+    """Seconds of each stage and of all; their price where an hour has one; their energy where stages recorded it.
+
+    A stage counts as it was computed, also where its result was taken from an equal earlier one.
+    """
+    seconds = {stage: record["seconds"] for stage, record in records.items()}
+    total, hourly = sum(seconds.values()), settings["price_per_hour"]
+    joules = {stage: record["energy_joules"] for stage, record in records.items() if "energy_joules" in record}
+    return {
+        "seconds": seconds,
+        "total_seconds": total,
+        "price": None
+        if hourly is None
+        else {"value": hourly * total / 3600, "per_hour": hourly, "currency": settings["currency"]},
+        "energy": {"joules": sum(joules.values()), "stages": joules} if joules else None,
+    }
 
 
 def data_metrics(facts: dict) -> dict:
@@ -141,7 +154,9 @@ def build_run(settings: dict, facts: dict, metrics: dict) -> dict:
             row["key"]: {name: value for name, value in row.items() if name == "value" or value and name != "key"}
             for row in resolve(settings, facts)
         },
-        "stages": {stage: {"key": settings["stages"].get(stage), "path": facts["paths"][stage]} for stage in STAGES},
+        "stages": {
+            stage: {"key": settings["stages"].get(stage), "path": path} for stage, path in facts["paths"].items()
+        },
         "versions": versions(facts),
     }
 
@@ -184,27 +199,6 @@ def resolve(settings: dict, facts: dict) -> list[dict]:
     return sorted(rows + extra, key=lambda row: sections.index(row["key"].split(".")[0]))
 
 
-def compare(facts: dict) -> dict:
-    """Each held-out score of base and tuned with its interval, and their difference, paired by row where possible."""
-    base, tuned = facts["evaluate_base"]["heldout"], facts["evaluate_tuned"]["heldout"]
-    compared = {}
-    for metric in METRICS:
-        if metric not in base and metric not in tuned:
-            continue
-        entry = {"base": _score(base.get(metric)), "tuned": _score(tuned.get(metric)), "difference": None}
-        if entry["base"] and entry["tuned"]:
-            entry["difference"] = _difference(metric, base[metric], tuned[metric], facts["samples"])
-        compared[metric] = entry
-    return compared
-
-
-def field_rows(facts: dict) -> dict[str, dict]:
-    """Per-field scores of base and tuned by field name; empty where replies are not JSON."""
-    fields = [facts[f"evaluate_{who}"]["heldout"].get("fields") or {} for who in ("base", "tuned")]
-    names = dict.fromkeys([*fields[1], *fields[0]])
-    return {name: {"base": fields[0].get(name), "tuned": fields[1].get(name)} for name in names}
-
-
 def versions(facts: dict) -> dict[str, str]:
     """Package versions of all stages; where stages differ, each version with the stages that used it."""
     found: dict[str, dict[str, list[str]]] = {}
@@ -226,65 +220,10 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def judge(facts: dict, heldout: dict) -> dict:
-    """The verdict on the main score, as `statistics.verdict` puts it.
-
-    Raises UserError where the evaluations kept neither exact matches nor losses.
-    """
-    metric = main_metric(heldout)
-    base, tuned = (per_row(metric, rows) for rows in scored(metric, facts["samples"]))
-    if base is None or tuned is None:
-        raise UserError(f"report: the samples of base and tuned must each have {metric} to be compared")
-    return statistics.verdict(metric, base, tuned)
-
-
-def main_metric(heldout: dict) -> str:
-    """Exact match where any reply of either model matches its reference, else the loss, which free text has too."""
-    exact = heldout.get("exact_match")
-    return "exact_match" if exact and any(exact[who] and exact[who]["value"] for who in ("base", "tuned")) else "loss"
-
-
-def scored(metric: str, samples: list[dict]) -> list[list[dict]]:
-    """The samples of base and of tuned that have this score: plain texts have a loss, and no reply to judge."""
-    asked = [sample for sample in samples if metric == "loss" or sample["tuned"]["reply"] is not None]
-    return [[sample[who] for sample in asked] for who in ("base", "tuned")]
-
-
-def per_row(metric: str, samples: list[dict]) -> np.ndarray | None:
-    """One value a row whose mean is the score (float64), or None where the samples do not tell.
-
-    The loss is a mean over tokens: each row counts as often as it has labelled tokens.
-    """
-    if metric == "loss" and all(row.get("loss") is not None and row.get("labelled_tokens") for row in samples):
-        tokens = np.array([row["labelled_tokens"] for row in samples], dtype=float)
-        return np.array([row["loss"] for row in samples], dtype=float) * tokens / tokens.mean()
-    if all(isinstance(row.get(metric), int | float) for row in samples):
-        return np.array([row[metric] for row in samples], dtype=float)
-    return None
-
-
-def _difference(metric: str, base: dict, tuned: dict, samples: list[dict]) -> dict:
-    """Tuned less base with its interval: paired by row, or as if independent where rows have no such value."""
-    rows = [per_row(metric, rows) for rows in scored(metric, samples)]
-    if all(row is not None and len(row) > 1 for row in rows):
-        found = statistics.paired_difference(*rows)
-        return {name: found[name] for name in ("value", "ci95", "p")}
-    difference = tuned["value"] - base["value"]
-    errors = [score.get("stderr") for score in (base, tuned)]
-    if None in errors:
-        return {"value": difference, "ci95": None}
-    half = 1.96 * math.hypot(*errors)
-    return {"value": difference, "ci95": [difference - half, difference + half]}
-
-
 def _found(diagnoses: list[dict] | None) -> list[dict] | None:
     """The doctor's findings without their words; None where it did not look."""
     names = ("name", "severity", "step")
     return diagnoses if diagnoses is None else [{name: one[name] for name in names} for one in diagnoses]
-
-
-def _score(score: dict | None) -> dict | None:
-    return score and {name: score.get(name) for name in ("value", "ci95", "n")}
 
 
 def _read(path: Path) -> Any:

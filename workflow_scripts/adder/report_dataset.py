@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from adder import plots
-from adder.report_text import clip, percent, short
+from adder.report_text import clip, percent, sentence, short
 
 LONGEST_SAMPLE = 3000  # characters of a message, of which the page shows no more
 LONGEST_EXAMPLE = 700  # characters of a dropped row
@@ -25,6 +25,7 @@ def data_section(facts: dict) -> dict:
     return {
         "plot": plots.flow(card["rows_in"], flow_parts(card), "Rows in, and what became of them"),
         "card": card,
+        "split": ticked(sentence(card["split"])),
         "fates": fates(facts),
         "sources": source_rows(facts),
         "reasons": bars(reasons),
@@ -35,6 +36,11 @@ def data_section(facts: dict) -> dict:
         "counted": counted(card),
         "samples": [sample(one) for one in card["samples"]],
     }
+
+
+def ticked(text: str) -> list[tuple[bool, str]]:
+    """The text in pieces, each with whether it stood between backticks, to be set as code."""
+    return [(number % 2 == 1, piece) for number, piece in enumerate(text.split("`")) if piece]
 
 
 def flow_parts(card: dict) -> list[dict]:

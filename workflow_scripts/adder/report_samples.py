@@ -13,6 +13,9 @@ LONGEST_TEXT = 4000  # characters of a text that are shown
 MOST_DIFFED = 1200  # words of a text that are compared: the comparison is quadratic
 clip = partial(report_text.clip, most=LONGEST_TEXT)
 UNLIKE = 0.5  # below this share of common words, marking differences would mark nearly everything
+# The scores that stand beside a reply.
+SCORES = (("rouge_l", "ROUGE-L", report_text.percent), ("chrf", "chrF", report_text.percent),
+          ("loss", "loss", report_text.number))  # fmt: skip
 # Words, numbers and dates whole; spaces; any other sign by itself.
 WORD = re.compile(r"\w+(?:[.,:/\-]\w+)*|\s+|[^\w\s]")
 
@@ -20,14 +23,15 @@ WORD = re.compile(r"\w+(?:[.,:/\-]\w+)*|\s+|[^\w\s]")
 def select_samples(samples: list[dict], most: int) -> dict:
     """Choose at most `most` samples, the tuned model's worst first, and prepare them for the page.
 
-    Wrong replies come first, highest loss first; a third of the places stays for right ones where there are any.
+    Wrong replies come first, lowest chrF or highest loss first; a third of the places stays for right ones where there
+    are any.
     Plain texts have no replies and are left out. Returns {shown, total, wrong, right, system (the system prompt that
     all share, or None), rows}.
     """
     samples = [sample for sample in samples if sample["tuned"]["reply"] is not None]
-    by_loss = sorted(samples, key=lambda s: -(s["tuned"].get("loss") or 0.0))
-    wrong = [s for s in by_loss if not s["tuned"]["exact_match"]]
-    right = [s for s in by_loss if s["tuned"]["exact_match"]]
+    worst_first = sorted(samples, key=lambda s: (s["tuned"].get("chrf", 0.0), -(s["tuned"].get("loss") or 0.0)))
+    wrong = [s for s in worst_first if not s["tuned"]["exact_match"]]
+    right = [s for s in worst_first if s["tuned"]["exact_match"]]
     places = max(most - len(right), most - most // 3)
     chosen = wrong[:places]
     chosen += right[: most - len(chosen)]
@@ -43,14 +47,13 @@ def select_samples(samples: list[dict], most: int) -> dict:
 def prepare(sample: dict, order: int, system: str | None) -> dict:
     """One sample as the page shows it: turns, and reference, base and tuned as marked texts."""
     tuned, base = sample["tuned"], sample["base"]
-    reference = as_data(tuned["reference"])
     turns = [turn for turn in tuned["prompt"] if not (turn["role"] == "system" and turn["content"] == system)]
     replies = {}
     for who, row in (("base", base), ("tuned", tuned)):
         marked, unlike = mark(tuned["reference"], row["reply"], bool(row["exact_match"]))
         replies[who] = {
             "right": bool(row["exact_match"]),
-            "loss": row.get("loss"),
+            "scores": [f"{name} {show(row[key])}" for key, name, show in SCORES if row.get(key) is not None],
             "marked": marked,
             "unlike": unlike,
         }
@@ -58,9 +61,15 @@ def prepare(sample: dict, order: int, system: str | None) -> dict:
     return {
         "id": sample["id"], "order": order, "loss": tuned.get("loss"), "gain": gain,
         "turns": [{"role": turn["role"], "content": clip(turn_text(turn))} for turn in turns],
-        "gist": " ".join((turn_text(turns[-1]) if turns else "").split())[:160],
-        "reference": clip(pretty(reference) if reference is not None else tuned["reference"]), **replies,
+        "gist": report_text.gist(turn_text(turns[-1]) if turns else ""),
+        "reference": reference_text(tuned["reference"]), **replies,
     }  # fmt: skip
+
+
+def reference_text(reference: str) -> str:
+    """A reference as it is shown: JSON indented."""
+    data = as_data(reference)
+    return clip(reference if data is None else pretty(data))
 
 
 def turn_text(turn: dict) -> str:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 NO_BREAK = "\u00a0"
+GIST = 160  # characters of a text that stand for it
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Columns of the candidate tables, in the order in which they are read.
 HEADINGS = {
@@ -107,6 +108,11 @@ def clip(text: str, most: int) -> str:
     """The text, cut where it is longer than anyone would read here, with a word on what is left out."""
     left_out = len(text) - most
     return text if left_out <= 0 else f"{text[:most]} … ({left_out:,} more characters)"
+
+
+def gist(text: str) -> str:
+    """The beginning of a text, in one line."""
+    return " ".join(text.split())[:GIST]
 
 
 def short(digest: str | None) -> str:

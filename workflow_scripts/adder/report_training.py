@@ -3,10 +3,10 @@
 import re
 from functools import partial
 
-from adder import plots, report_data
+from adder import evaluations, plots, report_data, report_text
 from adder.report_dataset import SPECIAL
-from adder.report_samples import as_data, clip, mark, pretty, turn_text
-from adder.report_text import duration, number, percent, sentence, size
+from adder.report_samples import clip, mark, reference_text, turn_text
+from adder.report_text import GIST, duration, number, percent, sentence, size
 
 SHOWN_STRIPS = 12
 SHOWN_FRAMES = 12  # replies of one prompt; of more evaluations some are left out, evenly
@@ -21,7 +21,6 @@ LOOKED_FOR = (
     "replies that are empty, never end or stay wrong at a good loss",
     "steps and batch that don't suit the amount of data",
 )
-GIST = 160  # characters of a prompt that stand for it
 # A setting by its path, and its value where one stands behind it: a number, or a word that ends there.
 SETTING = re.compile(
     r"(?<![\w.])(?:model|data|format|tokenize|lengths|train|merge|evaluate|runtime)\.[a-z][a-z_]*(?!\w|\.\w)"
@@ -36,7 +35,7 @@ def training_section(settings: dict, facts: dict) -> dict:
     return {
         "figures": figures(facts),
         "curves": [one for one in curves(settings, facts) if one["plot"]],
-        "evaluations": evaluations(facts),
+        "evaluations": evaluation_rows(facts),
         "kept": kept and {"step": kept["value"], "reason": with_settings(kept["reason"])},
         "resumed": train.get("resumed_from"),
     }
@@ -115,11 +114,9 @@ def sampled_matches(facts: dict) -> list[tuple[int, float]]:
 
 
 def best_step(settings: dict, facts: dict) -> int | None:
-    """The step whose evaluation was best by `train.best_by`, the earliest of equals; None without evaluations."""
+    """The step whose evaluation was best by `train.best_by`; None without evaluations."""
     by = next((row["value"] for row in settings["resolved"] if row["key"] == "train.best_by"), "loss")
-    if by == "exact_match":
-        return max(points(facts, by), key=lambda point: point[1], default=(None, 0))[0]
-    return min(points(facts, "eval_loss"), key=lambda point: point[1], default=(None, 0))[0]
+    return evaluations.best_step(facts["curve"], by)
 
 
 def step_marks(settings: dict, facts: dict) -> list[dict]:
@@ -140,7 +137,7 @@ def step_marks(settings: dict, facts: dict) -> list[dict]:
     return marks
 
 
-def evaluations(facts: dict) -> list[dict]:
+def evaluation_rows(facts: dict) -> list[dict]:
     """One row an evaluation: {step, loss (the median of the ten steps up to it), eval_loss, exact_match}."""
     losses, held, right = points(facts, "loss"), dict(points(facts, "eval_loss")), dict(sampled_matches(facts))
     rows = []
@@ -240,7 +237,6 @@ def filmstrip(facts: dict) -> dict:
     strips = []
     for name, rows in list(by_prompt.items())[:SHOWN_STRIPS]:
         first = rows[0]
-        reference = as_data(first["reference"])
         frames = [frame(row, kept) for row in sorted(rows, key=lambda row: row["step"]) if row["step"] in shown]
         for before, after in zip(frames, frames[1:], strict=False):
             after["same"] = after["reply"] == before["reply"]
@@ -248,7 +244,7 @@ def filmstrip(facts: dict) -> dict:
             "id": name,
             "gist": gist(first["prompt"], asked.get(name) or []),
             "prompt": clip(first["prompt"].strip()),
-            "reference": clip(first["reference"] if reference is None else pretty(reference)),
+            "reference": reference_text(first["reference"]),
             "frames": frames,
         })  # fmt: skip
     return {"strips": strips, "steps": len(steps), "shown": len(shown), "prompts": len(by_prompt)}
@@ -267,7 +263,7 @@ def frame(row: dict, kept: int | None) -> dict:
 def gist(prompt: str, turns: list[dict]) -> str:
     """What the prompt asks, in one line: its last turn where the evaluation knows it, else its end."""
     if turns:
-        return " ".join(turn_text(turns[-1]).split())[:GIST]
+        return report_text.gist(turn_text(turns[-1]))
     words = " ".join(SPECIAL.sub(" ", prompt).split())
     return words if len(words) <= GIST else f"… {words[-GIST:].partition(' ')[2]}"
 
