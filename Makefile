@@ -8,7 +8,11 @@ CONFIG ?=
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --cores 1
 
-.PHONY: merged_model report all test lint settings prune lock clean
+# Any of these serves the tests of the pages.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+APT := DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
+
+.PHONY: merged_model report all test browser lint settings prune lock clean
 
 merged_model report all: $(VENV)/.ready
 	$(SNAKEMAKE) $@ $(if $(CONFIG),--configfile $(CONFIG))
@@ -25,8 +29,17 @@ $(VENV)/.ready-dev: envs/requirements-dev.lock $(VENV)/.ready
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest
+
+# Where there is none and Debian's can't be had, those tests are skipped; nothing else needs it.
+browser:
+	@command -v $(BROWSERS) > /dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "Installing Chromium for the tests of the pages, once"; \
+		{ $(APT) install -y --no-install-recommends chromium || \
+		  { $(APT) update && $(APT) install -y --no-install-recommends chromium; }; } > /dev/null 2>&1 || \
+		echo "It can't be had here: those tests will be skipped"; \
+	fi
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

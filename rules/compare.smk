@@ -1,0 +1,37 @@
+localrules:
+    compare_runs,
+
+
+rule compare_runs:
+    input:
+        [f"{RESULTS}/{stages['report'].folder}/stage.json" for stages in RUNS.values()],
+        code=code_of("compare"),
+    output:
+        page=report(
+            f"{RESULTS}/compare.html",
+            caption="captions/compare.rst",
+            category="All runs",
+            labels={"page": "Comparison"},
+        ),
+        table=report(
+            f"{RESULTS}/compare.csv",
+            caption="captions/table.rst",
+            category="All runs",
+            labels={"page": "Table (CSV)"},
+        ),
+    log:
+        f"{RESULTS}/logs/compare.log",
+    conda:
+        "../envs/adder.yaml"
+    params:
+        # As text, in which the order of the YAML's keys has no part.
+        runs=adder_plan.canonical(
+            {
+                run: {name: f"{RESULTS}/{stage.folder}" for name, stage in stages.items()}
+                for run, stages in RUNS.items()
+            }
+        ),
+    message:
+        "Comparing the runs"
+    script:
+        "../workflow_scripts/compare_runs.py"
