@@ -19,11 +19,15 @@ include: "rules/train.smk"
 include: "rules/merge.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
+include: "rules/gguf.smk"
+include: "rules/compare.smk"
 
 
 localrules:
     merged_model,
     report,
+    compare,
+    push,
     all,
 
 
@@ -31,6 +35,11 @@ onsuccess:
     for run in RUNS:
         if (Path(RESULTS) / run / "report.html").exists():
             print(f"{run}: {RESULTS}/{run}/report.html and {RESULTS}/{run}/merged_model/", file=sys.stderr)
+    if len(RUNS) > 1:
+        if (Path(RESULTS) / "compare.html").exists():
+            print(f"all runs: {RESULTS}/compare.html", file=sys.stderr)
+        else:
+            print("To compare the runs on one page: snakemake --cores 1 compare", file=sys.stderr)
 
 
 rule merged_model:
@@ -38,6 +47,7 @@ rule merged_model:
     default_target: True
     input:
         expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=["merged_model/config.json", *PAGES]),
+        expand(f"{RESULTS}/{{run}}/guard.json", run=GUARDED),
 
 
 rule report:
@@ -46,7 +56,22 @@ rule report:
         expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=PAGES),
 
 
+rule compare:
+    """All runs on one page, which links to their reports."""
+    input:
+        rules.report.input,
+        f"{RESULTS}/compare.html",
+        f"{RESULTS}/compare.csv",
+
+
+rule push:
+    """The merged models on the Hugging Face hub."""
+    input:
+        uploads,
+
+
 rule all:
-    """Everything that the configuration stands for."""
+    """Everything that the configuration stands for, but uploads."""
     input:
         rules.merged_model.input,
+        rules.compare.input,

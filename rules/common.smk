@@ -17,7 +17,7 @@ from adder.errors import UserError
 
 
 def runs_of_configuration():
-    """Return {run: {name: stage}} of the configuration; mistakes in it end the workflow before any job."""
+    """Return the settings of the configuration's runs, and {run: {name: stage}}; mistakes end the workflow at once."""
     try:
         loaded = adder_settings.load(config)
         results = next(iter(loaded.values())).runtime.results
@@ -26,14 +26,19 @@ def runs_of_configuration():
         for run, settings in loaded.items():
             rows = adder_settings.resolved(settings, config, run)
             runs[run] = adder_plan.stages_of_run(run, settings, rows, Path.cwd(), digests)
-            adder_plan.refuse_too_long(run, settings, runs[run], Path(results), Path.cwd())
+            adder_plan.refuse_impossible(run, settings, runs[run], Path(results), Path.cwd())
     except UserError as error:
         raise WorkflowError(str(error)) from None
-    return results, runs
+    return loaded, runs
 
 
-RESULTS, RUNS = runs_of_configuration()
-STAGES = {folder: stage for stages in RUNS.values() for folder, stage in stages["report"].family().items()}
+SETTINGS, RUNS = runs_of_configuration()
+RESULTS = next(iter(SETTINGS.values())).runtime.results
+STAGES = {
+    folder: stage for stages in RUNS.values() for last in stages.values() for folder, stage in last.family().items()
+}
+# Runs that may be refused in the end, because a task's score fell too far.
+GUARDED = [run for run, settings in SETTINGS.items() if any(t.max_drop is not None for t in settings.evaluate.tasks)]
 PAGES = ["report.html", "card.md", "metrics.json", "run.yaml"]
 # Stages that compute take all cores that they are given, so that two of them never share a GPU or the cores.
 ALL_CORES = 1024
@@ -62,6 +67,27 @@ def settings_of(name):
         return adder_plan.canonical({"settings": stage.settings, "identity": stage.identity})
 
     return settings
+
+
+def finished(wildcards):
+    """Input function: the records of what a run's folder is made of."""
+    stages = RUNS[wildcards.run]
+    names = [name for name in ("train", "merge", "report", "gguf") if name in stages]
+    return {name: f"{RESULTS}/{stages[name].folder}/stage.json" for name in names}
+
+
+def to_be_pushed(wildcards):
+    """Input function: what stands before an upload."""
+    folder = f"{RESULTS}/{wildcards.run}"
+    return [f"{folder}/merged_model/config.json", *([f"{folder}/guard.json"] if wildcards.run in GUARDED else [])]
+
+
+def uploads(wildcards):
+    """Input function: one record a run that names a repository of the hub."""
+    runs = [run for run, settings in SETTINGS.items() if settings.export.hub]
+    if not runs:
+        raise WorkflowError("push: no run says where to; set export.hub to owner/name")
+    return expand(f"{RESULTS}/{{run}}/pushed.json", run=runs)
 
 
 def record_of(name):

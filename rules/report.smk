@@ -1,5 +1,10 @@
+include: "snakemake_report.smk"
+
+
 localrules:
     link_run,
+    check_guard,
+    push_run,
 
 
 rule write_report:
@@ -28,10 +33,9 @@ rule write_report:
 
 rule link_run:
     input:
-        merge=lambda wildcards: f"{RESULTS}/{RUNS[wildcards.run]['merge'].folder}/stage.json",
-        report=lambda wildcards: f"{RESULTS}/{RUNS[wildcards.run]['report'].folder}/stage.json",
+        unpack(finished),
     output:
-        [f"{RESULTS}/{{run}}/{page}" for page in PAGES],
+        [shown_in_report(page) for page in PAGES],
         model=f"{RESULTS}/{{run}}/merged_model/config.json",
     log:
         f"{RESULTS}/logs/link/{{run}}.log",
@@ -39,8 +43,42 @@ rule link_run:
         "../envs/adder.yaml"
     params:
         # A changed key is what makes this rule run.
-        stages=lambda wildcards: [RUNS[wildcards.run][name].key for name in ("merge", "report")],
+        stages=lambda wildcards, input: sorted(input),
     message:
         "Putting the results of run '{wildcards.run}' into their place"
     script:
         "../workflow_scripts/link_run.py"
+
+
+rule check_guard:
+    input:
+        f"{RESULTS}/{{run}}/metrics.json",
+    output:
+        f"{RESULTS}/{{run}}/guard.json",
+    log:
+        f"{RESULTS}/logs/guard/{{run}}.log",
+    conda:
+        "../envs/adder.yaml"
+    message:
+        "Comparing run '{wildcards.run}' with what it may lose elsewhere"
+    script:
+        "../workflow_scripts/check_guard.py"
+
+
+rule push_run:
+    input:
+        to_be_pushed,
+    output:
+        f"{RESULTS}/{{run}}/pushed.json",
+    log:
+        f"{RESULTS}/logs/push/{{run}}.log",
+    conda:
+        "../envs/adder.yaml"
+    params:
+        hub=lambda wildcards: SETTINGS[wildcards.run].export.hub,
+        private=lambda wildcards: SETTINGS[wildcards.run].export.private,
+        stages=lambda wildcards: [RUNS[wildcards.run][name].key for name in ("merge", "report")],
+    message:
+        "Uploading run '{wildcards.run}'"
+    script:
+        "../workflow_scripts/push_model.py"

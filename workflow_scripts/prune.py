@@ -21,7 +21,8 @@ def needed_stages(files: list[str]) -> tuple[Path, dict[str, plan.Stage]]:
             results.add(loaded.runtime.results)
             digests = plan.Digests(Path(loaded.runtime.results) / "cache" / "digests.json")
             rows = settings.resolved(loaded, config, run)
-            needed |= plan.stages_of_run(run, loaded, rows, Path.cwd(), digests)["report"].family()
+            for stage in plan.stages_of_run(run, loaded, rows, Path.cwd(), digests).values():
+                needed |= stage.family()
     if len(results) != 1:
         raise UserError(f"the configurations write to different directories: {', '.join(sorted(results))}")
     return Path(results.pop()), needed

@@ -1,12 +1,13 @@
 """Keys: a pure function of settings and data, shared by runs that share settings."""
 
+import contextlib
 import json
 
 import pytest
 
 from adder import closure
 from adder.errors import UserError
-from adder.plan import READS, Digests, stages_of_run
+from adder.plan import READS, Digests, reads, refuse_impossible, stages_of_run
 from adder.settings import load, merged, resolved
 
 STAGES = [
@@ -21,6 +22,15 @@ STAGES = [
     "evaluate_tuned",
     "report",
 ]
+
+
+EVERYTHING = {
+    "evaluate": {
+        "tasks": [{"name": "gsm8k", "limit": 20}, {"path": "task.yaml"}],
+        "judge": {"base_url": "http://localhost:8000/v1", "model": "judge"},
+    },
+    "export": {"gguf": "q8_0"},
+}
 
 
 @pytest.fixture
@@ -55,6 +65,8 @@ BELOW = {name: STAGES[STAGES.index(name) :] for name in STAGES}
         ({"lengths": {"max_seq_length": 512}}, ["lengths", "train", "merge", "evaluate_tuned", "report"]),
         ({"train": {"effective_batch_size": 8}}, ["lengths", "train", "merge", "evaluate_tuned", "report"]),
         ({"evaluate": {"max_new_tokens": 64}}, ["evaluate_base", "evaluate_tuned", "report"]),
+        ({"merge": {"base": "original"}}, ["merge", "evaluate_tuned", "report"]),
+        ({"report": {"price_per_hour": 2.5}}, ["report"]),
         ({"merge": {"tolerance": 1.0}}, ["merge", "evaluate_tuned", "report"]),
         ({"report": {"title": "Mine"}}, ["report"]),
         ({"model": {"source": "wheel:y==1"}}, [s for s in STAGES if s not in ("data", "format")]),
@@ -120,9 +132,65 @@ def test_missing_files_are_named(project):
 
 def test_every_parent_says_what_is_read_of_it(project):
     base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
-    run = load(base)["default"]
-    for stage in stages_of_run("default", run, [], project, Digests(project / "d.json")).values():
-        assert set(stage.parents) == set(READS[stage.name])
+    (project / "task.yaml").write_text("task: mine\n")
+    run = load(merged(base, EVERYTHING))["default"]
+    stages = stages_of_run("default", run, [], project, Digests(project / "d.json"))
+    for name, stage in stages.items():
+        if name == "report":
+            assert set(stage.parents) == stages.keys() - {"report", "gguf"}
+        else:
+            assert set(stage.parents) == set(READS[stage.name])
+        assert all(reads(stage.name, parent) for parent in stage.parents)
+
+
+def test_tasks_and_judge_are_stages_of_their_own(project):
+    (project / "task.yaml").write_text("task: mine\n")
+    before, after = keys(project), keys(project, EVERYTHING)
+    assert changed(before, after) == ["report"]
+    names = {"task_base_0", "task_tuned_0", "task_base_1", "task_tuned_1", "judge", "gguf"}
+    assert after.keys() - before.keys() == names
+    # One more task runs that task alone; training again leaves the base's scores as they are.
+    tasks = EVERYTHING["evaluate"]["tasks"]
+    more = keys(project, {**EVERYTHING, "evaluate": {"tasks": [*tasks, {"name": "ifeval"}]}})
+    assert all(more[name] == after[name] for name in names if name.startswith("task"))
+    trained = keys(project, {**EVERYTHING, "train": {"learning_rate": 3e-4}})
+    assert {name for name in names if trained[name] != after[name]} == names - {"task_base_0", "task_base_1"}
+
+
+def test_a_task_of_the_users_counts_by_its_content(project):
+    (project / "task.yaml").write_text("task: mine\n")
+    before = keys(project, EVERYTHING)
+    (project / "task.yaml").write_text("task: mine\nnum_fewshot: 2\n")
+    after = keys(project, EVERYTHING)
+    assert {name for name in after if after[name] != before[name]} == {"task_base_1", "task_tuned_1", "report"}
+    with pytest.raises(UserError, match="evaluate.tasks.0.path: there is no file 'gone.yaml'"):
+        keys(project, {"evaluate": {"tasks": [{"path": "gone.yaml"}]}})
+    with pytest.raises(UserError, match="data.test: no file matches 'gone.jsonl'"):
+        keys(project, {"evaluate": {"tasks": [{"name": "gsm8k", "data": {"test": "gone.jsonl"}}]}})
+    (project / "other.jsonl").write_text("{}\n")
+    one, other = (
+        {"name": "gsm8k", "data": {"test": a, "train": b}}
+        for a, b in [("rows.jsonl", "other.jsonl"), ("other.jsonl", "rows.jsonl")]
+    )
+    found = [keys(project, {"evaluate": {"tasks": [task]}})["task_base_0"] for task in (one, other)]
+    assert found[0] != found[1]
+
+
+def test_another_limit_of_the_guard_runs_no_task_again(project):
+    change = {"evaluate": {"tasks": [{"name": "gsm8k", "max_drop": 0.1}]}}
+    before, after = keys(project, {"evaluate": {"tasks": [{"name": "gsm8k"}]}}), keys(project, change)
+    assert {name for name in after if after[name] != before[name]} == {"report"}
+
+
+def test_no_secret_in_the_judges_address(project):
+    judge = {"base_url": "https://me:hunter2@example.org/v1", "model": "judge"}
+    with pytest.raises(UserError, match="evaluate.judge.base_url: what stands before @") as caught:
+        keys(project, {"evaluate": {"judge": judge}})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_done_with_the_model_changes_no_report(project):
+    assert changed(keys(project), keys(project, {"export": {"hub": "me/mine", "gguf": "q8_0"}})) == []
 
 
 def test_closures_hold_what_a_stage_is_made_of():
@@ -144,3 +212,14 @@ def test_comments_docstrings_and_layout_are_not_code():
     same = '"""New module text."""\n\n\ndef f(\n    x,\n):\n    # a comment\n    return x + 1\n'
     assert closure.normalised(source) == closure.normalised(same)
     assert closure.normalised(source) != closure.normalised(source.replace("+ 1", "+ 2"))
+
+
+def test_a_gguf_file_that_cannot_be_written_is_refused_before_anything_runs(project):
+    (project / "model").mkdir()
+    (project / "model" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "n_positions": 1024}')
+    config = {"model": {"source": "model"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+    for gguf, refused in (("off", False), ("q8_0", True)):
+        run = load(merged(config, {"export": {"gguf": gguf}}))["default"]
+        stages = stages_of_run("default", run, [], project, Digests(project / "d.json"))
+        with pytest.raises(UserError, match="GPT2LMHeadModel") if refused else contextlib.nullcontext():
+            refuse_impossible("default", run, stages, project, project)

@@ -69,6 +69,13 @@ def test_defaults_are_those_that_the_readme_promises():
             {"train": {"epochs": 0, "lora_r": 0}},
             ["train.epochs: ", "train.lora_r: should be greater than or equal"],
         ),
+        (
+            {"merge": {"base": "dequantized"}, "train": {"method": "lora"}},
+            ["merge.base: dequantized is for train.method: qlora; with lora the base isn't quantised"],
+        ),
+        ({"evaluate": {"tasks": [{"limit": 5}]}}, ["evaluate.tasks.0: a task has either `name` or `path`"]),
+        ({"evaluate": {"judge": {"base_url": "ftp://x", "model": "m"}}}, ["evaluate.judge.base_url: "]),
+        ({"export": {"hub": "no-owner"}}, ["export.hub: "]),
     ],
 )
 def test_mistakes_are_named(change, sentences):

@@ -22,7 +22,10 @@ STAGES = {
     "train_adapter": "train",
     "merge_adapter": "merge",
     "evaluate_model": "evaluate",
+    "evaluate_task": "task",
+    "judge_replies": "judge",
     "write_report": "report",
+    "write_gguf": "gguf",
 }
 
 

@@ -22,7 +22,7 @@ def documented() -> dict[str, str]:
 def shown(jobs: dict[str, int]) -> str:
     """Jobs as the table shows them."""
     names = [name if count == 1 else f"{name} ×{count}" for name, count in jobs.items()]
-    order = "model data format tokenize lengths train merge evaluate report".split()
+    order = "model data format tokenize lengths train merge evaluate task judge report gguf".split()
     return ", ".join(sorted(names, key=lambda name: order.index(name.split()[0]))) or "nothing"
 
 
@@ -40,7 +40,7 @@ def untouched(project):
 def test_the_first_run_runs_everything(project):
     assert project.first_run == dict.fromkeys(ALL, "ran")
     folder = project.folder / "results" / "default"
-    made = {"merged_model", "report.html", "card.md", "metrics.json", "run.yaml"}
+    made = {"merged_model", "adapter", "report.html", "card.md", "metrics.json", "run.yaml"}
     assert {path.name for path in folder.iterdir()} == made
 
 
@@ -52,6 +52,10 @@ CHANGES = {
     "`format.system_prompt`": {"format": {"system_prompt": "Be brief."}},
     "`lengths.max_seq_length`": {"lengths": {"max_seq_length": 256}},
     "`evaluate.max_new_tokens`": {"evaluate": {"max_new_tokens": 16}},
+    "`merge.base`": {"merge": {"base": "original"}},
+    "a task more in `evaluate.tasks`": {"evaluate": {"tasks": [{"name": "gsm8k"}]}},
+    "`evaluate.judge`": {"evaluate": {"judge": {"base_url": "http://localhost:1/v1", "model": "judge"}}},
+    "`export.gguf`": {"export": {"gguf": "q8_0"}},
     "`report.title`": {"report": {"title": "Mine"}},
     "`model.source`": {"model": {"source": "other-model"}},
     "anything under `runtime`": {"runtime": {"threads": 1, "checkpoints": 3}},

@@ -16,7 +16,7 @@ INFRASTRUCTURE = {
     *("advice", "doctor", "preflight", "trackers", "randomness"),
 }
 # Files beside the code that a module reads.
-RESOURCES = {"report": "templates"}
+RESOURCES = {"pages": "templates"}
 
 
 @cache

@@ -12,11 +12,14 @@ from pathlib import Path
 
 from adder.context import context_length
 from adder.errors import UserError
-from adder.files import digest_file
+from adder.files import digest_file, read_json
+from adder.gguf_file import refuse_unsupported
 from adder.locations import local_files, refuse_secrets
-from adder.settings import NAMED_TEMPLATES, Settings, Source, resolve_path
+from adder.settings import NAMED_TEMPLATES, EvaluationTask, Settings, Source, resolve_path
+from adder.task_files import data_files, task_files
 
-# What a stage reads of its parents (files, or folders with a slash): the early cut-off compares just these.
+# What a stage reads of its parents (files, or folders with a slash): the early cut-off compares just these. The report
+# reads everything of all of its parents.
 READS: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {},
     "data": {},
@@ -41,20 +44,9 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "tokenize": ("heldout.arrow", "tokenizer/", "tokenize.json"),
         "format": ("heldout.parquet",),
     },
-    "report": {
-        name: ("",)
-        for name in (
-            "model",
-            "data",
-            "format",
-            "tokenize",
-            "lengths",
-            "train",
-            "merge",
-            "evaluate_base",
-            "evaluate_tuned",
-        )
-    },
+    "task": {"model": ("model/",), "tokenize": ("tokenizer/", "tokenize.json")},
+    "judge": {"evaluate_base": ("samples.jsonl",), "evaluate_tuned": ("samples.jsonl",)},
+    "gguf": {"merge": ("model/",)},
 }
 
 
@@ -86,6 +78,11 @@ class Stage:
         for parent in self.parents.values():
             found |= parent.family()
         return found
+
+
+def reads(stage: str, parent: str) -> tuple[str, ...]:
+    """What `stage` reads of the parent that it knows by this name; an empty path stands for everything."""
+    return ("",) if stage == "report" else READS[stage][parent]
 
 
 def canonical(value: object) -> str:
@@ -160,7 +157,9 @@ def stages_of_run(run: str, settings: Settings, resolved: list[dict], root: Path
         {"tokenize": tokenize, "model": model},
     )
     train = Stage("train", plain["train"], {"lengths": lengths, "tokenize": tokenize, "model": model})
-    merge = Stage("merge", plain["merge"], {"train": train, "model": model, "tokenize": tokenize})
+    merging = {**plain["merge"], "method": settings.train.method}
+    merge = Stage("merge", merging, {"train": train, "model": model, "tokenize": tokenize})
+    tasks, judge = plain["evaluate"].pop("tasks"), plain["evaluate"].pop("judge")
     base = Stage("evaluate", plain["evaluate"], {"model": model, "tokenize": tokenize, "format": format_})
     tuned = Stage("evaluate", plain["evaluate"], {"model": merge, "tokenize": tokenize, "format": format_})
     above = {
@@ -174,28 +173,45 @@ def stages_of_run(run: str, settings: Settings, resolved: list[dict], root: Path
         "evaluate_base": base,
         "evaluate_tuned": tuned,
     }
+    for number, task in enumerate(tasks):
+        del task["max_drop"]  # the report judges by it: another limit runs no task again
+        identity = _task_identity(settings.evaluate.tasks[number], f"evaluate.tasks.{number}", root, digests)
+        for who, folder in (("base", model), ("tuned", merge)):
+            parents = {"model": folder, "tokenize": tokenize}
+            above[f"task_{who}_{number}"] = Stage("task", task, parents, identity=identity)
+    if judge:
+        refuse_secrets(judge["base_url"], "evaluate.judge.base_url")
+        above["judge"] = Stage("judge", judge, {"evaluate_base": base, "evaluate_tuned": tuned})
     report = Stage(
         "report",
         {
+            **plain["report"],
             "run": run,
-            "title": settings.report.title,
-            # The machine's settings are none of the run's: changing them changes no report.
-            "resolved": [row for row in resolved if not row["key"].startswith("runtime.")],
+            "tasks": [{"task": task_name(task), "max_drop": task.max_drop} for task in settings.evaluate.tasks],
+            # Settings of the machine, and of what is done with the model later, are none of the run's.
+            "resolved": [row for row in resolved if not row["key"].startswith(("runtime.", "export."))],
             "stages": {name: stage.key for name, stage in above.items()},
         },
         above,
     )
-    return {**above, "report": report}
+    asked = {"gguf": Stage("gguf", {"type": settings.export.gguf}, {"merge": merge})}
+    return {**above, "report": report, **(asked if settings.export.gguf != "off" else {})}
 
 
-def refuse_too_long(run: str, settings: Settings, stages: dict[str, Stage], results: Path, root: Path) -> None:
-    """Raise UserError if max_seq_length is above the model's context, as far as that is known before any job runs."""
-    wanted = settings.lengths.max_seq_length
+def refuse_impossible(run: str, settings: Settings, stages: dict[str, Stage], results: Path, root: Path) -> None:
+    """Raise UserError for what this model can't do, as far as its config is there before any job runs.
+
+    That is a max_seq_length above its context, and a GGUF file of an architecture that can't be written.
+    """
     folders = (resolve_path(settings.model.source, root), results / stages["model"].folder / "model")
     known = next((folder for folder in folders if (folder / "config.json").is_file()), None)
-    context = known and context_length(known)
+    if known is None:
+        return
+    context, wanted = context_length(known), settings.lengths.max_seq_length
     if context and wanted != "auto" and wanted > context:
         raise UserError(f"lengths.max_seq_length (run {run}): {wanted} is above the model's context, {context} tokens")
+    if settings.export.gguf != "off":
+        refuse_unsupported(read_json(known / "config.json"))
 
 
 def _model_identity(settings: Settings, root: Path, digests: Digests) -> dict:
@@ -228,12 +244,31 @@ def _source_identity(source: Source, where: str, root: Path, digests: Digests) -
     identity = source.model_dump(mode="json")
     if source.path is not None:
         files = local_files(source.path, f"{where}.path", root)
-        identity["path"] = [[path.name, digests.of(path)] for path in files]
+        identity["path"] = _named(files, digests)
     if source.url is not None:
         refuse_secrets(source.url, f"{where}.url")
     if source.convert is not None:
         identity["convert"] = _file(source.convert, f"{where}.convert", root, digests)
     return identity
+
+
+def task_name(task: EvaluationTask) -> str:
+    """What a task is called: lm-eval's name, or its file's."""
+    return task.name or Path(task.path).stem
+
+
+def _task_identity(task: EvaluationTask, where: str, root: Path, digests: Digests) -> dict:
+    """A task's own files count by their names and content."""
+    identity = task.model_dump(mode="json", exclude={"max_drop"})
+    if task.path is not None:
+        _file(task.path, f"{where}.path", root, digests)
+    data = {split: _named(data_files(identity, split, root), digests) for split in task.data or {}}
+    files = _named(task_files(identity, root), digests)
+    return {**identity, "path": task.path and Path(task.path).name, "data": data, "files": files}
+
+
+def _named(files: list[Path], digests: Digests) -> list[list[str]]:
+    return [[path.name, digests.of(path)] for path in files]
 
 
 def _file(name: str, where: str, root: Path, digests: Digests) -> str:

@@ -30,7 +30,7 @@ NEEDED_ORIGIN = {
 }
 LORA_KEYS = (
     "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora",
-    "init_lora_weights", "lora_plus_ratio",
+    "init_lora_weights", "lora_plus_ratio", "frozen_products",
 )  # fmt: skip
 
 
@@ -222,9 +222,10 @@ class Train(Section):
     effective_batch_size: int = Field(16, ge=1)
     """Examples an optimizer step, counted in examples also when they are packed."""
     micro_batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
-    """Sequences (packs) a forward pass; `auto` takes the most that fit, up to the effective batch."""
+    """Sequences (packs) a forward pass; `auto` takes the fastest number that fits, up to the effective batch."""
     gradient_checkpointing: Auto | bool = "auto"
-    """Recompute activations in the backward pass to save memory; `auto` only where memory needs it."""
+    """Recompute activations in the backward pass to save memory; `auto` does it in some or all layers where that lets a
+    faster batch fit, or any."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
     lora_r: int = Field(16, ge=1)
@@ -255,6 +256,9 @@ class Train(Section):
     """Seed of the initialisation, the order of examples and dropout."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the matrix products; `auto` takes what this hardware computes fastest without loss of range."""
+    frozen_products: Literal["auto", "bf16", "fp8"] = "auto"
+    """Precision of the frozen base's products on a GPU. `fp8` (Hopper and later) is faster and coarser; `auto` doesn't
+    take it."""
     eval_samples: int = Field(64, ge=0)
     """Held-out examples for the evaluation loss while training; 0 for none."""
     eval_times: int = Field(4, ge=1)
@@ -293,12 +297,57 @@ class Train(Section):
 class Merge(Section):
     """Merging and its proof."""
 
+    base: Literal["auto", "original", "dequantized"] = "auto"
+    """After `qlora`, which weights to merge into: the original ones, or those that training saw, quantised to NF4 and
+    back. `auto` measures both on held-out rows and takes the one with the lower loss."""
     tolerance: Auto | Annotated[float, Field(gt=0)] = "auto"
     """Largest mean KL divergence (nats a token) allowed between the merged model and base + adapter."""
 
 
+class EvaluationTask(Section):
+    """A task of lm-eval's, or one of your own in its format, before and after training."""
+
+    name: str | None = None
+    """Name of one of lm-eval's tasks, such as `gsm8k`, `ifeval` or `mmlu`."""
+    path: str | None = None
+    """A task of your own: a YAML file in lm-eval's format."""
+    data: dict[str, str] | None = Field(None, min_length=1)
+    """Local files by split (`{test: data/test.jsonl}`) in place of the data set that the task fetches."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples in the prompt; the task's own number without it."""
+    limit: int | None = Field(None, ge=2)
+    """Only the first so many of its questions."""
+    chat_template: bool = True
+    """Ask through the model's chat template."""
+    metric: str | None = None
+    """The score that counts, where a task has several; its first without it."""
+    max_drop: float | None = Field(None, ge=0, le=1)
+    """Regression guard: the run fails if the score falls by more than this from base to tuned."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "EvaluationTask":
+        if (self.name is None) == (self.path is None):
+            raise ValueError("a task has either `name` or `path`")
+        return self
+
+
+class Judge(Section):
+    """A model behind an OpenAI-compatible interface that compares replies, blind and in both orders; off unless set."""
+
+    base_url: str = Field(pattern="^https?://")
+    """Where the interface is, such as `https://api.openai.com/v1` or `http://localhost:8000/v1`."""
+    model: str = Field(min_length=1)
+    """Name of the judging model."""
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the key; `null` for none."""
+    max_samples: int = Field(50, ge=2)
+    """How many held-out prompts it judges."""
+    criteria: str | None = Field(None, min_length=1)
+    """What a good reply is, in your words."""
+
+
 class Evaluate(Section):
-    """Held-out evaluation of base and merged model."""
+    """Evaluation of base and merged model, on the held-out rows and beyond."""
 
     max_samples: int | None = Field(None, ge=2)
     """Evaluate only so many held-out rows."""
@@ -306,6 +355,25 @@ class Evaluate(Section):
     """Longest reply in tokens; `auto` is just above the longest training reply."""
     batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Replies generated at once."""
+    metrics: Auto | list[Literal["exact_match", "json", "final_answer", "rouge_l", "chrf"]] = "auto"
+    """How replies are scored; `auto` goes by what the references look like."""
+    backend: Literal["auto", "hf", "vllm"] = "auto"
+    """What generates: transformers, or vLLM; `auto` takes vLLM where it is installed and there is a GPU."""
+    tasks: list[EvaluationTask] = Field(default_factory=list)
+    """Tasks beyond the held-out rows, before and after training."""
+    judge: Judge | None = None
+    """Let another model compare the replies of base and tuned."""
+
+
+class Export(Section):
+    """What else is made of the merged model."""
+
+    gguf: Literal["off", "f32", "f16", "bf16", "q8_0"] = "off"
+    """Write `model.gguf` in this precision, for llama.cpp and Ollama."""
+    hub: str | None = Field(None, pattern="^[^/\\s]+/[^/\\s]+$")
+    """Repository of the Hugging Face hub (`owner/name`) that `snakemake --cores 1 push` uploads the merged model to."""
+    private: bool = True
+    """Make the repository private where it isn't there yet."""
 
 
 class Report(Section):
@@ -313,6 +381,10 @@ class Report(Section):
 
     title: str | None = None
     """Title of the report; the run's name without it."""
+    price_per_hour: float | None = Field(None, ge=0)
+    """What an hour of this machine costs; the report then states the run's price."""
+    currency: str = "EUR"
+    """Currency of that price."""
 
 
 class Runtime(Section):
@@ -346,8 +418,17 @@ class Settings(Section):
     train: Train = Field(default_factory=Train)
     merge: Merge = Field(default_factory=Merge)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    export: Export = Field(default_factory=Export)
     report: Report = Field(default_factory=Report)
     runtime: Runtime = Field(default_factory=Runtime)
+
+    @model_validator(mode="after")
+    def _only_qlora_quantises(self) -> "Settings":
+        if self.merge.base == "dequantized" and self.train.method != "qlora":
+            raise ValueError(
+                f"merge.base: dequantized is for train.method: qlora; with {self.train.method} the base isn't quantised"
+            )
+        return self
 
 
 class Config(Settings):
@@ -452,6 +533,8 @@ def _sentence(path: list, errors: list[dict], base: dict, override: dict, run: s
     message = " or ".join(one["msg"].removeprefix("Value error, ") for one in errors)
     message = message.replace("or Input should be", "or").replace("Input should be", "should be")
     found = error.get("input")
+    if not path:  # of two sections, which the message names
+        return message
     return f"{where}: {message}" + ("" if isinstance(found, dict | list) else f" (found {found!r})")
 
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from adder.settings import Config, section_of
+from adder.settings import Config, EvaluationTask, Source, section_of
 
+LISTED = {Source: "sources", EvaluationTask: "tasks"}
 BEGIN, END = "<!-- settings: begin (made by `make settings`) -->", "<!-- settings: end -->"
 
 
@@ -70,7 +71,9 @@ def _kinds(annotation: Any) -> list[str]:
         return [kind for inner in get_args(annotation) for kind in _kinds(inner)]
     if origin is list:
         inner = get_args(annotation)[0]
-        return [f"list of {'text' if inner is str else 'sources'}"]
+        if get_origin(inner) is Literal:
+            return [f"list of {', '.join(_kinds(inner))}"]
+        return [f"list of {LISTED.get(inner, 'text')}"]
     names = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}
     if origin is dict:
         return ["names" if get_args(annotation) == (str, str) else "settings by name"]

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TextIO
@@ -24,7 +24,7 @@ from adder import hardware
 from adder.closure import code_digest
 from adder.errors import UserError
 from adder.files import digest_file, link_or_copy, read_json, write_json
-from adder.plan import READS, canonical
+from adder.plan import canonical, reads
 from adder.progress import Progress
 from adder.settings import Runtime
 
@@ -79,7 +79,7 @@ def _restore_or_run(stage, module, function, settings, identity, inputs, results
         "key": key,
         "settings": settings,
         "identity": identity,
-        "inputs": {name: input_digests(folder, READS[stage][name]) for name, folder in inputs.items()},
+        "inputs": {name: input_digests(folder, reads(stage, name)) for name, folder in inputs.items()},
         "code": code_digest(module),
     }
     record["fingerprint"] = fingerprint(record, function)
@@ -173,12 +173,15 @@ def restore(kept: Path, folder: Path, key: str) -> bool:
     return True
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Make `target` a tree of hard links to the files of `source` (copies across file systems), all at once."""
+def link_tree(source: Path, target: Path, put: Callable[[str, str], object] = link_or_copy) -> None:
+    """Make `target` a tree of hard links to the files of `source` (copies across file systems), all at once.
+
+    `put(from, to)` may do otherwise with some files.
+    """
     partial = target.with_name(f".{target.name}.linking")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, partial, copy_function=link_or_copy)
+    shutil.copytree(source, partial, copy_function=put)
     _replace(partial, target)
 
 
