@@ -409,7 +409,8 @@ def measure_stage(arm: str, options, report) -> None:
     out = folder / "out"
     out.mkdir()
     reset_peak()
-    train.run(settings.model_dump(mode="json") | {"reshuffle": False}, inputs, out, Progress.silent())
+    values = settings.model_dump(mode="json") | {"reshuffle": False}
+    train.run(values, inputs, out, Progress.silent(), runtime={"checkpoints": 0})
     summary, plan = read_json(out / "train.json"), read_json(out / "plan.json")
     row = {
         "real_tokens_per_second": summary["tokens_per_second"],

@@ -135,14 +135,9 @@ def test_an_8b_model_is_planned_for_a_smaller_card_and_stays_within_it(cap, giga
 def middling(dtype: str, **shape) -> torch.nn.Module:
     """A model of 400 million weights, of which activations are what takes memory."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "max_position_embeddings": 8192}
-    config = LlamaConfig(
-        vocab_size=8000,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        attn_implementation=attention.implementation("cuda", dtype),
-        use_cache=False,
-        **{**sizes, **shape},
-    )
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8000}
+    kernel = attention.implementation("cuda", dtype)
+    config = LlamaConfig(**{**sizes, **heads, **shape}, attn_implementation=kernel, use_cache=False)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     return adapter.add_adapter(model, settings(method="lora"))

@@ -28,9 +28,10 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_dry_runs(example, folder):
-    if example.stem in ("snips", "gsm8k"):
-        if not (ROOT.parent / "shared" / "data" / example.stem).exists():
-            pytest.skip(f"../shared/data/{example.stem} is not here")
+    data = example.stem.partition("-")[0]
+    if data in ("snips", "gsm8k"):
+        if not (ROOT.parent / "shared" / "data" / data).exists():
+            pytest.skip(f"../shared/data/{data} is not here")
         (folder.parent / "shared").symlink_to(ROOT.parent / "shared")
     done = dry_run(folder, "--configfile", str(example))
     assert done.returncode == 0, done.stdout + done.stderr

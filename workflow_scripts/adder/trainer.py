@@ -97,8 +97,10 @@ class Trainer(SFTTrainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         """As the trainer's; a full disk ends the run in one sentence, and the checkpoint before stays."""
+        start = time.perf_counter()
         try:
             super()._save_checkpoint(*args, **kwargs)
+            self.idle += time.perf_counter() - start
         except Exception as error:
             if not _is_write_error(error):
                 raise
