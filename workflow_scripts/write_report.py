@@ -1,4 +1,4 @@
-"""Write report.html, card.md, metrics.json and run.yaml from what the stages left."""
+"""Write report.html, card.md, model_card.md, metrics.json and run.yaml from what the stages left."""
 
 from job import run
 
