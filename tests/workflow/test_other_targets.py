@@ -32,6 +32,7 @@ def test_task_guard_gguf_and_upload(project, tmp_path):
         "evaluate": {"tasks": [{"path": "tasks/urgent.yaml", "max_drop": 1.0}]},
         "export": {"gguf": "f16", "hub": "me/mine"},
     }
+    project.run()  # whatever other tests left
     assert project.run(config=config) == {"task": "ran", "report": "ran", "gguf": "ran"}
     folder = project.folder / "results" / "default"
     (task,) = project.result("metrics.json")["tasks"]
@@ -61,6 +62,7 @@ def test_task_guard_gguf_and_upload(project, tmp_path):
     assert (folder / "report.html").exists() and not (folder / "guard.json").exists()
 
     # What is no longer asked for goes.
+    (folder / "pushed.json").unlink()
     assert project.run() == {}
     assert not (folder / "model.gguf").exists() and project.result("metrics.json")["tasks"] == []
 
