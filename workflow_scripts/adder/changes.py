@@ -61,8 +61,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A tensor that was trained whole, which takes the base's place."""
+class Held:
+    """A change that is one tensor, shaped as the base's."""
 
     value: torch.Tensor
     by_rows = True
@@ -73,23 +73,17 @@ class Whole:
         """Shape of the tensor."""
         return tuple(self.value.shape)
 
+
+class Whole(Held):
+    """A tensor that was trained whole, which takes the base's place."""
+
     def apply(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Those rows of the trained tensor, in fp32, that begin with row `first` and are as many as the weight's."""
         return self.value[first : first + len(weight)].to(weight.device, torch.float32)
 
 
-@dataclass(frozen=True)
-class Sum:
+class Sum(Held):
     """A bias to which another, trained with the pair (PEFT's `lora_bias`), is added; fp32, scaled already."""
-
-    value: torch.Tensor
-    by_rows = True
-    rank = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the bias."""
-        return tuple(self.value.shape)
 
     def apply(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
         """The changed bias in fp32, from element `first` on."""
