@@ -10,7 +10,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def render(name: str, view: dict, styles: tuple[str, ...]) -> str:
-    """Fill the template `name`.html.jinja, with `name`.js and the `styles` files within the page.
+    """Fill the template `name`.html.jinja, with page.js, `name`.js and the `styles` files in it.
 
     Everything in `view` is escaped there, but plots, which are marked up already.
     """
@@ -21,7 +21,7 @@ def render(name: str, view: dict, styles: tuple[str, ...]) -> str:
     environment.filters.update(FILTERS)
     style = "".join((TEMPLATES / style).read_text(encoding="utf-8") for style in styles)
     # The page may run this one script and nothing else: text that slipped through unescaped would still do no harm.
-    script = (TEMPLATES / f"{name}.js").read_text(encoding="utf-8")
+    script = "".join((TEMPLATES / own).read_text(encoding="utf-8") for own in ("page.js", f"{name}.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(f"{name}.html.jinja").render(
         view, style=Markup(style), script=Markup(script), digest=digest

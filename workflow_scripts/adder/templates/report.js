@@ -1,7 +1,4 @@
-"use strict";
 // Search, filter and order; the page is whole without it.
-document.documentElement.classList.add("js");
-const get = (id) => document.getElementById(id);
 
 // Show the elements that `keep` accepts and say how many they are.
 function filterTo(elements, keep, count) {
@@ -67,47 +64,3 @@ function filterSettings() {
 }
 get("setting-search").addEventListener("input", filterSettings);
 get("setting-filter").addEventListener("change", filterSettings);
-for (const form of document.querySelectorAll("form")) form.addEventListener("submit", (event) => event.preventDefault());
-
-// Headings of sortable tables become buttons; numbers sort as numbers.
-const sortValue = (cell) => {
-  const text = cell.dataset.value ?? cell.textContent.trim();
-  const number = parseFloat(text.replaceAll(",", ""));
-  return Number.isNaN(number) ? text : number;
-};
-function compare(a, b) {
-  if (typeof a === "number" && typeof b === "number") return a - b;
-  return String(a).localeCompare(String(b), "en", { numeric: true });
-}
-for (const table of document.querySelectorAll("table.sortable")) {
-  const headings = [...table.querySelectorAll("thead th")];
-  headings.forEach((heading, column) => {
-    if ("noSort" in heading.dataset) return;
-    const button = document.createElement("button");
-    button.type = "button";
-    button.append(...heading.childNodes);
-    heading.append(button);
-    button.addEventListener("click", () => {
-      const up = heading.getAttribute("aria-sort") !== "ascending";
-      for (const other of headings) other.removeAttribute("aria-sort");
-      heading.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const rows = [...table.tBodies[0].rows];
-      rows.sort((a, b) => (up ? 1 : -1) * compare(sortValue(a.cells[column]), sortValue(b.cells[column])));
-      table.tBodies[0].append(...rows);
-    });
-  });
-}
-
-// Mark the section that is being read.
-const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
-const watcher = new IntersectionObserver(
-  (entries) => {
-    for (const entry of entries) {
-      if (!entry.isIntersecting) continue;
-      for (const link of links.values()) link.classList.remove("current");
-      links.get(entry.target.id)?.classList.add("current");
-    }
-  },
-  { rootMargin: "-15% 0px -75% 0px" },
-);
-for (const id of links.keys()) watcher.observe(get(id));
