@@ -23,7 +23,7 @@ def load(folder: Path, method: str, dtype: str, device: str) -> tuple[PreTrained
     options = {
         "dtype": torch.float32 if method == "full" else compute,
         "attn_implementation": implementation(device, dtype),
-        "device_map": {"": 0 if device == "cuda" else "cpu"},
+        "device_map": {"": torch.cuda.current_device() if device == "cuda" else "cpu"},
     }
     if method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(

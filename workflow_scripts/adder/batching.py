@@ -1,4 +1,4 @@
-"""How many packs an optimizer step sees, for the effective batch that was asked for, and how they may be split."""
+"""How many packs an optimizer step sees, for the effective batch that was asked for, and how they are split."""
 
 from collections.abc import Sequence
 
@@ -24,3 +24,21 @@ def packs_in_words(number: int) -> str:
 def divisors(number: int) -> list[int]:
     """Divisors of a whole number, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def deal(
+    packs: Sequence[int], tokens: Sequence[int], processes: int, passes: int, micro_batch: int
+) -> list[list[list[int]]]:
+    """Deal the packs of one optimizer step to processes: for each the packs of each of its forward passes.
+
+    `tokens`: of every pack, by its number. Each process gets `passes` forward passes of at most `micro_batch` packs and
+    about as many tokens as any other, in the order in which the packs came. Passes that no pack is left for are empty.
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    sums = [0] * processes
+    for place in sorted(range(len(packs)), key=lambda place: -tokens[packs[place]]):
+        least = min((p for p in range(processes) if len(shares[p]) < passes * micro_batch), key=lambda p: sums[p])
+        shares[least].append(place)
+        sums[least] += tokens[packs[place]]
+    dealt = [[packs[place] for place in sorted(share)] for share in shares]
+    return [[share[n * micro_batch : (n + 1) * micro_batch] for n in range(passes)] for share in dealt]

@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-# What shows progress, names mistakes, watches a training or looks at the machine cannot change what a stage computes.
+# What shows progress, names mistakes, watches a training, looks at the machine or starts processes on it cannot change
+# what a stage computes.
 INFRASTRUCTURE = {
-    *("progress", "errors", "hardware", "choice", "parallel"),
+    *("progress", "errors", "hardware", "choice", "parallel", "launch"),
     *("advice", "doctor", "preflight", "trackers", "randomness"),
 }
 # Files beside the code that a module reads.

@@ -99,21 +99,35 @@ class MemoryRanOut(Exception):
 # Choosing -------------------------------------------------------------------------------------------------------------
 
 
+def step_packs(settings: dict, seq_lengths: Sequence[Sequence[int]]) -> tuple[int, str]:
+    """Return how many packs an optimizer step sees, however many processes share it, and the sentence that says so."""
+    packs, sentence = packs_per_step(settings["effective_batch_size"], seq_lengths)
+    if settings["micro_batch_size"] != "auto":
+        size = min(settings["micro_batch_size"], packs)
+        packs = max(1, round(packs / size)) * size
+    return packs, sentence
+
+
 def choose(
-    settings: dict, seq_lengths: Sequence[Sequence[int]], device: str, levels: Sequence[str], try_plan
+    settings: dict,
+    seq_lengths: Sequence[Sequence[int]],
+    device: str,
+    levels: Sequence[str],
+    try_plan,
+    processes: int = 1,
 ) -> dict[str, Choice]:
     """Choose micro_batch_size (packs), gradient_accumulation_steps and gradient_checkpointing.
 
     `seq_lengths`: token counts of the examples in each pack. `levels`: those of CHECKPOINTING that the model supports.
-    `try_plan(plan)` returns a Trial over the longest packs. Raises UserError if nothing fits.
+    `try_plan(plan)` returns a Trial over the longest packs. The plan is that of each of `processes`. Raises UserError
+    if nothing fits.
     """
-    per_step, sentence = packs_per_step(settings["effective_batch_size"], seq_lengths)
+    per_step, sentence = step_packs(settings, seq_lengths)
+    if processes > 1:
+        sentence += f", shared by {processes} processes"
+        per_step = -(-per_step // processes)
     wanted, checkpointing = settings["micro_batch_size"], settings["gradient_checkpointing"]
-    if wanted != "auto":
-        sizes = [min(wanted, per_step)]
-        per_step = max(1, round(per_step / sizes[0])) * sizes[0]
-    else:
-        sizes = divisors(per_step)
+    sizes = divisors(per_step) if wanted == "auto" else [min(wanted, per_step)]
     if checkpointing != "auto":
         levels = ["all layers" if checkpointing else "none"]
     longest = max(map(sum, seq_lengths))
@@ -140,7 +154,10 @@ def choose(
             f"{packs_in_words(best.plan.micro_batch)} a forward pass: {why}",
             [trial.row() for trial in trials],
         ),
-        "gradient_accumulation_steps": Choice(steps, sentence + (f", in {steps} forward passes" if steps > 1 else "")),
+        "gradient_accumulation_steps": Choice(
+            steps,
+            sentence + (f", in {steps} forward passes{' each' if processes > 1 else ''}" if steps > 1 else ""),
+        ),
         "gradient_checkpointing": Choice(
             SETTING.get(best.plan.checkpointing, best.plan.checkpointing),
             "as set" if checkpointing != "auto" else _checkpointing_reason(best, trials, device),
@@ -153,7 +170,7 @@ def first_that_fits(sizes: list[int], levels: Sequence[str], per_step: int, try_
     trials = []
     for level in levels:
         for size in reversed(sizes):
-            trials.append(try_plan(Plan(size, per_step // size, level)))
+            trials.append(try_plan(Plan(size, -(-per_step // size), level)))
             if trials[-1].fits:
                 return trials
     return trials
@@ -176,7 +193,7 @@ def search(
             break
         points: list[Trial] = []
         for size in ladder([size for size in sizes if size > fitted]):
-            plan = Plan(size, per_step // size, level)
+            plan = Plan(size, -(-per_step // size), level)
             expected = _expected_bytes(points, tokens, size)
             if expected is not None and expected > points[-1].room_bytes:
                 trials.append(Trial(plan, fits=False, peak_memory_bytes=expected))

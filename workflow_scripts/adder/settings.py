@@ -392,6 +392,9 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU if there is one."""
+    gpus: Auto | Annotated[int, Field(ge=1)] = "auto"
+    """GPUs that a training uses, each with a process of its own; `auto` takes all that it sees. The packs of an
+    optimizer step, and with them the loss curve, are the same for any number."""
     threads: Auto | Annotated[int, Field(ge=1)] = "auto"
     """CPU threads of a stage; `auto` takes all cores that the process may use."""
     results: str = "results"

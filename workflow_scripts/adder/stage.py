@@ -151,7 +151,9 @@ def finish(folder: Path, record: dict) -> None:
     }
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+        # Training may have been in processes of its own, and says.
+        own = torch.cuda.max_memory_allocated()
+        record["peak_gpu_memory_bytes"] = (record.get("summary") or {}).get("peak_gpu_memory_bytes", own)
     write_json(folder / RECORD, record)
 
 

@@ -11,12 +11,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig
 
-from adder import adapter, base_model, folded_lora, hardware, planner, preflight, trackers
+from adder import adapter, base_model, folded_lora, hardware, launch, planner, preflight, ranks, trackers
 from adder.advice import advise
 from adder.checkpoints import newest_whole
 from adder.choice import Choice
 from adder.doctor import Doctor
-from adder.files import write_json, write_jsonl
+from adder.files import read_json, write_json, write_jsonl
 from adder.neftune import add_noise
 from adder.progress import Progress
 from adder.randomness import undisturbed
@@ -37,14 +37,23 @@ def run(
     """Train; write `adapter/` (`model/` for method full), metrics.jsonl, samples.jsonl, plan.json, train.json to `out`.
 
     `checkpoints`: a directory that outlives a kill; training continues from the last whole checkpoint in it, by the
-    plan that it began with. Where memory runs out, it goes on from there with a smaller plan. `runtime`: {checkpoints,
-    save_total_limit, report_to, results}, of the machine; trackers write below `results`. Raises UserError for a set-up
-    that can't work, when the loss stops being a number and when memory runs out with the smallest plan.
+    plan that it began with. Where memory runs out, it goes on from there with a smaller plan. `runtime`: {gpus,
+    checkpoints, save_total_limit, report_to, results}, of the machine; each of several GPUs has a process of its own,
+    and trackers write below `results`. Raises UserError for a set-up that can't work, when the loss stops being a
+    number and when memory runs out with the smallest plan.
     """
-    folder = checkpoints or out / "checkpoints"
+    folder, runtime, device = checkpoints or out / "checkpoints", runtime or {}, hardware.device()
+    step_packs, _ = planner.step_packs(settings, _packs(inputs, settings).seq_lengths)
+    processes = launch.choose(runtime.get("gpus", "auto"), device, step_packs)
+    request = dict(
+        settings=settings, inputs=inputs, out=out, folder=folder, runtime=runtime, device=device, processes=processes
+    )
     while True:
         try:
-            summary = _train(settings, inputs, out, progress, folder, runtime or {})
+            if processes.value == 1:
+                start(**request, progress=progress)
+            else:
+                launch.train(request, processes.value, device, progress)
             break
         except planner.MemoryRanOut as error:
             progress.say(str(error))
@@ -53,26 +62,31 @@ def run(
         torch.cuda.empty_cache()
     if checkpoints is None:
         shutil.rmtree(folder, ignore_errors=True)
-    return {name: summary[name] for name in ("steps", "final_loss", "eval_loss", "tokens_per_second")}
+    summary = read_json(out / "train.json")
+    told = ("steps", "final_loss", "eval_loss", "tokens_per_second", "peak_gpu_memory_bytes")
+    return {name: summary[name] for name in told if name in summary}
 
 
-def _train(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress, folder: Path, runtime: dict) -> dict:
-    """One start, from `folder`'s last whole checkpoint where there is one; return what train.json holds.
+def start(
+    settings: dict,
+    inputs: dict[str, Path],
+    out: Path,
+    folder: Path,
+    runtime: dict,
+    device: str,
+    processes: Choice,
+    progress: Progress,
+) -> None:
+    """One start, from `folder`'s last whole checkpoint where there is one, as the process or one of `processes`.
 
     Raises planner.MemoryRanOut when another start, by the plan that `folder` then holds, can go on.
     """
     hardware.use_threads()
-    device = hardware.device()
     if device == "cuda":
         hardware.prepare_gpu()
     plan = {"compute_dtype": hardware.compute_dtype(device, settings["compute_dtype"])}
     dtype = plan["compute_dtype"].value
-    packs = PackedExamples(
-        inputs["tokenize"] / "train.arrow",
-        inputs["lengths"] / "packs.parquet",
-        settings["seed"],
-        settings["reshuffle"],
-    )
+    packs = _packs(inputs, settings)
     seq_lengths = packs.seq_lengths
     progress.say(f"loading the base model for {settings['method']} on {device} in {dtype}")
     set_seed(settings["seed"])
@@ -86,16 +100,17 @@ def _train(settings: dict, inputs: dict[str, Path], out: Path, progress: Progres
     if settings["neftune_noise_alpha"]:
         add_noise(model, settings["neftune_noise_alpha"])
 
-    newest = newest_whole(folder)
+    newest, step_plan = ranks.on_main(_begun, folder)
     resumed_from = newest and int(newest.name.removeprefix("checkpoint-"))
-    step_plan = planner.load(folder)
-    if newest is None:
-        shutil.rmtree(folder, ignore_errors=True)
     levels = planner.supported(model, device)
+    if step_plan and step_plan["processes"].value != processes.value:
+        progress.say(f"begun with {step_plan['processes'].value} GPUs, goes on with {processes.value}: planning anew")
+        step_plan = None
     if step_plan is None:
         trials = planner.Trials(model, seq_lengths, dtype, device)
-        step_plan = planner.choose(settings, seq_lengths, device, levels, trials)
-    planner.save(step_plan, folder)
+        chosen = ranks.on_main(planner.choose, settings, seq_lengths, device, levels, trials, processes.value)
+        step_plan = {"processes": processes, **chosen}
+    ranks.on_main(planner.save, step_plan, folder)
     planner.apply(model, planner.of(step_plan).checkpointing)
     plan |= step_plan
 
@@ -107,7 +122,11 @@ def _train(settings: dict, inputs: dict[str, Path], out: Path, progress: Progres
     for line in advice:
         progress.say(f"advice: {line}")
     watchers = trackers.callbacks(
-        runtime.get("report_to", []), Path(runtime.get("results", out)), folder.name, settings, progress
+        runtime.get("report_to", []) if ranks.is_main() else [],
+        Path(runtime.get("results", out)),
+        folder.name,
+        settings,
+        progress,
     )
     trainer = Trainer(
         model=model,
@@ -118,6 +137,8 @@ def _train(settings: dict, inputs: dict[str, Path], out: Path, progress: Progres
         optimizers=(adapter.create_optimizer(model, arguments, settings), None),
         callbacks=[RefillPacks(packs), ShowProgress(progress), *watchers],
         settings=settings,
+        step_packs=planner.step_packs(settings, seq_lengths)[0],
+        pack_tokens=[int(pack.sum()) for pack in seq_lengths],
         sampler=Sampler(
             choose_prompts(inputs["tokenize"] / "heldout.arrow", settings["samples"]),
             tokenizer,
@@ -131,6 +152,7 @@ def _train(settings: dict, inputs: dict[str, Path], out: Path, progress: Progres
     )
     if settings["method"] != "full":
         adapter.keep_fp32(trainer.model)  # TRL casts a quantised model's adapter to bf16
+    ranks.share(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
     try:
         seen = _check(trainer, packs, plan, progress)
         _optimise(trainer, newest, progress)
@@ -140,14 +162,18 @@ def _train(settings: dict, inputs: dict[str, Path], out: Path, progress: Progres
         step_plan = planner.fall_back(step_plan, levels, trainer.state.global_step, continued_from)
         planner.save(step_plan, folder)
         raise planner.MemoryRanOut(step_plan["memory_fallback"].reason) from error
+    peak = ranks.largest(torch.cuda.max_memory_allocated() if device == "cuda" else 0)
+    if not ranks.is_main():
+        return
     kept = trainer.judge.finish(trainer.model, trainer.state, progress)
 
     summary = {
-        **_summary(trainer, settings, plan, seq_lengths, resumed_from),
+        **_summary(trainer, settings, seq_lengths, resumed_from),
         "kept": kept.to_dict(),
         "preflight": seen,
         "diagnoses": trainer.doctor.conclude(trainer.state.log_history),
         "advice": advice,
+        **({"peak_gpu_memory_bytes": int(peak)} if device == "cuda" else {}),
     }
     adapter.save(trainer.model, inputs, out, settings["method"])
     write_jsonl(out / "metrics.jsonl", _metrics(trainer.state.log_history))
@@ -155,6 +181,19 @@ def _train(settings: dict, inputs: dict[str, Path], out: Path, progress: Progres
     write_json(out / "plan.json", {name: choice.to_dict() for name, choice in plan.items()})
     write_json(out / "train.json", summary)
     return summary
+
+
+def _packs(inputs: dict[str, Path], settings: dict) -> PackedExamples:
+    tokens, packs = inputs["tokenize"] / "train.arrow", inputs["lengths"] / "packs.parquet"
+    return PackedExamples(tokens, packs, settings["seed"], settings["reshuffle"])
+
+
+def _begun(folder: Path) -> tuple[Path | None, dict[str, Choice] | None]:
+    """The last whole checkpoint and the plan of an earlier start; without a checkpoint nothing else is kept of it."""
+    newest, plan = newest_whole(folder), planner.load(folder)
+    if newest is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return newest, plan
 
 
 def _check(trainer: Trainer, packs: PackedExamples, plan: dict[str, Choice], progress: Progress) -> dict:
@@ -173,9 +212,11 @@ def _optimise(trainer: Trainer, newest: Path | None, progress: Progress) -> None
     """All steps, from the checkpoint `newest` on, with an evaluation at the end."""
     if newest is None:
         with undisturbed():
-            trainer.sampler.sample(trainer.model, 0)
+            ranks.on_main(trainer.sampler.sample, trainer.model, 0)
     else:
         progress.say(f"continuing from the checkpoint at step {newest.name.removeprefix('checkpoint-')}")
+    if not ranks.is_main():
+        torch.manual_seed(trainer.args.seed + ranks.number())  # dropout of its own
     trainer.train(resume_from_checkpoint=newest and str(newest))
     if trainer.args.eval_strategy != "no" and not _evaluated_last(trainer.state):
         trainer.evaluate()
@@ -189,7 +230,7 @@ def _facts(
     table = TokenTable(inputs["tokenize"] / "train.arrow")
     parameters = list(model.parameters())
     examples, tokens = sum(map(len, seq_lengths)), int(sum(pack.sum() for pack in seq_lengths))
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    per_step, _ = planner.step_packs(settings, seq_lengths)
     files = (inputs["model"] / "model").glob("*.safetensors")
     return {
         "ln_vocabulary": math.log(model.config.get_text_config().vocab_size),
@@ -212,18 +253,17 @@ def _facts(
 
 def _arguments(settings, plan, seq_lengths, heldout, device, dtype, folder, runtime) -> SFTConfig:
     checkpoint_count = runtime.get("checkpoints", 10)
-    accumulation = plan["gradient_accumulation_steps"].value
     micro = plan["micro_batch_size"].value
-    per_epoch = -(-len(seq_lengths) // (micro * accumulation))
+    per_epoch = -(-len(seq_lengths) // planner.step_packs(settings, seq_lengths)[0])
     steps = max(1, round(settings["epochs"] * per_epoch))
     scheduler, options = settings["lr_scheduler"], {}
     if scheduler == "cosine" and settings["min_lr_ratio"]:
         scheduler, options = "cosine_with_min_lr", {"min_lr_rate": settings["min_lr_ratio"]}
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=_eval_batch(micro, seq_lengths, heldout),
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=plan["gradient_accumulation_steps"].value,
         max_steps=steps,
         learning_rate=settings["learning_rate"],
         lr_scheduler_type="constant_with_warmup" if scheduler == "constant" else scheduler,
@@ -254,6 +294,8 @@ def _arguments(settings, plan, seq_lengths, heldout, device, dtype, folder, runt
         report_to=[],
         dataloader_pin_memory=device == "cuda",
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a process has one GPU, whatever it sees
+    return arguments
 
 
 def _eval_batch(micro: int, seq_lengths: list[np.ndarray], heldout: Dataset | None) -> int:
@@ -274,15 +316,13 @@ def _metrics(history: list[dict]) -> list[dict]:
     return [row for row in rows if row.keys() & {"loss", "eval_loss", "exact_match"}]
 
 
-def _summary(
-    trainer: Trainer, settings: dict, plan: dict[str, Choice], seq_lengths: list[np.ndarray], resumed_from: int | None
-) -> dict:
+def _summary(trainer: Trainer, settings: dict, seq_lengths: list[np.ndarray], resumed_from: int | None) -> dict:
     rows = _metrics(trainer.state.log_history)
     losses = [row["loss"] for row in rows if "loss" in row]
     evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
     speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
     parameters = list(trainer.model.parameters())
-    per_step = plan["micro_batch_size"].value * plan["gradient_accumulation_steps"].value
+    per_step, _ = planner.step_packs(settings, seq_lengths)
     examples = sum(map(len, seq_lengths))
     return {
         "steps": trainer.state.global_step,

@@ -5,13 +5,16 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from adder import ranks
 from adder.best import BestWeights
 from adder.checkpoints import seal
 from adder.choice import Choice
@@ -22,6 +25,7 @@ from adder.loss import dft, labelled_losses, serves_training
 from adder.progress import Progress
 from adder.randomness import undisturbed
 from adder.sampling import Sampler
+from adder.training_data import DealtBatches, WithNothing
 
 
 class Trainer(SFTTrainer):
@@ -29,11 +33,28 @@ class Trainer(SFTTrainer):
 
     On a GPU TRL's own fused head does that; on a CPU it would compute the logits of every position. After each
     evaluation `sampler` replies to its prompts and `judge` decides what is kept and whether to go on.
+
+    `step_packs`: packs of an optimizer step, `pack_tokens`: tokens of each pack. Where several processes train, each
+    computes its share of a step, and the mean over all labelled tokens of the step is what one process would have.
     """
 
-    def __init__(self, *args, settings: dict, sampler: Sampler, judge: "Judge", doctor: Doctor, **kwargs):
+    def __init__(
+        self,
+        *args,
+        settings: dict,
+        step_packs: int,
+        pack_tokens: list[int],
+        sampler: Sampler,
+        judge: "Judge",
+        doctor: Doctor,
+        **kwargs,
+    ):
         self.stop = StopWhenTold()
         super().__init__(*args, callbacks=[self.stop, *kwargs.pop("callbacks"), judge, doctor], **kwargs)
+        # Not in DistributedDataParallel: the loss doesn't go through the model's forward, and adding up once a step
+        # what the passes of a process have collected is less to send.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.step_packs, self.pack_tokens = step_packs, pack_tokens
         self.settings, self.sampler, self.judge, self.doctor = settings, sampler, judge, doctor
         self.tokens = 0
         self.held_out: list[tuple[float, int]] = []  # loss in nats and labelled tokens of each evaluated batch
@@ -48,8 +69,37 @@ class Trainer(SFTTrainer):
         finally:
             self.stop.release()
 
+    def get_train_dataloader(self):
+        """The packs in the order that transformers' trainer has them in, dealt to the processes step by step."""
+        passes, micro_batch = self.args.gradient_accumulation_steps, self.args.train_batch_size
+        order = RandomSampler(self.train_dataset)
+        shape = (self.pack_tokens, self.step_packs, ranks.count(), passes, micro_batch)
+        return self._loader(self.train_dataset, DealtBatches(order, *shape))
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The held-out examples, dealt to the processes."""
+        processes, batch = ranks.count(), self.args.eval_batch_size
+        tokens = [len(ids) for ids in self.eval_dataset["input_ids"]]
+        order = SequentialSampler(self.eval_dataset)
+        return self._loader(self.eval_dataset, DealtBatches(order, tokens, processes * batch, processes, 1, batch))
+
+    def _loader(self, rows, batches: DealtBatches) -> DataLoader:
+        pin = self.args.dataloader_pin_memory
+        loader = DataLoader(WithNothing(rows), batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin)
+        return self.accelerator.prepare(loader)
+
+    def training_step(self, *args, **kwargs):
+        """As TRL's; after the last pass of a step the processes' gradients become one."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            ranks.average_gradients(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss over the labelled tokens of the whole optimizer step, this micro-batch's part of it."""
+        """Mean loss over the labelled tokens of the whole optimizer step, this micro-batch's part of it.
+
+        Times the number of processes, as TRL has it: over these gradients and logged losses are averaged.
+        """
         if model.training:
             self.tokens += inputs["input_ids"].numel()
         bare = self.accelerator.unwrap_model(self.model)
@@ -61,8 +111,9 @@ class Trainer(SFTTrainer):
             losses = labelled_losses(bare, **inputs)
         if self.settings["loss"] == "dft" and model.training:
             losses = dft(losses)
-        count = losses.numel() if num_items_in_batch is None else num_items_in_batch
-        return losses.sum() / torch.as_tensor(count).clamp(min=1)
+        if num_items_in_batch is None:
+            return losses.sum() / max(1, losses.numel())
+        return ranks.count() * losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As TRL's; the batch's loss also enters the mean over all held-out tokens."""
@@ -75,8 +126,8 @@ class Trainer(SFTTrainer):
         """As TRL's, with the mean over tokens: that of batches would change with how examples are batched."""
         self.held_out = []
         output = super().evaluation_loop(*args, **kwargs)
-        sums, counts = zip(*self.held_out, strict=True)
-        output.metrics["eval_loss"] = sum(sums) / sum(counts)
+        nats, tokens = ranks.total(*(sum(column) for column in zip((0.0, 0), *self.held_out, strict=True)))
+        output.metrics["eval_loss"] = nats / tokens
         return output
 
     def evaluate(self, *args, **kwargs):
@@ -87,9 +138,9 @@ class Trainer(SFTTrainer):
             trained_on, self.args.loss_type = self.args.loss_type, "nll"
             result = super().evaluate(*args, **kwargs)
             self.args.loss_type = trained_on
-            right = self.sampler.sample(self.model, self.state.global_step)
+            right = ranks.on_main(self.sampler.sample, self.model, self.state.global_step)
         if right is not None:
-            self.doctor.facts["samples"] = self.sampler.describe(self.state.global_step)
+            self.doctor.facts["samples"] = ranks.on_main(self.sampler.describe, self.state.global_step)
             self.log({"exact_match": right})
         self.judge.weigh(self.model, self.state, self.control)
         self.idle += time.perf_counter() - start
@@ -100,6 +151,7 @@ class Trainer(SFTTrainer):
         start = time.perf_counter()
         try:
             super()._save_checkpoint(*args, **kwargs)
+            ranks.wait()  # each process has a file of its own in it
             self.idle += time.perf_counter() - start
         except Exception as error:
             if not _is_write_error(error):
@@ -119,7 +171,8 @@ class Trainer(SFTTrainer):
             self.doctor.facts["skipped_steps"] += self.accelerator.optimizer_step_was_skipped
             now = time.perf_counter()
             seconds = max(now - self.clock - self.idle, 1e-9)
-            logs["tokens_per_second"] = round((self.tokens - self.tokens_logged) / seconds, 1)
+            (tokens,) = ranks.total(self.tokens - self.tokens_logged)
+            logs["tokens_per_second"] = round(tokens / seconds, 1)
             self.clock, self.idle, self.tokens_logged = now, 0.0, self.tokens
         super().log(logs, start_time)
 
@@ -133,15 +186,16 @@ class Judge(TrainerCallback):
 
     def weigh(self, model: torch.nn.Module, state, control) -> None:
         """After an evaluation: keep its weights if it is the best, stop if none was better for long enough."""
-        if self.keep == "best" and best_step(state.log_history, self.by) == state.global_step:
+        if ranks.is_main() and self.keep == "best" and best_step(state.log_history, self.by) == state.global_step:
             self.best.keep(model, state.global_step)
         if self.patience and evaluations_since_best(state.log_history, self.by) >= self.patience:
             control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
         """Called by the trainer after all files of a checkpoint are written: only a sealed one is continued from."""
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        self.best.tidy(best_step(state.log_history, self.by))
+        if ranks.is_main():
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self.best.tidy(best_step(state.log_history, self.by))
 
     def finish(self, model: torch.nn.Module, state, progress: Progress) -> Choice:
         """Leave the weights in the model that are to leave the stage; say which these are."""
@@ -182,7 +236,8 @@ class StopWhenTold(TrainerCallback):
         self.told = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask the trainer for a checkpoint and to stop."""
+        """Ask the trainer for a checkpoint and to stop, in every process at the same step."""
+        self.told = bool(ranks.largest(self.told))
         if self.told and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

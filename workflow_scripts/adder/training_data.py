@@ -1,15 +1,20 @@
 """What training reads: packs, put together from the mapped token table at the moment they are needed."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from torch.utils.data import BatchSampler, Sampler
 from transformers import TrainerCallback
 
+from adder.batching import deal
 from adder.files import read_table
 from adder.tokens import TokenTable
 
 IGNORED = -100
+# What a process computes that has no pack left: it must take part in each pass, and learns nothing from this one.
+NOTHING = {"input_ids": [0, 0], "labels": [IGNORED, IGNORED], "seq_lengths": [2]}
 
 
 class PackedExamples:
@@ -72,6 +77,53 @@ class PackedExamples:
             return {name: [pack[name] for pack in packs] for name in ("input_ids", "labels", "seq_lengths")}
 
         return numbers.with_transform(make)
+
+
+class WithNothing:
+    """A data set with NOTHING behind its last row."""
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        return NOTHING if number == len(self.rows) else self.rows[number]
+
+
+class DealtBatches(BatchSampler):
+    """The batches of all processes in turn: first each one's first of an optimizer step, then each one's second, ...
+
+    `sampler` has the order of the rows, `tokens` their lengths; `together` rows make a step, whatever the number of
+    `processes`, each of which takes `passes` batches for it, and fewer for the last step where that is enough. An empty
+    batch has the row behind the last.
+    """
+
+    batch_size, drop_last = None, False  # as accelerate, which gives each process its batches, knows uneven ones
+
+    def __init__(
+        self, sampler: Sampler, tokens: Sequence[int], together: int, processes: int, passes: int, micro_batch: int
+    ):
+        self.sampler, self.tokens, self.together = sampler, tokens, together
+        self.processes, self.passes, self.micro_batch = processes, passes, micro_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step: list[int] = []
+        for number, row in enumerate(self.sampler, start=1):
+            step.append(row)
+            if len(step) == self.together or number == len(self.sampler):
+                shares = deal(step, self.tokens, self.processes, self._passes(len(step)), self.micro_batch)
+                for batches in zip(*shares, strict=True):
+                    yield from (batch or [len(self.tokens)] for batch in batches)
+                step = []
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self.together)
+        return self.processes * (whole * self.passes + self._passes(rest))
+
+    def _passes(self, rows: int) -> int:
+        return self.passes if rows == self.together else -(-rows // (self.processes * self.micro_batch))
 
 
 class RefillPacks(TrainerCallback):

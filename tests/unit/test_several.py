@@ -1,0 +1,88 @@
+"""Several processes train one model: the same curve as one, whatever happens. With gloo on the CPU; on GPUs with NCCL.
+
+The GPU tests need two of them: `python3 -m pytest -m gpu tests/unit/test_several.py`.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adder import launch, train
+from adder.choice import Choice
+from adder.errors import UserError
+from adder.files import read_json, read_jsonl
+from adder.progress import Progress
+from adder.settings import Train
+from tiny import write_training_inputs
+
+
+def settings(**changes) -> dict:
+    """Three packs of three examples a step, which two processes can't share evenly; every pack filled anew."""
+    values = {"epochs": 12, "learning_rate": 1e-3, "effective_batch_size": 9, "lora_r": 4, "lora_dropout": 0.0}
+    values |= {"compute_dtype": "float32", "eval_samples": 7, "eval_times": 3, "samples": 2}
+    return Train(**{**values, **changes}).model_dump(mode="json") | {"reshuffle": True}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tiny_model_dir) -> dict[str, Path]:
+    """13 packs: the last step of an epoch has one, and the second process nothing."""
+    return write_training_inputs(tmp_path_factory.mktemp("inputs"), tiny_model_dir, packs=13)
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Two processes, also where there is no GPU."""
+    monkeypatch.setattr(launch, "choose", lambda *_: Choice(2, "for the test"))
+
+
+class StopsAt(Progress):
+    """Sends SIGTERM to the process that it is in when it shows that a step is done."""
+
+    def __init__(self, step: int):
+        self.sign = f"step {step}/"
+        self.said: list[str] = []
+
+    def line(self, text: str, last: bool = False) -> None:
+        if text.startswith(self.sign):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def curve(folder: Path, name: str) -> list[float]:
+    return [row[name] for row in read_jsonl(folder / "metrics.jsonl") if name in row]
+
+
+def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_path, two, monkeypatch):
+    """fp32, so sums in another order: 1e-4 of losses near 6 after 60 steps of AdamW, which enlarges them."""
+    options = {"checkpoints": tmp_path / "c", "runtime": {"checkpoints": 2, "results": str(tmp_path)}}
+    progress = StopsAt(8)
+    for name in ("two", "one"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"told to stop \(SIGTERM\) at step \d+ of 60; a checkpoint is written"):
+        train.run(settings(), inputs, tmp_path / "two", progress, **options)
+    assert list((tmp_path / "two").iterdir()) == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train.run(settings(), inputs, tmp_path / "two", progress, **options)
+    assert any("continuing from the checkpoint at step" in text for text in progress.said)
+    monkeypatch.setattr(launch, "choose", lambda *_: Choice(1, "for the test"))
+    train.run(settings(), inputs, tmp_path / "one", Progress.silent())
+    summaries = {name: read_json(tmp_path / name / "train.json") for name in ("two", "one")}
+    assert summaries["two"]["steps"] == summaries["one"]["steps"] == 60
+    assert summaries["two"]["effective_batch"] == summaries["one"]["effective_batch"]
+    for name in ("loss", "eval_loss", "grad_norm"):
+        assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), rel=1e-4), name
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
+    for name, tensor in second.items():
+        assert (first[name] - tensor).norm() < 1e-2 * tensor.norm(), name
+    assert list(read_jsonl(tmp_path / "two" / "samples.jsonl")) == list(read_jsonl(tmp_path / "one" / "samples.jsonl"))
+    assert read_json(tmp_path / "two" / "plan.json")["processes"]["value"] == 2
+
+
+def test_a_mistake_that_the_processes_find_is_one_sentence(inputs, tmp_path, two):
+    with pytest.raises(UserError, match=r"^train.target_modules: \['nothing'\] does not fit"):
+        train.run(settings(target_modules=["nothing"]), inputs, tmp_path, Progress.silent())
