@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from adder import launch, train
 from adder.choice import Choice
 from adder.errors import UserError
-from adder.files import read_json, read_jsonl
+from adder.files import read_json, read_jsonl, write_json
+from adder.planner import MemoryRanOut
 from adder.progress import Progress
 from adder.settings import Train
 from tiny import write_training_inputs
@@ -59,7 +60,7 @@ def curve(folder: Path, name: str) -> list[float]:
 
 
 def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_path, two, monkeypatch):
-    """fp32, so sums in another order: 1e-4 of losses near 6 after 60 steps of AdamW, which enlarges them."""
+    """fp32, so only the order of sums differs: 2e-7 of a loss was seen, and 1e-5 leaves room for other CPUs."""
     options = {"checkpoints": tmp_path / "c", "runtime": {"checkpoints": 2, "results": str(tmp_path)}}
     progress = StopsAt(8)
     for name in ("two", "one"):
@@ -75,14 +76,54 @@ def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_p
     assert summaries["two"]["steps"] == summaries["one"]["steps"] == 60
     assert summaries["two"]["effective_batch"] == summaries["one"]["effective_batch"]
     for name in ("loss", "eval_loss", "grad_norm"):
-        assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), rel=1e-4), name
+        assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), rel=1e-5), name
     first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
     for name, tensor in second.items():
-        assert (first[name] - tensor).norm() < 1e-2 * tensor.norm(), name
+        assert (first[name] - tensor).norm() < 1e-4 * tensor.norm(), name
     assert list(read_jsonl(tmp_path / "two" / "samples.jsonl")) == list(read_jsonl(tmp_path / "one" / "samples.jsonl"))
     assert read_json(tmp_path / "two" / "plan.json")["processes"]["value"] == 2
 
 
-def test_a_mistake_that_the_processes_find_is_one_sentence(inputs, tmp_path, two):
-    with pytest.raises(UserError, match=r"^train.target_modules: \['nothing'\] does not fit"):
-        train.run(settings(target_modules=["nothing"]), inputs, tmp_path, Progress.silent())
+@pytest.mark.parametrize(
+    "kinds, error, text",
+    [
+        ({1: "failed", 0: "user"}, UserError, "a mistake of 0"),  # the sentence for the user, whoever was first
+        ({1: "failed", 0: "failed"}, RuntimeError, "failed of 1"),  # of two, the one that the other's is due to
+        ({1: "memory", 0: "failed"}, MemoryRanOut, "memory of 1"),
+        ({0: "done"}, RuntimeError, "was killed"),
+    ],
+)
+def test_what_one_of_the_processes_ended_with_is_how_the_training_ends(monkeypatch, kinds, error, text):
+    def run(folder: Path, processes: int, progress: Progress) -> bool:
+        for age, (number, kind) in enumerate(kinds.items()):
+            path = folder / f"outcome-{number}.json"
+            write_json(path, {"kind": kind, "text": f"{'a mistake' if kind == 'user' else kind} of {number}"})
+            os.utime(path, ns=(age, age))
+        return False
+
+    monkeypatch.setattr(launch, "_run", run)
+    with pytest.raises(error, match=text):
+        launch.train({}, 2, "cpu", Progress.silent())
+
+
+@pytest.mark.parametrize(
+    "wanted, packs, number, why",
+    [
+        ("auto", 16, 4, "each of the 4 GPUs here"),
+        (2, 16, 2, "as set by runtime.gpus"),
+        (1, 16, 1, "one of the 4 GPUs here, as set"),
+        ("auto", 3, 3, "an optimizer step has no more packs"),
+    ],
+)
+def test_every_gpu_that_there_are_packs_for_is_used(monkeypatch, wanted, packs, number, why):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    choice = launch.choose(wanted, "cuda", packs)
+    assert choice.value == number and why in choice.reason
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="runtime.gpus: 8 were asked for, and torch sees 4 here"):
+        launch.choose(8, "cuda", 16)
+    with pytest.raises(UserError, match="runtime.gpus: 2 were asked for, but training runs on the CPU"):
+        launch.choose(2, "cpu", 16)
