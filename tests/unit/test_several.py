@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from adder import launch, train
+from adder.checkpoints import newest_whole
 from adder.choice import Choice
 from adder.errors import UserError
 from adder.files import read_json, read_jsonl, write_json
@@ -82,6 +83,35 @@ def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_p
         assert (first[name] - tensor).norm() < 1e-4 * tensor.norm(), name
     assert list(read_jsonl(tmp_path / "two" / "samples.jsonl")) == list(read_jsonl(tmp_path / "one" / "samples.jsonl"))
     assert read_json(tmp_path / "two" / "plan.json")["processes"]["value"] == 2
+
+
+def test_a_full_training_that_one_process_began_goes_on_in_shards(inputs, tmp_path, monkeypatch):
+    """Weights and AdamW's moments, from a checkpoint and to one, by way of shards; fp32 as above."""
+    values = settings(keep="best", epochs=4) | {"method": "full"}
+    for name in ("begun", "alone"):
+        options = {"checkpoints": tmp_path / f"{name}-c", "runtime": {"checkpoints": 3, "sharding": "fsdp"}}
+        (tmp_path / name).mkdir()
+        if name == "begun":
+            with pytest.raises(UserError, match="told to stop"):
+                train.run(values, inputs, tmp_path / name, StopsAt(3), **options)
+            monkeypatch.setattr(launch, "choose", lambda *_: Choice(2, "for the test"))
+        train.run(values, inputs, tmp_path / name, Progress.silent(), **options)
+        monkeypatch.undo()
+    assert read_json(tmp_path / "begun" / "train.json")["resumed_from"] >= 3
+    assert read_json(tmp_path / "begun" / "plan.json")["sharding"]["value"] == "fsdp"
+    for name in ("loss", "eval_loss", "grad_norm"):
+        assert curve(tmp_path / "begun", name) == pytest.approx(curve(tmp_path / "alone", name), rel=1e-5), name
+    files = [path.name for path in sorted((tmp_path / "alone" / "model").iterdir())]
+    assert files == [path.name for path in sorted((tmp_path / "begun" / "model").iterdir())]
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("begun", "alone")]
+    moments = [
+        torch.load(newest_whole(tmp_path / f"{name}-c") / "optimizer.pt")["state"] for name in ("begun", "alone")
+    ]
+    assert weights[0].keys() == weights[1].keys() and moments[0].keys() == moments[1].keys()
+    for name, tensor in weights[1].items():  # in 16 bits: one unit in the last place
+        assert tensor.dtype == torch.bfloat16 and torch.allclose(weights[0][name], tensor, rtol=2**-7), name
+    for number, moment in moments[1].items():
+        assert torch.allclose(moments[0][number]["exp_avg_sq"], moment["exp_avg_sq"], rtol=1e-3, atol=1e-12), number
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from adder import ranks, sharding
+from adder.best import trained
 from adder.errors import UserError
 from adder.files import read_json, write_json
 from adder.training_data import IGNORED, PackedExamples
@@ -283,11 +285,17 @@ def create_optimizer(
 def save(model: torch.nn.Module, inputs: dict[str, Path], out: Path, method: str) -> None:
     """Write the adapter in PEFT's form (or the full model in 16 bit), the same bytes for the same weights.
 
-    The adapter is an ordinary one for the base as it was downloaded, whatever its pairs began with.
+    The adapter is an ordinary one for the base as it was downloaded, whatever its pairs began with. To be called in
+    every process.
     """
     if method == "full":
-        model.to(torch.bfloat16).save_pretrained(out / "model")
-        AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer").save_pretrained(out / "model")
+        model.to(torch.bfloat16)
+        state = trained(model) if sharding.trains_shards(model) else None
+        if ranks.is_main():
+            model.save_pretrained(out / "model", state_dict=state)
+            AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer").save_pretrained(out / "model")
+        return
+    if not ranks.is_main():
         return
     source = read_json(inputs["model"] / "source.json")
     config = model.peft_config["default"]

@@ -13,17 +13,20 @@ from adder.choice import Choice
 DEQUANTISED_SHARE = 0.5
 
 
-def load(folder: Path, method: str, dtype: str, device: str) -> tuple[PreTrainedModel, dict[str, Choice]]:
+def load(
+    folder: Path, method: str, dtype: str, device: str, place: str | None = None
+) -> tuple[PreTrainedModel, dict[str, Choice]]:
     """Load the model in `folder` to be trained by `method` ("qlora", "lora" or "full") in compute dtype `dtype`.
 
     Returns the model, with the attention for packed examples, and the choices made on the way. The weights of a
-    `full` training are fp32 (products run in `dtype` by autocast); frozen ones are kept in `dtype`.
+    `full` training are fp32 (products run in `dtype` by autocast); frozen ones are kept in `dtype`. `place`: where it
+    waits, if not on the `device` that it is for.
     """
     compute = getattr(torch, dtype)
     options = {
         "dtype": torch.float32 if method == "full" else compute,
         "attn_implementation": implementation(device, dtype),
-        "device_map": {"": torch.cuda.current_device() if device == "cuda" else "cpu"},
+        "device_map": {"": torch.cuda.current_device() if (place or device) == "cuda" else "cpu"},
     }
     if method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(

@@ -7,6 +7,8 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from adder import ranks, sharding
+
 NAME = "best-{}.safetensors"
 
 
@@ -17,12 +19,15 @@ class BestWeights:
         self.folder = folder
 
     def keep(self, model: torch.nn.Module, step: int) -> None:
-        """Write the trained weights of `step`, whole or not at all."""
+        """Write the trained weights of `step`, whole or not at all; to be called in every process."""
+        state = trained(model)
+        if not ranks.is_main():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / NAME.format(step)
         partial = target.with_suffix(".partial")
         # Copies: a tied embedding and LM head are one tensor, which safetensors refuses to store under two names.
-        save_file({name: tensor.contiguous().clone() for name, tensor in trained(model).items()}, partial)
+        save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, partial)
         partial.replace(target)
 
     def tidy(self, needed: int | None) -> None:
@@ -32,10 +37,12 @@ class BestWeights:
                 path.unlink()
 
     def load(self, model: torch.nn.Module, step: int) -> None:
-        """Put the weights of `step` back into the model."""
+        """Put the weights of `step` back into the model; to be called in every process."""
         state = load_file(self.folder / NAME.format(step))
         if hasattr(model, "peft_config"):
             set_peft_model_state_dict(model, state)
+        elif sharding.trains_shards(model):
+            sharding.put(model, state)
         else:
             model.load_state_dict(state, strict=False)
 
@@ -48,4 +55,4 @@ def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: the adapter, or every weight."""
     if hasattr(model, "peft_config"):
         return get_peft_model_state_dict(model)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return sharding.whole({name: parameter.detach() for name, parameter in model.named_parameters()})

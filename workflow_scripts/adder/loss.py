@@ -31,6 +31,13 @@ def labelled_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> t
     `labels`: (batch, tokens) int64, -100 where there is no loss; position i is predicted from position i - 1.
     `inputs`: what the model's backbone takes. The cache is off: with it, packed examples would see each other.
     """
+    if hasattr(model, "sharded_losses"):  # which bring the weights together first: see sharding.shard
+        return model.sharded_losses(labels, **inputs)
+    return own_losses(model, labels, **inputs)
+
+
+def own_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> torch.Tensor:
+    """As labelled_losses, from weights that are whole."""
     hidden = model.base_model(use_cache=False, **inputs).last_hidden_state
     target = labels[:, 1:]
     mask = target != -100

@@ -165,6 +165,28 @@ def choose(
     }
 
 
+def cautious(
+    settings: dict, seq_lengths: Sequence[Sequence[int]], levels: Sequence[str], processes: int
+) -> dict[str, Choice]:
+    """As choose, without trials: for a model in shards, whose processes a failed trial would leave out of step."""
+    packs, sentence = step_packs(settings, seq_lengths)
+    share = -(-packs // processes)
+    wanted, checkpointing = settings["micro_batch_size"], settings["gradient_checkpointing"]
+    micro = 1 if wanted == "auto" else min(wanted, share)
+    recomputed = "all layers" in levels if checkpointing == "auto" else checkpointing
+    why = "nothing is tried with a model in shards"
+    return {
+        "micro_batch_size": Choice(
+            micro,
+            f"{packs_in_words(micro)} a forward pass: {'as set' if wanted != 'auto' else f'the least, since {why}'}",
+        ),
+        "gradient_accumulation_steps": Choice(-(-share // micro), f"{sentence}, shared by {processes} processes"),
+        "gradient_checkpointing": Choice(
+            recomputed, "as set" if checkpointing != "auto" else f"needs the least memory, and {why}"
+        ),
+    }
+
+
 def first_that_fits(sizes: list[int], levels: Sequence[str], per_step: int, try_plan) -> list[Trial]:
     """Trials of the largest size with nothing recomputed, then of less and less memory, up to the first that fits."""
     trials = []

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from adder.errors import UserError
@@ -123,10 +124,15 @@ def _try(model, trainable: dict, pack: dict, plan: dict) -> tuple[float, dict[st
         _wait(device)
         seconds = time.perf_counter() - start
         norms = {
-            name: None if parameter.grad is None else parameter.grad.float().norm().item() / scale
+            name: None if parameter.grad is None else _norm(parameter.grad) / scale
             for name, parameter in trainable.items()
         }
     return value, norms, seconds
+
+
+def _norm(gradient: torch.Tensor) -> float:
+    norm = gradient.float().norm()
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor
 
 # Numbers added up at once: a copy of so many, 256 MiB in fp32, is all the memory that it takes.
 BUCKET = 2**26
@@ -63,18 +64,21 @@ def largest(value: float) -> float:
 
 
 def share(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Give every process the main one's values."""
+    """Give every process the main one's values, but for what is in shards."""
     if count() > 1:
-        for parameter in parameters:
+        for parameter in _whole(parameters):
             distributed.broadcast(parameter.data, src=0)
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes; a process without one counts as zero."""
+    """Replace each gradient by its mean over the processes; a process without one counts as zero.
+
+    For shards backward has done that.
+    """
     if count() == 1:
         return
     bucket: list[torch.Tensor] = []
-    for parameter in parameters:
+    for parameter in _whole(parameters):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
@@ -83,6 +87,10 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             bucket = []
     if bucket:
         _average(bucket)
+
+
+def _whole(parameters: Iterable[torch.nn.Parameter]) -> Iterable[torch.nn.Parameter]:
+    return (parameter for parameter in parameters if not isinstance(parameter, DTensor))
 
 
 def _average(tensors: list[torch.Tensor]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from adder import scoring
+from adder import ranks, scoring
 from adder.files import read_jsonl, write_jsonl
 from adder.progress import Progress
 from adder.tokens import TokenTable
@@ -54,7 +54,10 @@ class Sampler:
         self.limit = min(LONGEST, max((len(prompt["reference"]) for prompt in prompts), default=0) + MARGIN)
 
     def sample(self, model: torch.nn.Module, step: int) -> float | None:
-        """Reply to every prompt; return the share of exact matches, None without prompts. Trains and draws nothing."""
+        """Reply to every prompt; return the share of exact matches, None without prompts. Trains and draws nothing.
+
+        To be called in every process: of a model in shards none has all.
+        """
         if not self.prompts:
             return None
         if not any(row["step"] == step for row in self.rows):
@@ -71,8 +74,9 @@ class Sampler:
                         "finished": len(ids) < self.limit,
                     }
                 )
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_jsonl(self.file, self.rows)
+            if ranks.is_main():
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                write_jsonl(self.file, self.rows)
         now = [row for row in self.rows if row["step"] == step]
         right = sum(row["exact_match"] for row in now)
         first = " ".join(now[0]["reply"].split())[:70]

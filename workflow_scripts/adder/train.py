@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig
 
-from adder import adapter, base_model, folded_lora, hardware, launch, planner, preflight, ranks, trackers
+from adder import adapter, base_model, folded_lora, hardware, launch, planner, preflight, ranks, sharding, trackers
 from adder.advice import advise
 from adder.checkpoints import newest_whole
 from adder.choice import Choice
@@ -38,9 +38,9 @@ def run(
 
     `checkpoints`: a directory that outlives a kill; training continues from the last whole checkpoint in it, by the
     plan that it began with. Where memory runs out, it goes on from there with a smaller plan. `runtime`: {gpus,
-    checkpoints, save_total_limit, report_to, results}, of the machine; each of several GPUs has a process of its own,
-    and trackers write below `results`. Raises UserError for a set-up that can't work, when the loss stops being a
-    number and when memory runs out with the smallest plan.
+    sharding, checkpoints, save_total_limit, report_to, results}, of the machine; each of several GPUs has a process of
+    its own, and trackers write below `results`. Raises UserError for a set-up that can't work, when the loss stops
+    being a number and when memory runs out with the smallest plan.
     """
     folder, runtime, device = checkpoints or out / "checkpoints", runtime or {}, hardware.device()
     step_packs, _ = planner.step_packs(settings, _packs(inputs, settings).seq_lengths)
@@ -90,15 +90,21 @@ def start(
     seq_lengths = packs.seq_lengths
     progress.say(f"loading the base model for {settings['method']} on {device} in {dtype}")
     set_seed(settings["seed"])
-    model, choices = base_model.load(inputs["model"] / "model", settings["method"], dtype, device)
+    base = inputs["model"] / "model"
+    if processes.value > 1:
+        plan["sharding"] = ranks.on_main(sharding.choose, runtime.get("sharding", "auto"), settings, base, device)
+    in_shards = processes.value > 1 and plan["sharding"].value == "fsdp"
+    model, choices = base_model.load(base, settings["method"], dtype, device, place="cpu" if in_shards else None)
     plan |= choices
     if settings["method"] != "full":
         model = adapter.add_adapter(model, settings)
         adapter.initialise(model, packs, settings)
-        if device == "cuda":
+        if device == "cuda" and not in_shards:
             plan["lora_products"] = folded_lora.attach_where_it_pays(model, dtype, products=settings["frozen_products"])
     if settings["neftune_noise_alpha"]:
         add_noise(model, settings["neftune_noise_alpha"])
+    if in_shards:
+        sharding.shard(model, device)
 
     newest, step_plan = ranks.on_main(_begun, folder)
     resumed_from = newest and int(newest.name.removeprefix("checkpoint-"))
@@ -106,7 +112,9 @@ def start(
     if step_plan and step_plan["processes"].value != processes.value:
         progress.say(f"begun with {step_plan['processes'].value} GPUs, goes on with {processes.value}: planning anew")
         step_plan = None
-    if step_plan is None:
+    if step_plan is None and in_shards:
+        step_plan = {"processes": processes, **planner.cautious(settings, seq_lengths, levels, processes.value)}
+    elif step_plan is None:
         trials = planner.Trials(model, seq_lengths, dtype, device)
         chosen = ranks.on_main(planner.choose, settings, seq_lengths, device, levels, trials, processes.value)
         step_plan = {"processes": processes, **chosen}
@@ -163,9 +171,10 @@ def start(
         planner.save(step_plan, folder)
         raise planner.MemoryRanOut(step_plan["memory_fallback"].reason) from error
     peak = ranks.largest(torch.cuda.max_memory_allocated() if device == "cuda" else 0)
+    kept = trainer.judge.finish(trainer.model, trainer.state, progress)
+    adapter.save(trainer.model, inputs, out, settings["method"])
     if not ranks.is_main():
         return
-    kept = trainer.judge.finish(trainer.model, trainer.state, progress)
 
     summary = {
         **_summary(trainer, settings, seq_lengths, resumed_from),
@@ -175,7 +184,6 @@ def start(
         "advice": advice,
         **({"peak_gpu_memory_bytes": int(peak)} if device == "cuda" else {}),
     }
-    adapter.save(trainer.model, inputs, out, settings["method"])
     write_jsonl(out / "metrics.jsonl", _metrics(trainer.state.log_history))
     write_jsonl(out / "samples.jsonl", trainer.sampler.rows)
     write_json(out / "plan.json", {name: choice.to_dict() for name, choice in plan.items()})
@@ -212,7 +220,7 @@ def _optimise(trainer: Trainer, newest: Path | None, progress: Progress) -> None
     """All steps, from the checkpoint `newest` on, with an evaluation at the end."""
     if newest is None:
         with undisturbed():
-            ranks.on_main(trainer.sampler.sample, trainer.model, 0)
+            trainer.sampler.sample(trainer.model, 0)
     else:
         progress.say(f"continuing from the checkpoint at step {newest.name.removeprefix('checkpoint-')}")
     if not ranks.is_main():

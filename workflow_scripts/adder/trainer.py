@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
-from adder import ranks
-from adder.best import BestWeights
+from adder import ranks, sharding
+from adder.best import BestWeights, trained
 from adder.checkpoints import seal
 from adder.choice import Choice
 from adder.doctor import Doctor, explain_nan
@@ -138,13 +141,48 @@ class Trainer(SFTTrainer):
             trained_on, self.args.loss_type = self.args.loss_type, "nll"
             result = super().evaluate(*args, **kwargs)
             self.args.loss_type = trained_on
-            right = ranks.on_main(self.sampler.sample, self.model, self.state.global_step)
+            right = self.sampler.sample(self.model, self.state.global_step)
         if right is not None:
+            # Of all processes the main one's, though they should be alike: what follows from them must be.
             self.doctor.facts["samples"] = ranks.on_main(self.sampler.describe, self.state.global_step)
-            self.log({"exact_match": right})
+            self.log({"exact_match": self.doctor.facts["samples"]["exact_match"]})
         self.judge.weigh(self.model, self.state, self.control)
         self.idle += time.perf_counter() - start
         return result
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As transformers', for which shards are put together."""
+        if sharding.trains_shards(self.model):
+            state_dict = trained(self.model)
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """As transformers', in the same files, with whole tensors for shards."""
+        if not sharding.trains_shards(self.model):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = sharding.whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        if not sharding.trains_shards(self.model):
+            return super()._load_from_checkpoint(checkpoint, model)
+        state = {}
+        for file in Path(checkpoint).glob("*.safetensors"):
+            state |= load_file(file)
+        sharding.put(self.model, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not sharding.trains_shards(self.model):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        sharding.put_optimizer(self.optimizer.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _save_checkpoint(self, *args, **kwargs):
         """As the trainer's; a full disk ends the run in one sentence, and the checkpoint before stays."""
@@ -186,7 +224,7 @@ class Judge(TrainerCallback):
 
     def weigh(self, model: torch.nn.Module, state, control) -> None:
         """After an evaluation: keep its weights if it is the best, stop if none was better for long enough."""
-        if ranks.is_main() and self.keep == "best" and best_step(state.log_history, self.by) == state.global_step:
+        if self.keep == "best" and best_step(state.log_history, self.by) == state.global_step:
             self.best.keep(model, state.global_step)
         if self.patience and evaluations_since_best(state.log_history, self.by) >= self.patience:
             control.should_training_stop = True

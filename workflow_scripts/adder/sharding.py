@@ -1,0 +1,125 @@
+"""Weights in shards, for a model that is too large for one GPU: each process holds a part of every weight (FSDP2).
+
+A layer's weights are brought together when it computes and let go of after it; gradients and AdamW's moments stay in
+shards. Checkpoints and results hold whole weights, so that a training may go on with any number of processes.
+"""
+
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from adder import hardware, loss, ranks
+from adder.choice import Choice
+from adder.errors import UserError
+
+# Bytes for each of the model's numbers: of a full training its weight, gradient and AdamW's two moments in fp32.
+BYTES = {"full": 16, "lora": 2}
+# Share of a GPU's memory that these may take; the rest is for activations.
+SHARE = 0.8
+
+
+def choose(wanted: str, settings: dict, model: Path, device: str) -> Choice:
+    """Choose "fsdp" (weights in shards) or "ddp" (each GPU has them all); `wanted` is runtime.sharding.
+
+    `settings`: those of training. `model`: the base's folder. Raises UserError for what can't be trained in shards.
+    """
+    method = settings["method"]
+    if wanted == "fsdp":
+        if method == "qlora":
+            raise UserError("runtime.sharding: 'fsdp' can't shard 4-bit weights; use 'ddp', or train.method: lora")
+        if settings["init_lora_weights"] == "eva":
+            raise UserError("runtime.sharding: 'fsdp' doesn't go with train.init_lora_weights: eva; use another start")
+    if wanted != "auto":
+        return Choice(wanted, "as set by runtime.sharding")
+    if method == "qlora" or device == "cpu":
+        return Choice("ddp", "each process holds all weights: 4-bit ones are few bytes" if method == "qlora" else "")
+    needed, room = BYTES[method] * _numbers(model), SHARE * hardware.total_memory(device)
+    figures = (
+        f"weights, gradients and AdamW take {needed / 2**30:,.1f} GiB"
+        if method == "full"
+        else (f"the weights take {needed / 2**30:,.1f} GiB")
+    )
+    if needed > room:
+        return Choice("fsdp", f"{figures}, more than the {room / 2**30:,.1f} of one GPU: in shards")
+    return Choice("ddp", f"{figures}, for which each GPU has room")
+
+
+def _numbers(model: Path) -> int:
+    """How many numbers a model's files hold."""
+    total = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            total += sum(torch.Size(stored.get_slice(name).get_shape()).numel() for name in stored.keys())
+    return total
+
+
+def shard(model: torch.nn.Module, device: str) -> None:
+    """Shard a model's weights over the processes, layer by layer, and move it to `device`.
+
+    What an adapter trains stays whole in every process. The loss has to be computed by `loss.labelled_losses` or by
+    calling the bare model. Raises UserError for an adapted model that scales or caps its LM head.
+    """
+    adapted = isinstance(model, PeftModel)
+    bare = model.get_base_model() if adapted else model
+    if adapted and not loss.has_plain_head(bare):
+        raise UserError("runtime.sharding: 'fsdp' with LoRA is not for models that scale or cap their logits")
+    trained = {parameter for parameter in model.parameters() if adapted and parameter.requires_grad}
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
+    options = {"mesh": init_device_mesh(device, (ranks.count(),)), "ignored_params": trained}
+    for module in bare.modules():
+        if type(module).__name__ in bare._no_split_modules:
+            fully_shard(module, **options)
+    fully_shard(bare, **options)
+    bare._is_fsdp_managed_module = True  # transformers' generate then keeps the processes in step
+    bare.sharded_losses = MethodType(loss.own_losses, bare)
+    register_fsdp_forward_method(bare, "sharded_losses")
+
+
+def trains_shards(model: torch.nn.Module) -> bool:
+    """Whether what is trained is in shards."""
+    return any(isinstance(parameter, DTensor) and parameter.requires_grad for parameter in model.parameters())
+
+
+def whole(values: Any) -> Any:
+    """Nested containers of tensors with whole ones on the CPU instead of shards; to be called in every process.
+
+    Other processes than the main one get empty tensors.
+    """
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if ranks.is_main() else full.new_empty(0, device="cpu")
+
+    return tree_map(of, values)
+
+
+def put(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give a model in shards the values of `state`, by name; to be called in every process."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_as(parameter, state[name]))
+
+
+def put_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimizer's state with whole tensors into one whose parameters are in shards."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, own in state["state"].items():
+        like = parameters[number]
+        for name, value in own.items():
+            own[name] = _as(like, value) if value.shape == like.shape else value
+    optimizer.load_state_dict(state)
+
+
+def _as(like: DTensor, value: torch.Tensor) -> DTensor:
+    return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
