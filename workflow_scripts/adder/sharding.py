@@ -39,8 +39,8 @@ def choose(wanted: str, settings: dict, model: Path, device: str) -> Choice:
             raise UserError("runtime.sharding: 'fsdp' doesn't go with train.init_lora_weights: eva; use another start")
     if wanted != "auto":
         return Choice(wanted, "as set by runtime.sharding")
-    if method == "qlora" or device == "cpu":
-        return Choice("ddp", "each process holds all weights: 4-bit ones are few bytes" if method == "qlora" else "")
+    if method == "qlora":
+        return Choice("ddp", "each GPU holds all weights: 4-bit ones can't be in shards")
     needed, room = BYTES[method] * _numbers(model), SHARE * hardware.total_memory(device)
     figures = (
         f"weights, gradients and AdamW take {needed / 2**30:,.1f} GiB"
@@ -82,6 +82,11 @@ def shard(model: torch.nn.Module, device: str) -> None:
     bare._is_fsdp_managed_module = True  # transformers' generate then keeps the processes in step
     bare.sharded_losses = MethodType(loss.own_losses, bare)
     register_fsdp_forward_method(bare, "sharded_losses")
+
+
+def in_shards(model: torch.nn.Module) -> bool:
+    """Whether any of a model's weights is in shards."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def trains_shards(model: torch.nn.Module) -> bool:

@@ -18,7 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
 from adder import ranks, sharding
-from adder.best import BestWeights, trained
+from adder.best import BestWeights
 from adder.checkpoints import seal
 from adder.choice import Choice
 from adder.doctor import Doctor, explain_nan
@@ -156,8 +156,10 @@ class Trainer(SFTTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """As transformers', for which shards are put together."""
-        if sharding.trains_shards(self.model):
-            state_dict = trained(self.model)
+        if sharding.in_shards(self.model):
+            # Not the model's state_dict(): that would let go of gathered weights in the main process alone.
+            named = self.model.named_parameters()
+            state_dict = sharding.whole({name: p.detach() for name, p in named if p.requires_grad})
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir):
