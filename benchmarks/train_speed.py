@@ -1,4 +1,4 @@
-"""How fast QLoRA training runs on one GPU: the usual ways beside Adder's, on the same made-up data, in one run.
+"""How fast QLoRA training runs on a GPU: the usual ways beside Adder's, on the same made-up data, in one run.
 
 Usage: python benchmarks/train_speed.py [--workloads short_chat ...] [--arms adder ...] [--layers 32]
                                         [--seconds 520] [--add] [--out benchmarks/results/train_speed.json]
@@ -21,6 +21,7 @@ adder_workspace                 NF4 values dequantised anew in each product: 13 
 adder_fp8                       frozen products in fp8
 adder_24gb, unsloth_24gb        within 24 GB (a cap on the allocator)
 adder_stage, adder_stage_fp8    the pipeline's own train stage, planner and all, from files; short_chat alone
+adder_stage_2gpus               the same on two GPUs, with twice the packs a step; its share is of two floors
 
 Unsloth pins older libraries, so it has a folder of its own, which UNSLOTH_SITE names (several, joined by ":", like
 PYTHONPATH, which it becomes). Without that the arm is left out, and the JSON says so. Not given to it: xformers and
@@ -63,6 +64,7 @@ ARMS = {  # what matters most comes first: a run that is cut off has it
     "unsloth": [(4, False)],
     "adder_stage": [(8, False)],
     "adder_stage_fp8": [(8, False)],
+    "adder_stage_2gpus": [(8, False)],
     "adder_24gb": [(2, False), (8, True)],
     "transformers_peft_liger_varlen": [(8, False)],
     "adder_workspace": [(8, False)],
@@ -377,7 +379,8 @@ def measure_stage(arm: str, options, report) -> None:
     from tiny import write_tokens
 
     ((micro, _),) = ARMS[arm]
-    packs = speed_model.full_packs("short_chat", (WARM_UP + STEPS + 2) * micro)
+    gpus = 2 if arm == "adder_stage_2gpus" else 1
+    packs = speed_model.full_packs("short_chat", (WARM_UP + STEPS + 2) * micro * gpus)
     vocabulary, folder = options.shape["vocab_size"], Path(tempfile.mkdtemp())
     inputs = {name: folder / name for name in ("model", "tokenize", "lengths")}
     for path in inputs.values():
@@ -397,7 +400,7 @@ def measure_stage(arm: str, options, report) -> None:
     table = {"rows": numbers, "starts": [[0] * len(pack) for pack in packs], "seq_lengths": lengths}
     schema = pa.schema([(name, pa.list_(pa.int32())) for name in table])
     write_table(inputs["lengths"] / "packs.parquet", pa.table(table, schema=schema))
-    examples = sum(map(len, packs)) / len(packs) * micro
+    examples = sum(map(len, packs)) / len(packs) * micro * gpus
     settings = Train(
         epochs=1,
         effective_batch_size=round(examples),
@@ -410,11 +413,12 @@ def measure_stage(arm: str, options, report) -> None:
     out.mkdir()
     reset_peak()
     values = settings.model_dump(mode="json") | {"reshuffle": False}
-    train.run(values, inputs, out, Progress.silent(), runtime={"checkpoints": 0})
+    train.run(values, inputs, out, Progress.silent(), runtime={"checkpoints": 0, "gpus": gpus})
     summary, plan = read_json(out / "train.json"), read_json(out / "plan.json")
     row = {
         "real_tokens_per_second": summary["tokens_per_second"],
-        "peak_memory_bytes": peak(),
+        "peak_memory_bytes": summary["peak_gpu_memory_bytes"] if gpus > 1 else peak(),
+        "gpus": gpus,
         "final_loss": round(summary["final_loss"], 4),
         "plan": {name: choice["value"] for name, choice in plan.items()},
     }
@@ -557,7 +561,7 @@ def compare(options) -> dict:
             rows, problem = child(arm, options, min(ARM_SECONDS, options.seconds - (time.monotonic() - begun)))
             for row in rows or []:
                 if "real_tokens_per_second" in row:
-                    row["share_of_floor"] = round(row["real_tokens_per_second"] / floor, 4)
+                    row["share_of_floor"] = round(row["real_tokens_per_second"] / floor / row.get("gpus", 1), 4)
                 result["workloads"][row.pop("workload")]["arms"].append(row)
             if problem:
                 result["left_out"][arm] = problem

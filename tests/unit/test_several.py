@@ -19,7 +19,7 @@ from adder.files import read_json, read_jsonl, write_json
 from adder.planner import MemoryRanOut
 from adder.progress import Progress
 from adder.settings import Train
-from tiny import write_training_inputs
+from tiny import save_tiny_model, write_training_inputs
 
 
 def settings(**changes) -> dict:
@@ -157,3 +157,81 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch):
         launch.choose(8, "cuda", 16)
     with pytest.raises(UserError, match="runtime.gpus: 2 were asked for, but training runs on the CPU"):
         launch.choose(2, "cpu", 16)
+
+
+# On two GPUs ----------------------------------------------------------------------------------------------------------
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture(scope="module")
+def wide_inputs(tmp_path_factory) -> dict[str, Path]:
+    """A model whose heads suit the kernels, and the 13 packs."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    folder = tmp_path_factory.mktemp("wide")
+    return write_training_inputs(folder / "inputs", save_tiny_model(folder / "model", **shape), packs=13)
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("method, how", [("qlora", "ddp"), ("lora", "fsdp"), ("full", "ddp"), ("full", "fsdp")])
+def test_two_gpus_learn_as_one(wide_inputs, tmp_path, method, how):
+    """bf16 over other batches: 1 % of a loss, and 10 % of a gradient's norm, of which two apart would miss 30 %."""
+    values = settings(compute_dtype="bfloat16", epochs=4, keep="best") | {"method": method}
+    for name, gpus in (("two", 2), ("one", 1)):
+        (tmp_path / name).mkdir()
+        runtime = {"checkpoints": 2, "gpus": gpus, "sharding": how}
+        train.run(values, wide_inputs, tmp_path / name, Progress.silent(), runtime=runtime)
+    plans = {name: read_json(tmp_path / name / "plan.json") for name in ("two", "one")}
+    assert plans["two"]["processes"]["value"] == 2 and plans["two"]["sharding"]["value"] == how
+    if method == "qlora":
+        assert plans["two"]["lora_products"]["value"] == plans["one"]["lora_products"]["value"] == "folded"
+    for name, rel in (("loss", 0.01), ("eval_loss", 0.01), ("grad_norm", 0.1)):
+        assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), rel=rel), name
+    summary = read_json(tmp_path / "two" / "train.json")
+    assert summary["final_loss"] < summary["first_loss"] and summary["peak_gpu_memory_bytes"] > 0
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_a_training_that_two_gpus_began_goes_on_with_one(wide_inputs, tmp_path):
+    """Full training in shards: its checkpoint is an ordinary one. 1 % of a loss, as above."""
+    values = settings(compute_dtype="bfloat16", epochs=12) | {"method": "full"}
+    for name in ("begun", "alone"):
+        (tmp_path / name).mkdir()
+        options = {"checkpoints": tmp_path / f"{name}-c", "runtime": {"checkpoints": 3, "sharding": "fsdp"}}
+        if name == "begun":
+            with pytest.raises(UserError, match="told to stop"):
+                both = options | {"runtime": options["runtime"] | {"gpus": 2}}
+                train.run(values, wide_inputs, tmp_path / name, StopsAt(8), **both)
+        train.run(values, wide_inputs, tmp_path / name, Progress.silent(), **options)
+    assert read_json(tmp_path / "begun" / "train.json")["resumed_from"] >= 8
+    assert curve(tmp_path / "begun", "loss") == pytest.approx(curve(tmp_path / "alone", "loss"), rel=0.01)
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_memory_that_runs_out_on_one_of_two_gpus_leads_both_to_a_smaller_plan(wide_inputs, tmp_path, monkeypatch):
+    """The second asks for 4 TiB when its first step is done."""
+    hook = tmp_path / "sitecustomize.py"
+    hook.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from adder import ranks\n"
+        "    average = ranks.average_gradients\n"
+        "    def fail(parameters):\n"
+        f"        if not os.path.exists({str(tmp_path / 'failed')!r}):\n"
+        f"            open({str(tmp_path / 'failed')!r}, 'w').close()\n"
+        "            import torch\n"
+        "            torch.empty(2**40, device='cuda')\n"
+        "        average(parameters)\n"
+        "    ranks.average_gradients = fail\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = StopsAt(-1)
+    out = tmp_path / "out"
+    out.mkdir()
+    values = settings(compute_dtype="bfloat16", epochs=2, effective_batch_size=12, micro_batch_size=2)
+    train.run(values, wide_inputs, out, said, runtime={"gpus": 2})
+    plan = read_json(out / "plan.json")
+    assert plan["micro_batch_size"]["value"] == 1 and plan["memory_fallback"]["reason"] in said.said

@@ -45,7 +45,7 @@ def choose(wanted: str, settings: dict, model: Path, device: str) -> Choice:
     figures = (
         f"weights, gradients and AdamW take {needed / 2**30:,.1f} GiB"
         if method == "full"
-        else (f"the weights take {needed / 2**30:,.1f} GiB")
+        else f"the weights take {needed / 2**30:,.1f} GiB"
     )
     if needed > room:
         return Choice("fsdp", f"{figures}, more than the {room / 2**30:,.1f} of one GPU: in shards")

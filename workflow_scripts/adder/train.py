@@ -39,12 +39,12 @@ def run(
     `checkpoints`: a directory that outlives a kill; training continues from the last whole checkpoint in it, by the
     plan that it began with. Where memory runs out, it goes on from there with a smaller plan. `runtime`: {gpus,
     sharding, checkpoints, save_total_limit, report_to, results}, of the machine; each of several GPUs has a process of
-    its own, and trackers write below `results`. Raises UserError for a set-up that can't work, when the loss stops
-    being a number and when memory runs out with the smallest plan.
+    its own, without `gpus` it is one and this process; trackers write below `results`. Raises UserError for a set-up
+    that can't work, when the loss stops being a number and when memory runs out with the smallest plan.
     """
     folder, runtime, device = checkpoints or out / "checkpoints", runtime or {}, hardware.device()
     step_packs, _ = planner.step_packs(settings, _packs(inputs, settings).seq_lengths)
-    processes = launch.choose(runtime.get("gpus", "auto"), device, step_packs)
+    processes = launch.choose(runtime.get("gpus", 1), device, step_packs)
     request = dict(
         settings=settings, inputs=inputs, out=out, folder=folder, runtime=runtime, device=device, processes=processes
     )
