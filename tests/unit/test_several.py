@@ -87,7 +87,7 @@ def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_p
 
 def test_a_full_training_that_one_process_began_goes_on_in_shards(inputs, tmp_path, monkeypatch):
     """Weights and AdamW's moments, from a checkpoint and to one, by way of shards; fp32 as above."""
-    values = settings(keep="best", epochs=4) | {"method": "full"}
+    values = settings(keep="best", epochs=3) | {"method": "full"}
     for name in ("begun", "alone"):
         options = {"checkpoints": tmp_path / f"{name}-c", "runtime": {"checkpoints": 3, "sharding": "fsdp"}}
         (tmp_path / name).mkdir()
@@ -97,8 +97,9 @@ def test_a_full_training_that_one_process_began_goes_on_in_shards(inputs, tmp_pa
             monkeypatch.setattr(launch, "choose", lambda *_: Choice(2, "for the test"))
         train.run(values, inputs, tmp_path / name, Progress.silent(), **options)
         monkeypatch.undo()
-    assert read_json(tmp_path / "begun" / "train.json")["resumed_from"] >= 3
-    assert read_json(tmp_path / "begun" / "plan.json")["sharding"]["value"] == "fsdp"
+    summary, plan = (read_json(tmp_path / "begun" / f"{name}.json") for name in ("train", "plan"))
+    assert summary["resumed_from"] >= 3 and plan["sharding"]["value"] == "fsdp"
+    assert 3 < summary["kept"]["value"] < summary["steps"]  # the best weights come back into the shards
     for name in ("loss", "eval_loss", "grad_norm"):
         assert curve(tmp_path / "begun", name) == pytest.approx(curve(tmp_path / "alone", name), rel=1e-5), name
     files = [path.name for path in sorted((tmp_path / "alone" / "model").iterdir())]

@@ -78,7 +78,8 @@ def shard(model: torch.nn.Module, device: str) -> None:
     for module in bare.modules():
         if type(module).__name__ in bare._no_split_modules:
             fully_shard(module, **options)
-    fully_shard(bare, **options)
+    # Also what is outside of the layers: what optimizer and checkpoint find between the passes must be the shards.
+    fully_shard(bare, reshard_after_forward=True, **options)
     bare._is_fsdp_managed_module = True  # transformers' generate then keeps the processes in step
     bare.sharded_losses = MethodType(loss.own_losses, bare)
     register_fsdp_forward_method(bare, "sharded_losses")
