@@ -213,7 +213,7 @@ def test_a_training_that_two_gpus_began_goes_on_with_one(wide_inputs, tmp_path):
 @pytest.mark.gpu
 @two_gpus
 def test_memory_that_runs_out_on_one_of_two_gpus_leads_both_to_a_smaller_plan(wide_inputs, tmp_path, monkeypatch):
-    """The second asks for 4 TiB when its first step is done."""
+    """The second asks for 160 GiB when its first step is done."""
     hook = tmp_path / "sitecustomize.py"
     hook.write_text(
         "import os\n"
@@ -224,7 +224,7 @@ def test_memory_that_runs_out_on_one_of_two_gpus_leads_both_to_a_smaller_plan(wi
         f"        if not os.path.exists({str(tmp_path / 'failed')!r}):\n"
         f"            open({str(tmp_path / 'failed')!r}, 'w').close()\n"
         "            import torch\n"
-        "            torch.empty(2**40, device='cuda')\n"
+        "            torch.empty(160 * 2**30, dtype=torch.uint8, device='cuda')\n"
         "        average(parameters)\n"
         "    ranks.average_gradients = fail\n"
     )

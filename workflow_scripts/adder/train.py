@@ -39,7 +39,7 @@ def run(
     `checkpoints`: a directory that outlives a kill; training continues from the last whole checkpoint in it, by the
     plan that it began with. Where memory runs out, it goes on from there with a smaller plan. `runtime`: {gpus,
     sharding, checkpoints, save_total_limit, report_to, results}, of the machine; each of several GPUs has a process of
-    its own, without `gpus` it is one and this process; trackers write below `results`. Raises UserError for a set-up
+    its own, and without `gpus` this one trains alone; trackers write below `results`. Raises UserError for a set-up
     that can't work, when the loss stops being a number and when memory runs out with the smallest plan.
     """
     folder, runtime, device = checkpoints or out / "checkpoints", runtime or {}, hardware.device()

@@ -150,8 +150,8 @@ class Trainer(SFTTrainer):
         self.idle += time.perf_counter() - start
         return result
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _save(self, output_dir=None, state_dict=None):
