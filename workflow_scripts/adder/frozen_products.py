@@ -125,7 +125,7 @@ def _tried(model: PeftModel, wanted: str, packs: PackedExamples, folded: Choice)
         return Choice("fp8", f"as set; {why}") if wanted == "fp8" else Choice("bf16", f"fp8 isn't taken: {why}")
     within = is_within(found)
     if wanted == "fp8":
-        verdict = "as set" if within else "as set, though it changes more than `auto` would allow"
+        verdict = "as set" if within else "as set, though it changes more than auto would allow"
     else:
         verdict = "faster, and it changes little" if within else "fp8 would be faster, but it changes too much"
     value = "fp8" if within or wanted == "fp8" else "bf16"
