@@ -93,7 +93,7 @@ def test_parity_is_that_of_fp8_and_not_of_dropout():
     for model in (plain, dropping):
         folded_lora.attach(model, products="fp8")
     found = frozen_products.parity(dropping, batch_of(9, 23))
-    assert found == pytest.approx(frozen_products.parity(plain, batch_of(9, 23)), rel=1e-5)
+    assert found == frozen_products.parity(plain, batch_of(9, 23))
     assert found["compared"] == "B" and 0.9 < found["gradient_cosine"] < 1
 
 
@@ -118,7 +118,7 @@ def test_auto_takes_fp8_where_it_changes_little(hopper, packs, monkeypatch):
     bf16, fp8, allowed = choice.alternatives
     assert bf16 == {"products": "bf16", "loss": found["reference_loss"]}
     assert fp8["within"] and all(fp8[name] == found[name] for name in ("loss", "loss_difference", "gradient_cosine"))
-    assert fp8["loss_difference_share"] == pytest.approx(fp8["loss"] / bf16["loss"] - 1)
+    assert fp8["loss_difference_share"] == pytest.approx(abs(fp8["loss"] / bf16["loss"] - 1))
     assert allowed == {"products": "allowed", "loss_difference": 10.0, "gradient_cosine": 0.5}
     assert f"12 of the packs, {found['tokens']} tokens that carry loss" in choice.reason
     assert (
@@ -215,7 +215,7 @@ def test_a_comparison_that_runs_out_of_memory_leaves_16_bits(hopper, packs, monk
 
 
 def test_sizes_that_fp8_cannot_multiply_stay_in_16_bits(hopper, packs):
-    model = with_adapter(family("Llama", intermediate_size=136), target_modules=["down_proj"])
+    model = with_adapter(family("Llama", hidden_size=56))
     choices = frozen_products.attach(model, "bfloat16", "fp8", packs)
     assert choices["lora_products"].value == "folded"
     assert "nothing here can be multiplied in fp8" in choices["frozen_products"].reason
@@ -239,10 +239,10 @@ def test_the_report_shows_the_comparison(hopper, packs, monkeypatch, tmp_path, w
     write_json(inputs["train"] / "plan.json", plan | {"frozen_products": choice.to_dict()})
     report.run(settings, inputs, tmp_path, Progress.silent())
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    shown = re.sub("<[^>]*>", " ", page[page.index('<section id="training"') : page.index('<section id="filmstrip"')])
+    shown = re.sub("<[^>]*>", " ", page[page.index("Products with the frozen") : page.index('<section id="filmstrip"')])
     words = html.unescape(" ".join(shown.split()))
     assert f"{choice.reason[1:]}. products loss difference share of the loss cosine of the gradients" in words
-    rows = r"bf16 [\d.]+ – .*fp8 chosen [\d.]+ −?[\d.]+ −?[\d.]+ % 0\.9\d+ .*_proj yes .*allowed – 10 – 0\.5"
+    rows = r"bf16 [\d.]+ – .*fp8 chosen [\d.]+ −?[\d.]+ [\d.]+ % 0\.9\d+ .*_proj yes .*allowed – 10 – 0\.5"
     assert re.search(rows, words), words
     # Among what Adder chose, only if it did.
     assert ('id="choice-train.frozen_products"' in page) == (wanted == "auto")

@@ -156,7 +156,7 @@ def _in_words(found: dict, packs: int) -> str:
 def _rows(found: dict, within: bool) -> list[dict]:
     """The comparison as a table: bf16, fp8, and what is allowed."""
     shown = ("loss", "loss_difference", "gradient_cosine", "gradient_norm_ratio", "lowest_cosine", "lowest_layer")
-    share = found["loss_difference"] / found["reference_loss"]
+    share = abs(found["loss_difference"]) / found["reference_loss"]
     return [
         {"products": "bf16", "loss": found["reference_loss"]},
         {"products": "fp8", **{name: found[name] for name in shown}, "loss_difference_share": share, "within": within},
