@@ -112,7 +112,7 @@ def suspended(model: PeftModel) -> Iterator[None]:
             group.suspended = False
 
 
-def attach_where_it_pays(model: PeftModel, dtype: str, products: str) -> Choice:
+def attach_where_it_pays(model: PeftModel, dtype: str, products: str = "bf16") -> Choice:
     """Attach on a GPU with fast 16-bit products (Ampere or later); return the choice, with `attach`'s result.
 
     `products`: as attach's; "fp8" only where it can be had.
