@@ -47,7 +47,7 @@ LOSS_TOLERANCE = 0.01
 # choice of examples gives a gradient is as large as the gradient itself at the critical batch size, and larger below
 # it (McCandlish et al. 2018, arXiv:1812.06162).
 LEAST_COSINE = 0.99
-# Tokens of the packs that are tried, about: a second or two for an 8B model on an H100.
+# Tokens of the packs that are tried, about: a second or two for an 8B model on an H100, by its speeds in training.
 TRIED_TOKENS = 8192
 
 
