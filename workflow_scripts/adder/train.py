@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig
 
-from adder import adapter, base_model, folded_lora, hardware, planner, preflight, trackers
+from adder import adapter, base_model, frozen_products, hardware, planner, preflight, trackers
 from adder.advice import advise
 from adder.checkpoints import newest_whole
 from adder.choice import Choice
@@ -78,23 +78,26 @@ def _train(settings: dict, inputs: dict[str, Path], out: Path, progress: Progres
     set_seed(settings["seed"])
     model, choices = base_model.load(inputs["model"] / "model", settings["method"], dtype, device)
     plan |= choices
+    step_plan = planner.load(folder)
     if settings["method"] != "full":
         model = adapter.add_adapter(model, settings)
         adapter.initialise(model, packs, settings)
         if device == "cuda":
-            plan["lora_products"] = folded_lora.attach_where_it_pays(model, dtype, products=settings["frozen_products"])
+            kept = (step_plan or {}).get("frozen_products")
+            plan |= frozen_products.attach(model, dtype, settings["frozen_products"], packs, kept)
     if settings["neftune_noise_alpha"]:
         add_noise(model, settings["neftune_noise_alpha"])
 
     newest = newest_whole(folder)
     resumed_from = newest and int(newest.name.removeprefix("checkpoint-"))
-    step_plan = planner.load(folder)
     if newest is None:
         shutil.rmtree(folder, ignore_errors=True)
     levels = planner.supported(model, device)
     if step_plan is None:
         trials = planner.Trials(model, seq_lengths, dtype, device)
         step_plan = planner.choose(settings, seq_lengths, device, levels, trials)
+    if "frozen_products" in plan:
+        step_plan["frozen_products"] = plan["frozen_products"]  # outlives a kill too
     planner.save(step_plan, folder)
     planner.apply(model, planner.of(step_plan).checkpointing)
     plan |= step_plan
@@ -162,6 +165,8 @@ def _check(trainer: Trainer, packs: PackedExamples, plan: dict[str, Choice], pro
     seen = preflight.check(
         trainer.model, trainer.processing_class, packs.pack(0), trainer.settings, plan, trainer.doctor.facts
     )
+    if "frozen_products" in plan:
+        seen["warnings"] += frozen_products.warnings(plan["frozen_products"])
     for warning in seen["warnings"]:
         progress.say(f"warning: {warning}")
     progress.say(seen["estimate"])
