@@ -8,6 +8,7 @@ attention function, and they are honoured here, where a kernel can't by computin
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -278,9 +279,12 @@ def _by_flash_attn(query, key, value, ends, longest, scale, dropout, window, cap
 def _by_flex(query, key, value, ends, longest, scale, window, cap, **beyond):
     tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
     blocks = _once(ends, window, lambda: block_mask(ends, tokens, window))
-    rows = (torch.nn.functional.pad(x, (0, 0, 0, blocks.shape[-1] - tokens)) for x in (query, key, value))
-    score = None if cap is None else _capped(cap)
-    out = _compiled_flex()(*rows, score_mod=score, block_mask=blocks, scale=scale, enable_gqa=groups > 1)
+    rows = [torch.nn.functional.pad(x, (0, 0, 0, blocks.shape[-1] - tokens)) for x in (query, key, value)]
+    for x in rows:
+        torch._dynamo.mark_static(x, (1, 3))  # only lengths change, whatever other models this process has seen
+    ratio = 1.0 if scale is None else scale * query.shape[-1] ** 0.5
+    score = _score(None if math.isclose(ratio, 1) else ratio, cap, query.device)
+    out = _compiled_flex()(*rows, score_mod=score, block_mask=blocks, enable_gqa=groups > 1)
     return out[:, :, :tokens].transpose(1, 2).contiguous()
 
 
@@ -293,8 +297,20 @@ def _compiled_flex() -> Callable:
 
 
 @functools.cache
-def _capped(cap: float) -> Callable:
-    return lambda score, batch, head, q, k: cap * torch.tanh(score / cap)
+def _score(ratio: float | None, cap: float | None, device: torch.device) -> Callable | None:
+    """What becomes of a score in FlexAttention: times `ratio`, capped.
+
+    The numbers are in a tensor, as is the mask's window: Python's own would be compiled in, one by one.
+    """
+    numbers = torch.tensor([ratio or 1.0, cap or 0.0], device=device)
+
+    def scaled(score, batch, head, q, k):
+        return score * numbers[0]
+
+    def capped(score, batch, head, q, k):
+        return numbers[1] * torch.tanh(score * numbers[0] / numbers[1])
+
+    return capped if cap is not None else scaled if ratio is not None else None
 
 
 def block_mask(ends: torch.Tensor, tokens: int, window: int | None) -> flex.BlockMask:
@@ -314,11 +330,12 @@ def block_mask(ends: torch.Tensor, tokens: int, window: int | None) -> flex.Bloc
     if window is not None:
         shared &= below * BLOCK - (BLOCK - 1) < window
         whole &= below * BLOCK + (BLOCK - 1) < window
+        reach = torch.full((1,), window, dtype=ends.dtype, device=ends.device)
 
     def visible(batch, head, q, k):
         """Whether query q sees key k."""
         seen = (q >= k) & (example[q] == example[k])
-        return seen if window is None else seen & (q - k < window)
+        return seen if window is None else seen & (q - k < reach[0])
 
     def listed(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """How many key blocks each query block has, and which, those first."""
