@@ -91,7 +91,7 @@ def by_cudnn(module, query, key, value, mask, *, cu_seq_lens_q, max_length_q, sl
     return Cudnn.apply(*(x.contiguous() for x in rows), cu_seq_lens_q, max_length_q)[None], None
 
 
-@functools.partial(torch.compile, dynamic=False)
+@functools.partial(torch.compile, dynamic=False, fullgraph=True)
 def static_flex(query, key, value, **options):
     """A function of its own, which shares no compilations with Adder's."""
     return flex.flex_attention(query, key, value, **options)

@@ -290,10 +290,10 @@ def _by_flex(query, key, value, ends, longest, scale, window, cap, **beyond):
 
 @functools.cache
 def _compiled_flex() -> Callable:
-    # Each of full and sliding layers, training and evaluation, first and other lengths is a compilation of its own;
-    # over the limit FlexAttention would silently compute every score.
+    # Each of full and sliding layers, training and evaluation, first and other lengths is a compilation of its own.
+    # Uncompiled, FlexAttention would compute every score: "fullgraph" makes an error of that.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(flex.flex_attention)
+    return torch.compile(flex.flex_attention, fullgraph=True)
 
 
 @functools.cache
