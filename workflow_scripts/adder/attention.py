@@ -33,6 +33,8 @@ KERNELS = {
 HEAD_STEP, LARGEST_HEAD, SMALLEST_FLEX_HEAD = 8, 256, 16
 # FlexAttention's blocks of queries and keys, tokens each way.
 BLOCK = 128
+# Examples of up to so many tokens are attended to by plain products in bf16 on a CPU.
+SHORT = 512
 # A kernel is used if its result and gradients on a small pack are this close to fp32's, as relative norms: 16-bit
 # kernels come to 0.003 to 0.006, and attention that sees too much or too little is off by tenths.
 TRUSTED = 0.03
@@ -183,9 +185,6 @@ def segment_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     options = {"scale": scaling, "dropout": dropout, "window": sliding_window, "cap": softcap}
     if cu_seq_lens_q is None:
         out = _causal(query, key, value, mask=attention_mask, **options)
@@ -208,6 +207,12 @@ def _causal(query, key, value, scale, dropout, window, cap, mask=None):
     """Attention of (batch, heads, tokens, head size), the last query at the last key; see segment_attention."""
     queries, keys = query.shape[-2], key.shape[-2]
     plain = mask is None and queries == keys and (window is None or keys <= window)
+    on_cpu = value.dtype == torch.bfloat16 and value.device.type == "cpu"
+    if plain and cap is None and not dropout and on_cpu and keys <= SHORT:
+        return ShortAttention.apply(query.to(value.dtype), key.to(value.dtype), value, scale)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if cap is None and plain:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, dropout_p=dropout
@@ -226,6 +231,49 @@ def _causal(query, key, value, scale, dropout, window, cap, mask=None):
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.nn.functional.dropout(scores.softmax(-1).to(value.dtype), dropout)
     return weights @ value
+
+
+class ShortAttention(torch.autograd.Function):
+    """Causal attention of (1, heads, tokens, head size) by plain products, for short examples in bf16 on a CPU.
+
+    Forward and backward of ten examples of 100 tokens, 9 heads over 3 of 64 numbers, one core with AVX512-BF16: 11 ms,
+    where torch's flash kernel takes 35 (two of 512 tokens: 46 and 57), with smaller errors, since scores are fp32 here
+    too. In fp32 the kernel itself takes 17 ms, and plain products 15.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale):
+        """Give (1, heads, tokens, head size)."""
+        groups, tokens, size = key.shape[1:]
+        ctx.scale = size**-0.5 if scale is None else scale
+        with torch.autocast("cpu", enabled=False):
+            scores = _scaled(query.float().reshape(groups, -1, size), key[0].float().transpose(1, 2), ctx.scale)
+            scores.view(groups, -1, tokens, tokens).add_(_future()[:tokens, :tokens])
+            weights = scores.softmax(-1).to(value.dtype)
+            out = (weights @ value[0]).view(query.shape)
+        ctx.save_for_backward(query, key, value, weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Gradients to query, key and value."""
+        query, key, value, weights = ctx.saved_tensors
+        gradient, rows = (x.reshape(weights.shape[0], -1, x.shape[-1]) for x in (gradient, query))
+        to_weights = gradient @ value[0].transpose(1, 2)
+        to_scores = torch.ops.aten._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+        to_query = _scaled(to_scores, key[0], ctx.scale).view(query.shape)
+        to_key = _scaled(to_scores.transpose(1, 2), rows, ctx.scale)[None]
+        return to_query, to_key, (weights.transpose(1, 2) @ gradient)[None], None
+
+
+def _scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · a @ b, for batches of matrices."""
+    return torch.baddbmm(a.new_zeros(1), a, b, beta=0, alpha=scale)
+
+
+@functools.cache
+def _future() -> torch.Tensor:
+    return torch.full((SHORT, SHORT), -math.inf).triu(1)
 
 
 def _over_packs(name: str, kernel: Callable) -> Callable:
