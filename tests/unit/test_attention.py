@@ -62,7 +62,7 @@ def test_packed_is_unpacked_eager(name):
 
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_short_examples_by_plain_products_are_torchs_attention(scale):
-    """Output and gradients: in fp32 to the order of sums, in bf16 the worst error is below that of torch's own kernel."""
+    """Output and gradients: in fp32 to the order of sums, in bf16 with a worst error below that of torch's kernel."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(1, n, 90, 16, generator=generator).bfloat16() for n in (6, 2, 2)]
     gradient = torch.randn(1, 6, 90, 16, generator=generator).bfloat16()

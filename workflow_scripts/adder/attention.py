@@ -57,15 +57,18 @@ def choose(config, dtype: str, device: str, why_not: Callable[..., str | None] |
         refused.append({"attention": name, "not_used_because": why})
     else:
         name = SEGMENTS
-    because = f"; {VARLEN} would be faster, but {refused[0]['not_used_because']}" if refused else ""
+    because = f"; torch's varlen kernel isn't used: {refused[0]['not_used_because']}" if refused else ""
     return Choice(name, KERNELS.get(name, apart) + because, refused)
 
 
 def _unfit(name: str, config) -> str | None:
     """Why no machine computes such a model's attention by the kernel `name`; None if it can."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cap, dropout = getattr(config, "attn_logit_softcapping", None), getattr(config, "attention_dropout", 0)
-    return _beyond(name, size, cap, dropout)
+    return _beyond(name, _head_size(config), cap, dropout)
+
+
+def _head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _beyond(name: str, size: int, cap: float | None, dropout: float) -> str | None:
@@ -97,7 +100,7 @@ def _fails_here(name: str, config, dtype: str) -> str | None:
     try:
         error = error_on_trial(name, config, getattr(torch, dtype), "cuda")
     except Exception as problem:  # compilers and kernels raise what they like
-        return f"it failed on a small pack: {type(problem).__name__}: {str(problem).splitlines()[0]}"
+        return f"it failed on a small pack: {type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
     return None if error < TRUSTED else f"it was off by {error:.2g} on a small pack"
 
 
@@ -109,8 +112,8 @@ def error_on_trial(name: str, config, dtype: torch.dtype, device: str) -> float:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([0, 150, 3, 260, 97])
     ends, tokens = lengths.cumsum(0).to(device, torch.int32), int(lengths.sum())
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, size = config.num_attention_heads, _head_size(config)
+    groups = getattr(config, "num_key_value_heads", None) or heads
     query, key, value = (
         torch.randn(1, n, tokens, size, generator=generator).to(device, dtype) for n in (heads, groups, groups)
     )
