@@ -35,7 +35,7 @@ HEAD_STEP, LARGEST_HEAD, SMALLEST_FLEX_HEAD = 8, 256, 16
 BLOCK = 128
 # Examples of up to so many tokens are attended to by plain products in bf16 on a CPU.
 SHORT = 512
-# A kernel is used if its result and gradients on a small pack are this close to fp32's, as relative norms: 16-bit
+# A kernel is used if its results and gradients on small packs are this close to fp32's, as relative norms: 16-bit
 # kernels come to 0.003 to 0.006, and attention that sees too much or too little is off by tenths.
 TRUSTED = 0.03
 
@@ -105,33 +105,39 @@ def _fails_here(name: str, config, dtype: str) -> str | None:
 
 
 def error_on_trial(name: str, config, dtype: torch.dtype, device: str) -> float:
-    """Relative error of a kernel's results and gradients (the worst of four norms) on a small pack, against fp32.
+    """Relative error of a kernel's results and gradients (the worst of all norms) on small packs, against fp32.
 
-    Of the config: heads, their size, cap, and whether there is a window. Leaves torch's random numbers alone.
+    Of the config: heads, their size, cap, and whether there is a window. Two lengths, with and without window, under
+    autocast as in training: FlexAttention is compiled for each of these and again for a second length, which the
+    planner would otherwise measure as a slow step. Leaves torch's random numbers alone.
     """
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([0, 150, 3, 260, 97])
-    ends, tokens = lengths.cumsum(0).to(device, torch.int32), int(lengths.sum())
-    heads, size = config.num_attention_heads, _head_size(config)
+    heads, size, cap = config.num_attention_heads, _head_size(config), getattr(config, "attn_logit_softcapping", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
-    query, key, value = (
-        torch.randn(1, n, tokens, size, generator=generator).to(device, dtype) for n in (heads, groups, groups)
-    )
-    gradient = torch.randn(1, tokens, heads, size, generator=generator).to(device, dtype)
-    options = {"cu_seq_lens_q": ends, "max_length_q": 260, "softcap": getattr(config, "attn_logit_softcapping", None)}
-    if options["softcap"] is not None:
-        query = query * 4  # scores of usual size are far below a cap of 50, and don't show it
-    options["sliding_window"] = 100 if getattr(config, "sliding_window", None) else None
+    generator, errors = torch.Generator().manual_seed(0), []
 
-    def results(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Output and gradients to query, key and value."""
-        leaves = [x.to(dtype).requires_grad_() for x in (query, key, value)]
-        out = function(None, *leaves, None, **options)[0]
-        return [out, *torch.autograd.grad(out, leaves, gradient.to(dtype))]
+    def random(count: int, tokens: int) -> torch.Tensor:
+        """(1, heads, tokens, head size)."""
+        return torch.randn(1, count, tokens, size, generator=generator).to(device, dtype)
 
-    exact = results(segment_attention, torch.float32)
-    found = results(FUNCTIONS[name], dtype)
-    return max(((f.float() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True))
+    for lengths in ([150, 3, 260, 97], [150, 3, 260, 97, 300]):
+        ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+        rows = [random(count, sum(lengths)) for count in (heads, groups, groups)]
+        # Scores of usual size are far below a cap of 50, and don't show it.
+        rows[0] = rows[0] * (1 if cap is None else 4)
+        gradient = random(heads, sum(lengths)).transpose(1, 2)
+        for window in (None, 100) if getattr(config, "sliding_window", None) else (None,):
+            options = {"cu_seq_lens_q": ends, "max_length_q": 300, "softcap": cap, "sliding_window": window}
+
+            def results(function: Callable, kind: torch.dtype, rows=rows, gradient=gradient, options=options) -> list:
+                """Output and gradients to query, key and value."""
+                leaves = [x.detach().to(kind).requires_grad_() for x in rows]
+                with torch.autocast(device, dtype, enabled=kind == dtype):
+                    out = function(None, *leaves, None, **options)[0]
+                return [out, *torch.autograd.grad(out, leaves, gradient.to(kind))]
+
+            pairs = zip(results(FUNCTIONS[name], dtype), results(segment_attention, torch.float32), strict=True)
+            errors += [((found.float() - exact).norm() / exact.norm()).item() for found, exact in pairs]
+    return max(errors)
 
 
 def _varlen_attn():
@@ -330,7 +336,7 @@ def _by_flash_attn(query, key, value, ends, longest, scale, dropout, window, cap
 def _by_flex(query, key, value, ends, longest, scale, window, cap, **beyond):
     tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
     blocks = _once(ends, window, lambda: block_mask(ends, tokens, window))
-    rows = [torch.nn.functional.pad(x, (0, 0, 0, blocks.shape[-1] - tokens)) for x in (query, key, value)]
+    rows = [torch.nn.functional.pad(x, (0, 0, 0, blocks.shape[-1] - tokens)).contiguous() for x in (query, key, value)]
     for x in rows:
         torch._dynamo.mark_static(x, (1, 3))  # only lengths change, whatever other models this process has seen
     ratio = 1.0 if scale is None else scale * query.shape[-1] ** 0.5
