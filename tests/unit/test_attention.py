@@ -64,8 +64,8 @@ def test_packed_is_unpacked_eager(name):
 def test_short_examples_by_plain_products_are_torchs_attention(scale):
     """Output and gradients: in fp32 to the order of sums, in bf16 with a worst error below that of torch's kernel."""
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(1, n, 90, 16, generator=generator).bfloat16() for n in (6, 2, 2)]
-    gradient = torch.randn(1, 6, 90, 16, generator=generator).bfloat16()
+    rows = [torch.randn(2, n, 90, 16, generator=generator).bfloat16() for n in (6, 2, 2)]
+    gradient = torch.randn(2, 6, 90, 16, generator=generator).bfloat16()
 
     def torchs(query, key, value):
         return torch.nn.functional.scaled_dot_product_attention(
