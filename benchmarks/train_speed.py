@@ -111,6 +111,7 @@ def build(arm: str, shape: dict, layers: int):
     """The arm's model with its adapter, ready for a loop of its own."""
     import speed_model
     from peft import get_peft_model
+    from transformers import LlamaConfig
 
     from adder import attention, folded_lora
 
@@ -121,7 +122,8 @@ def build(arm: str, shape: dict, layers: int):
         apply_liger_kernel_to_llama(
             rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False
         )
-    kernel = "sdpa" if arm == "padded_script" else attention.implementation(speed_model.device(), "bfloat16")
+    packs = attention.choose(LlamaConfig(**shape), "bfloat16", speed_model.device())
+    kernel = "sdpa" if arm == "padded_script" else packs.value
     model = speed_model.base_model(shape, layers, kernel)
     if arm == "adder_trl_head":
         from trl.trainer.utils import add_fused_lm_head

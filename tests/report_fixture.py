@@ -458,7 +458,7 @@ def write_train(folder: Path, rng: random.Random, method: str, eval_loss: bool, 
         "micro_batch_size": (2, "Two packs of 256 tokens are the fastest measured batch that fits in 8.3 GB."),
         "gradient_accumulation_steps": (1, "2 packs hold 16.3 examples on average; 16 were asked for."),
         "gradient_checkpointing": (False, "The worst case needs 2.4 GB of 8.3 GB without it."),
-        "attention": ("sdpa", "no CUDA device: sdpa with a mask that keeps packed examples apart"),
+        "attention": ("adder_segments", "on a CPU each example of a pack is attended to by itself"),
     }
     speed = [{"micro_batch_size": size, "tokens_per_second": 560 + 26 * size, "fits": size < 8} for size in (1, 2, 4)]
     choices = {n: {"value": value, "reason": reason, "alternatives": []} for n, (value, reason) in plan.items()}
