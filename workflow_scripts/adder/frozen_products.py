@@ -33,7 +33,7 @@ from adder.training_data import PackedExamples
 from adder.triton_tools import triton
 
 # Whether `auto` may take fp8 at all.
-AUTO_MAY_TAKE_FP8 = False
+AUTO_MAY_TAKE_FP8 = True
 # Share of the free memory that weights in fp8 may take where fp8 is set; `auto` leaves as much room to activations as
 # it does beside 16-bit values (folded_lora.HELD_SHARE).
 FP8_SHARE = 0.6
