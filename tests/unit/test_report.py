@@ -398,6 +398,15 @@ def test_f1_and_perplexity_are_compared_row_by_row():
     assert found["ci95"][1] - found["ci95"][0] < 0.2 * (apart[1] - apart[0])
 
 
+def test_a_task_may_call_its_score_as_a_held_out_one_is_called():
+    score = {"value": 0.5, "ci95": [0.4, 0.6], "n": 3}
+    scores = {"metric": "loss", "metrics": {"loss": score}, "version": 1, "higher_is_better": False, "num_fewshot": 0}
+    samples = [{"base": {"loss": 0.5 + n}, "tuned": {"loss": 0.4 + n}} for n in range(9)]
+    task = {"base": scores, "tuned": scores, "samples": samples}
+    (row,) = report_scores.compare_tasks([task], [{"task": "mine", "max_drop": None}])
+    assert row["verdict"] == "better" and row["difference"]["value"] == pytest.approx(-0.1)
+
+
 def test_a_row_without_labelled_tokens_weighs_nothing_in_the_loss():
     rows = [{"loss": 1.0, "labelled_tokens": 30}, {"loss": 0.0, "labelled_tokens": 0}]
     assert report_scores.per_row("loss", rows).mean() == pytest.approx(1.0)

@@ -188,7 +188,8 @@ def compare_tasks(tasks: list[dict], asked: list[dict]) -> list[dict]:
     for entry, task in zip(asked, tasks, strict=True):
         scores, metric = task["tuned"], task["tuned"]["metric"]
         base, tuned = (task[who]["metrics"][metric] for who in ("base", "tuned"))
-        found = difference(metric, *([sample[who] for sample in task["samples"]] for who in ("base", "tuned")))
+        values = ([sample[who][metric] for sample in task["samples"]] for who in ("base", "tuned"))
+        found = told(statistics.paired_difference(*values))
         rows.append({
             **entry,
             **{key: scores[key] for key in ("version", "metric", "higher_is_better", "num_fewshot")},
