@@ -232,7 +232,7 @@ def one_run(options, arm: str, rate: float, seed: int, work: Path, scratch: Path
         "first_loss": round(losses[0], 4),
         "final_loss": round(float(np.mean(losses[-LAST:])), 4),
         "heldout_loss": round(found["loss"], 5),
-        "exact_match": statistics.proportion(sum(right), len(right)),
+        "exact_match": statistics.proportion(right),
         "intent": round(float(np.mean([row["intent"] for row in found["rows"]])), 5),
         "curve": pieces(losses),
         "right": "".join(map(str, right)),

@@ -127,7 +127,8 @@ class Heldout(Section):
     sources: list[Source] | None = Field(None, min_length=1)
     """Held-out rows from sources of their own; training rows that stand among them are dropped."""
     group_by: str | None = None
-    """Column whose rows stay together: one conversation or author never stands on both sides."""
+    """Column whose rows stay together: one conversation or author never stands on both sides. Intervals take each of
+    its groups as a whole."""
     stratify_by: str | None = None
     """Column of whose values each is held out by the same share."""
 
