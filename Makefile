@@ -5,6 +5,8 @@ VENV ?= .venv
 # Where torch comes from, if not from pip's own index: see "Installing" in the README.
 TORCH_INDEX ?=
 CONFIG ?=
+# Tests at a time: each computes on one core.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --cores 1
 
@@ -30,7 +32,7 @@ $(VENV)/.ready-dev: envs/requirements-dev.lock $(VENV)/.ready
 	@touch $@
 
 test: lint browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # Where there is none and Debian's can't be had, those tests are skipped; nothing else needs it.
 browser:

@@ -2,15 +2,16 @@
 
     python benchmarks/train_quality.py --prepare prepared.tar.xz [--data ../shared/data/snips] [--model SOURCE]
     python benchmarks/train_quality.py --prepared prepared.tar.xz --model SOURCE [--arms trl adder adder_fp8]
-        [--seeds 1 2 3] [--learning-rates 1e-3] [--method lora] [--epochs 2] [--lora-r 16]
-        [--out benchmarks/results/train_quality.json]
+        [--seeds 1 2 3] [--learning-rates 1.5e-3] [--method lora] [--epochs 3] [--lora-r 16]
+        [--jobs 9] [--out benchmarks/results/train_quality.json]
 
 The first, on any machine, runs the pipeline's own format, tokenize and lengths stages over all SNIPS requests (the
 usual split: 13,495 to train on, 695 to test) and writes tokens and packs into one file of about a megabyte. The second,
 on a GPU, trains SmolLM2-135M on them once an arm, rate and seed, and lets it reply to every test request. SOURCE is a
 model.source: a folder, a .gguf file, a wheel. Every arm is judged alike: the adapter merged by PEFT in fp32, replies in
 bf16, greedy. The JSON is written after each run; runs that it holds already are not made again, so that one that was
-cut off goes on.
+cut off goes on. With --jobs several runs share the GPU, which a model as small as this can't fill: how fast each was
+then says nothing, and is left out.
 
 trl        SFTTrainer and PEFT, its own packing of the same tokens; nothing recomputed, to save the benchmark's time
 adder      the train stage with all its speed-ups, bf16
@@ -25,11 +26,15 @@ arXiv:2411.00640).
 import argparse
 import json
 import lzma
+import os
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 
@@ -223,11 +228,11 @@ def one_run(options, arm: str, rate: float, seed: int, work: Path, scratch: Path
         "steps": len(losses),
         "train_seconds": round(trained - start, 1),
         "judge_seconds": round(time.perf_counter() - trained, 1),
-        "real_tokens_per_second": round(tokens / sum(Clock.steps), 1),
+        "real_tokens_per_second": None if options.shared else round(tokens / sum(Clock.steps), 1),
         "first_loss": round(losses[0], 4),
         "final_loss": round(float(np.mean(losses[-LAST:])), 4),
         "heldout_loss": round(found["loss"], 5),
-        "exact_match": statistics.proportion(sum(right), len(right)),
+        "exact_match": statistics.proportion(right),
         "intent": round(float(np.mean([row["intent"] for row in found["rows"]])), 5),
         "curve": pieces(losses),
         "right": "".join(map(str, right)),
@@ -255,7 +260,7 @@ def by_arm(runs: list[dict]) -> list[dict]:
             "exact_match_by_seed": exact,
             **{
                 key: round(float(np.mean([run[key] for run in group])), 5)
-                for key in ("intent", "final_loss", "heldout_loss", "real_tokens_per_second")
+                for key in ("intent", "final_loss", "heldout_loss")
             },
         }
         if name != "trl" and ("trl", rate) in right:
@@ -284,6 +289,24 @@ def compare(options) -> dict:
         }
     made = {(run["name"], run["learning_rate"], run["seed"]) for run in result["runs"]}
     wanted = [(arm, rate, seed) for seed in options.seeds for rate in options.learning_rates for arm in options.arms]
+    wanted = [key for key in wanted if key not in made]
+    for run in in_processes(options, wanted) if options.jobs > 1 else one_by_one(options, wanted):
+        result["runs"].append(run)
+        result["arms"] = by_arm(result["runs"])
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        speed = run["real_tokens_per_second"]
+        print(
+            f"{run['name']:10} rate {run['learning_rate']:g} seed {run['seed']}: exact "
+            f"{run['exact_match']['value']:.4f}, intent {run['intent']:.4f}, held-out loss {run['heldout_loss']:.4f}, "
+            f"{f'{speed:,.0f} tokens/s, ' if speed else ''}{run['train_seconds']:.0f} + {run['judge_seconds']:.0f} s",
+            flush=True,
+        )
+    return result
+
+
+def one_by_one(options, wanted: list[tuple[str, float, int]]) -> Iterator[dict]:
+    """Make the runs here; one that fails says why and is left out."""
     Clock.watch()
     with tempfile.TemporaryDirectory() as folder:
         work, scratch = Path(folder) / "work", Path(folder) / "runs"
@@ -291,26 +314,35 @@ def compare(options) -> dict:
         scratch.mkdir()
         load_prepared(options, work)
         for arm, rate, seed in wanted:
-            if (arm, rate, seed) in made:
-                continue
             try:
                 run, rows = one_run(options, arm, rate, seed, work, scratch)
             except Exception:  # the other arms still have something to say
                 traceback.print_exc()
                 print(f"{arm}, rate {rate}, seed {seed}: failed", flush=True)
                 continue
-            result["runs"].append(run)
-            result["arms"] = by_arm(result["runs"])
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            wrong = next((row for row in rows if not row["exact_match"]), None)
-            print(
-                f"{arm:10} rate {rate:g} seed {seed}: exact {run['exact_match']['value']:.4f}, intent "
-                f"{run['intent']:.4f}, held-out loss {run['heldout_loss']:.4f}, {run['real_tokens_per_second']:,.0f} "
-                f"tokens/s, {run['train_seconds']:.0f} + {run['judge_seconds']:.0f} s; wrong: {wrong}",
-                flush=True,
-            )
-    return result
+            print("wrong:", next((row for row in rows if not row["exact_match"]), None), flush=True)
+            yield run
+
+
+def in_processes(options, wanted: list[tuple[str, float, int]]) -> Iterator[dict]:
+    """Make the runs in processes of their own, so many at a time, and yield them as they end."""
+    common = ["--prepared", options.prepared, "--model", options.model, "--method", options.method, "--shared"]
+    common += ["--epochs", options.epochs, "--lora-r", options.lora_r, "--effective-batch", options.effective_batch]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def make(key: tuple[str, float, int]) -> list[dict]:
+        part = Path(folder) / ("-".join(map(str, key)) + ".json")
+        own = ["--arms", key[0], "--learning-rates", key[1], "--seeds", key[2], "--out", part]
+        command = [sys.executable, __file__, *map(str, common + own)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not part.exists():
+            print(f"{key}: failed\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}", flush=True)
+            return []
+        return json.loads(part.read_text())["runs"]
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        for future in as_completed([pool.submit(make, key) for key in wanted]):
+            yield from future.result()
 
 
 def main() -> None:
@@ -321,12 +353,14 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL, help="as model.source of a configuration")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1.5e-3])
     parser.add_argument("--method", choices=("lora", "qlora", "full"), default="lora")
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--lora-r", type=int, default=16)
-    parser.add_argument("--effective-batch", type=int, default=32, help="examples a step; also when preparing")
+    parser.add_argument("--effective-batch", type=int, default=64, help="examples a step; also when preparing")
     parser.add_argument("--batch", type=int, default=256, help="replies generated at once")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--shared", action="store_true", help=argparse.SUPPRESS)  # other runs are on this GPU
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/train_quality.json")
     options = parser.parse_args()
     if options.prepare:

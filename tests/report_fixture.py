@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from adder import scoring
 from adder.files import digest_file, write_json, write_jsonl
 from adder.quality import near_duplicate_method, overlap_method
 from adder.quantiles import summarise
-from adder.statistics import proportion
+from adder.statistics import proportion, ratio
 
 HOSTILE = "<script>alert('adder')</script>\"'&"
 FIELDS = ("intent", "order_number", "product", "amount", "date", "urgency")
@@ -101,12 +102,14 @@ def write_stage_folders(
     merge_bases: bool = False,
     price_per_hour: float | None = None,
     energy: bool = False,
+    groups: int | None = None,
     run: str = "default",
 ) -> tuple[dict, dict[str, Path]]:
     """Write all stage folders under `root`; return the report's settings and inputs.
 
     `course` of the training: "healthy", "spiky" (steps that are almost too large) or "overfitted". `tasks`: names of
     TASKS. `judged`: with the judge's folder. `merge_bases`: the merge compared both bases and reloaded the model.
+    `groups`: how many the held-out rows come in.
     """
     rng = random.Random(7)
     numbered = [f"task_{who}_{n}" for n in range(len(tasks)) for who in ("base", "tuned")]
@@ -115,6 +118,8 @@ def write_stage_folders(
     for folder in inputs.values():
         folder.mkdir(parents=True)
     examples = [example(rng, n, json_replies, hostile) for n in range(1, heldout + 1)]
+    for number, one in enumerate(examples):
+        one |= {"group": f"{number % groups:016x}"} if groups else {}
     write_model(inputs["model"], hostile)
     write_data(inputs["data"], hostile)
     write_format(inputs["format"], examples, heldout, hostile)
@@ -458,7 +463,7 @@ def write_train(folder: Path, rng: random.Random, method: str, eval_loss: bool, 
         "micro_batch_size": (2, "Two packs of 256 tokens are the fastest measured batch that fits in 8.3 GB."),
         "gradient_accumulation_steps": (1, "2 packs hold 16.3 examples on average; 16 were asked for."),
         "gradient_checkpointing": (False, "The worst case needs 2.4 GB of 8.3 GB without it."),
-        "attention": ("sdpa", "no CUDA device: sdpa with a mask that keeps packed examples apart"),
+        "attention": ("adder_segments", "on a CPU each example of a pack is attended to by itself"),
     }
     speed = [{"micro_batch_size": size, "tokens_per_second": 560 + 26 * size, "fits": size < 8} for size in (1, 2, 4)]
     choices = {n: {"value": value, "reason": reason, "alternatives": []} for n, (value, reason) in plan.items()}
@@ -639,8 +644,10 @@ def write_evaluate(
     }
     if json_replies:
         scores["json_valid"] = score([float(s["reply"].startswith("{")) for s in samples])
-        scores["field_f1"] = score([mean(f["correct"] for f in s["fields"].values()) for s in samples])
-        scores["fields"] = {field: field_scores(samples, field) for field in FIELDS}
+        right, given, expected = zip(*(scoring.count_fields(s["fields"]) for s in samples), strict=True)
+        both = [a + b for a, b in zip(given, expected, strict=True)]
+        scores["field_f1"] = ratio([2 * one for one in right], both)
+        scores["fields"] = scoring.field_table([s["fields"] for s in samples])
     else:
         scores |= {metric: score([s[metric] for s in samples]) for metric in ("rouge_l", "chrf")}
     facts = {
@@ -678,7 +685,7 @@ def sample(rng: random.Random, e: dict, right: bool, typical: float, json_replie
         }[wrong]
         reply = json.dumps(values, ensure_ascii=False)
     loss = typical * rng.lognormvariate(0, 0.35) * (1 if right or typical > 1 else 6)
-    row = {key: e[key] for key in ("id", "prompt", "reference")}
+    row = {key: e[key] for key in ("id", "prompt", "reference", "group") if key in e}
     row |= {"reply": reply, "exact_match": int(right), "loss": loss, "labelled_tokens": rng.randint(36, 61)}
     if not json_replies:
         row |= {"rouge_l": 1.0 if right else 0.2 + 0.1 / typical**0.1, "chrf": 1.0 if right else 0.3 - 0.01 * typical}
@@ -695,21 +702,12 @@ def sample(rng: random.Random, e: dict, right: bool, typical: float, json_replie
 def score(values: list[float], value: float | None = None) -> dict:
     """A mean with its normal interval, clipped to what a share can be; of zeros and ones Wilson's."""
     if value is None and set(values) <= {0, 1}:
-        return proportion(round(sum(values)), len(values))
+        return proportion(values)
     middle = mean(values) if value is None else value
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     high = middle + 1.96 * error
     high = min(1.0, high) if max(values) <= 1 else high
     return {"value": middle, "ci95": [max(0.0, middle - 1.96 * error), high], "n": len(values), "stderr": error}
-
-
-def field_scores(samples: list[dict], field: str) -> dict:
-    expected = [s for s in samples if s["fields"][field]["expected"] is not None]
-    found = [s for s in samples if s["fields"][field]["found"] is not None]
-    correct = sum(s["fields"][field]["correct"] for s in expected)
-    precision, recall = correct / max(1, len(found)), correct / max(1, len(expected))
-    f1 = 2 * precision * recall / (precision + recall) if correct else 0.0
-    return {"precision": precision, "recall": recall, "f1": f1, "n": len(expected)}
 
 
 def resolved(

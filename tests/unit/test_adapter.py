@@ -8,7 +8,13 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -492,8 +498,17 @@ def test_experts_and_routers_outside_of_linear_layers_are_refused_before_trainin
         with pytest.raises(UserError, match=r"an expert or router.*Name linear layers instead: k_proj, o_proj, q_proj"):
             changes = settings(target_modules=wanted, lora_dropout=0.0)
             adapter.add_adapter(MixtralForCausalLM(MixtralConfig(**config)), changes)
-    model = adapter.add_adapter(MixtralForCausalLM(MixtralConfig(**config)), settings())
-    assert {name.rpartition(".")[2] for name, _ in adapter.layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(
+        UserError, match="gate_up_proj is no layer of this model that can be adapted; its linear layers"
+    ):
+        changes = settings(target_modules=["q_proj", "gate_up_proj"])
+        adapter.add_adapter(MixtralForCausalLM(MixtralConfig(**config)), changes)
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    partly = Qwen3MoeConfig(**config, num_experts=4, moe_intermediate_size=16, head_dim=8, mlp_only_layers=[0])
+    partly.num_hidden_layers = 2  # a dense layer, whose gate_proj is a linear layer, and one of experts
+    for mixture in (MixtralForCausalLM(MixtralConfig(**config)), Qwen3MoeForCausalLM(partly)):
+        model = adapter.add_adapter(mixture, settings())
+        assert {name.rpartition(".")[2] for name, _ in adapter.layers(model)} == attention
 
 
 def test_the_adapters_files_name_no_machine_and_are_ordinary_json(inputs, tmp_path):

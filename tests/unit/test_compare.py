@@ -95,9 +95,12 @@ def test_runs_are_compared_row_by_row(tmp_path):
     found = compare_data.compare({"first": first, "second": second})
     difference = found["runs"][1]["against_best"]
     assert difference["paired"] and difference["sure"] and difference["p"] == pytest.approx(2 * 0.5**6)
-    values = [compare_data.held_out("exact_match", run["evaluate_tuned"] / "samples.jsonl")["values"]
-              for run in (first, second)]  # fmt: skip
-    assert compare_data.independent(*values)["p"] > 0.4
+    rows = [compare_data.held_out("exact_match", run["evaluate_tuned"] / "samples.jsonl") for run in (first, second)]
+    assert compare_data.independent(*rows)["p"] > 0.4
+    # Rows of one group are one: five groups can't tell.
+    groups = [f"{n % 5}" for n in range(len(rows[0]["items"]))]
+    grouped = compare_data.difference(rows[0] | {"groups": groups}, rows[1] | {"groups": groups}, 0.0)
+    assert grouped["value"] == difference["value"] and grouped["p"] > 0.05
 
 
 def test_different_held_out_rows_are_not_paired_and_the_page_says_so(tmp_path):
@@ -112,13 +115,18 @@ def test_different_held_out_rows_are_not_paired_and_the_page_says_so(tmp_path):
 
 
 def test_independent_difference_is_the_textbook_one():
-    best, other = np.array([1.0, 1, 1, 0]), np.array([1.0, 0, 0, 0, 0])
+    best, other = ({"values": np.array(values), "groups": None} for values in ([1.0, 1, 1, 0], [1.0, 0, 0, 0, 0]))
     found = compare_data.independent(best, other)
     # Variances 0.25 and 0.2, so the standard error is sqrt(0.25 / 4 + 0.2 / 5) = 0.32016.
     assert found["value"] == pytest.approx(-0.55)
     assert found["ci95"] == pytest.approx([-0.55 - 1.96 * 0.32016, -0.55 + 1.96 * 0.32016], abs=1e-4)
     assert found["p"] == pytest.approx(0.0858, abs=1e-3)  # two-sided, of z = 1.718
-    assert compare_data.independent(best[:1], other) == {"value": pytest.approx(-0.8)}
+    single = best | {"values": best["values"][:1]}
+    assert compare_data.independent(single, other) == {"value": pytest.approx(-0.8)}
+    # Two alike rows of a group tell no more than one.
+    twice = [{"values": np.repeat(run["values"], 2), "groups": np.repeat(np.arange(len(run["values"])), 2)}
+             for run in (best, other)]  # fmt: skip
+    assert compare_data.independent(*twice)["ci95"] == pytest.approx(found["ci95"])
 
 
 def test_losses_of_other_tokens_are_not_compared(tmp_path):
@@ -173,7 +181,8 @@ def test_equal_runs_are_seldom_told_apart_however_many_there_are():
     for _ in range(400):
         # Rows of their own: independent samples, whose p is not on the safe side as McNemar's is.
         runs = [
-            {"items": [(f"{run}:{n}", "") for n in range(150)], "values": values.astype(float), "tokens": None}
+            {"items": [(f"{run}:{n}", "") for n in range(150)], "values": values.astype(float)}
+            | {"groups": None, "tokens": None}
             for run, values in enumerate(random.random((12, 150)) < 0.7)
         ]
         runs.sort(key=lambda run: -run["values"].mean())
@@ -188,7 +197,7 @@ def test_many_runs_are_told_apart_by_their_loss():
     random = np.random.default_rng(4)
     items, tokens = [(str(n), "") for n in range(200)], [40] * 200
     hard = random.lognormal(0, 0.5, 200)
-    runs = [{"items": items, "tokens": tokens, "values": hard * (0.1 + 0.02 * n)} for n in range(50)]
+    runs = [{"items": items, "tokens": tokens, "groups": None, "values": hard * (0.1 + 0.02 * n)} for n in range(50)]
     differences = [compare_data.difference(runs[0], run, 0.0) for run in runs[1:]]
     compare_data.judge_differences(differences)
     assert all(one["sure"] for one in differences)

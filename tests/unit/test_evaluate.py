@@ -4,6 +4,7 @@ import json
 import socket
 
 import lm_eval
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adder import decoding, evaluate, heldout_loss, replies, scoring
 from adder.choice import Choice
 from adder.errors import UserError
-from adder.files import read_json, read_jsonl, write_json
+from adder.files import read_json, read_jsonl, read_table, write_json, write_table
 from adder.progress import Progress
 from adder.tokenize import run as tokenize
 from tiny import save_tiny_model, write_conversations
@@ -120,6 +121,25 @@ def test_loss_equals_that_of_plain_transformers(tmp_path, tiny_model_dir, monkey
         torch.tensor(heldout["loss"]["value"]).exp().item(), rel=1e-5
     )
     assert heldout["loss"]["ci95"][0] < heldout["loss"]["value"] < heldout["loss"]["ci95"][1]
+
+
+def test_rows_of_a_group_stay_known_and_make_intervals_wider(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir)
+    table = read_table(inputs["format"] / "heldout.parquet")
+    groups = pa.array(["aa", "bb", "aa", "bb"])
+    write_table(inputs["format"] / "heldout.parquet", table.append_column("group", groups))
+    rows = evaluate.load_rows(inputs, None, tokenizer_of(inputs))
+    assert [row["group"] for row in rows] == groups.to_pylist()
+    written = {"reply": "{}", "exact_match": 0}
+    sample = evaluate.make_sample(rows[1], torch.tensor([0.5]), written, "text")
+    assert sample["group"] == "bb"
+    many = [{"loss": 1.0 + n % 6, "labelled_tokens": 3, "reply": "", "exact_match": int(n % 6 < 2)} for n in range(60)]
+    alone = evaluate.summarise(many)
+    together = evaluate.summarise([row | {"group": str(n % 6)} for n, row in enumerate(many)])
+    for name in ("loss", "perplexity", "exact_match"):
+        assert together[name]["value"] == alone[name]["value"] and together[name]["n"] == 60
+        width, plain = (found[name]["ci95"][1] - found[name]["ci95"][0] for found in (together, alone))
+        assert width > 2 * plain, name  # 6 rows in the place of 60: sqrt(10) times
 
 
 def test_padding_does_not_change_a_loss(tiny_model_dir):

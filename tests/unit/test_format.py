@@ -491,6 +491,18 @@ def test_groups_stay_together_and_stay_put(tmp_path):
     assert small.prompts("heldout") == large.prompts("heldout") & {row["question"] for row in rows[:200]}
     assert sized.card["heldout"] == 50
     assert "'author'" in large.card["split"]
+    # Which rows are of one author is told to the evaluation; those without one belong to none but themselves.
+    heldout = pq.read_table(large.out / "heldout.parquet").to_pylist()
+    by_group = {}
+    for row in heldout:
+        question = json.loads(row["conversation"])["messages"][0]["content"]
+        by_group.setdefault(row["group"], []).append(author[question])
+    assert all(len(set(found)) == 1 for found in by_group.values())
+    assert sum(None in found for found in by_group.values()) == sum(found.count(None) for found in by_group.values())
+    assert len(by_group) - sum(None in found for found in by_group.values()) == len(
+        {author[q] for q in large.prompts("heldout")} - {None}
+    )
+    assert "group" not in pq.read_schema(large.out / "train.parquet").names
 
 
 def test_a_value_is_one_group_however_it_is_written(tmp_path):

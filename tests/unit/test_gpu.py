@@ -42,7 +42,7 @@ def test_varlen_packing_isolates_examples(tmp_path, heads, groups):
     folder = save_tiny_model(tmp_path / "model", **shape)
     rows = [token_row(i, length) for i, length in enumerate(LENGTHS)]
     exact, attention = load(folder, "float32")
-    assert attention == "sdpa"
+    assert attention == "adder_segments"
     reference = gradients(exact, [on_gpu(pack_rows([[row]])) for row in rows])
     packed_exact = gradients(exact, [on_gpu(pack_rows([rows]))])
     assert relative_error(packed_exact, reference) < 1e-4

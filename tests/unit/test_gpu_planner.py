@@ -97,10 +97,10 @@ def llama_8b(dtype: torch.dtype, kernel: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize(("gigabytes", "dtype"), [(16, "float16"), (24, "bfloat16"), (80, "bfloat16")])
 def test_an_8b_model_is_planned_for_a_smaller_card_and_stays_within_it(cap, gigabytes, dtype):
-    """16 GB as on a T4: fp16, dense masks, PEFT's own products. Steps over other shapes stay below the limit."""
+    """16 GB as on a T4: fp16, example by example, PEFT's products. Steps over other shapes stay below the limit."""
     cap(min(gigabytes, torch.cuda.mem_get_info()[1] / 1e9))
     t4 = gigabytes == 16
-    kernel = "sdpa" if t4 else attention.implementation("cuda", dtype)
+    kernel = attention.SEGMENTS if t4 else attention.choose(LlamaConfig(**SHAPE), dtype, "cuda").value
     model = adapter.add_adapter(llama_8b(getattr(torch, dtype), kernel), settings())
     products = "PEFT" if t4 else folded_lora.attach_where_it_pays(model, dtype).reason
     torch.cuda.empty_cache()
@@ -136,8 +136,8 @@ def middling(dtype: str, **shape) -> torch.nn.Module:
     """A model of 400 million weights, of which activations are what takes memory."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "max_position_embeddings": 8192}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8000}
-    kernel = attention.implementation("cuda", dtype)
-    config = LlamaConfig(**{**sizes, **heads, **shape}, attn_implementation=kernel, use_cache=False)
+    config = LlamaConfig(**{**sizes, **heads, **shape}, use_cache=False)
+    config._attn_implementation = attention.choose(config, dtype, "cuda").value
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     return adapter.add_adapter(model, settings(method="lora"))

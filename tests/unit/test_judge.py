@@ -1,5 +1,6 @@
 """The judge: both orders, bad answers, busy servers and keys, against a real HTTP server."""
 
+import shutil
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -10,7 +11,7 @@ from adder import judge
 from adder.errors import UserError
 from adder.files import read_json, read_jsonl, write_jsonl
 from adder.progress import Progress
-from judge_server import judging, prefer_first, verdict
+from judge_server import judging, prefer_first, prefer_longer, verdict
 
 KEY = "sk-secret-8f31"
 
@@ -27,7 +28,7 @@ def write_samples(folder, pairs):
     inputs = {}
     for who, index in (("base", 0), ("tuned", 1)):
         inputs[f"evaluate_{who}"] = folder / who
-        (folder / who).mkdir()
+        (folder / who).mkdir(exist_ok=True)
         rows = [
             {
                 "id": f"rows:{n}",
@@ -43,12 +44,13 @@ def write_samples(folder, pairs):
 
 def run(tmp_path, pairs, server, **settings):
     out = tmp_path / "out"
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     settings = {
         "base_url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY", "max_samples": 50, "criteria": None,
         **settings,
     }  # fmt: skip
-    judge.run(settings, write_samples(tmp_path, pairs), out, Progress.silent())
+    judge.run(settings, write_samples(tmp_path, pairs), out, Progress.silent(), tmp_path / "checkpoints")
     return read_json(out / "judge.json"), {row["id"]: row for row in read_jsonl(out / "judgements.jsonl")}
 
 
@@ -155,6 +157,35 @@ def test_too_many_failures_end_it_without_a_file(tmp_path):
         run(tmp_path, [("a", "bb")] * 10, server)
     assert "left 3 of 10 pairs unjudged" in str(error.value) and "wasn't the JSON object" in str(error.value)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_broke_off_costs_only_the_pairs_that_are_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "AT_ONCE", 1)
+    monkeypatch.setattr(judge, "ATTEMPTS", 2)
+    pairs = [("short", f"longer {'!' * n}") for n in range(10)]
+
+    def run_dry(a, b):
+        """Credit for seven pairs."""
+        if len(server.asked) > 14:
+            server.statuses.append((401, {}))
+        return prefer_longer(a, b)
+
+    with judging(run_dry) as server, pytest.raises(UserError, match="HTTP 401"):
+        run(tmp_path, pairs, server)
+    (tmp_path / "checkpoints" / "torn.partial").write_text('{"judgement": {"id"')  # killed while it wrote one
+    with judging() as server:
+        facts, judgements = run(tmp_path, pairs, server)
+    assert len(server.asked) == 6 and facts["wins"] == facts["pairs"] == len(judgements) == 10
+    assert facts["tokens"] == {"prompt": 2000, "completion": 200}  # of both attempts
+    assert judgements["rows:3"]["tuned"] == "longer !!!" and list(judgements) == [
+        pair["id"] for pair in judge.choose_pairs(write_samples(tmp_path, pairs), 50)
+    ]
+
+
+def test_pairs_of_a_group_count_together():
+    rows = [{"first": "tuned", "second": "tuned", "group": f"{n % 4}"} for n in range(20)]
+    assert judge.summarise(rows)["verdict"] == "can't tell"  # four customers
+    assert judge.summarise([row | {"group": f"{n}"} for n, row in enumerate(rows)])["verdict"] == "better"
 
 
 def test_a_refused_key_ends_it_at_once_and_is_not_told(tmp_path):

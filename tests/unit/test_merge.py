@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from adder import changes, merge
+from adder.adapter import linear_names
 from adder.errors import UserError
 from adder.files import digest_file, read_json, write_json
 from adder.shards import shard_files
@@ -50,6 +51,32 @@ def test_merged_logits_are_those_of_base_and_adapter(tmp_path, model, lora):
         adapted = PeftModel.from_pretrained(plain, inputs["train"] / "adapter")(ids).logits
         found = merged(ids).logits
     assert (found - adapted).abs().max() < 0.05 * (apart - adapted).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_an_adapter_on_the_attention_of_a_mixture_of_experts(tmp_path, tiny_model_dir, kind):
+    """On disk each expert has matrices of its own; transformers joins them into one tensor as it loads."""
+    sizes = {
+        "vocab_size": AutoConfig.from_pretrained(tiny_model_dir).vocab_size, "hidden_size": 64, "num_hidden_layers": 2,
+        "intermediate_size": 32, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "eos_token_id": 2,
+        "max_position_embeddings": 512, "mlp_only_layers": [0],
+    }  # fmt: skip
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "base")
+    inputs = make_inputs(tmp_path / "in", tmp_path / "base", target_modules=linear_names(model))
+    run(inputs, tmp_path / "out", method="qlora", base="dequantized")
+    proof = read_json(tmp_path / "out" / "proof.json")
+    assert proof["base"]["value"] == "dequantized" and 0 < proof["kl"] < 0.1 * proof["base_kl"]
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "out" / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and sum("experts" in name for name in before) >= 4 * 3
+    assert sum("self_attn" in name for name in changed) == 8 and not any("experts" in name for name in changed)
 
 
 def labels_of(inputs):

@@ -26,6 +26,7 @@ from adder import (
     report_summary,
     report_text,
     report_training,
+    statistics,
 )
 from adder.errors import UserError
 from adder.files import read_json, read_jsonl, write_json, write_jsonl
@@ -376,16 +377,73 @@ def test_free_text_is_shown_by_how_near_it_comes_the_farthest_first(tmp_path):
     assert "Why these scores: the references are free text." in words
 
 
-def test_a_score_that_is_no_mean_over_rows_is_compared_as_if_unpaired():
-    rows = [np.array([0.0, 1.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0, 1.0])]
-    paired = report_scores.difference({"value": 0.5}, {"value": 0.75}, rows)
-    assert paired["value"] == 0.25 and paired["p"] is not None
-    scores = [{"value": 0.5, "stderr": 0.03}, {"value": 0.9, "stderr": 0.04}]
-    apart = report_scores.difference(*scores, rows)
-    assert apart == {"value": pytest.approx(0.4), "ci95": [pytest.approx(0.302), pytest.approx(0.498)], "p": None}
-    assert report_scores.difference({"value": 0.5}, {"value": 0.9}, [None, None]) == {
-        "value": pytest.approx(0.4), "ci95": None, "p": None
-    }  # fmt: skip
+def test_f1_and_perplexity_are_compared_row_by_row():
+    """Rows are hard or easy for both models alike, so unpaired intervals would be several times as wide."""
+
+    def row(right, loss, tokens):
+        fields = {name: {"expected": "x", "found": "x" if n < right else "y", "correct": n < right}
+                  for n, name in enumerate("abcd")}  # fmt: skip
+        return {"reply": "{}", "fields": fields, "loss": loss, "labelled_tokens": tokens}
+
+    base = [row(n % 4, 0.5 + n % 4, 5 + n % 7) for n in range(60)]
+    tuned = [row(n % 4 + (n % 3 == 0), 0.4 + n % 4, 5 + n % 7) for n in range(60)]
+    f1 = report_scores.difference("field_f1", base, tuned)
+    assert f1["value"] == pytest.approx(20 / 240) and f1["p"] < 0.001  # of 240 values in all, 20 more are right
+    assert 0.04 < f1["ci95"][0] < f1["value"] < f1["ci95"][1] < 0.13
+    tokens = np.array([one["labelled_tokens"] for one in base])
+    loss = (tokens * np.array([one["loss"] for one in base])).sum() / tokens.sum()
+    found = report_scores.difference("perplexity", base, tuned)
+    assert found["value"] == pytest.approx(np.exp(loss - 0.1) - np.exp(loss)) and found["p"] < 0.001
+    apart = statistics.perplexity(statistics.ratio(tokens * [one["loss"] for one in base], tokens))["ci95"]
+    assert found["ci95"][1] - found["ci95"][0] < 0.2 * (apart[1] - apart[0])
+
+
+def test_a_task_may_call_its_score_as_a_held_out_one_is_called():
+    score = {"value": 0.5, "ci95": [0.4, 0.6], "n": 3}
+    scores = {"metric": "loss", "metrics": {"loss": score}, "version": 1, "higher_is_better": False, "num_fewshot": 0}
+    samples = [{"base": {"loss": 0.5 + n}, "tuned": {"loss": 0.4 + n}} for n in range(9)]
+    task = {"base": scores, "tuned": scores, "samples": samples}
+    (row,) = report_scores.compare_tasks([task], [{"task": "mine", "max_drop": None}])
+    assert row["verdict"] == "better" and row["difference"]["value"] == pytest.approx(-0.1)
+
+
+def test_a_row_without_labelled_tokens_weighs_nothing_in_the_loss():
+    rows = [{"loss": 1.0, "labelled_tokens": 30}, {"loss": 0.0, "labelled_tokens": 0}]
+    assert report_scores.per_row("loss", rows).mean() == pytest.approx(1.0)
+
+
+def test_fields_show_their_difference_and_how_sure_it_is(finished):
+    fields = read_json(finished / "metrics.json")["fields"]
+    assert list(fields) and all(entry.keys() == {"base", "tuned", "difference"} for entry in fields.values())
+    amount = fields["amount"]
+    assert amount["base"]["precision"] is None and amount["difference"]["precision"] is None  # the base gave none
+    gain = amount["difference"]["f1"]
+    assert gain["value"] == pytest.approx(amount["tuned"]["f1"] - amount["base"]["f1"]) and gain["p"] < 0.001
+    words = section(finished, "evaluation").replace("\u00a0", " ")
+    low, high = (f"{100 * end:+.1f}" for end in gain["ci95"])
+    assert f"{100 * amount['tuned']['f1']:.1f} % {100 * gain['value']:+.1f} , {low} to {high}" in words
+    assert "tuned precision tuned recall tuned is" in words and "this one is missing" not in words
+
+
+def test_rows_in_groups_are_less_sure_and_the_page_says_so(tmp_path):
+    settings, inputs = write_stage_folders(tmp_path / "stages", heldout=60, groups=6, right=0.3)
+    path = inputs["evaluate_tuned"] / "samples.jsonl"
+    # Whole groups are right: 60 rows that tell no more than 6 do.
+    rows = [row | {"exact_match": int(int(row["group"], 16) < 3)} for row in read_jsonl(path)]
+    write_jsonl(path, rows)
+    out = make_again(tmp_path, settings, inputs)
+    metrics = read_json(out / "metrics.json")
+    assert metrics["verdict"]["groups"] == 6 and metrics["verdict"]["verdict"] == "can't tell"
+    assert "60 held-out rows in 6 groups" in metrics["verdict"]["sentence"]
+    words = section(out, "evaluation")
+    assert "The rows come in 6 groups (data.heldout.group_by)" in words and "a group favours" in words
+    for who in ("base", "tuned"):
+        path = inputs[f"evaluate_{who}"] / "samples.jsonl"
+        write_jsonl(path, [{key: row[key] for key in row if key != "group"} for row in read_jsonl(path)])
+    out = make_again(tmp_path, settings, inputs)
+    metrics = read_json(out / "metrics.json")
+    assert metrics["verdict"]["groups"] is None and metrics["verdict"]["verdict"] == "better"
+    assert "groups" not in section(out, "evaluation")
 
 
 def test_the_best_evaluation_is_the_earliest_of_equals():
@@ -826,10 +884,10 @@ def test_too_few_rows_to_tell(tmp_path):
 
 
 def test_only_a_sure_difference_gets_a_colour():
-    assert report_scores.is_sure({"value": 0.4, "ci95": [0.2, 0.6], "p": 0.001})
-    assert not report_scores.is_sure({"value": 0.4, "ci95": [0.2, 0.6], "p": 0.06})
-    assert not report_scores.is_sure({"value": -7.7, "ci95": [-16.9, 1.5]})
-    assert not report_scores.is_sure({"value": 0.4, "ci95": None}) and not report_scores.is_sure({})
+    sure = {"value": 0.4, "ci95": [0.2, 0.6], "p": 0.001}
+    assert report_evaluation.tone(sure, True) == "good" and report_evaluation.tone(sure, False) == "bad"
+    for unsure in (sure | {"p": 0.06}, sure | {"ci95": [-0.1, 0.9]}, sure | {"ci95": [0.2, None]}, None):
+        assert report_evaluation.tone(unsure, True) == ""
 
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path):

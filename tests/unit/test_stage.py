@@ -152,6 +152,27 @@ def test_output_goes_to_the_log_and_progress_to_the_terminal(module, tmp_path, d
     assert "a library's chatter" in log and "chatter of a child" in log
 
 
+def test_a_judge_that_fails_finds_its_judgements_again(module, tmp_path, capfd):
+    seen = []
+
+    def run(settings, inputs, out, progress, checkpoints):
+        seen.append(sorted(path.name for path in checkpoints.glob("*")))
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        (checkpoints / f"{len(seen)}.json").write_text("{}")
+        if module.error:
+            raise module.error
+
+    module.run, module.error = run, UserError("no credit")
+    arguments = ("judge", "fake", {"a": 1}, {}, tmp_path / "results", "k", tmp_path / "logs" / "x.log")
+    needed = Stage("judge", {"a": 1})
+    with pytest.raises(SystemExit):
+        stage.execute(*arguments)
+    assert prune.unneeded(tmp_path / "results", {needed.folder: needed}) == []
+    module.error = None
+    stage.execute(*arguments)
+    assert seen == [[], ["1.json"]] and not list((tmp_path / "results" / "checkpoints").iterdir())
+
+
 def test_prune_keeps_what_is_needed(module, tmp_path, data):
     needed = Stage("format", {"a": 1})
     folder = execute(tmp_path, data, key=needed.key)

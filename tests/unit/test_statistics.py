@@ -11,7 +11,7 @@ from adder import statistics
 
 def test_wilson_interval_of_a_known_case():
     # 8 of 10, from Wilson's formula by hand: (0.49016, 0.94332).
-    found = statistics.proportion(8, 10)
+    found = statistics.proportion([1] * 8 + [0] * 2)
     assert found["value"] == 0.8 and found["n"] == 10
     assert found["ci95"] == pytest.approx([0.490162, 0.943318], abs=1e-5)
     assert found["stderr"] == pytest.approx(math.sqrt(0.8 * 0.2 / 10))
@@ -20,7 +20,7 @@ def test_wilson_interval_of_a_known_case():
 @pytest.mark.parametrize(("successes", "bounds"), [(0, (0.0, 0.0188)), (200, (0.9812, 1.0))])
 def test_a_proportion_of_none_or_all_has_a_width(successes, bounds):
     # n = 200: z^2 / (n + z^2) = 3.8415 / 203.8415 = 0.018845
-    assert statistics.proportion(successes, 200)["ci95"] == pytest.approx(bounds, abs=1e-4)
+    assert statistics.proportion([1] * successes + [0] * (200 - successes))["ci95"] == pytest.approx(bounds, abs=1e-4)
 
 
 def test_a_bootstrapped_mean_agrees_with_the_normal_interval():
@@ -123,6 +123,91 @@ def test_clusters_of_one_row_change_nothing():
     assert statistics.needed_n(small, names) == statistics.needed_n(small)
 
 
+def test_the_clustered_standard_error_is_millers():
+    # Section 2.2: the root of the sum of (s_i - mean)(s_j - mean) over pairs of one cluster, over n; times k / (k - 1).
+    values, clusters = np.array([1.0, 0.0, 1.0, 1.0, 0.0]), ["a", "a", "b", "b", "c"]
+    centred = values - 0.6
+    together = [[one == other for other in clusters] for one in clusters]
+    expected = math.sqrt(1.5 * (centred[:, None] * centred * together).sum()) / 5
+    assert statistics.standard_error(values, clusters) == pytest.approx(expected)
+    assert statistics.standard_error(values) == pytest.approx(values.std(ddof=1) / math.sqrt(5))
+
+
+def test_shares_of_rows_in_clusters_are_less_sure():
+    answers = np.random.default_rng(5).integers(0, 2, 60)
+    rows, clusters = np.repeat(answers, 5), np.repeat(np.arange(60), 5)
+    alike, alone = statistics.proportion(rows, clusters), statistics.proportion(answers)
+    # Five alike rows tell what one does, but for t with 59 degrees of freedom in the place of t with 299: 4 % in n.
+    assert statistics.effective_n(rows, clusters) == pytest.approx(60, rel=0.05)
+    assert alike["ci95"] == pytest.approx(alone["ci95"], abs=0.005) and alike["n"] == 300
+    assert alike["stderr"] == pytest.approx(alone["stderr"], rel=0.02)
+    # Clusters of one row are rows: the same n, the standard error with n - 1.
+    assert statistics.proportion(rows, range(300))["ci95"] == pytest.approx(statistics.proportion(rows)["ci95"])
+    # None of 300 in 60 clusters leaves what none of 60 leaves, and one cluster next to everything.
+    none = statistics.proportion([0] * 300, clusters)["ci95"][1]
+    assert none == pytest.approx(statistics.proportion([0] * 60)["ci95"][1], rel=0.05)
+    assert statistics.proportion([0] * 300, ["one"] * 300)["ci95"][1] > 0.7
+    same = statistics.paired_difference([1] * 300, [1] * 300, clusters)["ci95"]
+    assert same == pytest.approx(statistics.paired_difference([1] * 60, [1] * 60)["ci95"], rel=0.05)
+
+
+def test_a_verdict_counts_the_groups():
+    base, tuned = np.zeros(40), np.repeat([1.0, 1.0, 1.0, 0.0], 10)
+    assert statistics.verdict("exact_match", base, tuned)["verdict"] == "better"
+    grouped = statistics.verdict("exact_match", base, tuned, clusters=np.arange(40) // 10)
+    assert grouped["verdict"] == "can't tell" and grouped["groups"] == 4 and grouped["needed_n"] > 60
+    assert "on 40 held-out rows in 4 groups, and" in grouped["sentence"]
+
+
+def counts(rights, given, expected):
+    """Numerators and denominators of one F1, as `paired_ratio_differences` wants them."""
+    return np.array([[2 * np.asarray(rights)], [np.add(given, expected)]], dtype=float)
+
+
+def test_pairing_sees_a_difference_of_f1_that_two_separate_intervals_hide():
+    random = np.random.default_rng(2)
+    expected = np.full(120, 5)
+    right = random.binomial(5, random.beta(0.5, 0.5, 120))  # rows are hard or easy
+    more = np.minimum(right + (np.arange(120) % 6 == 0), 5)
+    base, tuned = counts(right, expected, expected), counts(more, expected, expected)
+    (found,) = statistics.paired_ratio_differences(base, tuned)
+    assert found["value"] == pytest.approx((more.sum() - right.sum()) / 600)
+    assert found["ci95"][0] > 0 and found["p"] < 0.01
+    separate = [statistics.ratio(*one[:, 0])["ci95"] for one in (base, tuned)]
+    assert separate[0][1] > separate[1][0]
+    # With equal denominators an F1 is a mean: the same draws, so the same figures but for rounding.
+    plain = statistics.paired_difference(right / 5, more / 5)
+    assert found["ci95"] == pytest.approx(plain["ci95"], abs=1e-9)
+    assert found["p"] == pytest.approx(plain["p"], abs=0.01)  # other signs, for rows without a difference draw none
+
+
+def test_perplexities_and_losses_agree_on_which_is_better():
+    random = np.random.default_rng(3)
+    tokens = random.integers(5, 60, 50)
+    losses = random.gamma(4, 0.5, 50)
+    parts = [np.stack([losses * factor * tokens, tokens])[:, None] for factor in (1.0, 0.9)]
+    (found,) = statistics.paired_ratio_differences(*parts, transform=np.exp)
+    means = [(losses * factor * tokens).sum() / tokens.sum() for factor in (1.0, 0.9)]
+    assert found["value"] == pytest.approx(math.exp(means[1]) - math.exp(means[0]))
+    loss = statistics.paired_difference(*(part[0, 0] / tokens.mean() for part in parts))
+    assert found["p"] == loss["p"] < 0.001 and found["ci95"][1] < 0
+    (same,) = statistics.paired_ratio_differences(parts[0], parts[0], transform=np.exp)
+    assert same["value"] == 0 and same["p"] == 1.0 and not statistics.is_sure(same)
+    beyond = parts[0] * np.array([1e4, 1.0])[:, None, None]
+    assert not statistics.is_sure(statistics.paired_ratio_differences(beyond, parts[1], transform=np.exp)[0])
+
+
+def test_several_ratios_are_each_what_they_are_alone():
+    random = np.random.default_rng(4)
+    base, tuned = (random.integers(0, 4, (2, 3, 30)).astype(float) for _ in range(2))
+    clusters = np.arange(30) // 3
+    together = statistics.paired_ratio_differences(base, tuned, clusters)
+    for score, found in enumerate(together):
+        (alone,) = statistics.paired_ratio_differences(base[:, [score]], tuned[:, [score]], clusters)
+        assert found["p"] == alone["p"] and found["value"] == pytest.approx(alone["value"])
+        assert found["ci95"] == pytest.approx(alone["ci95"], rel=1e-9)  # sums in another order
+
+
 def test_more_rows_are_needed_where_they_come_in_clusters():
     random = np.random.default_rng(4)
     of_cluster = random.normal(0.1, 1.0, 40)
@@ -193,6 +278,37 @@ def test_equal_models_on_clustered_rows(monkeypatch):
     assert held >= COVERED and said <= 1 - COVERED
     ignored, falsely = compare_often(monkeypatch, lambda random: draw(random)[:2], 0.0)
     assert ignored < 0.88 and falsely > 0.1  # what the clusters are for
+
+
+def test_equal_models_on_clustered_answers(monkeypatch):
+    def draw(random):
+        luck = np.repeat(random.random(25), 4)  # rows of a cluster are as hard as each other
+        made = [(np.where(random.random(100) < 0.7, luck, random.random(100)) < 0.4).astype(float) for _ in range(2)]
+        swap = np.repeat(random.random(25) < 0.3, 4)  # and a model has its own way with some clusters
+        return made[0], np.where(swap, np.repeat(random.random(25) < 0.4, 4), made[1]), np.arange(100) // 4
+
+    held, said = compare_often(monkeypatch, draw, 0.0)
+    assert held >= COVERED and said <= 1 - COVERED
+    ignored, _ = compare_often(monkeypatch, lambda random: draw(random)[:2], 0.0)
+    assert ignored < 0.9
+
+
+def test_the_interval_of_a_ratio_holds_a_true_difference(monkeypatch):
+    """F1 of replies that give some values: what is right of it is unlike from row to row."""
+
+    def f1(random, skill, easy):
+        given = random.integers(2, 7, 60)
+        return counts(random.binomial(given, np.clip(easy + skill, 0, 1)), given, given)
+
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
+    random = np.random.default_rng(9)
+    held = said = 0
+    for number in range(TRIES):
+        easy, gain = random.uniform(0.2, 0.6, 60), 0.1 * (number % 2)
+        (found,) = statistics.paired_ratio_differences(f1(random, 0.0, easy), f1(random, gain, easy))
+        held += found["ci95"][0] <= gain <= found["ci95"][1]
+        said += gain == 0 and statistics.is_sure(found)
+    assert held / TRIES >= COVERED and said / (TRIES / 2) <= 0.1
 
 
 @pytest.mark.parametrize("rows", [([1, 0], [1]), ([], [])])

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weig
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
@@ -69,10 +70,16 @@ def add_adapter(model: torch.nn.Module, settings: dict) -> PeftModel:
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
-    """Names (last part) of the model's linear layers, found by type, the LM head left out; sorted."""
+    """Names (last part) of the model's linear layers, found by type, the LM head left out; sorted.
+
+    Left out too are names by which PEFT would adapt experts that the model holds in one tensor, as gate_proj in a
+    mixture of experts some of whose layers are dense: it takes such a name for the experts of all layers.
+    """
     head = model.get_output_embeddings()
     linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return sorted({name.rpartition(".")[2] for name in linear})
+    config = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in linear}))
+    convert_peft_config_for_transformers(config, model, None)
+    return sorted(config.target_modules)
 
 
 def layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -126,6 +133,13 @@ def _check_mergeable(model: PeftModel, wanted: str | list[str], linear: list[str
             "an expert or router that this model stores outside of a linear layer; merging it isn't supported. Name "
             f"linear layers instead: {', '.join(linear)}"
         )
+    adapted = [f".{name}" for name, _ in layers(model)]
+    for name in [] if isinstance(wanted, str) else wanted:
+        if not any(found.endswith(f".{name}") for found in adapted):  # PEFT is content where another name fits
+            raise UserError(
+                f"train.target_modules: {name} is no layer of this model that can be adapted; its linear layers are "
+                f"called {', '.join(linear)}"
+            )
     head = model.get_output_embeddings()
     for name, layer in layers(model):
         if not isinstance(layer.get_base_layer(), torch.nn.Linear) and not _is_conv1d(layer.get_base_layer()):

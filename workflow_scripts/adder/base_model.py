@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from adder import hardware
-from adder.attention import implementation
+from adder import attention, hardware
 from adder.choice import Choice
 
 # Share of the free memory that the dequantised copy of an NF4 model may take.
@@ -23,9 +22,10 @@ def load(
     waits, if not on the `device` that it is for.
     """
     compute = getattr(torch, dtype)
+    choices = {"attention": attention.choose(AutoConfig.from_pretrained(folder).get_text_config(), dtype, device)}
     options = {
         "dtype": torch.float32 if method == "full" else compute,
-        "attn_implementation": implementation(device, dtype),
+        "attn_implementation": choices["attention"].value,
         "device_map": {"": torch.cuda.current_device() if (place or device) == "cuda" else "cpu"},
     }
     if method == "qlora":
@@ -37,21 +37,12 @@ def load(
         )
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.config.use_cache = False
-    choices = {"attention": Choice(options["attn_implementation"], _attention_reason(options["attn_implementation"]))}
     if method == "qlora":
         keep_cpu_weights_intact(model)
         choices["nf4_values"] = choose_nf4_values(model, compute, device)
         if choices["nf4_values"].value == "dequantised once":
             hold_dequantised(model, compute)
     return model, choices
-
-
-def _attention_reason(name: str) -> str:
-    return {
-        "adder_segments": "on a CPU each example of a pack is attended to by itself, so that none sees another",
-        "adder_varlen": "torch's varlen flash kernel keeps the examples of a pack apart without a mask",
-        "sdpa": "this card has no varlen kernel here: a block-diagonal mask keeps the examples of a pack apart",
-    }[name]
 
 
 def keep_cpu_weights_intact(model: PreTrainedModel) -> None:

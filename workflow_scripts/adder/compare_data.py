@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from adder import statistics
@@ -104,14 +103,16 @@ def main_metric(runs: Sequence[dict]) -> str:
 def held_out(metric: str, path: Path) -> dict:
     """One value a held-out row, in the order of their ids.
 
-    {items: [(id, digest of the reference)], values: float64 (rows,) or None, tokens: labelled tokens a row}. Texts
-    without a reply to judge have just a loss. `values` is None where rows don't have this score one by one.
+    {items: [(id, digest of the reference)], values: float64 (rows,) or None, groups: each row's or None, tokens:
+    labelled tokens a row}. Texts without a reply to judge have just a loss. `values` is None where rows don't have this
+    score one by one.
     """
     rows = [row for row in _read(path, lambda path: list(read_jsonl(path))) if metric == "loss" or _replied(row)]
     rows.sort(key=lambda row: row["id"])
     return {
         "items": [(row["id"], hashlib.blake2b(str(row["reference"]).encode()).hexdigest()) for row in rows],
         "values": per_row(metric, rows),
+        "groups": statistics.clusters_of(rows),
         "tokens": [row.get("labelled_tokens") for row in rows] if metric == "loss" else None,
     }
 
@@ -141,11 +142,11 @@ def difference(best: dict, other: dict, value: float) -> dict:
     if same and best["tokens"] != other["tokens"]:
         return unknown | {"comparable": False}
     if same:
-        found = statistics.paired_difference(best["values"], other["values"])
-        needed = statistics.needed_n(other["values"] - best["values"])
+        found = statistics.paired_difference(best["values"], other["values"], best["groups"])
+        needed = statistics.needed_n(other["values"] - best["values"], best["groups"])
         paired = {"value": found["value"], "ci95": found["ci95"], "p": small_p(found), "paired": True}
         return unknown | paired | {"needed_n": needed}
-    return unknown | independent(best["values"], other["values"])
+    return unknown | independent(best, other)
 
 
 def small_p(found: dict) -> float:
@@ -164,15 +165,16 @@ def normal_p(value: float, error: float) -> float:
     return math.erfc(abs(value) / error / math.sqrt(2)) if error else float(value == 0)
 
 
-def independent(best: np.ndarray, other: np.ndarray) -> dict:
-    """Difference of two means of different rows, with the normal 95 % interval: {value, ci95, p}. Shapes (rows,).
+def independent(best: dict, other: dict) -> dict:
+    """Difference of two means of different rows, of what `held_out` returned, with the normal 95 % interval: {value,
+    ci95, p}.
 
     With fewer than two rows on a side there is no interval.
     """
-    value = float(other.mean() - best.mean())
-    if min(len(best), len(other)) < 2:
+    value = float(other["values"].mean() - best["values"].mean())
+    if min(len(best["values"]), len(other["values"])) < 2:
         return {"value": value}
-    error = math.sqrt(best.var(ddof=1) / len(best) + other.var(ddof=1) / len(other))
+    error = math.hypot(*(statistics.standard_error(run["values"], run["groups"]) for run in (best, other)))
     half = statistics.Z95 * error
     return {"value": value, "ci95": [value - half, value + half], "p": normal_p(value, error)}
 

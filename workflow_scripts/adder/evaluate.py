@@ -65,7 +65,8 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
 
 
 def load_rows(inputs: dict[str, Path], most: int | None, tokenizer) -> list[dict]:
-    """The held-out rows as {id, prompt, prompt_text, prompt_ids, reference, input_ids, labels}, at most `most` of them.
+    """The held-out rows as {id, prompt, prompt_text, prompt_ids, reference, input_ids, labels}, at most `most` of them;
+    and `group`, where data.heldout.group_by made such.
 
     A sample is the rows with the smallest digests of their ids: rows that are added later displace few. The prompt is
     all that stands before the last reply, as messages, as the text that the template makes of them, and as its ids; a
@@ -79,18 +80,23 @@ def load_rows(inputs: dict[str, Path], most: int | None, tokenizer) -> list[dict
         digests = [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in table.ids(numbers)]
         numbers = sorted(sorted(numbers, key=lambda number: digests[number])[:most])
     rows = [table.row(number) for number in numbers]
-    texts = _conversations(inputs["format"] / "heldout.parquet", {row["id"] for row in rows})
+    found = _conversations(inputs["format"] / "heldout.parquet", {row["id"] for row in rows})
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
-    return [{**row, **_question(json.loads(texts[row["id"]]), row, tokenizer, template)} for row in rows]
+    for row in rows:
+        text, group = found[row["id"]]
+        row |= {**group, **_question(json.loads(text), row, tokenizer, template)}
+    return rows
 
 
-def _conversations(path: Path, wanted: set[str]) -> dict[str, str]:
-    """The JSON of some conversations by id."""
+def _conversations(path: Path, wanted: set[str]) -> dict[str, tuple[str, dict]]:
+    """Some conversations by id: their JSON, and {group}, or {} where rows belong to none."""
     found = {}
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=["id", "conversation"]):
-            pairs = zip(batch.column("id").to_pylist(), batch.column("conversation").to_pylist(), strict=True)
-            found |= {name: text for name, text in pairs if name in wanted}
+        columns = [name for name in ("id", "conversation", "group") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                if (name := row.pop("id")) in wanted:
+                    found[name] = (row.pop("conversation"), row)
     return found
 
 
@@ -285,7 +291,7 @@ def make_sample(row: dict, losses: torch.Tensor, written: dict | None, kind: str
         "reference": row["reference"],
         "loss": float(losses.mean()) if len(losses) else 0.0,
         "labelled_tokens": len(losses),
-    }
+    } | ({"group": row["group"]} if "group" in row else {})
     if written is None:
         return {**sample, "reply": None}
     fields = scoring.score(kind, row["reference"], answer(written["reply"])) if kind == "json" else {}
@@ -293,22 +299,24 @@ def make_sample(row: dict, losses: torch.Tensor, written: dict | None, kind: str
 
 
 def summarise(samples: list[dict]) -> dict:
-    """Each score with its interval: loss and perplexity a token, the rest a reply."""
+    """Each score with its interval: loss and perplexity a token, the rest a reply. Rows of a group count together."""
     tokens = [sample["labelled_tokens"] for sample in samples]
-    loss = statistics.ratio([sample["loss"] * sample["labelled_tokens"] for sample in samples], tokens)
+    losses = [sample["loss"] * sample["labelled_tokens"] for sample in samples]
+    loss = statistics.ratio(losses, tokens, statistics.clusters_of(samples))
     scores = {"loss": loss, "perplexity": statistics.perplexity(loss)}
     asked = [sample for sample in samples if sample["reply"] is not None]
+    clusters = statistics.clusters_of(asked)
     for name in ("exact_match", "json_valid"):
         if asked and name in asked[0]:
-            scores[name] = statistics.proportion(sum(sample[name] for sample in asked), len(asked))
+            scores[name] = statistics.proportion([sample[name] for sample in asked], clusters)
     for name in text_metrics.METRICS:
         if asked and name in asked[0]:
-            scores[name] = statistics.mean([sample[name] for sample in asked])
+            scores[name] = statistics.mean([sample[name] for sample in asked], clusters)
     if asked and "fields" in asked[0]:
         fields = [sample["fields"] for sample in asked]
         counts = [scoring.count_fields(one) for one in fields]
         scores["field_f1"] = statistics.ratio(
-            [2 * right for right, _, _ in counts], [found + expected for _, found, expected in counts]
+            [2 * right for right, _, _ in counts], [found + expected for _, found, expected in counts], clusters
         )
         scores["fields"] = scoring.field_table(fields)
     return scores

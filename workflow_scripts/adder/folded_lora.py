@@ -5,8 +5,8 @@ MLPs, layers that share an input, single linear layers. PEFT's modules and fp32 
 steps and what is saved. What does not fit is left to PEFT. `folded_weights` has the idea, `folded_steps` its
 arithmetic, `folded_layers` the replacements, `layer_probes` how a module is recognised.
 
-With products "fp8" the frozen weights' products are in fp8 (module `fp8`), which does change numbers; `parity` measures
-by how much.
+With products "fp8" the frozen weights' products are in fp8 (module `fp8`), which does change numbers; `frozen_products`
+measures by how much, and decides.
 """
 
 from collections import Counter
@@ -19,7 +19,6 @@ from peft.tuners.lora import LoraLayer
 
 from adder import fp8, hardware
 from adder.choice import Choice
-from adder.errors import UserError
 from adder.folded_layers import FoldedLayer, FoldedMLP, SharedInput
 from adder.folded_weights import Group, Part, Unfit, Workspace, part_of, quantised, shape_of
 from adder.layer_probes import (
@@ -36,13 +35,10 @@ from adder.layer_probes import (
     record,
     sample,
 )
-from adder.loss import labelled_losses
 from adder.triton_tools import triton
 
 # Share of the free memory that the values of NF4 weights may take; beyond it they are dequantised in each product.
 HELD_SHARE = 0.4
-# The same for weights in fp8, which there is no other way to have.
-FP8_SHARE = 0.6
 
 
 def attach(model: PeftModel, hold: bool | None = None, products: str = "bf16") -> dict:
@@ -116,18 +112,16 @@ def suspended(model: PeftModel) -> Iterator[None]:
             group.suspended = False
 
 
-def attach_where_it_pays(model: PeftModel, dtype: str, products: str = "auto") -> Choice:
+def attach_where_it_pays(model: PeftModel, dtype: str, products: str = "bf16") -> Choice:
     """Attach on a GPU with fast 16-bit products (Ampere or later); return the choice, with `attach`'s result.
 
-    `products`: train.frozen_products, "bf16", "fp8" or "auto", which is bf16. Raises UserError where fp8 can't be had.
+    `products`: as attach's; "fp8" only where it can be had.
     """
-    if products == "fp8":
-        _require_fp8(model, dtype)
     if torch.cuda.get_device_capability() < (8, 0) or dtype not in {"bfloat16", "float16"}:
         return Choice("PEFT", f"folding needs a GPU of compute capability 8.0 and 16-bit products, not {dtype}")
     if triton is None:
         return Choice("PEFT", "folding needs Triton, which is not installed here")
-    done = attach(model, products="fp8" if products == "fp8" else "bf16")
+    done = attach(model, products=products)
     if not done["decoder_layers"] + done["mlps"] + done["products"]:
         why = ", ".join(f"{reason} ({count}×)" for reason, count in done["reasons"].items())
         return Choice("PEFT", f"no layer of this model can be folded: {why}", [done])
@@ -137,90 +131,11 @@ def attach_where_it_pays(model: PeftModel, dtype: str, products: str = "auto") -
 def _sentence(done: dict) -> str:
     left = f"; {done['left_to_peft']} LoRA layers are left to PEFT" if done["left_to_peft"] else ""
     values = {None: "", True: ", NF4 values dequantised once", False: ", NF4 values dequantised in each product"}
-    how = f", {done['fp8']} of them in fp8, as set" if done["fp8"] else values[done["held"]]
+    how = f", {done['fp8']} of them in fp8" if done["fp8"] else values[done["held"]]
     return (
         f"LoRA is computed within the base products: {done['decoder_layers']} decoder layers, {done['mlps']} MLPs and "
         f"{done['products']} other products{how}{left}"
     )
-
-
-def _require_fp8(model: PeftModel, dtype: str) -> None:
-    """Raise UserError where fp8 products are asked for and can't be had."""
-    major, minor = torch.cuda.get_device_capability()
-    missing = None
-    if major < 9:
-        missing = f"a GPU of compute capability 9.0 or later (Hopper); this one has {major}.{minor}"
-    elif dtype != "bfloat16":
-        missing = f"train.compute_dtype: bfloat16, not {dtype}"
-    elif triton is None:
-        missing = "Triton, which is not installed here"
-    else:
-        layers = [m for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
-        bases = [layer.get_base_layer() for layer in layers]
-        needed = 2 * sum(base.in_features * base.out_features for base in bases if hasattr(base, "in_features"))
-        free = hardware.free_memory("cuda")
-        if needed > FP8_SHARE * free:
-            missing = (
-                f"{needed / 2**30:.1f} GiB for the weights, at most {FP8_SHARE:.0%} of the {free / 2**30:.1f} free"
-            )
-    if missing:
-        raise UserError(f"train.frozen_products: 'fp8' needs {missing}; use 'bf16' or 'auto'")
-
-
-def parity(model: PeftModel, batch: dict) -> dict:
-    """Compare a step by the attached products with the same step by PEFT's own: does fp8 change where training goes?
-
-    batch: what `loss.labelled_losses` takes. Dropout is off; nothing is stepped, no gradient is left behind. Returns
-    `tokens` (labelled), `loss` and `reference_loss` (mean nats), `loss_difference`, `gradient_cosine` and
-    `gradient_norm_ratio` over all LoRA gradients as one vector, and `lowest_cosine` among the kinds of layer with its
-    name, `lowest_layer` (that of k_proj in every layer together, say).
-    """
-    training = model.training
-    model.eval()
-    try:
-        loss, found = _step(model, batch)
-        with suspended(model):
-            reference, expected = _step(model, batch)
-    finally:
-        model.train(training)
-    cosines = {}
-    for kind in {_kind(name) for name in expected}:
-        cosines[kind] = _cosine(*(_vector(grads, kind) for grads in (found, expected)))
-    lowest = min(cosines, key=cosines.get)
-    whole, exact = _vector(found), _vector(expected)
-    return {
-        "tokens": int((batch["labels"][:, 1:] != -100).sum()),
-        "loss": loss,
-        "reference_loss": reference,
-        "loss_difference": loss - reference,
-        "gradient_cosine": _cosine(whole, exact),
-        "gradient_norm_ratio": (whole.norm() / exact.norm()).item(),
-        "lowest_cosine": cosines[lowest],
-        "lowest_layer": lowest,
-    }
-
-
-def _step(model: PeftModel, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss and the LoRA gradients that are not all zero (those of A are while B is), fp32 by name."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
-    device = next(iter(named.values())).device.type
-    with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        loss = labelled_losses(model.get_base_model(), **batch).mean()
-    grads = torch.autograd.grad(loss, list(named.values()))
-    return loss.item(), {name: g.float() for name, g in zip(named, grads, strict=True) if g.any()}
-
-
-def _kind(name: str) -> str:
-    """ "model.layers.0.self_attn.q_proj.lora_A.default.weight" is of kind "q_proj"."""
-    return name.split(".lora_")[0].rpartition(".")[2]
-
-
-def _vector(grads: dict[str, torch.Tensor], kind: str | None = None) -> torch.Tensor:
-    return torch.cat([grads[name].flatten() for name in sorted(grads) if kind in (None, _kind(name))])
-
-
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a @ b / (a.norm() * b.norm())).item()
 
 
 class _Maker:

@@ -101,6 +101,9 @@ class Findings:
 def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
     """Write train.parquet and heldout.parquet (SCHEMA), what was dropped and why (*.jsonl), and card.json.
 
+    Where `group_by` chose the held-out rows, heldout.parquet has a column more, `group` (16 hex digits), which tells
+    rows that are alike to the evaluation.
+
     settings: the section Format, and heldout {share, size, group_by, stratify_by}, which is used where the rows have no
     held-out sources. Every row ends in exactly one of CLASSES or is rejected; `tests` are rows of protected test sets,
     which are in no file. The card's `leaked` counts training rows dropped because a held-out or test row asks the same,
@@ -122,7 +125,8 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     _refuse_empty(counts, settings["heldout"], rejects)
 
     figures = _write_split(out / "train.parquet", spool, rows, copies * (rows.split == TRAIN), progress)
-    _write_split(out / "heldout.parquet", spool, rows, (rows.split == HELDOUT).astype(np.int64), progress)
+    group = split.groups_of(rows.prompt, rows.value) if settings["heldout"].get("group_by") else None
+    _write_split(out / "heldout.parquet", spool, rows, (rows.split == HELDOUT).astype(np.int64), progress, group)
     _write_findings(out, rows, findings)
     train_rows = int(copies[rows.split == TRAIN].sum())
     card = {
@@ -303,12 +307,16 @@ def _refuse_empty(counts: dict, heldout: dict, rejects: Rejects) -> None:
 
 
 def _write_split(
-    path: Path, spool: Spool, rows: Rows, copies: np.ndarray, progress: Progress
+    path: Path, spool: Spool, rows: Rows, copies: np.ndarray, progress: Progress, group: np.ndarray | None = None
 ) -> data_card.TrainFigures:
-    """Write each row as often as `copies` (rows,) says, in order; figures over the rows, each counted once."""
+    """Write each row as often as `copies` (rows,) says, in order; figures over the rows, each counted once.
+
+    `group`: uint64 (rows,), written as a column of its own.
+    """
     figures, waiting, size = data_card.TrainFigures(), [], 0
+    schema = SCHEMA if group is None else SCHEMA.append(pa.field("group", pa.string()))
     names = pa.array(rows.sources, type=pa.string())
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=["source"]) as writer:
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["source"]) as writer:
         for part in spool.parts():
             place = spool.slice(part)
             wanted = copies[place]
@@ -318,7 +326,12 @@ def _write_split(
             columns = spool.read(part)
             columns = columns if len(chosen) == len(columns) else columns.take(pa.array(chosen))
             figures.add(columns)
-            waiting.append(_table(columns.column("conversation"), rows, chosen + place.start, wanted[chosen], names))
+            chosen += place.start
+            table = _table(columns.column("conversation"), rows, chosen, copies[chosen], names)
+            if group is not None:
+                own = np.repeat(group[chosen], copies[chosen]).tolist()
+                table = table.append_column(schema.field("group"), pa.array([f"{one:016x}" for one in own]))
+            waiting.append(table)
             size += waiting[-1].nbytes
             if size >= GROUP_BYTES or sum(map(len, waiting)) >= GROUP_ROWS:
                 writer.write_table(pa.concat_tables(waiting), row_group_size=GROUP_ROWS)

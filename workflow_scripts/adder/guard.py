@@ -34,7 +34,7 @@ def _failure(task: dict) -> str:
         f"{task['tuned']['value']:.4g}; max_drop allows {task['max_drop']:g}."
     )
     bounds = _bounds(task)
-    if bounds is None or bounds[0] > task["max_drop"]:
+    if bounds[0] > task["max_drop"]:
         return text
     return (
         f"{text} The drop's 95 % interval, {bounds[0]:.4g} to {bounds[1]:.4g}, doesn't rule out an allowed one: "
@@ -47,14 +47,12 @@ def _pass(task: dict) -> str:
     if drop(task) <= 0:
         text = f"{task['task']}: {task['metric']} didn't fall."
     bounds = _bounds(task)
-    if bounds is None or bounds[1] <= task["max_drop"]:
+    if bounds[1] <= task["max_drop"]:
         return text
     return f"{text} Its 95 % interval reaches {bounds[1]:.4g}, so that a larger drop isn't ruled out."
 
 
-def _bounds(task: dict) -> tuple[float, float] | None:
-    """The 95 % interval of the drop; None where there is none."""
-    if task["difference"]["ci95"] is None:
-        return None
+def _bounds(task: dict) -> tuple[float, float]:
+    """The 95 % interval of the drop."""
     low, high = task["difference"]["ci95"]
     return (-high, -low) if task["higher_is_better"] else (low, high)

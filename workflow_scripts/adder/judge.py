@@ -22,7 +22,7 @@ import requests
 
 from adder import statistics
 from adder.errors import UserError
-from adder.files import read_jsonl, write_json, write_jsonl
+from adder.files import read_json, read_jsonl, write_json, write_jsonl
 from adder.progress import Progress
 
 AT_ONCE = 4  # requests under way
@@ -139,9 +139,11 @@ class _Again(Exception):
         self.wait = wait
 
 
-def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
+def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress, checkpoints: Path) -> dict:
     """Compare the replies in two evaluations' samples.jsonl; write judge.json and judgements.jsonl into `out`.
 
+    `checkpoints`: a folder that outlives a failure, of just these settings and replies. Each finished judgement is kept
+    there, so that what broke off asks only about the pairs that are left.
     Raises UserError when there is no reply to compare, the key isn't there or is refused, the judge is out of reach, or
     more than MOST_FAILED of the comparisons failed.
     """
@@ -154,7 +156,7 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
         )
     pairs = choose_pairs(inputs, settings["max_samples"])
     endpoint = Endpoint(settings["base_url"], settings["model"], key_name, key or None)
-    judgements, failed = judge_pairs(pairs, endpoint, settings["criteria"], progress)
+    judgements, failed = judge_pairs(pairs, endpoint, settings["criteria"], checkpoints, progress)
     facts = {
         "model": settings["model"],
         "base_url": shown_url(settings["base_url"]),
@@ -169,7 +171,7 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
 
 
 def choose_pairs(inputs: dict[str, Path], most: int) -> list[dict]:
-    """At most `most` rows that both models replied to: {id, prompt, base, tuned, reference}.
+    """At most `most` rows that both models replied to: {id, prompt, base, tuned, reference}, and their `group` if any.
 
     A sample is the rows with the smallest digests of their ids, whatever order they are in. Raises UserError without
     any.
@@ -178,7 +180,7 @@ def choose_pairs(inputs: dict[str, Path], most: int) -> list[dict]:
         {row["id"]: row for row in read_jsonl(inputs[f"evaluate_{who}"] / "samples.jsonl") if row["reply"] is not None}
         for who in ("base", "tuned")
     )
-    ids = sorted(base.keys() & tuned.keys(), key=lambda name: hashlib.blake2b(name.encode(), digest_size=16).digest())
+    ids = sorted(base.keys() & tuned.keys(), key=_digest)
     if not ids:
         raise UserError("evaluate.judge: there are no replies to compare: plain texts have none")
     return [
@@ -189,18 +191,33 @@ def choose_pairs(inputs: dict[str, Path], most: int) -> list[dict]:
             "tuned": tuned[name]["reply"],
             "reference": tuned[name]["reference"],
         }
+        | ({"group": tuned[name]["group"]} if "group" in tuned[name] else {})
         for name in ids[:most]
     ]
 
 
 def judge_pairs(
-    pairs: list[dict], endpoint: Endpoint, criteria: str | None, progress: Progress
+    pairs: list[dict], endpoint: Endpoint, criteria: str | None, checkpoints: Path, progress: Progress
 ) -> tuple[list[dict], int]:
     """The pairs that were judged, with `first` and `second` ("tuned", "base" or "tie": what was preferred in either
     order) and `reasons`, and how many weren't. Raises UserError as soon as those are too many."""
     judgements, failures = [], []
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    kept = [read_json(path) for path in checkpoints.glob("*.json")]
+    known = {one["judgement"]["id"]: one["judgement"] for one in kept}
+    for one in kept:
+        endpoint.tokens |= one["tokens"]  # the larger of each count
+    if known:
+        progress.say(f"{len(known):,} of {len(pairs):,} pairs were judged before")
+
+    def judge(pair: dict) -> dict:
+        if pair["id"] not in known:
+            known[pair["id"]] = judge_pair(pair, endpoint, criteria)
+            keep(known[pair["id"]], endpoint, checkpoints)
+        return known[pair["id"]]
+
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        jobs = [pool.submit(judge_pair, pair, endpoint, criteria) for pair in pairs]
+        jobs = [pool.submit(judge, pair) for pair in pairs]
         try:
             for number, job in enumerate(jobs, start=1):
                 try:
@@ -213,6 +230,19 @@ def judge_pairs(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return judgements, len(failures)
+
+
+def keep(judgement: dict, endpoint: Endpoint, checkpoints: Path) -> None:
+    """Keep a judgement in a file of its own, whole or not at all, with the tokens that the judge took so far."""
+    with endpoint.lock:
+        found = {"judgement": judgement, "tokens": dict(endpoint.tokens)}
+    path = checkpoints / f"{_digest(judgement['id'])}.json"
+    write_json(path.with_suffix(".partial"), found)
+    path.with_suffix(".partial").replace(path)
+
+
+def _digest(name: str) -> str:
+    return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
 
 def _refuse_too_many(failures: list[str], pairs: int, endpoint: Endpoint) -> None:
@@ -297,8 +327,8 @@ def summarise(judgements: list[dict]) -> dict:
     """
     agreed = [row["first"] if row["first"] == row["second"] else "tie" for row in judgements]
     pairs, wins, losses = len(agreed), agreed.count("tuned"), agreed.count("base")
-    found = statistics.paired_difference([one == "base" for one in agreed], [one == "tuned" for one in agreed])
-    word = "can't tell" if not statistics.is_sure(found) else "better" if wins > losses else "worse"
+    won = ([one == who for one in agreed] for who in ("base", "tuned"))
+    found = statistics.paired_difference(*won, statistics.clusters_of(judgements))
     facts = {
         "pairs": pairs,
         "wins": wins,
@@ -312,7 +342,7 @@ def summarise(judgements: list[dict]) -> dict:
             "stderr": found["stderr"] / 2,
         },
         "p": found["p"],
-        "verdict": word,
+        "verdict": statistics.word(found, higher_is_better=True),
     }
     return {**facts, "sentence": _sentence(facts)}
 

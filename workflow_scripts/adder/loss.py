@@ -52,6 +52,16 @@ def own_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> torch.
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
+def mean_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
+    """Mean loss (nats) over the labelled positions of `batch`, by the model's own forward where its head is not plain.
+
+    model: the bare one. batch: what labelled_losses takes.
+    """
+    if has_plain_head(model):
+        return labelled_losses(model, **batch).mean()
+    return model(**batch, use_cache=False).loss
+
+
 def dft(losses: torch.Tensor) -> torch.Tensor:
     """Weight each token's loss by the probability that the model gives the token, held constant for the gradient.
 

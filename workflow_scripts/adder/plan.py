@@ -48,6 +48,8 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
     "judge": {"evaluate_base": ("samples.jsonl",), "evaluate_tuned": ("samples.jsonl",)},
     "gguf": {"merge": ("model/",)},
 }
+# Stages that are long, or paid for, and so continue where they broke off.
+CONTINUED = ("train", "judge")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from adder import planner
 from adder.errors import UserError
-from adder.loss import has_plain_head, labelled_losses
+from adder.loss import mean_loss
 from adder.randomness import undisturbed
 
 IGNORED = -100
@@ -110,14 +111,11 @@ def _try(model, trainable: dict, pack: dict, plan: dict) -> tuple[float, dict[st
     batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     scale = FP16_SCALE if dtype == "float16" else 1.0
-    with undisturbed(), _as_in_training(model, plan["gradient_checkpointing"].value), _gradients_kept(model):
+    with undisturbed(), as_in_training(model, plan["gradient_checkpointing"].value), _gradients_kept(model):
         _wait(device)
         start = time.perf_counter()
         with torch.enable_grad(), torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-            if has_plain_head(bare):
-                loss = labelled_losses(bare, **batch).mean()
-            else:
-                loss = model(**batch, use_cache=False).loss
+            loss = mean_loss(bare, batch)
         value = loss.item()
         if math.isfinite(value):
             (loss * scale).backward()
@@ -136,8 +134,8 @@ def _norm(gradient: torch.Tensor) -> float:
 
 
 @contextmanager
-def _as_in_training(model: torch.nn.Module, checkpointing: bool) -> Iterator[None]:
-    """Training mode but for dropout, with recomputed activations where training has them; then as it was."""
+def as_in_training(model: torch.nn.Module, checkpointing: bool) -> Iterator[None]:
+    """Training mode but for dropout, with all layers recomputed if `checkpointing` and none is yet; then as it was."""
     modes = {module: module.training for module in model.modules()}
     switch = checkpointing and not getattr(model, "is_activation_checkpointing", False)
     model.train()
@@ -145,12 +143,12 @@ def _as_in_training(model: torch.nn.Module, checkpointing: bool) -> Iterator[Non
         if isinstance(module, torch.nn.Dropout):
             module.eval()
     if switch:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        planner.apply(model, "all layers")
     try:
         yield
     finally:
         if switch:
-            model.activation_checkpointing_disable()
+            planner.apply(model, "none")
         for module, mode in modes.items():
             module.training = mode
 

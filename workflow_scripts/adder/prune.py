@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from adder.plan import Stage
+from adder.plan import CONTINUED, Stage
 
 KINDS = ("stages", "cache")
 
@@ -19,9 +19,9 @@ def unneeded(results: Path, needed: dict[str, Stage]) -> list[Path]:
     keep = {results / folder for folder in needed}
     keep |= {results / "cache" / stage.name / _fingerprint(results / folder) for folder, stage in needed.items()}
     found = [path for kind in KINDS for path in (results / kind).glob("*/*") if path.is_dir() and path not in keep]
-    trained = all((results / f / "stage.json").exists() for f, stage in needed.items() if stage.name == "train")
+    done = all((results / f / "stage.json").exists() for f, stage in needed.items() if stage.name in CONTINUED)
     checkpoints = [path for path in (results / "checkpoints").glob("*") if path.is_dir()]
-    return sorted(found + (checkpoints if trained else []))
+    return sorted(found + (checkpoints if done else []))
 
 
 def freed_bytes(folders: list[Path]) -> int:

@@ -28,7 +28,7 @@ from adder.report_training import doctor_section, epochs, filmstrip, preflight_s
 
 SHOWN_SAMPLES = 60
 # Choices whose alternatives stand in a section of their own.
-TABLES_ELSEWHERE = ("lengths.max_seq_length", "merge.base")
+TABLES_ELSEWHERE = ("lengths.max_seq_length", "train.frozen_products", "merge.base")
 
 
 def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
@@ -73,6 +73,7 @@ def build_view(settings: dict, facts: dict, metrics: dict) -> dict:
         "training": training_section(settings, facts),
         "filmstrip": filmstrip(facts),
         "preflight": preflight_section(facts),
+        "products": products_section(facts),
         "data": data_section(facts),
         "lengths": lengths_section(facts, chosen),
         "examples": token_examples(facts["tokenize"]),
@@ -140,6 +141,14 @@ def lengths_section(facts: dict, chosen: list[dict]) -> dict:
         "packing": packing,
         "table": table(choice["alternatives"], "max_seq_length", choice["value"]),
     }
+
+
+def products_section(facts: dict) -> dict | None:
+    """How fp8 compared with bf16 before training, taken, left or set: the sentence and the figures."""
+    choice = facts["plan"].get("frozen_products")
+    if not choice or not choice["alternatives"]:
+        return None
+    return {"reason": choice["reason"], "table": table(choice["alternatives"], "products", choice["value"])}
 
 
 def table(alternatives: list[dict], key: str | None = None, value: Any = None) -> dict | None:

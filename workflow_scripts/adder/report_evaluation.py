@@ -2,8 +2,9 @@
 
 from adder import guard, plots
 from adder.report_samples import mark, reference_text, turn_text
-from adder.report_scores import METRICS, word
+from adder.report_scores import METRICS
 from adder.report_text import clip, gist, number, percent
+from adder.statistics import word
 
 LONGEST_TEXT = 1500  # characters of a task's or judgement's text that are shown
 SHOWN_LOSSES = 4  # documents of a task at which the tuned model did worse
@@ -24,6 +25,7 @@ def evaluation_section(facts: dict, metrics: dict) -> dict:
         "scores": score_rows(metrics["heldout"]),
         "chosen": (tuned.get("metrics") or {}).get("reason"),
         "rows": len(facts["samples"]),
+        "groups": metrics["verdict"]["groups"],
         "heldout": metrics["data"]["heldout"],
         "generation": {who: facts[f"evaluate_{who}"].get("generation") for who in ("base", "tuned")},
         "limit": tuned.get("max_new_tokens"),
@@ -42,8 +44,7 @@ def cards(heldout: dict, verdict: dict) -> list[dict]:
         share = about["kind"] == "share"
         scores = [entry[who] for who in ("base", "tuned")]
         ends = [end for s in scores if s for end in (s["value"], *(s["ci95"] or [])) if end is not None]
-        difference = entry["difference"] or {}
-        value = difference.get("value")
+        difference = entry["difference"]
         label = f"{about['name']}: base and tuned with their 95 % confidence intervals"
         axis = (lambda x: f"{x * 100:.0f} %") if share else number
         made.append({
@@ -53,7 +54,7 @@ def cards(heldout: dict, verdict: dict) -> list[dict]:
             "main": key == verdict["metric"],
             "base": scores[0] and show(scores[0]["value"]),
             "tuned": scores[1] and show(scores[1]["value"]),
-            "difference": value is not None and change(value, share),
+            "difference": difference and change(difference["value"], share),
             "ci": bounds(difference, share),
             "tone": tone(difference, about["better"] == "higher"),
             "plot": plots.interval(*scores, 1.0 if share else plots.ceiling(max(ends, default=1.0)), axis, label),
@@ -128,10 +129,22 @@ def fields_section(fields: dict) -> list[dict]:
     """One row a field: scores of base and tuned, and both F1 on one line."""
     rows = []
     for name, scores in fields.items():
-        f1 = [scores[who] and scores[who].get("f1") for who in ("base", "tuned")]
+        f1 = [scores[who]["f1"] for who in ("base", "tuned")]
         label = f"F1 of base {percent(f1[0])} and tuned {percent(f1[1])}"
-        rows.append({"name": name, **scores, "plot": plots.pair(*f1, label)})
+        changes = {score: field_cell(scores["tuned"][score], found) for score, found in scores["difference"].items()}
+        rows.append({"name": name, "n": scores["tuned"]["n"], "base_f1": percent(f1[0]), **changes,
+                     "word": word(scores["difference"]["f1"], True), "plot": plots.pair(*f1, label)})  # fmt: skip
     return rows
+
+
+def field_cell(tuned: float | None, found: dict | None) -> dict:
+    """A score of one field: the tuned model's value, and the difference to its base where both have one."""
+    return {
+        "value": percent(tuned),
+        "difference": found and change(found["value"], True, unit=False),
+        "ci": bounds(found, True),
+        "tone": tone(found, True),
+    }
 
 
 def tasks_section(tasks: list[dict], compared: list[dict]) -> list[dict]:

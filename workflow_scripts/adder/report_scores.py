@@ -1,11 +1,10 @@
 """Base against tuned: held-out scores, fields, tasks, and what a judge said, each difference with its interval."""
 
-import math
 from pathlib import Path
 
 import numpy as np
 
-from adder import statistics
+from adder import scoring, statistics
 from adder.errors import UserError
 from adder.files import read_json, read_jsonl
 
@@ -42,6 +41,8 @@ METRICS: dict[str, dict] = {
         "meaning": "the same as a number of equally likely tokens to choose from: e to the power of the loss",
     },
 }  # fmt: skip
+LOSSES = ("loss", "perplexity")  # which plain texts have too
+FIELD_SCORES = ("precision", "recall", "f1")
 
 
 def paired_samples(base: Path, tuned: Path) -> list[dict]:
@@ -61,7 +62,7 @@ def paired_samples(base: Path, tuned: Path) -> list[dict]:
 
 
 def compare(facts: dict) -> dict:
-    """Each held-out score of base and tuned with its interval, and their difference, paired by row where possible."""
+    """Each held-out score of base and tuned with its interval, and their difference, paired by row."""
     base, tuned = facts["evaluate_base"]["heldout"], facts["evaluate_tuned"]["heldout"]
     compared = {}
     for metric in METRICS:
@@ -69,17 +70,29 @@ def compare(facts: dict) -> dict:
             continue
         entry = {"base": shown(base.get(metric)), "tuned": shown(tuned.get(metric)), "difference": None}
         if entry["base"] and entry["tuned"]:
-            rows = [per_row(metric, rows) for rows in scored(metric, facts["samples"])]
-            entry["difference"] = difference(base[metric], tuned[metric], rows)
+            entry["difference"] = difference(metric, *scored(metric, facts["samples"]))
         compared[metric] = entry
     return compared
 
 
 def field_rows(facts: dict) -> dict[str, dict]:
-    """Per-field scores of base and tuned by field name; empty where replies are not JSON."""
-    fields = [facts[f"evaluate_{who}"]["heldout"].get("fields") or {} for who in ("base", "tuned")]
-    names = dict.fromkeys([*fields[1], *fields[0]])
-    return {name: {"base": fields[0].get(name), "tuned": fields[1].get(name)} for name in names}
+    """By field name {base, tuned: its scores, difference: that of each of FIELD_SCORES, or None where one is missing}.
+
+    Empty where replies are not JSON.
+    """
+    base, tuned = (facts[f"evaluate_{who}"]["heldout"].get("fields") or {} for who in ("base", "tuned"))
+    if not tuned:
+        return {}
+    rows = scored("field_f1", facts["samples"])
+    parts = [np.concatenate([field_parts(own, name) for name in tuned], axis=1) for own in rows]
+    found = iter(statistics.paired_ratio_differences(*parts, statistics.clusters_of(rows[1])))
+    table = {}
+    for name, scores in tuned.items():
+        changes = {score: told(next(found)) for score in FIELD_SCORES}
+        both = {score: None not in (base[name][score], scores[score]) for score in FIELD_SCORES}
+        known = {score: change if both[score] else None for score, change in changes.items()}
+        table[name] = {"base": base[name], "tuned": scores, "difference": known}
+    return table
 
 
 def verdict(facts: dict, heldout: dict) -> dict:
@@ -88,10 +101,11 @@ def verdict(facts: dict, heldout: dict) -> dict:
     Raises UserError where the evaluations kept neither exact matches nor losses.
     """
     metric = main_metric(heldout)
-    base, tuned = (per_row(metric, rows) for rows in scored(metric, facts["samples"]))
+    rows = scored(metric, facts["samples"])
+    base, tuned = (per_row(metric, own) for own in rows)
     if base is None or tuned is None:
         raise UserError(f"report: the samples of base and tuned must each have {metric} to be compared")
-    return statistics.verdict(metric, base, tuned)
+    return statistics.verdict(metric, base, tuned, clusters=statistics.clusters_of(rows[1]))
 
 
 def main_metric(heldout: dict) -> str:
@@ -102,7 +116,7 @@ def main_metric(heldout: dict) -> str:
 
 def scored(metric: str, samples: list[dict]) -> list[list[dict]]:
     """The samples of base and of tuned that have this score: plain texts have a loss, and no reply to judge."""
-    asked = [sample for sample in samples if metric == "loss" or sample["tuned"]["reply"] is not None]
+    asked = [sample for sample in samples if metric in LOSSES or sample["tuned"]["reply"] is not None]
     return [[sample[who] for sample in asked] for who in ("base", "tuned")]
 
 
@@ -111,39 +125,43 @@ def per_row(metric: str, samples: list[dict]) -> np.ndarray | None:
 
     The loss is a mean over tokens: each row counts as often as it has labelled tokens.
     """
-    if metric == "loss" and all(row.get("loss") is not None and row.get("labelled_tokens") for row in samples):
-        tokens = np.array([row["labelled_tokens"] for row in samples], dtype=float)
-        return np.array([row["loss"] for row in samples], dtype=float) * tokens / tokens.mean()
+    if metric == "loss":
+        losses, tokens = loss_parts(samples)
+        return losses / tokens.mean()
     if all(isinstance(row.get(metric), int | float) for row in samples):
         return np.array([row[metric] for row in samples], dtype=float)
     return None
 
 
-def difference(base: dict, tuned: dict, rows: list[np.ndarray | None]) -> dict:
-    """Tuned less base as {value, ci95, p}: paired by row, or as if independent where the rows' mean isn't the score.
-
-    `rows`: one value a row of base and of tuned. Without them p is None, without standard errors the interval too.
-    """
-    value = tuned["value"] - base["value"]
-    if all(row is not None and len(row) > 1 for row in rows):
-        found = statistics.paired_difference(*rows)
-        if math.isclose(found["value"], value, rel_tol=1e-3, abs_tol=1e-6):
-            return {name: found[name] for name in ("value", "ci95", "p")}
-    errors = [score.get("stderr") for score in (base, tuned)]
-    if None in errors:
-        return {"value": value, "ci95": None, "p": None}
-    half = 1.96 * math.hypot(*errors)
-    return {"value": value, "ci95": [value - half, value + half], "p": None}
+def loss_parts(samples: list[dict]) -> np.ndarray:
+    """Each row's loss in nats and its labelled tokens: float64 (2, rows)."""
+    tokens = np.array([row["labelled_tokens"] for row in samples], dtype=float)
+    return np.stack([np.array([row["loss"] for row in samples], dtype=float) * tokens, tokens])
 
 
-def is_sure(found: dict | None) -> bool:
-    """Whether a difference is more than chance, as `statistics.verdict` has it: only then it gets a colour.
+def field_parts(samples: list[dict], name: str | None = None) -> np.ndarray:
+    """Numerators and denominators of FIELD_SCORES, of one field or of all: float64 (2, 3, rows)."""
+    fields = [row["fields"] for row in samples]
+    own = fields if name is None else [{name: found[name]} if name in found else {} for found in fields]
+    right, given, expected = np.array([scoring.count_fields(one) for one in own], dtype=float).T
+    return np.stack([[right, right, 2 * right], [given, expected, given + expected]])
 
-    One that has no p is judged by its interval alone, one without an interval is never sure.
-    """
-    if not found or not found["ci95"] or None in found["ci95"]:
-        return False
-    return statistics.is_sure(found | {"p": found.get("p") or 0.0})
+
+def difference(metric: str, base: list[dict], tuned: list[dict]) -> dict:
+    """Tuned less base in a score, paired by row, as {value, ci95, p}; the samples of each have the same rows."""
+    clusters = statistics.clusters_of(tuned)
+    if metric == "field_f1":
+        parts = (field_parts(rows)[:, FIELD_SCORES.index("f1"), None] for rows in (base, tuned))
+        return told(statistics.paired_ratio_differences(*parts, clusters)[0])
+    if metric == "perplexity":
+        parts = (loss_parts(rows)[:, None] for rows in (base, tuned))
+        return told(statistics.paired_ratio_differences(*parts, clusters, np.exp)[0])
+    return told(statistics.paired_difference(per_row(metric, base), per_row(metric, tuned), clusters))
+
+
+def told(found: dict) -> dict:
+    """A difference without what only computations need."""
+    return {name: found[name] for name in ("value", "ci95", "p")}
 
 
 def shown(score: dict | None) -> dict | None:
@@ -170,21 +188,14 @@ def compare_tasks(tasks: list[dict], asked: list[dict]) -> list[dict]:
     for entry, task in zip(asked, tasks, strict=True):
         scores, metric = task["tuned"], task["tuned"]["metric"]
         base, tuned = (task[who]["metrics"][metric] for who in ("base", "tuned"))
-        values = [per_row(metric, [sample[who] for sample in task["samples"]]) for who in ("base", "tuned")]
-        found = difference(base, tuned, values)
+        values = ([sample[who][metric] for sample in task["samples"]] for who in ("base", "tuned"))
+        found = told(statistics.paired_difference(*values))
         rows.append({
             **entry,
             **{key: scores[key] for key in ("version", "metric", "higher_is_better", "num_fewshot")},
             "base": shown(base),
             "tuned": shown(tuned),
             "difference": found,
-            "verdict": word(found, scores["higher_is_better"]),
+            "verdict": statistics.word(found, scores["higher_is_better"]),
         })  # fmt: skip
     return rows
-
-
-def word(found: dict, higher_is_better: bool) -> str:
-    """A difference in a word, as `statistics.verdict` has it: "better", "worse" or "can't tell"."""
-    if not is_sure(found):
-        return "can't tell"
-    return "better" if (found["value"] > 0) == higher_is_better else "worse"

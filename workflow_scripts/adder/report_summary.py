@@ -3,8 +3,9 @@
 from adder import guard
 from adder.report_evaluation import is_share
 from adder.report_provenance import money
-from adder.report_scores import METRICS, word
+from adder.report_scores import METRICS
 from adder.report_text import duration, number, percent
+from adder.statistics import word
 
 WORST_FIRST = ("stop", "warning", "note")
 MARKS = {"bad": "✗", "unsure": "!", "good": "✓", "calm": ""}

@@ -21,6 +21,15 @@ HEADINGS = {
     "examples_per_pack": "examples a pack",
     "packing_waste": "waste if packed",
     "attention_share": "attention's share of the work",
+    "products": "products",
+    "loss": "loss",
+    "loss_difference": "difference",
+    "loss_difference_share": "share of the loss",
+    "gradient_cosine": "cosine of the gradients",
+    "gradient_norm_ratio": "ratio of their norms",
+    "lowest_cosine": "lowest by kind of layer",
+    "lowest_layer": "which",
+    "within": "within what is allowed",
 }
 
 

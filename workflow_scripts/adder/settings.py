@@ -127,7 +127,8 @@ class Heldout(Section):
     sources: list[Source] | None = Field(None, min_length=1)
     """Held-out rows from sources of their own; training rows that stand among them are dropped."""
     group_by: str | None = None
-    """Column whose rows stay together: one conversation or author never stands on both sides."""
+    """Column whose rows stay together: one conversation or author never stands on both sides. Intervals take each of
+    its groups as a whole."""
     stratify_by: str | None = None
     """Column of whose values each is held out by the same share."""
 
@@ -257,8 +258,8 @@ class Train(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the matrix products; `auto` takes what this hardware computes fastest without loss of range."""
     frozen_products: Literal["auto", "bf16", "fp8"] = "auto"
-    """Precision of the frozen base's products on a GPU. `fp8` (Hopper and later) is faster and coarser; `auto` doesn't
-    take it."""
+    """Precision of the frozen base's products on a GPU. `fp8` (Hopper and later) is faster and coarser; a step on your
+    own packs shows by how much. `auto` takes it for hidden sizes from 2,048 on where that is next to nothing."""
     eval_samples: int = Field(64, ge=0)
     """Held-out examples for the evaluation loss while training; 0 for none."""
     eval_times: int = Field(4, ge=1)

@@ -35,7 +35,7 @@ def choose_heldout(heldout: dict, prompt: np.ndarray, digest: np.ndarray, value:
         )
     if heldout.get("stratify_by"):
         return _stratified(share, size, prompt, digest, value)
-    key = np.where(value == MISSING, prompt, value) if heldout.get("group_by") else prompt
+    key = groups_of(prompt, value) if heldout.get("group_by") else prompt
     if share is not None:
         return key < _limit(share)
     if heldout.get("group_by"):
@@ -43,6 +43,11 @@ def choose_heldout(heldout: dict, prompt: np.ndarray, digest: np.ndarray, value:
     held = np.zeros(len(prompt), dtype=bool)
     held[np.lexsort((digest, prompt))[:size]] = True
     return held
+
+
+def groups_of(prompt: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """What each row goes by under group_by: its value's hash, and without a value its prompt's."""
+    return np.where(value == MISSING, prompt, value)
 
 
 def describe(heldout: dict, held: int, left: int, own_sources: bool) -> str:

@@ -24,7 +24,7 @@ from adder import hardware
 from adder.closure import code_digest
 from adder.errors import UserError
 from adder.files import digest_file, link_or_copy, read_json, write_json
-from adder.plan import canonical, reads
+from adder.plan import CONTINUED, canonical, reads
 from adder.progress import Progress
 from adder.settings import Runtime
 
@@ -92,12 +92,9 @@ def _restore_or_run(stage, module, function, settings, identity, inputs, results
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        arguments = {}
-        if stage == "train":  # the one stage that is long enough to be worth continuing
-            arguments = {
-                "checkpoints": results / "checkpoints" / record["fingerprint"],
-                "runtime": runtime | {"results": str(results)},
-            }
+        arguments = {"checkpoints": results / "checkpoints" / record["fingerprint"]} if stage in CONTINUED else {}
+        if stage == "train":
+            arguments["runtime"] = runtime | {"results": str(results)}
         run = getattr(importlib.import_module(f"adder.{module}"), function)
         record["summary"] = run(settings, inputs, partial, progress, **arguments)
         record["seconds"] = round(time.monotonic() - start, 3)
@@ -107,7 +104,7 @@ def _restore_or_run(stage, module, function, settings, identity, inputs, results
         shutil.rmtree(partial, ignore_errors=True)
         raise
     link_tree(folder, kept)
-    if stage == "train":
+    if stage in CONTINUED:
         shutil.rmtree(arguments["checkpoints"], ignore_errors=True)
     progress.say(f"done in {_duration(record['seconds'])}")
 

@@ -6,13 +6,14 @@ rows that belong together are drawn together (section 2.2). docs/evaluation.md s
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 
 RESAMPLES = 10_000
 SEED = 20_241_100
-CHUNK = 4_000_000  # random numbers drawn at once: about 60 MB
+CHUNK = 4_000_000  # random numbers drawn at once: about 100 MB
+SAME = 1 - 1e-9  # a draw with the very difference that was seen counts; sums of floats differ in their last bits
 Z95 = 1.959963984540054  # standard normal quantile of 97.5 %
 Z_POWER = 0.8416212335729143  # of 80 %: how often a comparison of `needed_n` rows would find the difference
 
@@ -28,20 +29,30 @@ SCORES = {
 }
 
 
-def proportion(successes: int, n: int) -> dict:
-    """A proportion with its Wilson 95 % interval: {value, ci95, n, stderr}. Raises ValueError for n = 0.
+def clusters_of(rows: Sequence[dict]) -> list[str] | None:
+    """The group of each row of a samples.jsonl; None where rows belong to none, and for no rows."""
+    return [row["group"] for row in rows] if rows and "group" in rows[0] else None
+
+
+def proportion(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict:
+    """The share of ones among zeros and ones, with its Wilson 95 % interval: {value, ci95, n, stderr}.
 
     Source: E. B. Wilson, JASA 22 (1927) 209. Unlike value +- 1.96 standard errors it stays within 0 to 1 and has a
-    width at 0 of n and n of n.
+    width at 0 of n and n of n. Rows in `clusters` (see `ratio`) count as `effective_n` of them. Raises ValueError
+    without rows.
     """
-    if n < 1:
+    values = np.asarray(values, dtype=float)
+    rows = len(values)
+    if rows < 1:
         raise ValueError("a proportion of no rows")
-    p = successes / n
+    p = float(values.mean())
+    n = rows if clusters is None else effective_n(values, clusters)
     middle = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    low = 0.0 if successes == 0 else max(0.0, middle - half)
-    high = 1.0 if successes == n else min(1.0, middle + half)
-    return {"value": p, "ci95": [low, high], "n": n, "stderr": math.sqrt(p * (1 - p) / n)}
+    low = 0.0 if p == 0 else max(0.0, middle - half)
+    high = 1.0 if p == 1 else min(1.0, middle + half)
+    stderr = math.sqrt(p * (1 - p) / rows) if clusters is None else standard_error(values, clusters)
+    return {"value": p, "ci95": [low, high], "n": rows, "stderr": stderr}
 
 
 def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict:
@@ -67,11 +78,9 @@ def ratio(
     if clusters is not None:
         both = _sums_by_cluster(both, clusters)
     n = both.shape[1]
-    sums = np.concatenate([both[:, drawn].sum(-1) for drawn in _resamples(n)], axis=1)
-    draws = np.divide(sums[0], sums[1], out=np.zeros(sums.shape[1]), where=sums[1] != 0)
-    top, bottom = both.sum(-1)
+    draws = _ratio(*np.concatenate([both @ drawn.T for drawn in _resamples(n)], axis=1))
     return {
-        "value": float(top / bottom) if bottom else 0.0,
+        "value": float(_ratio(*both.sum(-1))),
         "ci95": _percentiles(draws, n),
         "n": rows,
         "stderr": float(draws.std(ddof=1)),
@@ -89,6 +98,38 @@ def perplexity(loss: dict) -> dict:
     }
 
 
+def standard_error(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> float:
+    """Standard error of the mean of `values` (rows,), 0 for one row or cluster; `clusters` as `ratio` has it.
+
+    With clusters it is that of Miller 2024, section 2.2: products of errors count within a cluster, times k / (k - 1)
+    for k clusters, as n / (n - 1) for rows.
+    """
+    rows = len(values)
+    sums, sizes = _sums_by_cluster(np.stack([values, np.ones(rows)]), range(rows) if clusters is None else clusters)
+    k = len(sums)
+    return math.sqrt(k / (k - 1) * ((sums - values.mean() * sizes) ** 2).sum()) / rows if k > 1 else 0.0
+
+
+def effective_n(values: np.ndarray, clusters: Sequence[Hashable]) -> float:
+    """How many independent rows would tell the mean as well as these, (rows,), do in their clusters; 1 for one cluster.
+
+    That is the rows over their design effect (L. Kish, Survey Sampling, 1965): the variance of the mean with clusters
+    over that without, 1 at least. Where all values are equal it can't be measured, and rows of a cluster are taken to
+    be alike. The wider t of few clusters is allowed for as E. Korn and B. Graubard do, Survey Methodology 24 (1998)
+    193.
+    """
+    rows = len(values)
+    sizes = _sums_by_cluster(np.ones((1, rows)), clusters)[0]
+    if len(sizes) == 1:
+        return 1.0
+    plain = standard_error(values)
+    if plain == 0:
+        found = rows**2 / float((sizes**2).sum())
+    else:
+        found = rows * (plain / max(plain, standard_error(values, clusters))) ** 2
+    return found * (_t95(rows - 1) / _t95(len(sizes) - 1)) ** 2
+
+
 def paired_difference(
     base: Sequence[float], tuned: Sequence[float], clusters: Sequence[Hashable] | None = None
 ) -> dict:
@@ -96,23 +137,68 @@ def paired_difference(
 
     Scores of 0 and 1 get the interval of A. Agresti and Y. Min, Statistics in Medicine 24 (2005) 729 (half a pair is
     added to each way in which a pair can come out, so that few or no rows that differ still leave a width), and
-    McNemar's exact two-sided p. Others, and rows in `clusters` (see `ratio`), get a paired bootstrap's interval and
-    the p of the sign-flip test. Raises ValueError when the two don't have the same rows.
+    McNemar's exact two-sided p. Others get a paired bootstrap's interval and the p of the sign-flip test. Rows in
+    `clusters` (see `ratio`) are drawn and flipped together; zeros and ones count as `effective_n` pairs. Raises
+    ValueError when the two don't have the same rows.
     """
     base, tuned = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
     if base.shape != tuned.shape or base.ndim != 1 or not len(base):
         raise ValueError(f"a paired comparison needs the same rows twice, got {base.shape} and {tuned.shape}")
     difference = tuned - base
+    n, stderr = len(difference), standard_error(difference, clusters)
+    together = difference if clusters is None else _sums_by_cluster(difference[None, :], clusters)[0]
+    if not (np.isin(base, (0, 1)).all() and np.isin(tuned, (0, 1)).all()):
+        return {**mean(difference, clusters), "stderr": stderr, "p": _sign_flip_p(together)}
+    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    part = 1.0 if clusters is None else effective_n(difference, clusters) / n
+    ci95 = _matched_interval(gained * part, lost * part, n * part)
+    p = _mcnemar_p(gained, lost) if clusters is None else _sign_flip_p(together)
+    return {"value": (gained - lost) / n, "ci95": ci95, "n": n, "stderr": stderr, "p": p}
+
+
+def paired_ratio_differences(
+    base: np.ndarray,
+    tuned: np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    transform: Callable[[np.ndarray], np.ndarray] = np.positive,
+) -> list[dict]:
+    """tuned - base of scores that are ratios of sums over rows, such as an F1: for each {value, ci95, n, stderr, p}.
+
+    `base` and `tuned`: float (2, scores, rows), each row's numerators and denominators, of the same rows in the same
+    order. A score is `transform` of sum / sum (np.exp makes perplexities of losses a token); 0 / 0 is 0. The interval
+    is a paired bootstrap's. p is that of the randomisation test: in each row base and tuned change places by chance
+    (A. Yeh, "More accurate tests for the statistical significance of result differences", COLING 2000). Rows in
+    `clusters` (see `ratio`) are drawn and change places together.
+    """
+    values = np.stack([base, tuned])
+    *shape, rows = values.shape
     if clusters is not None:
-        by_cluster = _sums_by_cluster(difference[None, :], clusters)[0]
-        return {**mean(difference, clusters), "p": _sign_flip_p(by_cluster)}
-    n = len(difference)
-    stderr = float(difference.std(ddof=1) / math.sqrt(n)) if n > 1 else 0.0
-    if np.isin(base, (0, 1)).all() and np.isin(tuned, (0, 1)).all():
-        gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-        ci95, p = _matched_interval(gained, lost, n), _mcnemar_p(gained, lost)
-        return {"value": (gained - lost) / n, "ci95": ci95, "n": n, "stderr": stderr, "p": p}
-    return {**mean(difference), "stderr": stderr, "p": _sign_flip_p(difference)}
+        values = _sums_by_cluster(values.reshape(-1, rows), clusters).reshape(*shape, -1)
+    n = values.shape[-1]
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        scores = transform(_ratio(sums[:, 0], sums[:, 1]))
+        return scores[1] - scores[0]
+
+    middle, gaps = values.sum(-1).mean(0)[..., None], (values[1] - values[0]) / 2
+    with np.errstate(over="ignore", invalid="ignore"):  # a perplexity may be beyond all bounds
+        found = difference(values.sum(-1))
+        draws = np.concatenate([difference(values @ drawn.T) for drawn in _resamples(n)], axis=-1)
+        extreme = np.zeros(len(found), dtype=int)
+        for signs in _signs(n):
+            shift = gaps @ signs.T
+            swapped = difference(np.stack([middle - shift, middle + shift]))
+            extreme += (np.abs(swapped) >= np.abs(found)[:, None] * SAME).sum(-1)
+        return [
+            {
+                "value": float(value),
+                "ci95": _percentiles(drawn, n),
+                "n": rows,
+                "stderr": float(drawn.std(ddof=1)),
+                "p": (int(count) + 1) / (RESAMPLES + 1),
+            }
+            for value, drawn, count in zip(found, draws, extreme, strict=True)
+        ]
 
 
 def verdict(
@@ -133,7 +219,8 @@ def verdict(
     all values lie between 0 and 1) and `better` ("higher", or "lower"). `row`: what a row is called, in the singular.
     A difference counts when its 95 % interval leaves out 0 and p < 0.05. Otherwise `needed_n` is about how many rows
     would show a difference as large as this one in 80 % of tries (Miller 2024, section 5); None if there is none.
-    Returns {verdict, metric, base, tuned, difference, ci95, n, p, needed_n, sentence}.
+    Returns {verdict, metric, base, tuned, difference, ci95, n, groups (how many clusters, or None), p, needed_n,
+    sentence}.
     """
     known = SCORES.get(metric)
     if known is None:
@@ -142,28 +229,35 @@ def verdict(
     name = known[0] if name is None else name
     is_share = known[1] if is_share is None else is_share
     better = known[3] if better is None else better
+    base, tuned = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
     found = paired_difference(base, tuned, clusters)
-    sure = is_sure(found)
-    word = "can't tell" if not sure else "better" if (found["value"] > 0) == (better == "higher") else "worse"
-    needed = None if sure else needed_n(np.asarray(tuned, dtype=float) - np.asarray(base, dtype=float), clusters)
     result = {
-        "verdict": word,
+        "verdict": word(found, better == "higher"),
         "metric": metric,
-        "base": float(np.mean(base)),
-        "tuned": float(np.mean(tuned)),
+        "base": float(base.mean()),
+        "tuned": float(tuned.mean()),
         "difference": found["value"],
         "ci95": found["ci95"],
         "n": found["n"],
+        "groups": None if clusters is None else len(set(clusters)),
         "p": found["p"],
-        "needed_n": needed,
+        "needed_n": None if is_sure(found) else needed_n(tuned - base, clusters),
     }
     return {**result, "sentence": _sentence(result, name, is_share, known[2], row)}
 
 
 def is_sure(difference: dict) -> bool:
-    """Whether a difference that `paired_difference` returned counts: its interval leaves out 0, and p < 0.05."""
+    """Whether a difference, {ci95, p, …}, counts: its interval leaves out 0, and p < 0.05. A bound that is no number
+    (None in files) leaves out nothing."""
     low, high = difference["ci95"]
-    return (low > 0 or high < 0) and difference["p"] < 0.05
+    return None not in (low, high) and (low > 0 or high < 0) and difference["p"] < 0.05
+
+
+def word(difference: dict | None, higher_is_better: bool) -> str:
+    """A difference in a word: "better", "worse" or "can't tell", as where there is none."""
+    if difference is None or not is_sure(difference):
+        return "can't tell"
+    return "better" if (difference["value"] > 0) == higher_is_better else "worse"
 
 
 def needed_n(difference: np.ndarray, clusters: Sequence[Hashable] | None = None) -> int | None:
@@ -175,14 +269,10 @@ def needed_n(difference: np.ndarray, clusters: Sequence[Hashable] | None = None)
     if effect == 0:
         return None
     rows = len(difference)
-    values = np.stack([difference, np.ones(rows)])
-    sums, sizes = _sums_by_cluster(values, range(rows) if clusters is None else clusters)
-    units = len(sums)
-    errors = (sums - difference.mean() * sizes) * units / rows
-    spread = math.sqrt((errors**2).sum() / (units - 1)) if units > 1 else 0.0
-    by_power = ((Z95 + Z_POWER) * spread / effect) ** 2
-    by_sign = 6 / np.count_nonzero(sums) * units  # fewer than 6 that differ can't reach p < 0.05
-    return max(math.ceil(max(by_power, by_sign) * rows / units), rows + 1)
+    together = difference if clusters is None else _sums_by_cluster(difference[None, :], clusters)[0]
+    by_power = ((Z95 + Z_POWER) * standard_error(difference, clusters) / effect) ** 2
+    by_sign = 6 / np.count_nonzero(together)  # fewer than 6 that differ can't reach p < 0.05
+    return max(math.ceil(max(by_power, by_sign) * rows), rows + 1)
 
 
 def _sentence(result: dict, name: str, is_share: bool, unit: str, row: str) -> str:
@@ -195,6 +285,8 @@ def _sentence(result: dict, name: str, is_share: bool, unit: str, row: str) -> s
     low, high = (shown(bound) for bound in result["ci95"])
     suffix = " %" if is_share else unit
     rows = f"{n:,} {row}{'' if n == 1 else 's'}"
+    if groups := result["groups"]:
+        rows += f" in {groups:,} group{'' if groups == 1 else 's'}"
     if result["verdict"] != "can't tell":
         way = "up" if tuned > base else "down"
         return (
@@ -222,11 +314,30 @@ def _round_up(n: int) -> int:
 
 
 def _resamples(n: int) -> Iterator[np.ndarray]:
-    """Row numbers of all bootstrap resamples, in chunks of shape (some, n)."""
+    """How often each of n rows is drawn in each bootstrap resample, in chunks of shape (some, n)."""
     random = np.random.default_rng(SEED)
+    for some in _chunks(n):
+        drawn = random.integers(0, n, size=(some, n), dtype=np.int32) + n * np.arange(some)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=some * n).reshape(some, n).astype(float)
+
+
+def _signs(n: int) -> Iterator[np.ndarray]:
+    """Signs, 1.0 or -1.0, of n rows in each of RESAMPLES draws, in chunks of shape (some, n)."""
+    random = np.random.default_rng(SEED)
+    for some in _chunks(n):
+        yield 2.0 * random.integers(0, 2, size=(some, n), dtype=np.int8) - 1
+
+
+def _chunks(n: int) -> Iterator[int]:
+    """How many of RESAMPLES draws of n numbers to make at once."""
     at_once = max(1, CHUNK // n)
     for start in range(0, RESAMPLES, at_once):
-        yield random.integers(0, n, size=(min(at_once, RESAMPLES - start), n), dtype=np.int32)
+        yield min(at_once, RESAMPLES - start)
+
+
+def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """top / bottom, 0 where both are."""
+    return np.divide(top, bottom, out=np.zeros(np.shape(top)), where=bottom != 0)
 
 
 def _sums_by_cluster(values: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:
@@ -238,7 +349,7 @@ def _sums_by_cluster(values: np.ndarray, clusters: Sequence[Hashable]) -> np.nda
     return np.stack([np.bincount(of_row, weights=line) for line in values])
 
 
-def _matched_interval(gained: int, lost: int, n: int) -> list[float]:
+def _matched_interval(gained: float, lost: float, n: float) -> list[float]:
     """95 % interval of (gained - lost) / n among n matched pairs of 0 and 1: Wald's, half a pair added to each cell."""
     gained, lost, n = gained + 0.5, lost + 0.5, n + 2
     middle = (gained - lost) / n
@@ -258,14 +369,8 @@ def _sign_flip_p(difference: np.ndarray) -> float:
     changed = difference[difference != 0]
     if not len(changed):
         return 1.0
-    # Patterns with the very mean that was seen must count; sums of floats differ in their last bits.
-    seen = abs(changed.sum()) * (1 - 1e-9)
-    random = np.random.default_rng(SEED)
-    at_once = max(1, CHUNK // len(changed))
-    extreme = 0
-    for start in range(0, RESAMPLES, at_once):
-        signs = random.integers(0, 2, size=(min(at_once, RESAMPLES - start), len(changed)), dtype=np.int8)
-        extreme += int((np.abs((2.0 * signs - 1) @ changed) >= seen).sum())
+    seen = abs(changed.sum()) * SAME
+    extreme = sum(int((np.abs(signs @ changed) >= seen).sum()) for signs in _signs(len(changed)))
     return (extreme + 1) / (RESAMPLES + 1)
 
 

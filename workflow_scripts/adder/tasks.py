@@ -148,7 +148,7 @@ def score(documents: list[dict], results: dict, tasks: dict[str, Task], name: st
         if None in values or not _is_mean(metric, documents, results, tasks):
             continue
         shares = all(value in (0.0, 1.0) for value in values)
-        metrics[metric] = statistics.proportion(int(sum(values)), len(values)) if shares else statistics.mean(values)
+        metrics[metric] = statistics.proportion(values) if shares else statistics.mean(values)
     if not metrics:
         known = ", ".join(metric for metric in results["results"][next(iter(tasks))] if "," in metric)
         raise UserError(

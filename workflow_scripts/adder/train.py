@@ -11,7 +11,18 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig
 
-from adder import adapter, base_model, folded_lora, hardware, launch, planner, preflight, ranks, sharding, trackers
+from adder import (
+    adapter,
+    base_model,
+    frozen_products,
+    hardware,
+    launch,
+    planner,
+    preflight,
+    ranks,
+    sharding,
+    trackers,
+)
 from adder.advice import advise
 from adder.checkpoints import newest_whole
 from adder.choice import Choice
@@ -96,17 +107,17 @@ def start(
     in_shards = processes.value > 1 and plan["sharding"].value == "fsdp"
     model, choices = base_model.load(base, settings["method"], dtype, device, place="cpu" if in_shards else None)
     plan |= choices
+    newest, step_plan = ranks.on_main(_begun, folder)
     if settings["method"] != "full":
         model = adapter.add_adapter(model, settings)
         adapter.initialise(model, packs, settings)
         if device == "cuda" and not in_shards:
-            plan["lora_products"] = folded_lora.attach_where_it_pays(model, dtype, products=settings["frozen_products"])
+            plan |= _fold(model, dtype, settings, packs, (step_plan or {}).get("frozen_products"))
     if settings["neftune_noise_alpha"]:
         add_noise(model, settings["neftune_noise_alpha"])
     if in_shards:
         sharding.shard(model, device)
 
-    newest, step_plan = ranks.on_main(_begun, folder)
     resumed_from = newest and int(newest.name.removeprefix("checkpoint-"))
     levels = planner.supported(model, device)
     if step_plan and step_plan["processes"].value != processes.value:
@@ -118,6 +129,8 @@ def start(
         trials = planner.Trials(model, seq_lengths, dtype, device)
         chosen = ranks.on_main(planner.choose, settings, seq_lengths, device, levels, trials, processes.value)
         step_plan = {"processes": processes, **chosen}
+    if "frozen_products" in plan:
+        step_plan["frozen_products"] = plan["frozen_products"]  # outlives a kill too
     ranks.on_main(planner.save, step_plan, folder)
     planner.apply(model, planner.of(step_plan).checkpointing)
     plan |= step_plan
@@ -196,6 +209,15 @@ def _packs(inputs: dict[str, Path], settings: dict) -> PackedExamples:
     return PackedExamples(tokens, packs, settings["seed"], settings["reshuffle"])
 
 
+def _fold(
+    model: torch.nn.Module, dtype: str, settings: dict, packs: PackedExamples, kept: Choice | None
+) -> dict[str, Choice]:
+    """As frozen_products.attach; every process takes what the main one found."""
+    rest = (model, dtype, settings["frozen_products"], packs)
+    choices = ranks.on_main(frozen_products.attach, *rest, kept)
+    return choices if ranks.is_main() else frozen_products.attach(*rest, choices["frozen_products"])
+
+
 def _begun(folder: Path) -> tuple[Path | None, dict[str, Choice] | None]:
     """The last whole checkpoint and the plan of an earlier start; without a checkpoint nothing else is kept of it."""
     newest, plan = newest_whole(folder), planner.load(folder)
@@ -209,6 +231,8 @@ def _check(trainer: Trainer, packs: PackedExamples, plan: dict[str, Choice], pro
     seen = preflight.check(
         trainer.model, trainer.processing_class, packs.pack(0), trainer.settings, plan, trainer.doctor.facts
     )
+    if "frozen_products" in plan:
+        seen["warnings"] += frozen_products.warnings(plan["frozen_products"])
     for warning in seen["warnings"]:
         progress.say(f"warning: {warning}")
     progress.say(seen["estimate"])
