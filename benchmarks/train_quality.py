@@ -274,6 +274,8 @@ def by_arm(runs: list[dict]) -> list[dict]:
 
 def compare(options) -> dict:
     """Make every run that the result doesn't hold yet, seed by seed, so that a run cut off has all arms of some."""
+    import torch  # noqa: F401 - which names the GPU
+
     from adder import hardware
 
     asked = {name: getattr(options, name) for name in ("method", "epochs", "lora_r", "effective_batch")}

@@ -42,7 +42,6 @@ def hopper(monkeypatch):
     monkeypatch.setattr(folded_lora, "triton", object())
     monkeypatch.setattr(frozen_products, "triton", object())
     monkeypatch.setattr(frozen_products.hardware, "free_memory", lambda device: 10**9)
-    monkeypatch.setattr(frozen_products, "AUTO_MAY_TAKE_FP8", True)
     monkeypatch.setattr(frozen_products, "LEAST_WIDTH", 64)
 
 
@@ -163,7 +162,6 @@ def test_a_figure_that_is_no_number_is_not_within():
     ("name", "value", "reason"),
     [
         ("LEAST_WIDTH", 65, "hidden size 64, where 65 is needed"),
-        ("AUTO_MAY_TAKE_FP8", False, "used where it is set"),
         ("triton", None, "fp8 needs Triton"),
     ],
 )
@@ -276,7 +274,6 @@ def test_nf4_in_fp8_on_a_gpu(tmp_path):
 def test_what_fp8_held_is_free_after_a_comparison_that_it_fails(tmp_path, packs, monkeypatch):
     """Values in fp8 would be 10 MiB; what remains beyond the same model in bf16 is less than one."""
     needs_hopper()
-    monkeypatch.setattr(frozen_products, "AUTO_MAY_TAKE_FP8", True)
     monkeypatch.setattr(frozen_products, "LEAST_WIDTH", 512)
     tolerate(monkeypatch, NARROW)
     held = {}
@@ -300,7 +297,6 @@ def test_what_fp8_held_is_free_after_a_comparison_that_it_fails(tmp_path, packs,
 def test_the_train_stage_compares_and_chooses(tmp_path, monkeypatch, wanted, tolerances, value, warned):
     """The whole stage: as far in the end as in bf16, to 3 % of the loss it began with."""
     needs_hopper()
-    monkeypatch.setattr(frozen_products, "AUTO_MAY_TAKE_FP8", True)
     monkeypatch.setattr(frozen_products, "LEAST_WIDTH", 64)
     tolerate(monkeypatch, tolerances)
     inputs = write_training_inputs(tmp_path / "inputs", save_tiny_model(tmp_path / "model"))

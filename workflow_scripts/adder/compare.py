@@ -112,6 +112,7 @@ def rows(found: dict) -> dict:
             "settings": [_setting(one, key) for key in keys],
             "seconds": one["cost"]["seconds"], "price": money(one["cost"]), "price_value": one["cost"]["price"],
             "steps": one["steps"], "base": one["verdict"]["verdict"], "sentence": one["verdict"]["sentence"],
+            "base_by": "" if one["verdict"]["metric"] == main else METRICS[one["verdict"]["metric"]]["name"].lower(),
             "findings": findings(one),
         })  # fmt: skip
     return {
@@ -248,7 +249,8 @@ def table(found: dict) -> str:
         low, high = difference.get("ci95") or (None, None)
         row = {
             "rank": one["rank"], "run": one["name"], "status": status(found, one)[0], "judged_by": main,
-            "against_base": one["verdict"]["verdict"], "difference_to_best": difference.get("value"),
+            "against_base": one["verdict"]["verdict"], "against_base_by": one["verdict"]["metric"],
+            "difference_to_best": difference.get("value"),
             "difference_low": low, "difference_high": high, "p": difference.get("p"),
             "p_corrected": difference.get("p_corrected"), "paired": difference.get("paired"),
         }  # fmt: skip

@@ -32,8 +32,6 @@ from adder.randomness import undisturbed
 from adder.training_data import PackedExamples
 from adder.triton_tools import triton
 
-# Whether `auto` may take fp8 at all.
-AUTO_MAY_TAKE_FP8 = True
 # Share of the free memory that weights in fp8 may take where fp8 is set; `auto` leaves as much room to activations as
 # it does beside 16-bit values (folded_lora.HELD_SHARE).
 FP8_SHARE = 0.6
@@ -108,8 +106,6 @@ def _reason_against(model: PeftModel, wanted: str, missing: str | None) -> str |
     width = model.config.get_text_config().hidden_size
     if wanted == "auto" and width < LEAST_WIDTH:
         return f"products as small as these gain nothing in fp8: hidden size {width:,}, where {LEAST_WIDTH:,} is needed"
-    if wanted == "auto" and not AUTO_MAY_TAKE_FP8:
-        return "fp8 is faster and coarser, and used where it is set"
     return None
 
 
