@@ -67,7 +67,7 @@ def test_every_method_trains(tmp_path, method, dtype):
     assert plan["micro_batch_size"]["value"] == 2
     assert plan["gradient_checkpointing"]["value"] is False
     if method == "qlora":
-        assert plan["nf4_values"]["value"] == "dequantised in each product"
+        assert ("nf4_values" in plan) == (plan["lora_products"]["value"] == "PEFT")
 
 
 def test_quantised_training_keeps_fp32_adapters(tmp_path):

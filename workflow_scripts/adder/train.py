@@ -113,6 +113,8 @@ def start(
         adapter.initialise(model, packs, settings)
         if device == "cuda" and not in_shards:
             plan |= _fold(model, dtype, settings, packs, (step_plan or {}).get("frozen_products"))
+            if plan["lora_products"].value != "PEFT":
+                plan.pop("nf4_values", None)  # folding chose anew, and says what
     if settings["neftune_noise_alpha"]:
         add_noise(model, settings["neftune_noise_alpha"])
     if in_shards:
