@@ -14,6 +14,7 @@ trl_packing                     TRL's SFTTrainer with packing=True as its docume
 trl_liger                       the same with use_liger_kernel=True
 unsloth                         Unsloth's model under TRL's trainer, packing, no checkpointing (its best); see below
 transformers_peft_liger_varlen  packs, varlen attention, Liger's layers and loss, no checkpointing: the best by hand
+axolotl_kernels                 the same with axolotl's LoRA kernels for MLP, QKV and output projection; see below
 adder                           packs, varlen attention, LoRA folded into the base products, own LM head loss
 adder_liger_head, adder_trl_head  the same with Liger's and with TRL's loss: what our own brings
 adder_dropout                   the same with lora_dropout 0.05
@@ -36,6 +37,19 @@ Python 3.12 beside torch, transformers 5.17 and accelerate, is 16 MB packed with
       "multiprocess<0.70.20" xxhash rich markdown-it-py mdurl pygments typer shellingham click requests urllib3 \\
       charset_normalizer idna certifi psutil wheel
     rm -rf site/studio site/unsloth_cli
+
+Axolotl's kernels have such a folder too, AXOLOTL_SITE, 1.3 MB packed. They are put in by the two functions that its
+loader calls; its trainer isn't run, which wants dozens of other libraries in versions of its own (transformers 5.16.1,
+PEFT 0.20.0). The file that is removed imports wandb, evaluate and TRL for callbacks; nothing that is measured is in it:
+
+    pip install --no-deps --no-compile --target site axolotl==0.19.0 addict==2.4.0
+    rm -r site/bin site/axolotl/utils/callbacks/__init__.py
+
+As axolotl has it by default for packed QLoRA: lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel, packs joined in one
+row, no checkpointing, fp32 pairs. Given beyond that: Liger's norm, rotary and loss, a plugin there. Liger's rotary goes
+in before the attention is patched; axolotl does it after, where it misses the patched layers. For flash-attn, which has
+no wheel, it has torch's varlen kernel as Adder registers it. Its kernels cast the pairs to bf16 in each product, and
+the pairs' gradients come out in bf16.
 """
 
 import argparse
@@ -67,12 +81,14 @@ ARMS = {  # what matters most comes first: a run that is cut off has it
     "adder_stage_2gpus": [(8, False)],
     "adder_24gb": [(2, False), (8, True)],
     "transformers_peft_liger_varlen": [(8, False)],
+    "axolotl_kernels": [(8, False), (4, False)],
     "adder_workspace": [(8, False)],
     "adder_liger_head": [(8, False)],
     "adder_trl_head": [(8, False)],
     "adder_dropout": [(8, False)],
     "unsloth_24gb": [(8, True)],
 }
+SITES = {"unsloth": "UNSLOTH_SITE", "axolotl": "AXOLOTL_SITE"}  # by how an arm's name begins
 BY_TRL = ("trl_packing", "trl_liger", "unsloth", "unsloth_24gb")
 CAP = 24e9
 WARM_UP, STEPS = 2, 4
@@ -117,12 +133,12 @@ def build(arm: str, shape: dict, layers: int):
 
     from adder import attention, folded_lora
 
-    by_hand = arm == "transformers_peft_liger_varlen"
-    if by_hand:
+    by_hand, by_axolotl = arm == "transformers_peft_liger_varlen", arm == "axolotl_kernels"
+    if by_hand or by_axolotl:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama(
-            rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False
+            rope=True, swiglu=by_hand, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False
         )
     packs = attention.choose(LlamaConfig(**shape), "bfloat16", speed_model.device())
     kernel = "sdpa" if arm == "padded_script" else packs.value
@@ -135,10 +151,24 @@ def build(arm: str, shape: dict, layers: int):
     lora = speed_model.lora_config(0.05 if arm == "adder_dropout" else 0.0)
     model = get_peft_model(model, lora, autocast_adapter_dtype=not by_hand)
     speed_model.fill_pairs(model)
+    if by_axolotl:
+        patch_by_axolotl(model)
     if arm.startswith("adder"):
         hold = arm not in {"adder_workspace", "adder_24gb"}
         print(folded_lora.attach(model, hold, "fp8" if arm == "adder_fp8" else "bf16"), flush=True)
     return model.train()
+
+
+def patch_by_axolotl(model) -> None:
+    """Put axolotl's LoRA kernels into the model, by the two functions that its loader calls for that."""
+    from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, patch_self_attn_lora
+    from axolotl.utils.dict import DictDefault
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        options = DictDefault(base_model=folder, lora_mlp_kernel=True, lora_qkv_kernel=True, lora_o_kernel=True)
+        patch_self_attn_lora(options)
+    apply_lora_kernel_patches(model, options)
 
 
 def loss_function(model, arm: str):
@@ -179,7 +209,7 @@ def loss_function(model, arm: str):
 
     if arm == "padded_script":
         return by_transformers
-    if arm in {"transformers_peft_liger_varlen", "adder_liger_head"}:
+    if arm in {"transformers_peft_liger_varlen", "axolotl_kernels", "adder_liger_head"}:
         return by_liger
     return by_trl if arm == "adder_trl_head" else by_adder
 
@@ -503,8 +533,8 @@ def child(name: str, options, limit: float) -> tuple[list | dict | None, str | N
     arguments += ["--profile", options.profile] if options.profile else []
     arguments += ["--tiny"] if options.tiny else []
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
-    if name.startswith("unsloth"):
-        environment |= {"PYTHONPATH": os.environ["UNSLOTH_SITE"], "UNSLOTH_DISABLE_STATISTICS": "1"}
+    if site := site_of(name):
+        environment |= {"PYTHONPATH": os.environ[site], "UNSLOTH_DISABLE_STATISTICS": "1"}
     command = [sys.executable, __file__, *map(str, arguments)]
     problem = None
     with log.open("w") as output:
@@ -522,6 +552,11 @@ def child(name: str, options, limit: float) -> tuple[list | dict | None, str | N
     else:
         log.unlink()
     return result, problem
+
+
+def site_of(arm: str) -> str | None:
+    """The variable that names the folder with the arm's own libraries, if it has some."""
+    return SITES.get(arm.partition("_")[0])
 
 
 def last_line(log: Path) -> str:
@@ -560,8 +595,8 @@ def compare(options) -> dict:
     shutil.rmtree(SAVED, ignore_errors=True)  # it may be of another shape
     for arm in options.arms:
         left = options.seconds - (time.monotonic() - begun)
-        if arm.startswith("unsloth") and "UNSLOTH_SITE" not in os.environ:
-            result["left_out"][arm] = "UNSLOTH_SITE names no folder that Unsloth is installed in"
+        if (site := site_of(arm)) and site not in os.environ:
+            result["left_out"][arm] = f"{site} names no folder that it is installed in"
         elif left < 20:
             result["left_out"][arm] = f"the {options.seconds} s for all arms were over"
         else:
