@@ -5,6 +5,7 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from adder import base_model, loss, train
+from adder.choice import Choice
 from adder.files import read_json
 from adder.progress import Progress
 from adder.settings import Train
@@ -79,3 +80,24 @@ def test_quantised_training_keeps_fp32_adapters(tmp_path):
 
     weights = load_file(out / "adapter" / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_a_model_for_shards_is_quantised_by_the_gpu_and_waits_in_main_memory(tmp_path, monkeypatch):
+    """The bytes of a model that is loaded onto the GPU, of which the GPU has a weight at a time.
+
+    2 MiB: a weight is half a MiB in bf16, and all of them 14, or 3.5 packed.
+    """
+    monkeypatch.setattr(base_model.attention, "choose", lambda *_: Choice("sdpa", "tries nothing on the GPU"))
+    shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 4, "num_key_value_heads": 4}
+    folder = save_tiny_model(tmp_path / "model", **shape)
+    direct, _ = base_model.load(folder, "qlora", "bfloat16", "cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    waiting, _ = base_model.load(folder, "qlora", "bfloat16", "cuda", in_shards=True)
+    assert torch.cuda.max_memory_allocated() - before < 2 * 2**20
+    assert all(parameter.device.type == "cpu" for parameter in waiting.parameters())
+    layers = base_model.four_bit_layers(waiting)
+    for name, layer in base_model.four_bit_layers(direct).items():
+        weight, like = layers[name].weight, layer.weight
+        assert torch.equal(weight.data, like.data.cpu()), name
+        assert torch.equal(weight.quant_state.absmax, like.quant_state.absmax.cpu()), name

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adder import launch, train
+from adder import hardware, launch, sharding, train
 from adder.checkpoints import newest_whole
 from adder.choice import Choice
 from adder.errors import UserError
@@ -61,28 +61,35 @@ def curve(folder: Path, name: str) -> list[float]:
 
 
 def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_path, two, monkeypatch):
-    """fp32, so only the order of sums differs: 2e-7 of a loss was seen, and 1e-5 leaves room for other CPUs."""
-    options = {"checkpoints": tmp_path / "c", "runtime": {"checkpoints": 2, "results": str(tmp_path)}}
+    """QLoRA, begun with all weights in each process and ended in shards, some of whose NF4 bytes are NaN as fp32.
+
+    In fp32 only the order of sums differs: 2e-7 of a loss was seen, and 1e-5 leaves room for other CPUs.
+    """
+    runtime = {"checkpoints": 2, "results": str(tmp_path)}
+    whole, shards = ({"checkpoints": tmp_path / "c", "runtime": runtime | {"sharding": how}} for how in ("ddp", "fsdp"))
     progress = StopsAt(8)
     for name in ("two", "one"):
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=r"told to stop \(SIGTERM\) at step \d+ of 60; a checkpoint is written"):
-        train.run(settings(), inputs, tmp_path / "two", progress, **options)
+        train.run(settings(), inputs, tmp_path / "two", progress, **whole)
     assert list((tmp_path / "two").iterdir()) == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    train.run(settings(), inputs, tmp_path / "two", progress, **options)
+    train.run(settings(), inputs, tmp_path / "two", progress, **shards)
     assert any("continuing from the checkpoint at step" in text for text in progress.said)
     monkeypatch.setattr(launch, "choose", lambda *_: Choice(1, "for the test"))
     train.run(settings(), inputs, tmp_path / "one", Progress.silent())
     summaries = {name: read_json(tmp_path / name / "train.json") for name in ("two", "one")}
     assert summaries["two"]["steps"] == summaries["one"]["steps"] == 60
     assert summaries["two"]["effective_batch"] == summaries["one"]["effective_batch"]
+    assert summaries["two"]["total_parameters"] == summaries["one"]["total_parameters"]
     for name in ("loss", "eval_loss", "grad_norm"):
         assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), rel=1e-5), name
     first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
     for name, tensor in second.items():
         assert (first[name] - tensor).norm() < 1e-4 * tensor.norm(), name
     assert list(read_jsonl(tmp_path / "two" / "samples.jsonl")) == list(read_jsonl(tmp_path / "one" / "samples.jsonl"))
-    assert read_json(tmp_path / "two" / "plan.json")["processes"]["value"] == 2
+    plan = read_json(tmp_path / "two" / "plan.json")
+    assert plan["processes"]["value"] == 2 and plan["sharding"]["value"] == "fsdp"
+    assert plan["nf4_values"]["value"] == "dequantised in each product"
 
 
 def test_a_full_training_that_one_process_began_goes_on_in_shards(inputs, tmp_path, monkeypatch):
@@ -160,6 +167,18 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch):
         launch.choose(2, "cpu", 16)
 
 
+@pytest.mark.parametrize("method, of_linear, of_rest", [("full", 16, 16), ("lora", 2, 2), ("qlora", 33 / 64, 2)])
+def test_a_model_that_fills_a_gpu_goes_into_shards(tiny_model_dir, monkeypatch, method, of_linear, of_rest):
+    """80 % of a GPU are for the bytes of the weights and their training."""
+    weights = load_file(tiny_model_dir / "model.safetensors")
+    linear = sum(weight.numel() for name, weight in weights.items() if "_proj" in name)
+    assert linear == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    needed = of_linear * linear + of_rest * (sum(weight.numel() for weight in weights.values()) - linear)
+    for room, how in ((0.99, "fsdp"), (1.01, "ddp")):
+        monkeypatch.setattr(hardware, "total_memory", lambda _, room=room: room * needed / 0.8)
+        assert sharding.choose("auto", settings() | {"method": method}, tiny_model_dir, "cuda").value == how
+
+
 # On two GPUs ----------------------------------------------------------------------------------------------------------
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -173,9 +192,12 @@ def wide_inputs(tmp_path_factory) -> dict[str, Path]:
     return write_training_inputs(folder / "inputs", save_tiny_model(folder / "model", **shape), packs=13)
 
 
+METHODS = [("qlora", "ddp"), ("qlora", "fsdp"), ("lora", "fsdp"), ("full", "ddp"), ("full", "fsdp")]
+
+
 @pytest.mark.gpu
 @two_gpus
-@pytest.mark.parametrize("method, how", [("qlora", "ddp"), ("lora", "fsdp"), ("full", "ddp"), ("full", "fsdp")])
+@pytest.mark.parametrize("method, how", METHODS)
 def test_two_gpus_learn_as_one(wide_inputs, tmp_path, method, how):
     """bf16 over other batches: 1 % of a loss, and 10 % of a gradient's norm, of which two apart would miss 30 %."""
     values = settings(compute_dtype="bfloat16", epochs=4, keep="best") | {"method": method}
@@ -185,7 +207,7 @@ def test_two_gpus_learn_as_one(wide_inputs, tmp_path, method, how):
         train.run(values, wide_inputs, tmp_path / name, Progress.silent(), runtime=runtime)
     plans = {name: read_json(tmp_path / name / "plan.json") for name in ("two", "one")}
     assert plans["two"]["processes"]["value"] == 2 and plans["two"]["sharding"]["value"] == how
-    if method == "qlora":
+    if (method, how) == ("qlora", "ddp"):
         assert plans["two"]["lora_products"]["value"] == plans["one"]["lora_products"]["value"] == "folded"
     for name, rel in (("loss", 0.01), ("eval_loss", 0.01), ("grad_norm", 0.1)):
         assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), rel=rel), name

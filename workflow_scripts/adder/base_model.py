@@ -1,5 +1,7 @@
 """Loading the base model for training: in 16 or 32 bit, or quantised to NF4."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,20 +15,20 @@ DEQUANTISED_SHARE = 0.5
 
 
 def load(
-    folder: Path, method: str, dtype: str, device: str, place: str | None = None
+    folder: Path, method: str, dtype: str, device: str, in_shards: bool = False
 ) -> tuple[PreTrainedModel, dict[str, Choice]]:
     """Load the model in `folder` to be trained by `method` ("qlora", "lora" or "full") in compute dtype `dtype`.
 
     Returns the model, with the attention for packed examples, and the choices made on the way. The weights of a
-    `full` training are fp32 (products run in `dtype` by autocast); frozen ones are kept in `dtype`. `place`: where it
-    waits, if not on the `device` that it is for.
+    `full` training are fp32 (products run in `dtype` by autocast); frozen ones are kept in `dtype`. `in_shards`: the
+    model is to be sharded, and waits in main memory for that; NF4 weights stay packed.
     """
     compute = getattr(torch, dtype)
     choices = {"attention": attention.choose(AutoConfig.from_pretrained(folder).get_text_config(), dtype, device)}
     options = {
         "dtype": torch.float32 if method == "full" else compute,
         "attn_implementation": choices["attention"].value,
-        "device_map": {"": torch.cuda.current_device() if (place or device) == "cuda" else "cpu"},
+        "device_map": {"": torch.cuda.current_device() if device == "cuda" and not in_shards else "cpu"},
     }
     if method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -35,14 +37,39 @@ def load(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with _quantised_on(device) if method == "qlora" and in_shards else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.config.use_cache = False
     if method == "qlora":
         keep_cpu_weights_intact(model)
-        choices["nf4_values"] = choose_nf4_values(model, compute, device)
+        choices["nf4_values"] = (
+            Choice("dequantised in each product", "processes send each other a layer's weights packed")
+            if in_shards
+            else choose_nf4_values(model, compute, device)
+        )
         if choices["nf4_values"].value == "dequantised once":
             hold_dequantised(model, compute)
     return model, choices
+
+
+@contextmanager
+def _quantised_on(device: str) -> Iterator[None]:
+    """Let `device` quantise what is loaded into main memory, weight by weight: CPUs take minutes for 8 B numbers."""
+    from bitsandbytes.nn import Params4bit
+
+    quantise = Params4bit._quantize
+
+    def there_and_back(self: Params4bit, place: torch.device) -> Params4bit:
+        quantise(self, device)
+        self.data = self.data.to(place)
+        self.quant_state.to(place)
+        return self
+
+    Params4bit._quantize = there_and_back
+    try:
+        yield
+    finally:
+        Params4bit._quantize = quantise
 
 
 def keep_cpu_weights_intact(model: PreTrainedModel) -> None:
@@ -90,7 +117,11 @@ def hold_dequantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
             plain.bias = torch.nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
-    # What is left is an ordinary frozen model; libraries must not treat it as a quantised one.
+    forget_quantisation(model)
+
+
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """Let libraries treat a quantised model as the ordinary frozen one that it has been made into."""
     for attribute in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
         if hasattr(model, attribute):
             delattr(model, attribute)

@@ -397,8 +397,8 @@ class Runtime(Section):
     """GPUs that a training uses, each with a process of its own; `auto` takes all that it sees. The packs of an
     optimizer step, and with them the loss curve, are the same for any number."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several GPUs hold a model: each all of it (`ddp`) or each a part of every weight (`fsdp`, for LoRA and full
-    training); `auto` shards what doesn't fit in one."""
+    """How several GPUs hold a model: each all of it (`ddp`) or each a part of every weight (`fsdp`); `auto` shards what
+    doesn't fit in one."""
     threads: Auto | Annotated[int, Field(ge=1)] = "auto"
     """CPU threads of a stage; `auto` takes all cores that the process may use."""
     results: str = "results"

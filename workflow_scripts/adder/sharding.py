@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
-from adder import hardware, loss, ranks
+from adder import base_model, hardware, loss, ranks
 from adder.choice import Choice
 from adder.errors import UserError
+from adder.shards import total_numbers
 
-# Bytes for each of the model's numbers: of a full training its weight, gradient and AdamW's two moments in fp32.
-BYTES = {"full": 16, "lora": 2}
+# Bytes for each of the model's numbers: of a full training its weight, gradient and AdamW's two moments in fp32; of a
+# linear layer in NF4 half a byte and, for each 64 numbers, a scale of 8 bits. The rest of such a model is as for LoRA.
+BYTES = {"full": 16, "lora": 2, "qlora": 0.5 + 1 / 64}
 # Share of a GPU's memory that these may take; the rest is for activations.
 SHARE = 0.8
 
@@ -31,17 +34,12 @@ def choose(wanted: str, settings: dict, model: Path, device: str) -> Choice:
 
     `settings`: those of training. `model`: the base's folder. Raises UserError for what can't be trained in shards.
     """
-    method = settings["method"]
-    if wanted == "fsdp":
-        if method == "qlora":
-            raise UserError("runtime.sharding: 'fsdp' can't shard 4-bit weights; use 'ddp', or train.method: lora")
-        if settings["init_lora_weights"] == "eva":
-            raise UserError("runtime.sharding: 'fsdp' doesn't go with train.init_lora_weights: eva; use another start")
+    if wanted == "fsdp" and settings["init_lora_weights"] == "eva":
+        raise UserError("runtime.sharding: 'fsdp' doesn't go with train.init_lora_weights: eva; use another start")
     if wanted != "auto":
         return Choice(wanted, "as set by runtime.sharding")
-    if method == "qlora":
-        return Choice("ddp", "each GPU holds all weights: 4-bit ones can't be in shards")
-    needed, room = BYTES[method] * _numbers(model), SHARE * hardware.total_memory(device)
+    method = settings["method"]
+    needed, room = _bytes(model, method), SHARE * hardware.total_memory(device)
     figures = (
         f"weights, gradients and AdamW take {needed / 2**30:,.1f} GiB"
         if method == "full"
@@ -52,13 +50,21 @@ def choose(wanted: str, settings: dict, model: Path, device: str) -> Choice:
     return Choice("ddp", f"{figures}, for which each GPU has room")
 
 
-def _numbers(model: Path) -> int:
-    """How many numbers a model's files hold."""
-    total = 0
-    for file in model.glob("*.safetensors"):
-        with safe_open(file, "pt") as stored:
-            total += sum(torch.Size(stored.get_slice(name).get_shape()).numel() for name in stored.keys())
-    return total
+def _bytes(model: Path, method: str) -> float:
+    """Memory for the weights of the model in a folder, and for what training them takes."""
+    numbers = total_numbers(model)
+    if method != "qlora":
+        return BYTES[method] * numbers
+    packed = _linear_numbers(model)
+    return BYTES["qlora"] * packed + BYTES["lora"] * (numbers - packed)
+
+
+def _linear_numbers(model: Path) -> int:
+    """How many numbers the linear layers hold, the LM head left out: what bitsandbytes quantises."""
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    layers = [module for module in shape.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    return sum(layer.weight.numel() for layer in layers if layer is not shape.get_output_embeddings())
 
 
 def shard(model: torch.nn.Module, device: str) -> None:
@@ -74,6 +80,7 @@ def shard(model: torch.nn.Module, device: str) -> None:
     trained = {parameter for parameter in model.parameters() if adapted and parameter.requires_grad}
     for parameter in trained:
         parameter.data = parameter.data.to(device)
+    _prepare_packed(bare, device)
     options = {"mesh": init_device_mesh(device, (ranks.count(),)), "ignored_params": trained}
     for module in bare.modules():
         if type(module).__name__ in bare._no_split_modules:
@@ -83,6 +90,23 @@ def shard(model: torch.nn.Module, device: str) -> None:
     bare._is_fsdp_managed_module = True  # transformers' generate then keeps the processes in step
     bare.sharded_losses = MethodType(loss.own_losses, bare)
     register_fsdp_forward_method(bare, "sharded_losses")
+
+
+def _prepare_packed(model: torch.nn.Module, device: str) -> None:
+    """Hold NF4 weights in a form that FSDP2 can shard; the states that unpack them are whole in every process.
+
+    From a plain parameter and its own state, bitsandbytes' layer makes the weight that it computes with. The bytes are
+    called fp32: not every torch can shard integers, and on a GPU torch._foreach_copy_, which FSDP2 gathers by, converts
+    16-bit numbers to fp32 and back, which makes one NaN of all.
+    """
+    layers = base_model.four_bit_layers(model).values()
+    for layer in layers:
+        layer.quant_state = layer.weight.quant_state
+        layer.quant_state.to(device)
+        packed = layer.weight.data.flatten().view(torch.float32)
+        layer.weight = torch.nn.Parameter(packed[:, None], requires_grad=False)
+    if layers:
+        base_model.forget_quantisation(model)
 
 
 def in_shards(model: torch.nn.Module) -> bool:

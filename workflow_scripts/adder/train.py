@@ -105,7 +105,7 @@ def start(
     if processes.value > 1:
         plan["sharding"] = ranks.on_main(sharding.choose, runtime.get("sharding", "auto"), settings, base, device)
     in_shards = processes.value > 1 and plan["sharding"].value == "fsdp"
-    model, choices = base_model.load(base, settings["method"], dtype, device, place="cpu" if in_shards else None)
+    model, choices = base_model.load(base, settings["method"], dtype, device, in_shards)
     plan |= choices
     newest, step_plan = ranks.on_main(_begun, folder)
     if settings["method"] != "full":
@@ -268,7 +268,7 @@ def _facts(
     files = (inputs["model"] / "model").glob("*.safetensors")
     return {
         "ln_vocabulary": math.log(model.config.get_text_config().vocab_size),
-        "parameters": sum(_numbers(parameter) for parameter in parameters),
+        "parameters": _numbers(model),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "labelled_share": int(table.column("labelled").sum()) / max(1, int(table.column("tokens").sum())),
         "dtype": plan["compute_dtype"].value,
@@ -373,12 +373,13 @@ def _summary(trainer: Trainer, settings: dict, seq_lengths: list[np.ndarray], re
             "packs": per_step,
         },
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(_numbers(p) for p in parameters),
+        "total_parameters": _numbers(trainer.model),
         "resumed_from": resumed_from,
     }
 
 
-def _numbers(parameter: torch.nn.Parameter) -> int:
-    """How many numbers a parameter stands for: an NF4 one holds two in each byte."""
-    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return torch.Size(shape).numel() if shape is not None else parameter.numel()
+def _numbers(model: torch.nn.Module) -> int:
+    """How many numbers a model's parameters stand for: an NF4 layer's element holds several, whole or in shards."""
+    packed = base_model.four_bit_layers(model).values()
+    more = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in packed)
+    return sum(parameter.numel() for parameter in model.parameters()) + more
