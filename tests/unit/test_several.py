@@ -177,6 +177,9 @@ def test_a_model_that_fills_a_gpu_goes_into_shards(tiny_model_dir, monkeypatch, 
     for room, how in ((0.99, "fsdp"), (1.01, "ddp")):
         monkeypatch.setattr(hardware, "total_memory", lambda _, room=room: room * needed / 0.8)
         assert sharding.choose("auto", settings() | {"method": method}, tiny_model_dir, "cuda").value == how
+    monkeypatch.setattr(hardware, "total_memory", lambda _: needed)
+    with pytest.raises(UserError, match="more than .* of one GPU.* doesn't go with train.init_lora_weights: eva"):
+        sharding.choose("auto", settings() | {"method": method, "init_lora_weights": "eva"}, tiny_model_dir, "cuda")
 
 
 # On two GPUs ----------------------------------------------------------------------------------------------------------

@@ -34,11 +34,18 @@ def choose(wanted: str, settings: dict, model: Path, device: str) -> Choice:
 
     `settings`: those of training. `model`: the base's folder. Raises UserError for what can't be trained in shards.
     """
-    if wanted == "fsdp" and settings["init_lora_weights"] == "eva":
-        raise UserError("runtime.sharding: 'fsdp' doesn't go with train.init_lora_weights: eva; use another start")
+    choice = _chosen(wanted, settings["method"], model, device)
+    if choice.value == "fsdp" and settings["init_lora_weights"] == "eva":
+        raise UserError(
+            f"runtime.sharding: 'fsdp' ({choice.reason}) doesn't go with train.init_lora_weights: eva; use another "
+            "start"
+        )
+    return choice
+
+
+def _chosen(wanted: str, method: str, model: Path, device: str) -> Choice:
     if wanted != "auto":
         return Choice(wanted, "as set by runtime.sharding")
-    method = settings["method"]
     needed, room = _bytes(model, method), SHARE * hardware.total_memory(device)
     figures = (
         f"weights, gradients and AdamW take {needed / 2**30:,.1f} GiB"
