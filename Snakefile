@@ -34,7 +34,8 @@ localrules:
 onsuccess:
     for run in RUNS:
         if (Path(RESULTS) / run / "report.html").exists():
-            print(f"{run}: {RESULTS}/{run}/report.html and {RESULTS}/{run}/merged_model/", file=sys.stderr)
+            gguf = f" and {RESULTS}/{run}/model.gguf" if (Path(RESULTS) / run / "model.gguf").exists() else ""
+            print(f"{run}: {RESULTS}/{run}/report.html and {RESULTS}/{run}/merged_model/{gguf}", file=sys.stderr)
     if len(RUNS) > 1:
         if (Path(RESULTS) / "compare.html").exists():
             print(f"all runs: {RESULTS}/compare.html", file=sys.stderr)

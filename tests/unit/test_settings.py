@@ -112,6 +112,13 @@ def test_yaml_numbers_without_a_point_are_numbers():
     assert load(merged(BASE, config))["default"].train.learning_rate == 2e-4
 
 
+def test_a_bare_off_is_off():
+    config = yaml.safe_load("{export: {gguf: off}, format: {near_duplicates: off}}")
+    assert config["export"]["gguf"] is False
+    settings = load(merged(BASE, config))["default"]
+    assert (settings.export.gguf, settings.format.near_duplicates) == ("off", "off")
+
+
 def test_runs_override_and_lists_are_replaced():
     config = merged(BASE, {"train": {"epochs": 3}, "runs": {"a": {}, "b": {"data": {"sources": [{"path": "x.csv"}]}}}})
     runs = load(config)

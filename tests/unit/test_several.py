@@ -24,7 +24,7 @@ from tiny import save_tiny_model, write_training_inputs
 
 def settings(**changes) -> dict:
     """Three packs of three examples a step, which two processes can't share evenly; every pack filled anew."""
-    values = {"epochs": 12, "learning_rate": 1e-3, "effective_batch_size": 9, "lora_r": 4, "lora_dropout": 0.0}
+    values = {"epochs": 24, "learning_rate": 1e-3, "effective_batch_size": 9, "lora_r": 4, "lora_dropout": 0.0}
     values |= {"compute_dtype": "float32", "eval_samples": 7, "eval_times": 3, "samples": 2}
     return Train(**{**values, **changes}).model_dump(mode="json") | {"reshuffle": True}
 
@@ -68,9 +68,10 @@ def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_p
     runtime = {"checkpoints": 2, "results": str(tmp_path)}
     whole, shards = ({"checkpoints": tmp_path / "c", "runtime": runtime | {"sharding": how}} for how in ("ddp", "fsdp"))
     progress = StopsAt(8)
+    monkeypatch.setattr(launch, "POLL", 0.01)  # what it shows reaches it before these quick steps are over
     for name in ("two", "one"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=r"told to stop \(SIGTERM\) at step \d+ of 60; a checkpoint is written"):
+    with pytest.raises(UserError, match=r"told to stop \(SIGTERM\) at step \d+ of 120; a checkpoint is written"):
         train.run(settings(), inputs, tmp_path / "two", progress, **whole)
     assert list((tmp_path / "two").iterdir()) == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train.run(settings(), inputs, tmp_path / "two", progress, **shards)
@@ -78,7 +79,7 @@ def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_p
     monkeypatch.setattr(launch, "choose", lambda *_: Choice(1, "for the test"))
     train.run(settings(), inputs, tmp_path / "one", Progress.silent())
     summaries = {name: read_json(tmp_path / name / "train.json") for name in ("two", "one")}
-    assert summaries["two"]["steps"] == summaries["one"]["steps"] == 60
+    assert summaries["two"]["steps"] == summaries["one"]["steps"] == 120
     assert summaries["two"]["effective_batch"] == summaries["one"]["effective_batch"]
     assert summaries["two"]["total_parameters"] == summaries["one"]["total_parameters"]
     for name in ("loss", "eval_loss", "grad_norm"):

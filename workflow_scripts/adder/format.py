@@ -146,9 +146,14 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     write_json(out / "card.json", card)
     summary = {key: card[key] for key in COUNTS}
     progress.say(", ".join(f"{summary[key]:,} {key.replace('_', ' ')}" for key in COUNTS if summary[key]))
+    if rejects.kinds:
+        progress.say(f"warning: rows can't be used, each is in this stage's rejects.jsonl{rejects.because()}")
     if counts["heldout"] < FEW_HELDOUT:
         few = counts["heldout"]
-        progress.say(f"warning: {few} held out is too few for a verdict: data.heldout takes a size or a share")
+        progress.say(
+            f"warning: {few} held out may be too few for a verdict, {FEW_HELDOUT} tell more: data.heldout takes a size "
+            "or a share"
+        )
     return summary
 
 

@@ -39,6 +39,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _off(cls, values: Any) -> Any:
+        """YAML reads a bare `off` as false: where "off" is among a setting's values, that is what is meant."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {
+            key: "off" if value is False and key in fields and "off" in get_args(fields[key].annotation) else value
+            for key, value in values.items()
+        }
+
 
 class Model(Section):
     """The base model."""
@@ -539,6 +551,7 @@ def _sentence(path: list, errors: list[dict], base: dict, override: dict, run: s
         return f"{where}: has settings of its own ({', '.join(section.model_fields)}), found {error.get('input')!r}"
     message = " or ".join(one["msg"].removeprefix("Value error, ") for one in errors)
     message = message.replace("or Input should be", "or").replace("Input should be", "should be")
+    message = message.split(", unable to parse")[0]
     found = error.get("input")
     if not path:  # of two sections, which the message names
         return message

@@ -66,6 +66,10 @@ def execute(
             _tell_log(f"UserError: {error}\n")
             progress.say(f"cannot go on: {error}")
             sys.exit(1)
+        except KeyboardInterrupt:
+            where = "from its last checkpoint" if stage in CONTINUED else "with this stage"
+            progress.say(f"interrupted; the same command goes on {where}")
+            sys.exit(130)
         except Exception as error:
             _tell_log(traceback.format_exc())
             progress.say(f"failed: {type(error).__name__}: {str(error)[:500]}\n{stage}: the whole story is in {log}")
