@@ -6,7 +6,8 @@ Packs of 2,048 tokens with train_speed.py's lengths, joined in one row as in tra
 keys and values and is compared with fp32 attention of each example by itself:
 
 per_example    Adder's fallback: one sdpa call an example
-torch_varlen   torch.nn.attention.varlen, Adder's first choice
+triton         Adder's own kernel, its first choice
+torch_varlen   torch.nn.attention.varlen, its second
 flash_attn     the flash-attn package, if installed
 flex           FlexAttention as Adder compiles it, for changing lengths after the second
 flex_static    the same compiled for one length, where `flex` was for changing ones (micro-batch 4)
@@ -137,6 +138,7 @@ def by_dense_mask(module, query, key, value, mask, *, softcap, sliding_window, *
 
 WAYS: dict[str, Callable] = {
     "per_example": attention.segment_attention,
+    "triton": by_kernel(attention.TRITON),
     "torch_varlen": by_kernel(attention.VARLEN),
     "flash_attn": by_kernel(attention.FA2),
     "flex": by_kernel(attention.FLEX),

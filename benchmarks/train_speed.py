@@ -15,7 +15,8 @@ trl_liger                       the same with use_liger_kernel=True
 unsloth                         Unsloth's model under TRL's trainer, packing, no checkpointing (its best); see below
 transformers_peft_liger_varlen  packs, varlen attention, Liger's layers and loss, no checkpointing: the best by hand
 axolotl_kernels                 the same with axolotl's LoRA kernels for MLP, QKV and output projection; see below
-adder                           packs, varlen attention, LoRA folded into the base products, own LM head loss
+adder                           packs, LoRA folded into the base products, own attention kernel and LM head loss
+adder_varlen                    the same with torch's varlen attention
 adder_liger_head, adder_trl_head  the same with Liger's and with TRL's loss: what our own brings
 adder_dropout                   the same with lora_dropout 0.05
 adder_workspace                 NF4 values dequantised anew in each product: 13 GB less
@@ -82,6 +83,7 @@ ARMS = {  # what matters most comes first: a run that is cut off has it
     "adder_24gb": [(2, False), (8, True)],
     "transformers_peft_liger_varlen": [(8, False)],
     "axolotl_kernels": [(8, False), (4, False)],
+    "adder_varlen": [(8, False)],
     "adder_workspace": [(8, False)],
     "adder_liger_head": [(8, False)],
     "adder_trl_head": [(8, False)],
@@ -89,6 +91,12 @@ ARMS = {  # what matters most comes first: a run that is cut off has it
     "unsloth_24gb": [(8, True)],
 }
 SITES = {"unsloth": "UNSLOTH_SITE", "axolotl": "AXOLOTL_SITE"}  # by how an arm's name begins
+OTHER_ATTENTION = {
+    "padded_script": "sdpa",
+    "transformers_peft_liger_varlen": "adder_varlen",  # torch's kernel, as Adder registers it
+    "axolotl_kernels": "adder_varlen",
+    "adder_varlen": "adder_varlen",
+}
 BY_TRL = ("trl_packing", "trl_liger", "unsloth", "unsloth_24gb")
 CAP = 24e9
 WARM_UP, STEPS = 2, 4
@@ -128,6 +136,7 @@ class Clock:
 def build(arm: str, shape: dict, layers: int):
     """The arm's model with its adapter, ready for a loop of its own."""
     import speed_model
+    import torch
     from peft import get_peft_model
     from transformers import LlamaConfig
 
@@ -140,8 +149,9 @@ def build(arm: str, shape: dict, layers: int):
         apply_liger_kernel_to_llama(
             rope=True, swiglu=by_hand, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False
         )
-    packs = attention.choose(LlamaConfig(**shape), "bfloat16", speed_model.device())
-    kernel = "sdpa" if arm == "padded_script" else packs.value
+    kernel = attention.choose(LlamaConfig(**shape), "bfloat16", speed_model.device()).value
+    if arm in OTHER_ATTENTION and torch.cuda.is_available():
+        kernel = OTHER_ATTENTION[arm]
     model = speed_model.base_model(shape, layers, kernel)
     if arm == "adder_trl_head":
         from trl.trainer.utils import add_fused_lm_head

@@ -18,19 +18,23 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from adder import attention_kernels
 from adder.choice import Choice
 from adder.errors import UserError
+from adder.triton_tools import triton
 
 # transformers takes every name with "flash" in it for one of its own.
-SEGMENTS, VARLEN, FA2, FLEX = "adder_segments", "adder_varlen", "adder_fa2", "adder_flex"
+SEGMENTS, TRITON, VARLEN = "adder_segments", "adder_triton", "adder_varlen"
+FA2, FLEX = "adder_fa2", "adder_flex"
 # In the order in which they are preferred.
 KERNELS = {
+    TRITON: "Adder's kernel keeps the examples of a pack apart without a mask, and shares keys among grouped heads",
     VARLEN: "torch's varlen flash kernel keeps the examples of a pack apart without a mask",
     FA2: "flash-attn's kernel keeps the examples of a pack apart without a mask",
     FLEX: "FlexAttention keeps the examples of a pack apart, and skips the blocks of the mask that are empty",
 }
-# The flash kernels' limits: head sizes are multiples of 8, up to 256. FlexAttention's: 16 numbers at least.
-HEAD_STEP, LARGEST_HEAD, SMALLEST_FLEX_HEAD = 8, 256, 16
+# The flash kernels' limits: head sizes are multiples of 8, up to 256. Triton's products: 16 numbers at least.
+HEAD_STEP, LARGEST_HEAD, SMALLEST_TRITON_HEAD = 8, 256, 16
 # FlexAttention's blocks of queries and keys, tokens each way.
 BLOCK = 128
 # Examples of up to so many tokens are attended to by plain products in bf16 on a CPU.
@@ -76,9 +80,9 @@ def _beyond(name: str, size: int, cap: float | None, dropout: float) -> str | No
         return "the model caps attention scores, which this kernel can't"
     if name != FA2 and dropout:
         return "the model drops attention scores, which this kernel can't"
-    if name == FLEX and size < SMALLEST_FLEX_HEAD:
-        return f"the model's heads have {size} numbers, where this kernel takes {SMALLEST_FLEX_HEAD} or more"
-    if name != FLEX and size % HEAD_STEP or size > LARGEST_HEAD:
+    if name in {TRITON, FLEX} and size < SMALLEST_TRITON_HEAD:
+        return f"the model's heads have {size} numbers, where this kernel takes {SMALLEST_TRITON_HEAD} or more"
+    if name in {VARLEN, FA2} and size % HEAD_STEP or size > LARGEST_HEAD:
         return f"the model's heads have {size} numbers, where this kernel takes multiples of 8 up to 256"
     return None
 
@@ -93,6 +97,8 @@ def _fails_here(name: str, config, dtype: str) -> str | None:
         return f"it computes in 16 bit, not in {dtype}"
     if capability < (8, 0):
         return f"it needs compute capability 8.0, which this card ({capability[0]}.{capability[1]}) hasn't"
+    if name == TRITON and triton is None:
+        return "Triton is not installed"
     if name == VARLEN and _varlen_attn() is None:
         return f"torch {torch.__version__} has none"
     if name == FA2 and _flash_attn() is None:
@@ -318,19 +324,36 @@ def _over_packs(name: str, kernel: Callable) -> Callable:
     return attention
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(tokens, heads, head size) of (1, heads, tokens, head size); a view whose gradient is one too, unlike x[0]'s."""
+    return x.transpose(1, 2).squeeze(0)
+
+
+def _by_triton(query, key, value, ends, longest, scale, window, cap, **beyond):
+    tokens, size = query.shape[2:]
+
+    def listed(*layout) -> torch.Tensor:
+        """The batch's blocks, for all layers."""
+        return _once(ends, layout, lambda: attention_kernels.block_list(ends, tokens, *layout))
+
+    rows = (_rows(x) for x in (query, key, value))
+    scale = size**-0.5 if scale is None else scale
+    return attention_kernels.PackedAttention.apply(*rows, listed, scale, window, cap).unsqueeze(0)
+
+
 def _by_varlen(query, key, value, ends, longest, scale, window, **beyond):
     options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     kernel = _varlen_attn()
     if query.shape[1] > key.shape[1] and "enable_gqa" in inspect.signature(kernel).parameters:
         options["enable_gqa"] = True  # torch 2.13 asks for it; older ones take grouped heads as they are
-    rows = (x.transpose(1, 2)[0] for x in (query, key, value))
+    rows = (_rows(x) for x in (query, key, value))
     return kernel(*rows, ends, ends, longest, longest, **options).unsqueeze(0)
 
 
 def _by_flash_attn(query, key, value, ends, longest, scale, dropout, window, cap):
     options = {"softmax_scale": scale, "dropout_p": dropout, "softcap": cap or 0.0, "causal": True}
     options["window_size"] = (-1 if window is None else window - 1, 0)
-    rows = (x.transpose(1, 2)[0] for x in (query, key, value))
+    rows = (_rows(x) for x in (query, key, value))
     return _flash_attn()(*rows, ends, ends, longest, longest, **options).unsqueeze(0)
 
 
@@ -413,6 +436,7 @@ def _mask(*args, **kwargs):
 varlen_attention = _over_packs(VARLEN, _by_varlen)
 FUNCTIONS = {
     SEGMENTS: segment_attention,
+    TRITON: _over_packs(TRITON, _by_triton),
     VARLEN: varlen_attention,
     FA2: _over_packs(FA2, _by_flash_attn),
     FLEX: _over_packs(FLEX, _by_flex),
