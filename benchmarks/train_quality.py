@@ -10,8 +10,8 @@ usual split: 13,495 to train on, 695 to test) and writes tokens and packs into o
 on a GPU, trains SmolLM2-135M on them once an arm, rate and seed, and lets it reply to every test request. SOURCE is a
 model.source: a folder, a .gguf file, a wheel. Every arm is judged alike: the adapter merged by PEFT in fp32, replies in
 bf16, greedy. The JSON is written after each run; runs that it holds already are not made again, so that one that was
-cut off goes on. With --jobs several runs share the GPU, which a model as small as this can't fill: how fast each was
-then says nothing, and is left out.
+cut off goes on. With --jobs several runs share a GPU, which a model as small as this can't fill, and are dealt out to
+all GPUs: how fast each was then says nothing, and is left out.
 
 trl        SFTTrainer and PEFT, its own packing of the same tokens; nothing recomputed, to save the benchmark's time
 adder      the train stage with all its speed-ups, bf16
@@ -24,6 +24,7 @@ arXiv:2411.00640).
 """
 
 import argparse
+import itertools
 import json
 import lzma
 import os
@@ -328,11 +329,18 @@ def one_by_one(options, wanted: list[tuple[str, float, int]]) -> Iterator[dict]:
 
 def in_processes(options, wanted: list[tuple[str, float, int]]) -> Iterator[dict]:
     """Make the runs in processes of their own, so many at a time, and yield them as they end."""
+    import torch
+
     common = ["--prepared", options.prepared, "--model", options.model, "--method", options.method, "--shared"]
     common += ["--epochs", options.epochs, "--lora-r", options.lora_r, "--effective-batch", options.effective_batch]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(number) for number in range(torch.cuda.device_count())]
+    turns = itertools.cycle(gpus or [""])
 
-    def make(key: tuple[str, float, int]) -> list[dict]:
+    def make(key: tuple[str, float, int], gpu: str) -> list[dict]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"CUDA_VISIBLE_DEVICES": gpu}
         part = Path(folder) / ("-".join(map(str, key)) + ".json")
         own = ["--arms", key[0], "--learning-rates", key[1], "--seeds", key[2], "--out", part]
         command = [sys.executable, __file__, *map(str, common + own)]
@@ -343,7 +351,7 @@ def in_processes(options, wanted: list[tuple[str, float, int]]) -> Iterator[dict
         return json.loads(part.read_text())["runs"]
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(make, key) for key in wanted]):
+        for future in as_completed([pool.submit(make, key, gpu) for key, gpu in zip(wanted, turns, strict=False)]):
             yield from future.result()
 
 
