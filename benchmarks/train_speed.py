@@ -7,7 +7,7 @@ The model has Llama-3.1-8B's shape and random weights, NF4 with double quantisat
 projections; the lengths are log-normal, the tokens random, every token carries loss. A step is forward, backward,
 clipping and fused AdamW. Speed counts the tokens of real examples, not padding. Each arm runs in a process of its own
 with a time limit, and the JSON is written after each, so that a run that is cut off keeps what it has; --add keeps what
-an earlier run wrote about other arms and workloads.
+an earlier run wrote about other arms and workloads. With --side-by-side each GPU that there is takes an arm at a time.
 
 padded_script                   one example a row, padded to the longest, checkpointing, sdpa: most tutorials
 trl_packing                     TRL's SFTTrainer with packing=True as its documentation has it: sdpa, checkpointing
@@ -27,8 +27,10 @@ adder_stage_2gpus               the same on two GPUs, with twice the packs a ste
 
 Unsloth pins older libraries, so it has a folder of its own, which UNSLOTH_SITE names (several, joined by ":", like
 PYTHONPATH, which it becomes). Without that the arm is left out, and the JSON says so. It has xformers, which its own
-installation brings; flash-attn, which it would take instead, has no wheel and was not given to it. The folder, for
-Python 3.12 beside torch, transformers 5.17 and accelerate, is 16 MB packed without what nobody imports here:
+installation brings, and which loads where LD_LIBRARY_PATH has the CUDA 12 runtime that it was built for (pip's
+nvidia-cuda-runtime-cu12); the JSON's "attention" says whether it did. flash-attn, which it would take instead, has no
+wheel and was not given to it. The folder, for Python 3.12 beside torch, transformers 5.17 and accelerate, is 16 MB
+packed without what nobody imports here:
 
     pip install --no-deps --no-compile --only-binary=:all: --python-version 3.12 --implementation cp \\
       --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \\
@@ -57,11 +59,13 @@ import argparse
 import gc
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 
@@ -372,7 +376,12 @@ def measure_trainer(arm: str, options, report) -> None:
             report(workload, micro, checkpointing, {"out_of_memory": True})
         else:
             losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
-            report(workload, micro, checkpointing, figures(clock, losses[-1]))
+            row = figures(clock, losses[-1])
+            if by_unsloth:
+                from unsloth.utils import attention_dispatch
+
+                row["attention"] = "xformers" if attention_dispatch.HAS_XFORMERS else "torch's sdpa"
+            report(workload, micro, checkpointing, row)
         trainer = None
 
 
@@ -501,7 +510,8 @@ def product_rate(size: int = 8192) -> dict:
     for _ in range(20):
         a @ b
     synchronize()
-    return {"flop_per_second": 20 * 2 * size**3 / (time.perf_counter() - start), "gpu": name}
+    seconds = time.perf_counter() - start
+    return {"flop_per_second": 20 * 2 * size**3 / seconds, "gpu": name, "gpus": max(1, torch.cuda.device_count())}
 
 
 def run_arm(options) -> None:
@@ -535,14 +545,16 @@ def run_arm(options) -> None:
         measure_loop(options.run, options, report)
 
 
-def child(name: str, options, limit: float) -> tuple[list | dict | None, str | None]:
-    """Run one arm in a process of its own; return what it wrote, and why it is not all, if it isn't."""
+def child(name: str, options, limit: float, gpu: str | None = None) -> tuple[list | dict | None, str | None]:
+    """Run one arm in a process of its own, on one GPU if named; what it wrote, and why it is not all, if it isn't."""
     part, log = (options.out.with_suffix(f".{name}.{end}") for end in ("part", "log"))
     part.unlink(missing_ok=True)
     arguments = ["--run", name, "--out", part, "--layers", options.layers, "--workloads", *options.workloads]
     arguments += ["--profile", options.profile] if options.profile else []
     arguments += ["--tiny"] if options.tiny else []
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     if site := site_of(name):
         environment |= {"PYTHONPATH": os.environ[site], "UNSLOTH_DISABLE_STATISTICS": "1"}
     command = [sys.executable, __file__, *map(str, arguments)]
@@ -603,24 +615,44 @@ def compare(options) -> dict:
         "left_out": left_out,
     }
     shutil.rmtree(SAVED, ignore_errors=True)  # it may be of another shape
-    for arm in options.arms:
+    if any(arm.startswith(("unsloth", "adder_stage")) for arm in options.arms):
+        child("save_model", options, ARM_SECONDS)
+
+    def measured(arm: str) -> tuple[str, list, str | None]:
+        """Rows of an arm, on a GPU that is free; and why they are not all, if they aren't."""
         left = options.seconds - (time.monotonic() - begun)
         if (site := site_of(arm)) and site not in os.environ:
-            result["left_out"][arm] = f"{site} names no folder that it is installed in"
-        elif left < 20:
-            result["left_out"][arm] = f"the {options.seconds} s for all arms were over"
-        else:
-            if (arm.startswith(("unsloth", "adder_stage"))) and not (SAVED / "config.json").exists():
-                child("save_model", options, min(ARM_SECONDS, left))
-            limit = UNSLOTH_SECONDS if arm.startswith("unsloth") else ARM_SECONDS
-            rows, problem = child(arm, options, min(limit, options.seconds - (time.monotonic() - begun)))
-            for row in rows or []:
+            return arm, [], f"{site} names no folder that it is installed in"
+        if left < 20:
+            return arm, [], f"the {options.seconds} s for all arms were over"
+        gpu = free.get()
+        limit = UNSLOTH_SECONDS if arm.startswith("unsloth") else ARM_SECONDS
+        try:
+            rows, problem = child(arm, options, min(limit, options.seconds - (time.monotonic() - begun)), gpu)
+        finally:
+            free.put(gpu)
+        return arm, rows or [], problem
+
+    free = queue.SimpleQueue()
+    gpus = list(map(str, range(rate["gpus"]))) if options.side_by_side else [None]
+    for gpu in gpus:
+        free.put(gpu)
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        for arm, rows, problem in map(
+            Future.result, as_completed([pool.submit(measured, arm) for arm in options.arms])
+        ):
+            for row in rows:
                 result["workloads"][row.pop("workload")]["arms"].append(row)
             if problem:
                 result["left_out"][arm] = problem
-        for row in (row for found in workloads.values() for row in found["arms"] if "real_tokens_per_second" in row):
-            row["share_of_floor"] = round(row["real_tokens_per_second"] / floor / row.get("gpus", 1), 4)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+            for row in (row for found in workloads.values() for row in found["arms"]):
+                if "real_tokens_per_second" in row:
+                    share = row["real_tokens_per_second"] / floor / row.get("gpus", 1)
+                    row["share_of_floor"] = round(share, 4)
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+    for found in workloads.values():
+        found["arms"].sort(key=lambda row: list(ARMS).index(row["name"]))
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
     shutil.rmtree(SAVED, ignore_errors=True)
     return result
 
@@ -662,6 +694,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=520, help="for all arms together")
     parser.add_argument("--add", action="store_true", help="to what --out holds already, from the same card")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/train_speed.json")
+    parser.add_argument("--side-by-side", action="store_true", help="an arm on each GPU at a time")
     parser.add_argument("--profile", type=Path, help="folder for a profile of each measurement")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a try without a GPU")
     parser.add_argument("--run", help=argparse.SUPPRESS)
