@@ -254,7 +254,7 @@ def test_memory_that_runs_out_on_one_of_two_gpus_leads_both_to_a_smaller_plan(wi
         "        average(parameters)\n"
         "    ranks.average_gradients = fail\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     said = StopsAt(-1)
     out = tmp_path / "out"
     out.mkdir()
