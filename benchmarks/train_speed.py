@@ -24,6 +24,7 @@ adder_fp8                       frozen products in fp8
 adder_24gb, unsloth_24gb        within 24 GB (a cap on the allocator)
 adder_stage, adder_stage_fp8    the pipeline's own train stage, planner and all, from files; short_chat alone
 adder_stage_2gpus               the same on two GPUs, with twice the packs a step; its share is of two floors
+What only shows what one step of ours brings (adder_...), and what is capped, runs on the first workload alone.
 
 Unsloth pins older libraries, so it has a folder of its own, which UNSLOTH_SITE names (several, joined by ":", like
 PYTHONPATH, which it becomes). Without that the arm is left out, and the JSON says so. It has xformers, which its own
@@ -93,6 +94,10 @@ ARMS = {  # what matters most comes first: a run that is cut off has it
     "adder_trl_head": [(8, False)],
     "adder_dropout": [(8, False)],
     "unsloth_24gb": [(8, True)],
+}
+BROAD = {
+    *("adder", "adder_fp8", "padded_script", "trl_packing", "trl_liger", "unsloth"),
+    *("transformers_peft_liger_varlen", "axolotl_kernels"),
 }
 SITES = {"unsloth": "UNSLOTH_SITE", "axolotl": "AXOLOTL_SITE"}  # by how an arm's name begins
 OTHER_ATTENTION = {
@@ -526,6 +531,8 @@ def run_arm(options) -> None:
         speed_model.save(options.shape, options.layers, SAVED)
         options.out.write_text("[]")
         return
+    if options.run not in BROAD:
+        options.workloads = options.workloads[:1]
     rows, start = [], time.perf_counter()
 
     def report(workload: str, micro: int, checkpointing, found: dict) -> None:

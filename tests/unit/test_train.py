@@ -311,7 +311,8 @@ def stopped_at(step: int, values: dict, inputs: dict, folder: Path) -> subproces
     """Train in a process that sends itself SIGTERM when step `step` begins."""
     paths = {name: str(path) for name, path in inputs.items()}
     arguments = json.dumps([step, values, paths, str(folder / "out"), str(folder / "c")])
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
+    paths = [str(ROOT / "workflow_scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, "-c", STOPPED, arguments], env=environment, capture_output=True, text=True)
 
 
