@@ -19,8 +19,8 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 WHOLE_ROW = 16384
 # Ranks that gated_rows can hold: a down layer's sums stay in registers.
 WIDEST_RANK = 64
-ROWS_TILE = Tile(16, 128, 4, 2)
-# With 32 shares the fastest of 48 settings on an H100, at rank 16; wider ranks take fewer columns.
+ROWS_TILE = Tile(16, 128, 4, 3)
+# With 32 shares the fastest of 48 settings on an H100, at rank 16.
 BACKWARD_TILE = Tile(32, 128, 4, 2)
 
 
@@ -109,11 +109,14 @@ def gated_rows(
         rows,
         width,
         *ranks,
+        1.0,
         activation == "silu",
         left_out.bias is not None,
-        *(width_of(rank) if rank else 0 for rank in ranks),
+        # Wider than a tile is high: else Triton lays all warps along the few rows, and each computes all of them.
+        width_of(ranks[0], 2 * tile.rows) if ranks[0] else 0,
+        *(width_of(rank) if rank else 0 for rank in ranks[1:]),
         tile.rows,
-        tile.columns,
+        _columns(tile, ranks),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -137,6 +140,11 @@ def _complete(gate_up, gate, up, left_out):
         if x is not None:
             halves[i] = halves[i] + x.float() @ b.float().t()
     return torch.cat(halves, -1).to(gate_up.dtype)
+
+
+def _columns(tile: Tile, ranks: list[int]) -> int:
+    """The tile's columns, fewer with wide ranks."""
+    return tile.columns if max(ranks) <= 16 else min(tile.columns, 64 if max(ranks) <= 64 else 32)
 
 
 def _with_strides(stand_in: torch.Tensor, *matrices: torch.Tensor | None) -> list:
@@ -178,7 +186,7 @@ def gated_backward(
     seed, p = dropout or (0, 0.0)
     ranks = [matrix.shape[-1] if matrix is not None else 0 for matrix in (down and down[0], gate, up)]
     tile = BACKWARD_TILE
-    across = tile.columns if max(ranks) <= 16 else min(tile.columns, 64 if max(ranks) <= 64 else 32)
+    across = _columns(tile, ranks)
     shares = max(1, min(32, rows // 256))
     per_share = triton.cdiv(triton.cdiv(rows, shares), tile.rows) * tile.rows
     result = torch.empty_like(gate_up)
@@ -206,6 +214,7 @@ def gated_backward(
         seed,
         threshold_of(p),
         1 / (1 - p),
+        1.0,
         activation == "silu",
         dropout is not None,
         left_out is not None,
@@ -299,6 +308,12 @@ def _tile_of_b(B, b_stride, column, F, rank, R: tl.constexpr):
 
 
 @jit
+def _add_share(y, x, b, one):
+    """y + x · b; `one` is 1, unknown to the compiler, which else adds within the product and fetches no y ahead."""
+    return y + tl.dot(x, b) * one
+
+
+@jit
 def _gated_rows(
     GATE_UP,
     GATE,
@@ -320,6 +335,7 @@ def _gated_rows(
     down_rank,
     gate_rank,
     up_rank,
+    one,
     SILU: tl.constexpr,
     BIASED: tl.constexpr,
     RD: tl.constexpr,
@@ -347,9 +363,9 @@ def _gated_rows(
         gate = tl.load(GATE_UP + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(GATE_UP + at + F, mask=inside, other=0.0).to(tl.float32)
         if RG > 0:
-            gate = tl.dot(gate_x, _tile_of_b(B_GATE, b_gate_stride, column, F, gate_rank, RG), gate)
+            gate = _add_share(gate, gate_x, _tile_of_b(B_GATE, b_gate_stride, column, F, gate_rank, RG), one)
         if RU > 0:
-            up = tl.dot(up_x, _tile_of_b(B_UP, b_up_stride, column, F, up_rank, RU), up)
+            up = _add_share(up, up_x, _tile_of_b(B_UP, b_up_stride, column, F, up_rank, RU), one)
         if BIASED:
             gate += tl.load(BIAS + column, mask=column < F, other=0.0).to(tl.float32)
             up += tl.load(BIAS + F + column, mask=column < F, other=0.0).to(tl.float32)
@@ -409,6 +425,7 @@ def _gated_backward(
     seed,
     threshold,
     scale,
+    one,
     SILU: tl.constexpr,
     DROP: tl.constexpr,
     LEFT_OUT: tl.constexpr,
@@ -453,10 +470,10 @@ def _gated_backward(
         if LEFT_OUT:
             if RG > 0:
                 gate_x = _tile(GATE, gate_stride, row, rows, gate_rank, RG)
-                gate = tl.dot(gate_x, b_gate, gate)
+                gate = _add_share(gate, gate_x, b_gate, one)
             if RU > 0:
                 up_x = _tile(UP, up_stride, row, rows, up_rank, RU)
-                up = tl.dot(up_x, b_up, up)
+                up = _add_share(up, up_x, b_up, one)
             if BIASED:
                 gate += gate_bias
                 up += up_bias
