@@ -240,7 +240,7 @@ def assert_same_fp8(found: fp8.Fp8Rows, expected: fp8.Fp8Rows) -> None:
 
 @kernel
 @both_types
-@pytest.mark.parametrize("size", [(1, 16), (37, 5000), (5, 64)])
+@pytest.mark.parametrize("size", [(1, 16), (37, 5000), (5, 64), (3, 14336), (2, 32768), (2, 33000)])
 def test_fp8_kernel(dtype, size):
     x = random(*size, dtype=dtype, gap=48) * torch.logspace(-6, 4, size[0], device=DEVICE)[:, None].to(dtype)
     x[0, 3] = 0
