@@ -12,6 +12,7 @@ import torch
 from test_folded_lora import FAMILIES, LENGTHS, batch_of, errors, family, on_gpu, step, with_adapter, worst_error
 
 from adder import folded_lora, folded_steps, fp8
+from adder.rotary_kernels import rotate
 
 # The tiny models of test_folded_lora, with sizes that suit fp8 products: 16 divides each.
 SHAPE = {"hidden_size": 64, "intermediate_size": 144}
@@ -110,6 +111,26 @@ def test_an_mlp_beyond_the_kernel_takes_several(changes, monkeypatch):
     model.eval()
     step(model, batch_of(9, 23))
     assert bool(calls) == ("lora_dropout" in changes)
+
+
+@pytest.mark.parametrize(("name", "launches"), [("Qwen2", 2), ("SmolLM3", 1), ("Qwen3", 0)])
+def test_queries_and_keys_turned_by_the_launch_that_adds_are_the_same(name, launches, monkeypatch):
+    """Which is left out where a layer has no rotation, or a norm before it."""
+    model = with_adapter(family(name, **SHAPE), target_modules=["q_proj", "v_proj"])
+    folded_lora.attach(model, products="fp8")
+    batch, calls = batch_of(9, 23), []
+    found = step(model, batch)
+
+    def in_two(y, low_rank, b, bias, cos, sin, size, turned):
+        calls.append(1)
+        fp8.add_low_rank(y, low_rank, b, None, bias)
+        heads = y.unflatten(1, (-1, size))[:, :turned]
+        rotate(heads, cos, sin, heads)
+
+    monkeypatch.setattr(folded_steps, "add_low_rank_and_rotate", in_two)
+    expected = step(model, batch)
+    assert len(calls) == launches
+    assert found[0] == pytest.approx(expected[0], rel=1e-4) and worst_error(found[1], expected[1]) < 5e-3
 
 
 def test_ranks_dropout_and_biases_go_with_fp8():

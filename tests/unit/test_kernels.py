@@ -193,6 +193,27 @@ def test_rotary_kernel(dtype, heads, size):
 
 @kernel
 @product_types
+@pytest.mark.parametrize(("heads", "turned", "size"), [(3, 2, 16), (12, 9, 64), (6, 5, 128), (5, 5, 80)])
+@pytest.mark.parametrize(("rank", "biased"), [(0, False), (24, True), (104, False)])
+def test_low_rank_and_rotary_kernel(dtype, heads, turned, size, rank, biased):
+    """Two sequences of 39 tokens, more than one tile."""
+    y, b = random(78, heads * size, dtype=dtype), random(heads * size, rank, dtype=dtype, gap=8)
+    low_rank, bias = random(78, rank, dtype=dtype, gap=5), random(heads * size, dtype=dtype) if biased else None
+    angles = torch.randn(39, size // 2, device=DEVICE).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    exact = y.float()
+    rotary_kernels.add_low_rank_and_rotate_reference(exact, low_rank, b, bias, cos, sin, size, turned)
+    plain = y.float()
+    fp8.add_low_rank_reference(plain, low_rank, b, None, bias)
+    rotary_kernels.add_low_rank_and_rotate(y, low_rank, b, bias, cos, sin, size, turned)
+    assert off(y, exact) < ROUNDING[dtype]
+    values = slice(turned * size, None)
+    assert turned == heads or off(y[:, values], plain[:, values]) < ROUNDING[dtype]
+    assert off(exact[:, : turned * size], plain[:, : turned * size]) > 0.5
+
+
+@kernel
+@product_types
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rank", [3, 16, 40])
 def test_dropout_kernels(dtype, size, rank):

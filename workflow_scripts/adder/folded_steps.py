@@ -15,7 +15,7 @@ from adder.folded_weights import Group
 from adder.fp8 import Fp8Rows
 from adder.gated_kernels import WIDEST_RANK, LeftOut, gated_backward, gated_into, gated_rows
 from adder.norm_kernels import rms_norm_backward, rms_norm_into
-from adder.rotary_kernels import rotate
+from adder.rotary_kernels import add_low_rank_and_rotate, rotate
 
 
 @dataclass
@@ -73,11 +73,16 @@ class AttentionInput(Function):
         seeds, ctx.p = group.seeds(), group.dropouts()
         buffer = group.buffer(x.shape[0])
         inverse, rows = norm.into(x, buffer[:, : group.inputs], group.fp8 is not None)
-        y, low_rank = group.product(buffer, seeds, rows=rows)
+        keys_end = group.parts[1].rows.stop
+        if group.fp8 is not None and cos is not None:
+            y, low_rank = group.bare_product(buffer, seeds, rows)
+            add_low_rank_and_rotate(y, low_rank, group.b, group.bias, cos, sin, size, keys_end // size)
+        else:
+            y, low_rank = group.product(buffer, seeds, rows=rows)
+            if cos is not None:
+                turned = y[:, :keys_end].unflatten(1, (-1, size))
+                rotate(turned, cos, sin, turned)
         query, key, value = (y[:, part.rows].unflatten(1, (-1, size)) for part in group.parts)
-        if cos is not None:
-            turned = y[:, : group.parts[1].rows.stop].unflatten(1, (-1, size))
-            rotate(turned, cos, sin, turned)
         ctx.save_for_backward(x, inverse, low_rank, cos, sin)
         ctx.norm, ctx.size, ctx.group, ctx.seeds = norm, size, group, seeds
         return query, key, value, x.view_as(x)
