@@ -11,7 +11,8 @@ import pytest
 import torch
 from test_folded_lora import FAMILIES, LENGTHS, batch_of, errors, family, on_gpu, step, with_adapter, worst_error
 
-from adder import folded_lora, fp8
+from adder import folded_lora, folded_steps, fp8
+from adder.rotary_kernels import rotate
 
 # The tiny models of test_folded_lora, with sizes that suit fp8 products: 16 divides each.
 SHAPE = {"hidden_size": 64, "intermediate_size": 144}
@@ -73,6 +74,63 @@ def test_lora_s_own_share_is_not_in_fp8():
     found_loss, found = step(model, batch)
     assert found_loss == pytest.approx(expected_loss, rel=1e-6)
     assert worst_error(found, expected) < 1e-4
+
+
+def launches_of_gated_rows(monkeypatch) -> list:
+    """A list that grows by one with each forward pass of an MLP that gated_rows makes."""
+    calls, run = [], folded_steps.gated_rows
+    monkeypatch.setattr(folded_steps, "gated_rows", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [["gate_proj", "up_proj", "down_proj"], ["gate_proj", "down_proj"], ["up_proj"], ["q_proj"]],
+    ids=["all", "gate and down", "up", "none"],
+)
+def test_an_mlp_without_the_share_in_gate_up_is_the_same(modules, monkeypatch):
+    """To fp32 rounding, and what that moves across a boundary of fp8's."""
+    model = with_adapter(family("Llama", **SHAPE, mlp_bias=True), target_modules=modules)
+    folded_lora.attach(model, products="fp8")
+    batch, calls = batch_of(9, 23), launches_of_gated_rows(monkeypatch)
+    found = step(model, batch)
+    assert len(calls) == 2
+    monkeypatch.setattr(folded_steps, "WIDEST_RANK", -1)
+    expected = step(model, batch)
+    assert len(calls) == 2
+    assert found[0] == pytest.approx(expected[0], rel=1e-4) and worst_error(found[1], expected[1]) < 5e-3
+
+
+@pytest.mark.parametrize("changes", [{"rank_pattern": {"down_proj": 65}}, {"lora_dropout": 0.3}])
+def test_an_mlp_beyond_the_kernel_takes_several(changes, monkeypatch):
+    model = with_adapter(family("Llama", **SHAPE), **changes).train()
+    folded_lora.attach(model, products="fp8")
+    calls = launches_of_gated_rows(monkeypatch)
+    step(model, batch_of(9, 23))
+    assert not calls
+    model.eval()
+    step(model, batch_of(9, 23))
+    assert bool(calls) == ("lora_dropout" in changes)
+
+
+@pytest.mark.parametrize(("name", "launches"), [("Qwen2", 2), ("SmolLM3", 1), ("Qwen3", 0)])
+def test_queries_and_keys_turned_by_the_launch_that_adds_are_the_same(name, launches, monkeypatch):
+    """Which is left out where a layer has no rotation, or a norm before it."""
+    model = with_adapter(family(name, **SHAPE), target_modules=["q_proj", "v_proj"])
+    folded_lora.attach(model, products="fp8")
+    batch, calls = batch_of(9, 23), []
+    found = step(model, batch)
+
+    def in_two(y, low_rank, b, bias, cos, sin, size, turned):
+        calls.append(1)
+        fp8.add_low_rank(y, low_rank, b, None, bias)
+        heads = y.unflatten(1, (-1, size))[:, :turned]
+        rotate(heads, cos, sin, heads)
+
+    monkeypatch.setattr(folded_steps, "add_low_rank_and_rotate", in_two)
+    expected = step(model, batch)
+    assert len(calls) == launches
+    assert found[0] == pytest.approx(expected[0], rel=1e-4) and worst_error(found[1], expected[1]) < 5e-3
 
 
 def test_ranks_dropout_and_biases_go_with_fp8():

@@ -100,6 +100,80 @@ def test_gated_kernels(dtype, size, activation, ranks, dropout):
             assert off(getattr(thin_found, name), matrix) < ROUNDING[dtype], name
 
 
+def left_out_of(rows, width, gate, up, biased, dtype) -> tuple[list, gated_kernels.LeftOut]:
+    """x·Aᵀ of gate and up, and what gate_up lacks: B as it stands in a group's matrix, beside another's columns."""
+    low_rank = [random(rows, rank, dtype=dtype, gap=9) if rank else None for rank in (gate, up)]
+    b = [random(width, rank, dtype=dtype, gap=7) if rank else None for rank in (gate, up)]
+    return low_rank, gated_kernels.LeftOut(*b, random(2 * width, dtype=dtype) if biased else None)
+
+
+left_out = pytest.mark.parametrize(
+    ("activation", "ranks", "biased"),
+    [
+        ("silu", (16, 16, 16), False),
+        ("silu", (0, 0, 0), False),
+        ("silu", (8, 0, 40), True),
+        ("gelu_tanh", (64, 9, 0), True),
+    ],
+)
+
+
+@kernel
+@product_types
+@pytest.mark.parametrize("size", SIZES)
+@left_out
+def test_gated_rows_kernel(dtype, size, activation, ranks, biased):
+    """The errors of three roundings: of gate_up, of what comes of it, of its product."""
+    (rows, width), (down, *others) = size, ranks
+    gate_up, a = random(rows, 2 * width, dtype=dtype), random(down, width, dtype=dtype)
+    low_rank, lacking = left_out_of(*size, *others, biased, dtype)
+    found, low_found = gated_kernels.gated_rows(gate_up, activation, *low_rank, lacking, a)
+    _, exact = gated_kernels.gated_rows_reference(gate_up.float(), activation, *low_rank, lacking, a)
+    assert low_found.shape == (rows, down) and (not down or off(low_found, exact) < 2 * ROUNDING[dtype])
+    expected, _ = gated_kernels.gated_rows_reference(gate_up, activation, *low_rank, lacking, a)
+    assert off(found.scales, expected.scales) < ROUNDING[dtype]
+    assert torch.isfinite(found.values.float()).all()
+    if not triton_tools.INTERPRETED:  # see assert_same_fp8
+        assert off(found.dequantised(), expected.dequantised()) < 5e-3
+    same = (found.values.float() == expected.values.float()).float().mean()
+    assert same > (0.9 if triton_tools.INTERPRETED else 0.99)
+
+
+@kernel
+@product_types
+@pytest.mark.parametrize("size", SIZES)
+@left_out
+def test_gated_backward_kernel_adds_what_gate_up_lacks(dtype, size, activation, ranks, biased):
+    (rows, width), (down, *others) = size, ranks
+    gate_up, grad = random(rows, 2 * width, dtype=dtype), random(*size, dtype=dtype, gap=48)
+    low_rank, lacking = left_out_of(*size, *others, biased, dtype)
+    pair = (random(rows, down, dtype=dtype), random(down, width, dtype=dtype)) if down else None
+    arguments = (grad, activation, pair, *low_rank, None, lacking)
+    expected, thin = gated_kernels.gated_backward_reference(gate_up.float(), *arguments)
+    found, thin_found = gated_kernels.gated_backward(gate_up, *arguments)
+    assert off(found, expected) < 2 * ROUNDING[dtype]
+    for name, matrix in vars(thin).items():
+        assert (matrix is None) == (getattr(thin_found, name) is None)
+        assert matrix is None or off(getattr(thin_found, name), matrix) < 2 * ROUNDING[dtype], name
+
+
+@kernel
+@product_types
+@pytest.mark.parametrize("activation", gated_kernels.ACTIVATIONS)
+@pytest.mark.parametrize("rank", [16, 64])
+def test_forward_and_backward_have_the_same_hidden_numbers(dtype, activation, rank):
+    """Multiplied with ones, they come out of both kernels: h·aᵀ forward, the gradient to a backward."""
+    rows, width = 13, 64
+    gate_up, grad = random(rows, 2 * width, dtype=dtype), random(rows, width, dtype=dtype)
+    low_rank, lacking = left_out_of(rows, width, rank, rank, True, dtype)
+    one = torch.eye(64, dtype=dtype, device=DEVICE)
+    found, hidden = gated_kernels.gated_rows(gate_up, activation, *low_rank, lacking, one)
+    pair = (one[:rows, :16].contiguous(), random(16, width, dtype=dtype))
+    _, thin = gated_kernels.gated_backward(gate_up, grad, activation, pair, *low_rank, None, lacking)
+    assert torch.equal(hidden.float(), thin.down_a[:rows])
+    assert_same_fp8(found, fp8.quantise_reference(hidden))
+
+
 @kernel
 @both_types
 @pytest.mark.parametrize(("heads", "size"), [(1, 16), (9, 64), (40, 128), (5, 80)])
@@ -115,6 +189,27 @@ def test_rotary_kernel(dtype, heads, size):
         assert off(out, exact) < ROUNDING[dtype]
     rotary_kernels.rotate(source, cos, sin, source, inverse=True)
     assert torch.equal(source, out)
+
+
+@kernel
+@product_types
+@pytest.mark.parametrize(("heads", "turned", "size"), [(3, 2, 16), (12, 9, 64), (6, 5, 128), (5, 5, 80)])
+@pytest.mark.parametrize(("rank", "biased"), [(0, False), (24, True), (104, False)])
+def test_low_rank_and_rotary_kernel(dtype, heads, turned, size, rank, biased):
+    """Two sequences of 39 tokens, more than one tile."""
+    y, b = random(78, heads * size, dtype=dtype), random(heads * size, rank, dtype=dtype, gap=8)
+    low_rank, bias = random(78, rank, dtype=dtype, gap=5), random(heads * size, dtype=dtype) if biased else None
+    angles = torch.randn(39, size // 2, device=DEVICE).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    exact = y.float()
+    rotary_kernels.add_low_rank_and_rotate_reference(exact, low_rank, b, bias, cos, sin, size, turned)
+    plain = y.float()
+    fp8.add_low_rank_reference(plain, low_rank, b, None, bias)
+    rotary_kernels.add_low_rank_and_rotate(y, low_rank, b, bias, cos, sin, size, turned)
+    assert off(y, exact) < ROUNDING[dtype]
+    values = slice(turned * size, None)
+    assert turned == heads or off(y[:, values], plain[:, values]) < ROUNDING[dtype]
+    assert off(exact[:, : turned * size], plain[:, : turned * size]) > 0.5
 
 
 @kernel
@@ -166,7 +261,7 @@ def assert_same_fp8(found: fp8.Fp8Rows, expected: fp8.Fp8Rows) -> None:
 
 @kernel
 @both_types
-@pytest.mark.parametrize("size", [(1, 16), (37, 5000), (5, 64)])
+@pytest.mark.parametrize("size", [(1, 16), (37, 5000), (5, 64), (3, 14336), (2, 32768), (2, 33000)])
 def test_fp8_kernel(dtype, size):
     x = random(*size, dtype=dtype, gap=48) * torch.logspace(-6, 4, size[0], device=DEVICE)[:, None].to(dtype)
     x[0, 3] = 0

@@ -2,7 +2,8 @@
 
 Each is an autograd function over matrices of one row a token. The norms and the gated activation write straight into
 the matrices that the products read; the rotary embedding turns queries and keys in place, the residual is added by the
-product, and backward computes norms and activations anew instead of keeping them.
+product, and backward computes norms and activations anew instead of keeping them. After products in fp8 the pairs'
+share is added by whichever kernel reads the outputs next: for it alone a pass over them would cost too much.
 """
 
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from adder.folded_weights import Group
 from adder.fp8 import Fp8Rows
-from adder.gated_kernels import gated_backward, gated_into
+from adder.gated_kernels import WIDEST_RANK, LeftOut, gated_backward, gated_into, gated_rows
 from adder.norm_kernels import rms_norm_backward, rms_norm_into
-from adder.rotary_kernels import rotate
+from adder.rotary_kernels import add_low_rank_and_rotate, rotate
 
 
 @dataclass
@@ -72,11 +74,16 @@ class AttentionInput(Function):
         seeds, ctx.p = group.seeds(), group.dropouts()
         buffer = group.buffer(x.shape[0])
         inverse, rows = norm.into(x, buffer[:, : group.inputs], group.fp8 is not None)
-        y, low_rank = group.product(buffer, seeds, rows=rows)
+        keys_end = group.parts[1].rows.stop
+        if group.fp8 is not None and cos is not None:
+            y, low_rank = group.bare_product(buffer, seeds, rows)
+            add_low_rank_and_rotate(y, low_rank, group.b, group.bias, cos, sin, size, keys_end // size)
+        else:
+            y, low_rank = group.product(buffer, seeds, rows=rows)
+            if cos is not None:
+                turned = y[:, :keys_end].unflatten(1, (-1, size))
+                rotate(turned, cos, sin, turned)
         query, key, value = (y[:, part.rows].unflatten(1, (-1, size)) for part in group.parts)
-        if cos is not None:
-            turned = y[:, : group.parts[1].rows.stop].unflatten(1, (-1, size))
-            rotate(turned, cos, sin, turned)
         ctx.save_for_backward(x, inverse, low_rank, cos, sin)
         ctx.norm, ctx.size, ctx.group, ctx.seeds = norm, size, group, seeds
         return query, key, value, x.view_as(x)
@@ -120,11 +127,21 @@ class GatedMLP(Function):
             buffer[:, : first.inputs].copy_(x)
         else:
             inverse, rows = norm.into(x, buffer[:, : first.inputs], first.fp8 is not None)
-        gate_up, low_rank = first.product(buffer, ctx.seeds[0], rows=rows)
-        del buffer
-        hidden = second.buffer(x.shape[0])
-        rows = gated_into(gate_up, activation, hidden[:, : second.inputs], second.fp8 is not None)
-        y, hidden_low_rank = second.product(hidden, ctx.seeds[1], None if norm is None else x, rows)
+        residual = None if norm is None else x
+        ctx.fused = _fuses(first, second, ctx.seeds[1])
+        if ctx.fused:
+            gate_up, low_rank = first.bare_product(buffer, ctx.seeds[0], rows)
+            del buffer
+            second.follow()
+            thin = (low_rank[:, part.ranks] if part.pair else None for part in first.parts)
+            rows, hidden_low_rank = gated_rows(gate_up, activation, *thin, _left_out(first), second.a)
+            y = second.fp8_product(rows, hidden_low_rank, residual)
+        else:
+            gate_up, low_rank = first.product(buffer, ctx.seeds[0], rows=rows)
+            del buffer
+            hidden = second.buffer(x.shape[0])
+            rows = gated_into(gate_up, activation, hidden[:, : second.inputs], second.fp8 is not None)
+            y, hidden_low_rank = second.product(hidden, ctx.seeds[1], residual, rows)
         ctx.save_for_backward(x, inverse, low_rank, gate_up, hidden_low_rank)
         ctx.norm, ctx.activation, ctx.groups = norm, activation, (first, second)
         return y
@@ -144,6 +161,7 @@ class GatedMLP(Function):
             (d_hidden_low_rank[:, down.ranks], second.a[down.ranks]) if down.pair else None,
             *(low_rank[:, part.ranks] if part.pair else None for part in (gate, up)),
             dropout=(hidden_seeds[0], hidden_p[0]) if hidden_seeds is not None else None,
+            left_out=_left_out(first) if ctx.fused else None,
         )
         down_grads = second.parameter_grads([thin.down_a], second.b_grads(grad, hidden_low_rank))
         del d_hidden, d_hidden_low_rank
@@ -155,3 +173,15 @@ class GatedMLP(Function):
             result, normed = ctx.norm.backward(dx, x, inverse, grad), dx
         grads = first.parameter_grads(first.a_grads(d_low_rank, normed, seeds, p), [thin.gate_b, thin.up_b])
         return result, None, None, None, None, *grads, *down_grads
+
+
+def _fuses(first: Group, second: Group, hidden_seeds: list[int] | None) -> bool:
+    """Whether gated_rows can stand between an MLP's products, so that gate_up stays what the fp8 product gave."""
+    ranks = [second.rank, *(part.ranks.stop - part.ranks.start for part in first.parts)]
+    in_fp8 = first.fp8 is not None and second.fp8 is not None
+    return in_fp8 and hidden_seeds is None and max(ranks) <= WIDEST_RANK
+
+
+def _left_out(first: Group) -> LeftOut:
+    """What gate and up lack as bare products."""
+    return LeftOut(*(first.b[part.rows, part.ranks] if part.pair else None for part in first.parts), first.bias)

@@ -222,7 +222,7 @@ class Group:
                 target.copy_(weight.data)
 
     @torch.no_grad()
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Copy A and s·B out of the parameters if these have changed since."""
         state = [_optimizer_steps, *((p.data_ptr(), p._version) for p in self.parameters)]
         state += [part.scaling for part in self.parts if part.pair]
@@ -250,7 +250,7 @@ class Group:
 
     def low_rank_into(self, x: torch.Tensor, seeds: list[int] | None, out: torch.Tensor) -> None:
         """Write x·Aᵀ into `out`, (tokens, rank), both strided; with dropout by `seeds`."""
-        self._follow()
+        self.follow()
         if seeds is not None:
             out.zero_()
             for part, seed in zip(self.parts, seeds, strict=True):
@@ -270,10 +270,12 @@ class Group:
 
         `rows`: x in fp8, if it is known already.
         """
-        x, low_rank = buffer[:, : self.inputs], buffer[:, self.inputs :]
-        self.low_rank_into(x, seeds, low_rank)
         if self.fp8 is not None:
-            return self._fp8_product(rows or fp8.quantise(x), low_rank, residual), low_rank.contiguous()
+            y, low_rank = self.bare_product(buffer, seeds, rows)
+            fp8.add_low_rank(y, low_rank, self.b, residual, self.bias)
+            return y, low_rank
+        low_rank = buffer[:, self.inputs :]
+        self.low_rank_into(buffer[:, : self.inputs], seeds, low_rank)
         matrix = self.matrix().t()
         if residual is not None:
             y = torch.addmm(residual, buffer, matrix)
@@ -291,14 +293,24 @@ class Group:
         if self.fp8 is not None:
             low_rank = torch.empty(x.shape[0], self.rank, dtype=x.dtype, device=x.device)
             self.low_rank_into(x, seeds, low_rank)
-            return self._fp8_product(fp8.quantise(x), low_rank, residual), low_rank
+            return self.fp8_product(fp8.quantise(x), low_rank, residual), low_rank
         if not self.rank:
             return self.product(x, seeds, residual)
         buffer = self.buffer(x.shape[0])
         buffer[:, : self.inputs].copy_(x)
         return self.product(buffer, seeds, residual)
 
-    def _fp8_product(self, rows: fp8.Fp8Rows, low_rank: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    def bare_product(
+        self, buffer: torch.Tensor, seeds: list[int] | None, rows: fp8.Fp8Rows | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As product, in fp8, but for the pairs' share and the bias: left to who reads the outputs next."""
+        x = buffer[:, : self.inputs]
+        self.low_rank_into(x, seeds, buffer[:, self.inputs :])
+        y = fp8.product(rows or fp8.quantise(x), self.fp8.forward, self.dtype)
+        return y, buffer[:, self.inputs :].contiguous()
+
+    def fp8_product(self, rows: fp8.Fp8Rows, low_rank: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """As product, from x in fp8 and x·Aᵀ, (tokens, rank)."""
         y = fp8.product(rows, self.fp8.forward, self.dtype)
         fp8.add_low_rank(y, low_rank, self.b, residual, self.bias)
         return y

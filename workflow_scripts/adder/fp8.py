@@ -19,6 +19,8 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 SMALLEST = 1e-12
 # torch._scaled_mm asks that both sides of a weight are multiples of this.
 STEP = 16
+# Up to this width a program holds a whole row and reads it once.
+WHOLE_ROW = 32768
 
 
 @dataclass
@@ -60,10 +62,10 @@ def quantise(x: torch.Tensor) -> Fp8Rows:
     if not runs_kernels(x):
         return quantise_reference(x)
     found = empty_rows(*x.shape, x.device)
-    block = min(4096, width_of(x.shape[1]))
-    _quantise[(x.shape[0],)](
-        x, x.stride(0), found.values, found.scales, x.shape[1], block, num_warps=8 if block > 1024 else 4
-    )
+    whole = x.shape[1] <= WHOLE_ROW
+    block = width_of(x.shape[1]) if whole else 4096
+    warps = 16 if block > 8192 else 8 if block > 2048 else 4
+    _quantise[(x.shape[0],)](x, x.stride(0), found.values, found.scales, x.shape[1], whole, block, num_warps=warps)
     return found
 
 
@@ -142,19 +144,25 @@ def fp8_scale(largest):
 
 
 @jit
-def _quantise(X, x_stride, VALUES, SCALES, K, BLOCK: tl.constexpr):
+def _quantise(X, x_stride, VALUES, SCALES, K, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, K, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    if WHOLE:
+        column = tl.arange(0, BLOCK)
         x = tl.load(X + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x))
-    scale = fp8_scale(tl.max(largest, 0))
-    tl.store(SCALES + row, scale)
-    for start in range(0, K, BLOCK):  # the second time out of the cache
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(X + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
+        scale = fp8_scale(tl.max(tl.abs(x), 0))
         tl.store(VALUES + row * K + column, (x / scale).to(tl.float8e4nv), mask=column < K)
+    else:
+        largest = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, K, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(X + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(x))
+        scale = fp8_scale(tl.max(largest, 0))
+        for start in range(0, K, BLOCK):  # the second time out of the cache
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(X + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
+            tl.store(VALUES + row * K + column, (x / scale).to(tl.float8e4nv), mask=column < K)
+    tl.store(SCALES + row, scale)
 
 
 @jit

@@ -12,11 +12,16 @@ import torch
 
 from adder.dropout_kernels import dropout_mask, kept_numbers, threshold_of
 from adder.fp8 import Fp8Rows, empty_rows, fp8_scale, quantise, quantise_reference
-from adder.triton_tools import jit, runs_kernels, tl, triton, warps_for, width_of
+from adder.triton_tools import Tile, jit, runs_kernels, tl, triton, warps_for, width_of
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 # Numbers of a row that one program can hold: 32 a thread.
 WHOLE_ROW = 16384
+# Ranks that gated_rows can hold: a down layer's sums stay in registers.
+WIDEST_RANK = 64
+ROWS_TILE = Tile(16, 128, 4, 3)
+# With 32 shares the fastest of 48 settings on an H100, at rank 16.
+BACKWARD_TILE = Tile(32, 128, 4, 2)
 
 
 def gated_into(gate_up: torch.Tensor, activation: str, out: torch.Tensor, quantised: bool = False) -> Fp8Rows | None:
@@ -56,6 +61,99 @@ def activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 @dataclass
+class LeftOut:
+    """What an fp8 product leaves out of gate_up: the share of gate's and up's LoRA pairs, x·Aᵀ·(s·B)ᵀ, and the bias.
+
+    gate, up: s·B, (width, rank), strided, None where a layer has no pair. bias: (2 · width,) or None. The sum is
+    rounded to gate_up's dtype, forward and backward alike.
+    """
+
+    gate: torch.Tensor | None
+    up: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+def gated_rows(
+    gate_up: torch.Tensor,
+    activation: str,
+    gate: torch.Tensor | None,
+    up: torch.Tensor | None,
+    left_out: LeftOut,
+    a: torch.Tensor,
+) -> tuple[Fp8Rows, torch.Tensor]:
+    """Return h = activation(gate) · up in fp8, and h·aᵀ, (tokens, rank), from a gate_up that lacks `left_out`.
+
+    gate, up: x·Aᵀ of these layers, (tokens, rank) strided, None as in `left_out`. a: A of the down layer, (rank, width)
+    contiguous, maybe of rank 0. No rank may exceed WIDEST_RANK.
+
+    In matrices of (tokens, width) numbers of 16 bits, this reads gate_up (2), writes h (1), reads it again once the
+    rows' scales are known (1) and writes it in fp8 (a half). Adding the share to gate_up (4), gated_into in fp8 (3.5)
+    and the product with a (1) would be 8.5: at 16,384 tokens and a width of 14,336 4.0 GB a layer, and not 2.1.
+    """
+    if not runs_kernels(gate_up):
+        return gated_rows_reference(gate_up, activation, gate, up, left_out, a)
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    in_fp8 = empty_rows(rows, width, gate_up.device)
+    low_rank = torch.empty(rows, a.shape[0], dtype=gate_up.dtype, device=gate_up.device)
+    hidden = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    ranks = [matrix.shape[-1] if matrix is not None else 0 for matrix in (a.t(), gate, up)]
+    tile = ROWS_TILE
+    _gated_rows[(triton.cdiv(rows, tile.rows),)](
+        gate_up,
+        *_with_strides(gate_up, gate, left_out.gate, up, left_out.up),
+        gate_up if left_out.bias is None else left_out.bias,
+        a,
+        hidden,
+        *vars(in_fp8).values(),
+        low_rank,
+        rows,
+        width,
+        *ranks,
+        1.0,
+        activation == "silu",
+        left_out.bias is not None,
+        # Wider than a tile is high: else Triton lays all warps along the few rows, and each computes all of them.
+        width_of(ranks[0], 2 * tile.rows) if ranks[0] else 0,
+        *(width_of(rank) if rank else 0 for rank in ranks[1:]),
+        tile.rows,
+        _columns(tile, ranks),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return in_fp8, low_rank
+
+
+def gated_rows_reference(gate_up, activation, gate, up, left_out, a):
+    """As gated_rows."""
+    hidden = torch.empty_like(gate_up[:, : gate_up.shape[1] // 2])
+    gated_into_reference(_complete(gate_up, gate, up, left_out), activation, hidden)
+    return quantise_reference(hidden), (hidden.float() @ a.float().t()).to(gate_up.dtype)
+
+
+def _complete(gate_up, gate, up, left_out):
+    """gate_up with what it lacks."""
+    total = gate_up.float()
+    if left_out.bias is not None:
+        total = total + left_out.bias.float()
+    halves = list(total.chunk(2, -1))
+    for i, (x, b) in enumerate(((gate, left_out.gate), (up, left_out.up))):
+        if x is not None:
+            halves[i] = halves[i] + x.float() @ b.float().t()
+    return torch.cat(halves, -1).to(gate_up.dtype)
+
+
+def _columns(tile: Tile, ranks: list[int]) -> int:
+    """The tile's columns, fewer with wide ranks."""
+    return tile.columns if max(ranks) <= 16 else min(tile.columns, 64 if max(ranks) <= 64 else 32)
+
+
+def _with_strides(stand_in: torch.Tensor, *matrices: torch.Tensor | None) -> list:
+    """Each matrix and the distance of its rows, as kernels take them; `stand_in` for None, which is not read."""
+    matrices = (stand_in if matrix is None else matrix for matrix in matrices)
+    return [item for matrix in matrices for item in (matrix, matrix.stride(0))]
+
+
+@dataclass
 class ThinGrads:
     """What gated_backward finds beside the gradient to its input, fp32; None where a layer has no LoRA pair."""
 
@@ -72,30 +170,32 @@ def gated_backward(
     gate: torch.Tensor | None = None,
     up: torch.Tensor | None = None,
     dropout: tuple[int, float] | None = None,
+    left_out: LeftOut | None = None,
 ) -> tuple[torch.Tensor, ThinGrads]:
     """Backward through h = activation(gate) · up, with what LoRA has to do over matrices as wide, in one pass.
 
     grad: gradient to h, (tokens, width), strided, without the share of the down layer's pair. Returns the gradient to
     gate_up, (tokens, 2 · width) contiguous, and the pairs' gradients. `down`: the gradient to h·Aᵀ, (tokens, rank)
     strided, and A, (rank, width) contiguous, whose product is that share. `gate`, `up`: x·Aᵀ of these layers, (tokens,
-    rank) strided. `dropout`: seed and probability of the down layer's.
+    rank) strided. `dropout`: seed and probability of the down layer's. `left_out`: what gate_up lacks, as gated_rows
+    has it; nothing by default.
     """
     if not runs_kernels(gate_up):
-        return gated_backward_reference(gate_up, grad, activation, down, gate, up, dropout)
+        return gated_backward_reference(gate_up, grad, activation, down, gate, up, dropout, left_out)
     rows, width = grad.shape
     seed, p = dropout or (0, 0.0)
     ranks = [matrix.shape[-1] if matrix is not None else 0 for matrix in (down and down[0], gate, up)]
-    across = 128 if max(ranks) <= 16 else 64 if max(ranks) <= 64 else 32
-    # 32 shares, tiles of 32 × 128, 4 warps and 2 stages were the fastest of 48 settings on an H100, at rank 16.
+    tile = BACKWARD_TILE
+    across = _columns(tile, ranks)
     shares = max(1, min(32, rows // 256))
-    per_share = triton.cdiv(triton.cdiv(rows, shares), 32) * 32
+    per_share = triton.cdiv(triton.cdiv(rows, shares), tile.rows) * tile.rows
     result = torch.empty_like(gate_up)
     parts = [
         torch.empty(shares, *shape, device=grad.device, dtype=torch.float32)
         for shape in ((ranks[0], width), (width, ranks[1]), (width, ranks[2]))
     ]
     left, right = down or (grad, grad)
-    gate, up = (grad if matrix is None else matrix for matrix in (gate, up))
+    gate_b, up_b, bias = vars(left_out).values() if left_out is not None else (None, None, None)
     _gated_backward[(triton.cdiv(width, across), shares)](
         gate_up,
         grad,
@@ -103,10 +203,8 @@ def gated_backward(
         left,
         left.stride(0),
         right,
-        gate,
-        gate.stride(0),
-        up,
-        up.stride(0),
+        *_with_strides(grad, gate, gate_b, up, up_b),
+        grad if bias is None else bias,
         result,
         *parts,
         rows,
@@ -116,19 +214,24 @@ def gated_backward(
         seed,
         threshold_of(p),
         1 / (1 - p),
+        1.0,
         activation == "silu",
         dropout is not None,
+        left_out is not None,
+        bias is not None,
         *(width_of(rank) if rank else 0 for rank in ranks),
-        32,
+        tile.rows,
         across,
-        num_warps=4,
-        num_stages=2,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return result, ThinGrads(*(part.sum(0) if rank else None for part, rank in zip(parts, ranks, strict=True)))
 
 
-def gated_backward_reference(gate_up, grad, activation, down=None, gate=None, up=None, dropout=None):
+def gated_backward_reference(gate_up, grad, activation, down=None, gate=None, up=None, dropout=None, left_out=None):
     """As gated_backward."""
+    if left_out is not None:
+        gate_up = _complete(gate_up, gate, up, left_out)
     whole, mask = grad.float(), 1.0
     if dropout is not None:
         mask = dropout_mask(dropout[0], *grad.shape, dropout[1], grad.device) / (1 - dropout[1])
@@ -191,6 +294,108 @@ def _gated_quantised(GATE_UP, OUT, out_stride, VALUES, SCALES, F, SILU: tl.const
 
 
 @jit
+def _tile(X, x_stride, row, rows, rank, R: tl.constexpr):
+    """A tile of a thin matrix (rows, rank), R wide."""
+    across = tl.arange(0, R)[None, :]
+    return tl.load(X + row.to(tl.int64) * x_stride + across, mask=(row < rows) & (across < rank), other=0.0)
+
+
+@jit
+def _tile_of_b(B, b_stride, column, F, rank, R: tl.constexpr):
+    """A tile of s·B, (F, rank), turned round: R high."""
+    down = tl.arange(0, R)[:, None]
+    return tl.load(B + column.to(tl.int64) * b_stride + down, mask=(column < F) & (down < rank), other=0.0)
+
+
+@jit
+def _add_share(y, x, b, one):
+    """y + x · b; `one` is 1, unknown to the compiler, which else adds within the product and fetches no y ahead."""
+    return y + tl.dot(x, b) * one
+
+
+@jit
+def _gated_rows(
+    GATE_UP,
+    GATE,
+    gate_stride,
+    B_GATE,
+    b_gate_stride,
+    UP,
+    up_stride,
+    B_UP,
+    b_up_stride,
+    BIAS,
+    DOWN_A,
+    HIDDEN,
+    VALUES,
+    SCALES,
+    LOW_RANK,
+    rows,
+    F,
+    down_rank,
+    gate_rank,
+    up_rank,
+    one,
+    SILU: tl.constexpr,
+    BIASED: tl.constexpr,
+    RD: tl.constexpr,
+    RG: tl.constexpr,
+    RU: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    # A program has some whole rows: their largest numbers give the scales of their fp8 values.
+    flat = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = flat[:, None]
+    long_row = row.to(tl.int64)
+    kind = GATE_UP.dtype.element_ty
+    if RG > 0:
+        gate_x = _tile(GATE, gate_stride, row, rows, gate_rank, RG)
+    if RU > 0:
+        up_x = _tile(UP, up_stride, row, rows, up_rank, RU)
+    if RD > 0:
+        low_rank = tl.zeros([BM, RD], tl.float32)
+    largest = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, F, BN):
+        column = start + tl.arange(0, BN)[None, :]
+        inside = (row < rows) & (column < F)
+        at = long_row * 2 * F + column
+        gate = tl.load(GATE_UP + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(GATE_UP + at + F, mask=inside, other=0.0).to(tl.float32)
+        if RG > 0:
+            gate = _add_share(gate, gate_x, _tile_of_b(B_GATE, b_gate_stride, column, F, gate_rank, RG), one)
+        if RU > 0:
+            up = _add_share(up, up_x, _tile_of_b(B_UP, b_up_stride, column, F, up_rank, RU), one)
+        if BIASED:
+            gate += tl.load(BIAS + column, mask=column < F, other=0.0).to(tl.float32)
+            up += tl.load(BIAS + F + column, mask=column < F, other=0.0).to(tl.float32)
+        gate = gate.to(kind).to(tl.float32)
+        up = up.to(kind).to(tl.float32)
+        value, _ = _gate(gate, SILU)
+        hidden = (value * up).to(kind)
+        tl.store(HIDDEN + long_row * F + column, hidden, mask=inside)
+        largest = tl.maximum(largest, tl.abs(hidden.to(tl.float32)))
+        if RD > 0:
+            across = tl.arange(0, RD)[None, :]
+            down = start + tl.arange(0, BN)[:, None]
+            a = tl.load(DOWN_A + across * F + down, mask=(across < down_rank) & (down < F), other=0.0)
+            low_rank = tl.dot(hidden, a, low_rank)
+    if RD > 0:
+        across = tl.arange(0, RD)[None, :]
+        tl.store(LOW_RANK + long_row * down_rank + across, low_rank, mask=(row < rows) & (across < down_rank))
+    scale = fp8_scale(tl.max(largest, 1))
+    tl.store(SCALES + flat, scale, mask=flat < rows)
+    tl.debug_barrier()  # one thread may read what another has written
+    last = (tl.cdiv(F, BN) - 1) * BN
+    for start in range(0, F, BN):  # the last columns first: these may still be in the cache
+        column = last - start + tl.arange(0, BN)[None, :]
+        inside = (row < rows) & (column < F)
+        at = long_row * F + column
+        hidden = tl.load(HIDDEN + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(VALUES + at, (hidden / scale[:, None]).to(tl.float8e4nv), mask=inside)
+
+
+@jit
 def _gated_backward(
     GATE_UP,
     GRAD,
@@ -200,8 +405,13 @@ def _gated_backward(
     RIGHT,
     GATE,
     gate_stride,
+    B_GATE,
+    b_gate_stride,
     UP,
     up_stride,
+    B_UP,
+    b_up_stride,
+    BIAS,
     RESULT,
     DOWN_A,
     GATE_B,
@@ -215,8 +425,11 @@ def _gated_backward(
     seed,
     threshold,
     scale,
+    one,
     SILU: tl.constexpr,
     DROP: tl.constexpr,
+    LEFT_OUT: tl.constexpr,
+    BIASED: tl.constexpr,
     RD: tl.constexpr,
     RG: tl.constexpr,
     RU: tl.constexpr,
@@ -237,6 +450,14 @@ def _gated_backward(
         gate_b = tl.zeros([BN, RG], tl.float32)
     if RU > 0:
         up_b = tl.zeros([BN, RU], tl.float32)
+    if LEFT_OUT:
+        if RG > 0:
+            b_gate = _tile_of_b(B_GATE, b_gate_stride, column, F, gate_rank, RG)
+        if RU > 0:
+            b_up = _tile_of_b(B_UP, b_up_stride, column, F, up_rank, RU)
+        if BIASED:
+            gate_bias = tl.load(BIAS + column, mask=column < F, other=0.0).to(tl.float32)
+            up_bias = tl.load(BIAS + F + column, mask=column < F, other=0.0).to(tl.float32)
     first = share * per_share
     for start in range(first, min(first + per_share, rows), BM):
         row = start + tl.arange(0, BM)[:, None]
@@ -246,6 +467,18 @@ def _gated_backward(
         grad = tl.load(GRAD + long_row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(GATE_UP + gate_at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(GATE_UP + gate_at + F, mask=inside, other=0.0).to(tl.float32)
+        if LEFT_OUT:
+            if RG > 0:
+                gate_x = _tile(GATE, gate_stride, row, rows, gate_rank, RG)
+                gate = _add_share(gate, gate_x, b_gate, one)
+            if RU > 0:
+                up_x = _tile(UP, up_stride, row, rows, up_rank, RU)
+                up = _add_share(up, up_x, b_up, one)
+            if BIASED:
+                gate += gate_bias
+                up += up_bias
+            gate = gate.to(kind).to(tl.float32)
+            up = up.to(kind).to(tl.float32)
         value, slope = _gate(gate, SILU)
         if RD > 0:
             left_mask = (row < rows) & (down[None, :] < down_rank)
@@ -263,13 +496,13 @@ def _gated_backward(
         tl.store(RESULT + gate_at, d_gate, mask=inside)
         tl.store(RESULT + gate_at + F, d_up, mask=inside)
         if RG > 0:
-            rank = tl.arange(0, RG)[None, :]
-            x = tl.load(GATE + long_row * gate_stride + rank, mask=(row < rows) & (rank < gate_rank), other=0.0)
-            gate_b = tl.dot(tl.trans(d_gate), x, gate_b)
+            if not LEFT_OUT:
+                gate_x = _tile(GATE, gate_stride, row, rows, gate_rank, RG)
+            gate_b = tl.dot(tl.trans(d_gate), gate_x, gate_b)
         if RU > 0:
-            rank = tl.arange(0, RU)[None, :]
-            x = tl.load(UP + long_row * up_stride + rank, mask=(row < rows) & (rank < up_rank), other=0.0)
-            up_b = tl.dot(tl.trans(d_up), x, up_b)
+            if not LEFT_OUT:
+                up_x = _tile(UP, up_stride, row, rows, up_rank, RU)
+            up_b = tl.dot(tl.trans(d_up), up_x, up_b)
     if RD > 0:
         if DROP:
             down_a *= scale

@@ -7,6 +7,7 @@ device. With TRITON_INTERPRET=1 in the environment Triton's interpreter runs the
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,15 @@ except ImportError:  # torch without CUDA comes without it
     triton = tl = None
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Tile(NamedTuple):
+    """What a program of a kernel takes at a time, and with how many warps and stages of prefetching."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
 
 
 def jit(function):
