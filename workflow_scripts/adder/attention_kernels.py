@@ -38,7 +38,7 @@ def tiles_for(size: int) -> tuple[Tiles, Tiles, Tiles]:
         return Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 4, 2)
     if size <= 128:
         return Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 3)
-    return Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1)
+    return Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 2)
 
 
 class PackedAttention(torch.autograd.Function):
@@ -150,15 +150,17 @@ def _scores(product, scale, cap, CAP: tl.constexpr):
 @jit
 def _soften(product, seen, v, most, total, acc, scale, cap, MASKED: tl.constexpr, CAP: tl.constexpr):
     """One block of the running softmax: the rows' highest score, the sums of weights and of weighted values."""
-    if CAP:
-        product, _ = _scores(product, scale, cap, CAP)
-        factor = 1.0
+    if MASKED or CAP:
+        score, _ = _scores(product, scale, cap, CAP)
+        if MASKED:
+            # After scaling: fused with it, the subtraction below would leave the rounding error of -1e30 · scale.
+            score = tl.where(seen, score, -1e30)
+        highest = tl.maximum(most, tl.max(score, 1))
+        p = tl.exp2(score - highest[:, None])
     else:
         factor = scale * 1.4426950408889634
-    if MASKED:
-        product = tl.where(seen, product, -1e30)
-    highest = tl.maximum(most, tl.max(product, 1) * factor)
-    p = tl.exp2(product * factor - highest[:, None])
+        highest = tl.maximum(most, tl.max(product, 1) * factor)
+        p = tl.exp2(product * factor - highest[:, None])
     fall = tl.exp2(most - highest)
     return highest, total * fall + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * fall[:, None])
 
