@@ -5,21 +5,26 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import yaml
 from project import Project
 
-from adder.files import digest_file
+from adder.files import digest_file, read_json
 from adder.settings import merged
 
 LONG = {"train": {"epochs": 60, "learning_rate": 2e-3}}
 
 
-def adapter(project: Project) -> str:
-    """Digest of the adapter of the run that the results show."""
+def training(project: Project) -> Path:
+    """The folder of the training of the run that the results show."""
     page = yaml.safe_load((project.folder / "results" / "default" / "run.yaml").read_text())
-    key = page["stages"]["train"]["key"]
-    return digest_file(project.folder / "results" / "stages" / "train" / key / "adapter" / "adapter_model.safetensors")
+    return project.folder / "results" / "stages" / "train" / page["stages"]["train"]["key"]
+
+
+def adapter(project: Project) -> str:
+    """Digest of its adapter."""
+    return digest_file(training(project) / "adapter" / "adapter_model.safetensors")
 
 
 def test_a_workflow_killed_while_training_goes_on(project):
@@ -39,6 +44,8 @@ def test_a_workflow_killed_while_training_goes_on(project):
     assert "train: continuing from the checkpoint at step" in project.snakemake("merged_model", config=LONG)
     continued = adapter(project)
     assert not list(results.glob("checkpoints/*"))
+    record = read_json(training(project) / "stage.json")
+    assert record["attempts"] == 2 and project.result("metrics.json")["cost"]["seconds"]["train"] == record["seconds"]
 
     again = merged(LONG, {"runtime": {"restore": False}})
     project.snakemake("merged_model", "--forcerun", "train_adapter", config=again)
