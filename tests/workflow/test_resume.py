@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 from project import Project
 
+from adder import lock
 from adder.files import digest_file, read_json
 from adder.settings import merged
 
@@ -37,7 +39,7 @@ def test_a_workflow_killed_while_training_goes_on(project):
         assert process.poll() is None, "training ended before there was a checkpoint"
         time.sleep(0.05)
     second = project.python(*command[1:])
-    assert second.returncode == 1 and "another Snakemake is writing to results/" in second.stdout
+    assert second.returncode == 1 and f"another Snakemake (process {process.pid} on " in second.stdout
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -50,3 +52,14 @@ def test_a_workflow_killed_while_training_goes_on(project):
     again = merged(LONG, {"runtime": {"restore": False}})
     project.snakemake("merged_model", "--forcerun", "train_adapter", config=again)
     assert adapter(project) == continued
+
+
+@pytest.mark.parametrize("asked", [["-n"], ["--lint"], ["--dag"], ["--rulegraph"], ["--summary"], ["--list-rules"]])
+def test_what_only_reads_is_let_in_while_another_snakemake_writes(project, asked):
+    other = {"train": {"seed": 7}}  # there is work to do
+    with lock.take(project.folder / "results"):
+        project.snakemake(*asked, config=other)
+        done = project.python("-m", "snakemake", "merged_model", "--cores", "1")
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith(f"adder: another Snakemake (process {os.getpid()} on ") and "writing to results/" in last
