@@ -10,20 +10,31 @@ from snakemake.exceptions import WorkflowError
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from adder import config_file
 from adder import lock as adder_lock
 from adder import plan as adder_plan
 from adder import settings as adder_settings
 from adder.closure import closure
 from adder.errors import UserError
 
+DEFAULT_CONFIG = "config/config.yaml"
+
 
 @contextlib.contextmanager
-def told_in_one_sentence():
+def told_in_one_sentence(origin=""):
     """Let a mistake of the user's end Snakemake with that one sentence, without the lines of the rules around it."""
     try:
         yield
     except UserError as error:
-        sys.exit(f"adder: {error}")
+        sys.exit(f"adder: {origin}{error}")
+
+
+# A configuration file given on the command line stands alone; this one is the default, not a layer beneath it.
+if not workflow.overwrite_configfiles:
+    with told_in_one_sentence():
+        config_file.read(DEFAULT_CONFIG)
+
+    configfile: DEFAULT_CONFIG
 
 
 def runs_of_configuration():
@@ -39,7 +50,14 @@ def runs_of_configuration():
     return loaded, runs
 
 
-with told_in_one_sentence():
+def origin_of_configuration():
+    """The files that the settings come from, as far as Snakemake tells, to lead a sentence on these."""
+    files = [Path(file) for file in workflow.configfiles]
+    names = [str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file) for file in files]
+    return " and ".join(names + ["--config"] * bool(workflow.config_settings.config)) + ": "
+
+
+with told_in_one_sentence(origin_of_configuration()):
     SETTINGS, RUNS = runs_of_configuration()
 RESULTS = next(iter(SETTINGS.values())).runtime.results
 STAGES = {
