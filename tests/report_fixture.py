@@ -518,7 +518,7 @@ def preflight(course: str, hostile: bool) -> dict:
             "merged_model": {"needed_bytes": 269_030_016, "free_bytes": 61_200_000_000},
         },
         "seconds": 1.31, "estimated_seconds": 318,
-        "estimate": "roughly 5.3 minutes for 122 steps, evaluations and checkpoints not counted",
+        "estimate": "roughly 5.3 minutes for 122 steps, by the time of one pack; evaluations not counted",
         "warnings": [
             f"1 of 210 trained layers get no gradient from the first pack: {name}; they learn nothing unless other "
             f"packs reach them (an expert that no token was sent to){HOSTILE if hostile else ''}"

@@ -817,7 +817,7 @@ def test_the_preflight_is_shown_and_its_warnings_stand_with_the_doctor(finished,
     for words in (
         "Carry loss 39.4 % 99 of the first pack's 251 tokens",
         "Loss of the base 2.21 on that pack; blind guessing: 10.8",
-        "Layers reached 210 of 210", "Time expected 5 min 18 s for the steps; the whole stage took 5 min 43 s",
+        "Layers reached 210 of 210", "Time expected roughly 5 min 18 s for the steps; the whole stage took 5 min 43 s",
         "Disk for checkpoints 176 MB of 61.2 GB free", "Disk for the merged model 269 MB",
     ):  # fmt: skip
         assert words in seen.replace("\u00a0", " "), words

@@ -1,5 +1,6 @@
 """Training: packed = unpacked, dequantised once = NF4, resumed = uninterrupted, and the traps of the libraries."""
 
+import io
 import json
 import os
 import re
@@ -273,6 +274,16 @@ def test_a_training_that_gets_no_better_is_stopped(inputs, tmp_path):
     assert (
         summary["kept"]["value"] == best and "stopped early, 2 evaluations after the best" in summary["kept"]["reason"]
     )
+
+
+def test_progress_says_over_how_many_rows_the_loss_is_and_that_times_are_rough(inputs, tmp_path):
+    stream = io.StringIO()
+    (tmp_path / "out").mkdir()
+    train.run(settings(eval_samples=3), inputs, tmp_path / "out", Progress("train", stream))
+    shown = stream.getvalue()
+    assert re.search(r"^train: step (\d+)/\1, held-out loss \d\.\d{4} over 3 rows$", shown, re.MULTILINE)
+    assert re.search(r"^train: roughly \S+ seconds for \d+ steps, by the time of one pack; ", shown, re.MULTILINE)
+    assert re.search(r"^train: step \d+/\d+, loss \S+, \S+ tokens/s, roughly 0:00 left$", shown, re.MULTILINE)
 
 
 def test_target_modules_that_fit_nothing_are_refused(inputs, tmp_path):

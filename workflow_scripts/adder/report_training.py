@@ -206,11 +206,12 @@ def preflight_section(facts: dict) -> dict | None:
         return None
     dead, took = len(seen["layers_without_gradient"]), time_of(facts["records"]["train"])
     labelled, guessing = seen["labelled"], number(seen["ln_vocabulary"])
+    expected = f"roughly {duration(seen['estimated_seconds'])}"
     rows = [
         ("Carry loss", percent(seen["labelled_share"]), f"{labelled:,} of the first pack's {seen['tokens']:,} tokens"),
         ("Loss of the base", number(seen["base_loss"]), f"on that pack; blind guessing: {guessing}"),
         ("Layers reached", f"{seen['layers'] - dead:,} of {seen['layers']:,}", "get a gradient from that pack"),
-        ("Time expected", duration(seen["estimated_seconds"]), f"for the steps; the whole stage took {took}"),
+        ("Time expected", expected, f"for the steps; the whole stage took {took}"),
     ]  # fmt: skip
     for name, label in (("checkpoints", "Disk for checkpoints"), ("merged_model", "Disk for the merged model")):
         room = seen["disk"][name]

@@ -158,7 +158,7 @@ def start(
         eval_dataset=heldout,
         processing_class=tokenizer,
         optimizers=(adapter.create_optimizer(model, arguments, settings), None),
-        callbacks=[RefillPacks(packs), ShowProgress(progress), *watchers],
+        callbacks=[RefillPacks(packs), ShowProgress(progress, len(heldout or ())), *watchers],
         settings=settings,
         step_packs=planner.step_packs(settings, seq_lengths)[0],
         pack_tokens=[int(pack.sum()) for pack in seq_lengths],
