@@ -1111,3 +1111,21 @@ def test_labels_of_marks_stay_on_the_plot():
     for anchor, x, _, label in labels:
         left = float(x) - (6.0 * len(label) if anchor == "end" else 0)
         assert 0 <= left and left + 6.0 * len(label) <= plots.WIDTH
+
+
+def test_the_header_counts_what_was_trained_on_and_of_how_many(tmp_path):
+    facts = {"format": {"train": 980, "train_rows": 980}, "lengths": {"tokens": {"count": 980}, "dropped": 0}}
+    assert report.trained_on(facts) == "980"
+    facts["lengths"] = {"tokens": {"count": 300}, "dropped": 2}  # train.max_examples: 300, two of which are too long
+    assert report.trained_on(facts) == "298 of 980"
+    assert "977 of 1,030 training and 12 held-out conversations" in page_of(make(tmp_path, heldout=12)).words
+
+
+def test_what_stages_write_has_the_signs_of_the_figures_beside_it(tmp_path):
+    settings, inputs = write_stage_folders(tmp_path / "stages", heldout=12, merge_bases=True)
+    proof = read_json(inputs["merge"] / "proof.json")
+    proof["base"]["reason"] = "run-2 and 1e-05: the two differ by -0.0038 (95 % interval -0.0049 to +0.0002)"
+    write_json(inputs["merge"] / "proof.json", proof)
+    words = page_of(make_again(tmp_path, settings, inputs)).words
+    assert "differ by −0.0038 (95 % interval −0.0049 to +0.0002)" in words and "un-2 and 1e-05" in words
+    assert report_text.cell(("loss", -3)) == "−3"
