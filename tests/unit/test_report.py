@@ -336,7 +336,7 @@ def test_cost_has_price_and_energy_only_where_they_are_known(everything, finishe
 
 def test_a_training_that_was_interrupted_says_in_how_many_attempts(tmp_path, finished):
     out = make(tmp_path, attempts=2)
-    assert "Time 5 min 43 s in 2 attempts" in section(out, "training").replace("\u00a0", " ")
+    assert "Time 5 min 43 s in 2 attempts; 632 tokens/s" in section(out, "training").replace("\u00a0", " ")
     assert read_json(out / "metrics.json")["stages"]["train"]["attempts"] == 2
     assert "attempts" not in section(finished, "training")
 
