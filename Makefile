@@ -17,6 +17,7 @@ APT := DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq -o Acquire::Retrie
 .PHONY: merged_model report all test browser lint settings prune lock clean
 
 merged_model report all: $(VENV)/.ready
+	@$(BIN)/python workflow_scripts/check_config.py $(CONFIG)
 	$(SNAKEMAKE) $@ $(if $(CONFIG),--configfile $(CONFIG))
 
 $(VENV)/.ready: envs/requirements.lock

@@ -4,11 +4,6 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-# A configuration file given on the command line stands alone; this one is the default, not a layer beneath it.
-if not workflow.overwrite_configfiles:
-
-    configfile: "config/config.yaml"
-
 
 include: "rules/common.smk"
 include: "rules/download.smk"

@@ -1,7 +1,7 @@
 # The configuration, checked, and the stages that it needs. What a stage is made of is the package's business
 # (workflow_scripts/adder/plan.py); here it only becomes Snakemake's inputs and parameters.
 
-import fcntl
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,29 +10,55 @@ from snakemake.exceptions import WorkflowError
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from adder import config_file
+from adder import lock as adder_lock
 from adder import plan as adder_plan
 from adder import settings as adder_settings
 from adder.closure import closure
 from adder.errors import UserError
 
+DEFAULT_CONFIG = "config/config.yaml"
+
+
+@contextlib.contextmanager
+def told_in_one_sentence(origin=""):
+    """Let a mistake of the user's end Snakemake with that one sentence, without the lines of the rules around it."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"adder: {origin}{error}")
+
+
+# A configuration file given on the command line stands alone; this one is the default, not a layer beneath it.
+if not workflow.overwrite_configfiles:
+    with told_in_one_sentence():
+        config_file.read(DEFAULT_CONFIG)
+
+    configfile: DEFAULT_CONFIG
+
 
 def runs_of_configuration():
-    """Return the settings of the configuration's runs, and {run: {name: stage}}; mistakes end the workflow at once."""
-    try:
-        loaded = adder_settings.load(config)
-        results = next(iter(loaded.values())).runtime.results
-        digests = adder_plan.Digests(Path(results) / "cache" / "digests.json")
-        runs = {}
-        for run, settings in loaded.items():
-            rows = adder_settings.resolved(settings, config, run)
-            runs[run] = adder_plan.stages_of_run(run, settings, rows, Path.cwd(), digests)
-            adder_plan.refuse_impossible(run, settings, runs[run], Path(results), Path.cwd())
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
+    """Return the settings of the configuration's runs, and {run: {name: stage}}. Raises UserError for mistakes."""
+    loaded = adder_settings.load(config)
+    results = next(iter(loaded.values())).runtime.results
+    digests = adder_plan.Digests(Path(results) / "cache" / "digests.json")
+    runs = {}
+    for run, settings in loaded.items():
+        rows = adder_settings.resolved(settings, config, run)
+        runs[run] = adder_plan.stages_of_run(run, settings, rows, Path.cwd(), digests)
+        adder_plan.refuse_impossible(run, settings, runs[run], Path(results), Path.cwd())
     return loaded, runs
 
 
-SETTINGS, RUNS = runs_of_configuration()
+def origin_of_configuration():
+    """The files that the settings come from, as far as Snakemake tells, to lead a sentence on these."""
+    files = [Path(file) for file in workflow.configfiles]
+    names = [str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file) for file in files]
+    return " and ".join(names + ["--config"] * bool(workflow.config_settings.config)) + ": "
+
+
+with told_in_one_sentence(origin_of_configuration()):
+    SETTINGS, RUNS = runs_of_configuration()
 RESULTS = next(iter(SETTINGS.values())).runtime.results
 STAGES = {
     folder: stage for stages in RUNS.values() for last in stages.values() for folder, stage in last.family().items()
@@ -108,19 +134,12 @@ def code_of(module):
     return [str(path) for path in closure(module)]
 
 
-def lock_results():
-    """Let only one workflow write to the results at a time, by a lock that the kernel drops when its holder dies.
-
-    Snakemake's own lock outlives a killed Snakemake and must be removed by hand; profiles/default turns it off.
-    """
-    Path(RESULTS).mkdir(parents=True, exist_ok=True)
-    lock = open(Path(RESULTS) / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise WorkflowError(f"another Snakemake is writing to {RESULTS}/; wait for it, or end it") from None
-    return lock
+# Only what writes needs the results for itself: dry runs, --lint, --dag, --summary and the like never start. Held until
+# this process ends. The processes of single jobs work for the one that has it.
+LOCK = []
 
 
-# Kept open until this process ends. Dry runs read only; the processes of single jobs work for the one that has it.
-LOCK = lock_results() if workflow.is_main_process and not workflow.dryrun else None
+onstart:
+    if workflow.is_main_process:
+        with told_in_one_sentence():
+            LOCK.append(adder_lock.take(Path(RESULTS)))

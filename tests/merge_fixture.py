@@ -2,6 +2,7 @@
 
 import shutil
 
+import pyarrow as pa
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adder import merge, proof, reload
-from adder.files import write_json
+from adder.files import write_json, write_table
 from adder.progress import Progress
 from tiny import write_tokens
 
@@ -27,9 +28,12 @@ def reply_in_this_process(monkeypatch):
     monkeypatch.setattr(proof, "reply_of_fresh_process", reply)
 
 
-def make_inputs(folder, base, adapter=None, **lora):
-    """Folders of the stages that merge reads: `base` is a model directory; the adapter has random, realistic pairs."""
-    inputs = {name: folder / name for name in ("model", "train", "tokenize")}
+def make_inputs(folder, base, adapter=None, groups=None, **lora):
+    """Folders of the stages that merge reads: `base` is a model directory; the adapter has random, realistic pairs.
+
+    `groups`: what each held-out row belongs to, of REPLIES' length.
+    """
+    inputs = {name: folder / name for name in ("model", "train", "tokenize", "format")}
     for path in inputs.values():
         path.mkdir(parents=True)
     shutil.copytree(base, inputs["model"] / "model")
@@ -42,6 +46,8 @@ def make_inputs(folder, base, adapter=None, **lora):
         after.append(tokenizer.eos_token_id)
         rows.append({"id": f"x:{number}", "input_ids": before + after, "labels": [-100] * len(before) + after})
     write_tokens(inputs["tokenize"] / "heldout.arrow", rows)
+    columns = {"id": [row["id"] for row in rows]} | ({"group": groups} if groups else {})
+    write_table(inputs["format"] / "heldout.parquet", pa.table(columns))
     details = {"end_of_turn": {"token": "<|im_end|>", "id": tokenizer.eos_token_id}}
     write_json(inputs["tokenize"] / "tokenize.json", {**details, "counts": {"train": {"examples": 9, "labelled": 99}}})
     write_json(

@@ -103,13 +103,14 @@ def write_stage_folders(
     price_per_hour: float | None = None,
     energy: bool = False,
     groups: int | None = None,
+    attempts: int = 1,
     run: str = "default",
 ) -> tuple[dict, dict[str, Path]]:
     """Write all stage folders under `root`; return the report's settings and inputs.
 
     `course` of the training: "healthy", "spiky" (steps that are almost too large) or "overfitted". `tasks`: names of
     TASKS. `judged`: with the judge's folder. `merge_bases`: the merge compared both bases and reloaded the model.
-    `groups`: how many the held-out rows come in.
+    `groups`: how many the held-out rows come in. `attempts` that the training took.
     """
     rng = random.Random(7)
     numbered = [f"task_{who}_{n}" for n in range(len(tasks)) for who in ("base", "tuned")]
@@ -136,7 +137,9 @@ def write_stage_folders(
     if judged:
         write_judge(inputs["judge"], examples, right, hostile)
     for stage, folder in inputs.items():
-        write_json(folder / "stage.json", stage_record(stage, folder, restored, energy))
+        record = stage_record(stage, folder, restored, energy)
+        more = {"attempts": attempts} if stage == "train" and attempts > 1 else {}
+        write_json(folder / "stage.json", record | more)
     name = f"tickets {HOSTILE}" if hostile else run
     settings = {
         "run": name, "title": name, "resolved": resolved(method, tasks, judged, price_per_hour),
@@ -515,7 +518,7 @@ def preflight(course: str, hostile: bool) -> dict:
             "merged_model": {"needed_bytes": 269_030_016, "free_bytes": 61_200_000_000},
         },
         "seconds": 1.31, "estimated_seconds": 318,
-        "estimate": "roughly 5.3 minutes for 122 steps, evaluations and checkpoints not counted",
+        "estimate": "roughly 5.3 minutes for 122 steps, by the time of one pack; evaluations not counted",
         "warnings": [
             f"1 of 210 trained layers get no gradient from the first pack: {name}; they learn nothing unless other "
             f"packs reach them (an expert that no token was sent to){HOSTILE if hostile else ''}"

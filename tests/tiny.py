@@ -91,7 +91,7 @@ def write_training_inputs(folder: Path, model_dir: Path, packs: int = 12) -> dic
 
     from adder.files import write_json, write_table
 
-    inputs = {name: folder / name for name in ("model", "tokenize", "lengths")}
+    inputs = {name: folder / name for name in ("model", "tokenize", "lengths", "format")}
     for path in inputs.values():
         path.mkdir(parents=True)
     shutil.copytree(model_dir, inputs["model"] / "model")
@@ -107,7 +107,9 @@ def write_training_inputs(folder: Path, model_dir: Path, packs: int = 12) -> dic
     }
     schema = pa.schema([(name, pa.list_(pa.int32())) for name in table])
     write_table(inputs["lengths"] / "packs.parquet", pa.table(table, schema=schema))
-    write_tokens(inputs["tokenize"] / "heldout.arrow", [token_row(10_000 + i, 12 + i) for i in range(8)])
+    heldout = [token_row(10_000 + i, 12 + i) for i in range(8)]
+    write_tokens(inputs["tokenize"] / "heldout.arrow", heldout)
+    write_table(inputs["format"] / "heldout.parquet", pa.table({"id": [row["id"] for row in heldout]}))
     return inputs
 
 

@@ -6,9 +6,7 @@ Usage: python workflow_scripts/prune.py [--yes] [CONFIG.yaml ...]     (default: 
 import sys
 from pathlib import Path
 
-import yaml
-
-from adder import plan, prune, settings
+from adder import config_file, plan, prune, settings
 from adder.errors import UserError
 
 
@@ -16,7 +14,7 @@ def needed_stages(files: list[str]) -> tuple[Path, dict[str, plan.Stage]]:
     """Return the results directory and every stage, by folder, that the configurations need."""
     needed, results = {}, set()
     for file in files:
-        config = yaml.safe_load(Path(file).read_text())
+        config = config_file.read(file)
         for run, loaded in settings.load(config).items():
             results.add(loaded.runtime.results)
             digests = plan.Digests(Path(loaded.runtime.results) / "cache" / "digests.json")

@@ -172,6 +172,28 @@ def test_the_lower_loss_wins_and_a_tie_goes_to_the_original(shift, noise, value,
     assert first["rows"] == 40 and first["tokens"] == 400
 
 
+def test_rows_of_a_group_count_together():
+    """What forty rows tell apart, two groups of twenty do not when the rows of each lean their own way."""
+    found = losses(-0.02, 0.06)
+    groups = [("even", "odd")[row % 2] for row in range(40)]
+    alone, together = merge_base.choose(found), merge_base.choose(found, groups)
+    assert alone.value == "dequantized" and "on 40 rows:" in alone.reason
+    assert together.value == "original" and "on 40 rows in 2 groups:" in together.reason
+    one = merge_base.choose(losses(-0.02), ["the same"] * 40)
+    assert one.value == "original" and "in 1 group: " in one.reason and "a tie" in one.reason
+
+
+def test_the_groups_of_the_held_out_rows_are_found(tmp_path):
+    groups = [f"{number % 3:016x}" for number in range(12)]
+    base = save_tiny_model(tmp_path / "base", **SHAPE)
+    inputs = make_inputs(tmp_path / "in", base, groups=groups, size=0.05, target_modules=["q_proj", "down_proj"])
+    rows = merge_base.held_out(inputs["tokenize"] / "heldout.arrow")[::-2]
+    wanted = [groups[int(row["id"].removeprefix("x:"))] for row in rows]
+    assert merge_base.groups_of(inputs["format"] / "heldout.parquet", rows) == wanted
+    run(inputs, tmp_path / "out")
+    assert "on 12 rows in 3 groups:" in read_json(tmp_path / "out" / "proof.json")["base"]["reason"]
+
+
 def test_without_held_out_rows_the_original_is_taken_and_said_so(inputs, tmp_path):
     from tiny import write_tokens
 

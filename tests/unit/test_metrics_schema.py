@@ -28,6 +28,7 @@ RUNS = {
     "free text, no evaluation while training": {"json_replies": False, "right": 0.0, "eval_loss": False},
     "every weight trained, stages restored": {"method": "full", "restored": True},
     "rows in groups": {"groups": 7},
+    "training interrupted": {"attempts": 2},
     "hostile, and ill": {"hostile": True, "course": "spiky", "tasks": TASKS, "judged": True},
 }
 

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from adder import guard, report_data
 from adder.files import read_json, write_json
-from adder.model_card import LICENSES, model_card
+from adder.model_card import LICENSES, _modelfile, model_card
 from adder.report_card import text
 from report_fixture import HOSTILE, write_stage_folders
 
@@ -88,6 +88,20 @@ def test_the_system_prompt_of_the_training_is_part_of_the_use(tmp_path):
     compile(code, "card", "exec")
 
 
+def modelfile(card: str) -> str:
+    return re.search(r"named `Modelfile`.*?\n\n(`{3,})\n(.*?)\1\n", card, re.DOTALL)[2]
+
+
+def test_the_modelfile_decodes_greedily_and_has_the_system_prompt(tmp_path):
+    card, _, _ = make(tmp_path / "a")
+    system = 'SYSTEM """Turn the customer\'s message into a JSON ticket."""\n'
+    assert modelfile(card) == f"FROM .\nPARAMETER temperature 0\n{system}"
+    facts = {"evaluate_tuned": {"max_new_tokens": {"value": 9}}}
+    assert 'SYSTEM """Two lines,\n"quoted"."""' in _modelfile(facts, 'Two lines,\n"quoted".')
+    for none in (None, 'Ends a text: """\nMore'):
+        assert _modelfile(facts, none) == "FROM .\nPARAMETER temperature 0"
+
+
 def only_texts(facts):
     del facts["evaluate_tuned"]["max_new_tokens"]
 
@@ -95,6 +109,7 @@ def only_texts(facts):
 def test_a_model_of_plain_texts_is_no_chat_model(tmp_path):
     card, _, _ = make(tmp_path, change=only_texts)
     assert "to continue plain texts" in card and "messages" not in card
+    assert modelfile(card) == "FROM .\n"
     assert "conversational" not in ModelCard(card).data.tags
     compile(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], "card", "exec")
 
@@ -182,7 +197,7 @@ def test_hostile_names_stay_text(tmp_path, method):
     ]
     for row in re.findall(r"^\|.*\|$", body, re.MULTILINE):
         assert len(re.findall(r"(?<!\\)\|", row)) in (3, 4, 7)  # two, three or six cells
-    assert body.count("```") == 6
+    assert body.count("```") == 8
     ModelCard(card)
     assert ("training of all weights" in card) == (method == "full")
 
@@ -198,4 +213,5 @@ def test_a_system_prompt_can_not_end_its_code(tmp_path):
     code = re.search(r"^(`{3,})python\n(.*?)\n\1$", card, re.DOTALL | re.MULTILINE)[2]
     messages = next(line for line in code.splitlines() if line.startswith("messages = "))
     assert eval(messages.partition(" = ")[2])[0]["content"] == prompt
-    assert "\n# Now a heading" not in card
+    assert f'SYSTEM """{prompt}"""\n' == modelfile(card).partition("temperature 0\n")[2]
+    assert "\n# Now a heading" not in re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", card, flags=re.DOTALL | re.MULTILINE)

@@ -244,6 +244,24 @@ def test_settings_are_filtered(browser, pages):
     page.close()
 
 
+def test_two_runs_of_one_setting_fit_a_laptops_window(browser, tmp_path):
+    runs = {
+        name: write_run(tmp_path, name, {"train.learning_rate": rate}, heldout=30)
+        for name, rate in (("lr-1e-4", 1e-4), ("lr-2e-4", 2e-4))
+    }
+    page = browser.open(write_comparison(tmp_path, runs), 1200)
+    wide = "(() => { const e = document.querySelector('#runs .scroll'); return e.scrollWidth - e.clientWidth; })()"
+    assert page.evaluate(wide) <= 0
+    page.close()
+
+
+def test_scores_stay_on_one_line_of_their_card(browser, tmp_path):
+    page = browser.open(write_report(tmp_path, heldout=30, json_replies=False), 1200)
+    heights = page.evaluate("[...document.querySelectorAll('.scores')].map(e => e.getBoundingClientRect().height)")
+    assert "ROUGE-L" in page.texts(".card h3") and len(set(heights)) == 1
+    page.close()
+
+
 def test_a_table_is_ordered_by_its_headings_also_from_the_keyboard(browser, pages):
     page = browser.open(pages["comparison"])
     column = "[...document.querySelectorAll('#run-table tbody tr')].map(e => +e.cells[1].dataset.value)"

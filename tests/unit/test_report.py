@@ -334,6 +334,13 @@ def test_cost_has_price_and_energy_only_where_they_are_known(everything, finishe
     assert {value: report_provenance.money(value, "EUR") for value in amounts} == amounts
 
 
+def test_a_training_that_was_interrupted_says_in_how_many_attempts(tmp_path, finished):
+    out = make(tmp_path, attempts=2)
+    assert "Time 5 min 43 s in 2 attempts; 632 tokens/s" in section(out, "training").replace("\u00a0", " ")
+    assert read_json(out / "metrics.json")["stages"]["train"]["attempts"] == 2
+    assert "attempts" not in section(finished, "training")
+
+
 def test_every_file_of_model_data_and_adapter_has_its_digest(everything):
     shown = section(everything, "provenance")
     stages = everything.parent / "stages"
@@ -810,7 +817,7 @@ def test_the_preflight_is_shown_and_its_warnings_stand_with_the_doctor(finished,
     for words in (
         "Carry loss 39.4 % 99 of the first pack's 251 tokens",
         "Loss of the base 2.21 on that pack; blind guessing: 10.8",
-        "Layers reached 210 of 210", "Time expected 5 min 18 s for the steps; the whole stage took 5 min 43 s",
+        "Layers reached 210 of 210", "Time expected roughly 5 min 18 s for the steps; the whole stage took 5 min 43 s",
         "Disk for checkpoints 176 MB of 61.2 GB free", "Disk for the merged model 269 MB",
     ):  # fmt: skip
         assert words in seen.replace("\u00a0", " "), words
@@ -1104,3 +1111,21 @@ def test_labels_of_marks_stay_on_the_plot():
     for anchor, x, _, label in labels:
         left = float(x) - (6.0 * len(label) if anchor == "end" else 0)
         assert 0 <= left and left + 6.0 * len(label) <= plots.WIDTH
+
+
+def test_the_header_counts_what_was_trained_on_and_of_how_many(tmp_path):
+    facts = {"format": {"train": 980, "train_rows": 980}, "lengths": {"tokens": {"count": 980}, "dropped": 0}}
+    assert report.trained_on(facts) == "980"
+    facts["lengths"] = {"tokens": {"count": 300}, "dropped": 2}  # train.max_examples: 300, two of which are too long
+    assert report.trained_on(facts) == "298 of 980"
+    assert "977 of 1,030 training and 12 held-out conversations" in page_of(make(tmp_path, heldout=12)).words
+
+
+def test_what_stages_write_has_the_signs_of_the_figures_beside_it(tmp_path):
+    settings, inputs = write_stage_folders(tmp_path / "stages", heldout=12, merge_bases=True)
+    proof = read_json(inputs["merge"] / "proof.json")
+    proof["base"]["reason"] = "run-2 and 1e-05: the two differ by -0.0038 (95 % interval -0.0049 to +0.0002)"
+    write_json(inputs["merge"] / "proof.json", proof)
+    words = page_of(make_again(tmp_path, settings, inputs)).words
+    assert "differ by −0.0038 (95 % interval −0.0049 to +0.0002)" in words and "un-2 and 1e-05" in words
+    assert report_text.cell(("loss", -3)) == "−3"

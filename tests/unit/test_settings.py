@@ -41,6 +41,19 @@ def test_defaults_are_those_that_the_readme_promises():
         ({"trian": {}}, ["trian: unknown setting; did you mean `train`?"]),
         ({"train": {"zzz": 1}}, ["train.zzz: unknown setting; allowed here: best_by, compute_dtype, "]),
         ({"train": {"epochs": -1}}, ["train.epochs: should be greater than 0 (found -1)"]),
+        (
+            {"data": {"heldout": {"share": 0}}},
+            ["data.heldout.share: should be greater than 0 and less than 1 (found 0)"],
+        ),
+        (
+            {"train": {"lora_plus_ratio": 200}},
+            ["train.lora_plus_ratio: should be greater than or equal to 1 and less than or equal to 100 (found 200)"],
+        ),
+        (
+            {"evaluate": {"tasks": [{"name": "a", "max_drop": 2}]}},
+            ["evaluate.tasks.0.max_drop: should be greater than or equal to 0 and less than or equal to 1 (found 2)"],
+        ),
+        ({"lengths": {"max_seq_length": 3}}, ["lengths.max_seq_length: should be 'auto' or greater than or equal to"]),
         ({"train": {"method": "qlorra"}}, ["train.method: should be 'qlora', 'lora' or 'full' (found 'qlorra')"]),
         (
             {"train": {"method": "full", "lora_r": 8}},

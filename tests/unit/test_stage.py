@@ -1,14 +1,17 @@
 """A stage's folder is whole or absent, and equal work is done once."""
 
+import contextlib
 import json
 import os
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 
-from adder import prune, stage
+from adder import attempts, prune, stage
 from adder.errors import UserError
 from adder.files import write_json
 from adder.plan import Stage
@@ -174,6 +177,53 @@ def test_a_judge_that_fails_finds_its_judgements_again(module, tmp_path, capfd):
     assert seen == [[], ["1.json"]] and not list((tmp_path / "results" / "checkpoints").iterdir())
 
 
+def test_the_time_of_a_continued_stage_is_that_of_all_attempts(module, tmp_path, capfd):
+    def run(settings, inputs, out, progress, checkpoints):
+        time.sleep(0.3)
+        if module.error:
+            raise module.error
+
+    module.run = run
+    arguments = ("judge", "fake", {"a": 1}, {}, tmp_path / "results", "k", tmp_path / "logs" / "x.log")
+    for error in (UserError("told to stop"), KeyboardInterrupt(), None):
+        module.error = error
+        with contextlib.suppress(SystemExit):
+            stage.execute(*arguments)
+    record = json.loads((tmp_path / "results" / "stages" / "judge" / "k" / "stage.json").read_text())
+    assert record["attempts"] == 3 and 0.9 < record["seconds"] < 3
+    assert f"done in {record['seconds']:.1f} s, in 3 attempts" in capfd.readouterr().err
+    stage.execute(*arguments, runtime={"restore": False})  # other work, which owes nothing to those
+    record = json.loads((tmp_path / "results" / "stages" / "judge" / "k" / "stage.json").read_text())
+    assert "attempts" not in record and record["seconds"] < 0.9
+
+
+def test_an_attempt_is_counted_up_to_the_kill_that_it_could_not_hear(tmp_path):
+    work = f"""
+import sys, time
+sys.path.insert(0, {str(Path(attempts.__file__).parents[1])!r})
+from adder import attempts
+from pathlib import Path
+attempts.INTERVAL = 0.05
+with attempts.counted(Path("spent.json"), time.monotonic()):
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+    for number in (1, 2):
+        process = subprocess.Popen([sys.executable, "-c", work], cwd=tmp_path, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.kill()
+        process.wait()
+        seconds = json.loads((tmp_path / "spent.json").read_text())
+        assert len(seconds) == number and all(0.2 < one < 5 for one in seconds)
+
+
+def test_an_account_that_cannot_be_read_is_none(tmp_path):
+    (tmp_path / "spent.json").write_text("[1.5, ")
+    with attempts.counted(tmp_path / "spent.json", time.monotonic()) as earlier:
+        assert earlier == []
+
+
 def test_prune_keeps_what_is_needed(module, tmp_path, data):
     needed = Stage("format", {"a": 1})
     folder = execute(tmp_path, data, key=needed.key)
@@ -181,10 +231,12 @@ def test_prune_keeps_what_is_needed(module, tmp_path, data):
     results = tmp_path / "results"
     (results / "checkpoints" / "f" / "checkpoint-1").mkdir(parents=True)
     write_json(results / "checkpoints" / "f" / "checkpoint-1" / "x.json", 1)
+    write_json(results / "checkpoints" / "f.attempts.json", [1.5])
     found = prune.unneeded(results, {needed.folder: needed})
     fingerprint = json.loads((old / "stage.json").read_text())["fingerprint"]
-    assert found == sorted([old, results / "cache" / "format" / fingerprint, data, results / "checkpoints" / "f"])
+    checkpoints = [results / "checkpoints" / name for name in ("f", "f.attempts.json")]
+    assert found == sorted([old, results / "cache" / "format" / fingerprint, data, *checkpoints])
     assert prune.freed_bytes([old]) == 0  # every file of it has a link in the cache
     assert prune.freed_bytes(found) > (old / "inner" / "result.txt").stat().st_size
     prune.remove(found)
-    assert folder.exists() and not old.exists() and not data.exists()
+    assert folder.exists() and not any(path.exists() for path in (old, data, *checkpoints))

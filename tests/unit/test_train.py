@@ -1,5 +1,6 @@
 """Training: packed = unpacked, dequantised once = NF4, resumed = uninterrupted, and the traps of the libraries."""
 
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from adder import adapter, base_model, checkpoints, loss, train
@@ -177,6 +178,7 @@ def test_every_method_trains_and_writes_what_it_should(inputs, tmp_path, method)
     assert len([row for row in rows if "eval_loss" in row]) == 2
     assert summary["effective_batch"] == {"asked": 6, "mean_examples": 6.0, "packs": 2}
     plan = read_json(out / "plan.json")
+    assert "nf4_weights" not in plan  # every matrix is one of a linear layer
     assert plan["compute_dtype"]["value"] == "float32" and all(choice["reason"] for choice in plan.values())
     if method == "full":
         assert AutoModelForCausalLM.from_pretrained(out / "model").dtype == torch.bfloat16
@@ -273,6 +275,35 @@ def test_a_training_that_gets_no_better_is_stopped(inputs, tmp_path):
     assert (
         summary["kept"]["value"] == best and "stopped early, 2 evaluations after the best" in summary["kept"]["reason"]
     )
+
+
+def test_progress_says_over_how_many_rows_the_loss_is_and_that_times_are_rough(inputs, tmp_path):
+    stream = io.StringIO()
+    (tmp_path / "out").mkdir()
+    train.run(settings(eval_samples=3), inputs, tmp_path / "out", Progress("train", stream))
+    shown = stream.getvalue()
+    assert re.search(r"^train: step (\d+)/\1, held-out loss \d\.\d{4} over 3 rows$", shown, re.MULTILINE)
+    assert re.search(r"^train: roughly \S+ seconds for \d+ steps, by the time of one pack; ", shown, re.MULTILINE)
+    assert re.search(r"^train: step \d+/\d+, loss \S+, \S+ tokens/s, roughly 0:00 left$", shown, re.MULTILINE)
+
+
+def test_qlora_says_once_that_experts_in_one_tensor_stay_unquantised(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 512}
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    MixtralForCausalLM(MixtralConfig(vocab_size=vocabulary, **sizes)).save_pretrained(folder)
+    mixture, stream = write_training_inputs(tmp_path / "inputs", folder), io.StringIO()
+    for method in ("qlora", "lora"):
+        (tmp_path / method).mkdir()
+        train.run(settings(method=method), mixture, tmp_path / method, Progress("train", stream))
+    # Of a layer 12,288 numbers in the attention's matrices (and 256 in the router) and 73,728 in the experts'.
+    told = "of the numbers in the layers' matrices 86% stay in float32 (0.00059 GB, 8 times what NF4 would take): "
+    assert stream.getvalue().count(f"train: warning: train.method: qlora, but {told}") == 1
+    plan = read_json(tmp_path / "qlora" / "plan.json")
+    assert plan["nf4_weights"]["value"] == "14% of the matrices" and told in plan["nf4_weights"]["reason"]
+    assert any(told in line for line in read_json(tmp_path / "qlora" / "train.json")["preflight"]["warnings"])
+    assert "nf4_weights" not in read_json(tmp_path / "lora" / "plan.json")
 
 
 def test_target_modules_that_fit_nothing_are_refused(inputs, tmp_path):

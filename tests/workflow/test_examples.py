@@ -1,5 +1,7 @@
 """The configurations in config/examples parse and dry-run; mistakes in one end before any job."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +40,19 @@ def test_example_dry_runs(example, folder):
     runs = len(yaml.safe_load(example.read_text()).get("runs", {"default": {}}))
     assert f"train_adapter{runs:>14}".replace(" ", "") in (done.stdout + done.stderr).replace(" ", "")
     assert f"evaluate_model{1 + runs}" in (done.stdout + done.stderr).replace(" ", "")
+
+
+def test_the_readmes_first_configuration_runs_as_it_stands(folder):
+    """In a folder that has no data, of rows and a model that need no file and no hub; jobs are only planned here."""
+    shown = re.search(r"Write `my.yaml`.*?```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    shutil.rmtree(folder / "data")
+    (folder / "my.yaml").write_text(shown)
+    done = dry_run(folder, "--configfile", "my.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = yaml.safe_load(shown)
+    (source,), (run,) = config["data"]["sources"], config["runs"]
+    assert config["model"]["source"].startswith("wheel:") and source["builtin"]
+    assert f"results/{run}/" in done.stdout + done.stderr
 
 
 def test_a_mistake_ends_the_workflow_in_one_message(folder):

@@ -5,21 +5,28 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import pytest
 import yaml
 from project import Project
 
-from adder.files import digest_file
+from adder import lock
+from adder.files import digest_file, read_json
 from adder.settings import merged
 
 LONG = {"train": {"epochs": 60, "learning_rate": 2e-3}}
 
 
-def adapter(project: Project) -> str:
-    """Digest of the adapter of the run that the results show."""
+def training(project: Project) -> Path:
+    """The folder of the training of the run that the results show."""
     page = yaml.safe_load((project.folder / "results" / "default" / "run.yaml").read_text())
-    key = page["stages"]["train"]["key"]
-    return digest_file(project.folder / "results" / "stages" / "train" / key / "adapter" / "adapter_model.safetensors")
+    return project.folder / "results" / "stages" / "train" / page["stages"]["train"]["key"]
+
+
+def adapter(project: Project) -> str:
+    """Digest of its adapter."""
+    return digest_file(training(project) / "adapter" / "adapter_model.safetensors")
 
 
 def test_a_workflow_killed_while_training_goes_on(project):
@@ -32,14 +39,27 @@ def test_a_workflow_killed_while_training_goes_on(project):
         assert process.poll() is None, "training ended before there was a checkpoint"
         time.sleep(0.05)
     second = project.python(*command[1:])
-    assert second.returncode == 1 and "another Snakemake is writing to results/" in second.stdout
+    assert second.returncode == 1 and f"another Snakemake (process {process.pid} on " in second.stdout
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
     assert "train: continuing from the checkpoint at step" in project.snakemake("merged_model", config=LONG)
     continued = adapter(project)
     assert not list(results.glob("checkpoints/*"))
+    record = read_json(training(project) / "stage.json")
+    assert record["attempts"] == 2 and project.result("metrics.json")["cost"]["seconds"]["train"] == record["seconds"]
 
     again = merged(LONG, {"runtime": {"restore": False}})
     project.snakemake("merged_model", "--forcerun", "train_adapter", config=again)
     assert adapter(project) == continued
+
+
+@pytest.mark.parametrize("asked", [["-n"], ["--lint"], ["--dag"], ["--rulegraph"], ["--summary"], ["--list-rules"]])
+def test_what_only_reads_is_let_in_while_another_snakemake_writes(project, asked):
+    other = {"train": {"seed": 7}}  # there is work to do
+    with lock.take(project.folder / "results"):
+        project.snakemake(*asked, config=other)
+        done = project.python("-m", "snakemake", "merged_model", "--cores", "1")
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith(f"adder: another Snakemake (process {os.getpid()} on ") and "writing to results/" in last

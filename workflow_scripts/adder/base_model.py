@@ -13,6 +13,9 @@ from adder.choice import Choice
 # Share of the free memory that the dequantised copy of an NF4 model may take.
 DEQUANTISED_SHARE = 0.5
 
+# Share of the matrices' numbers that may stay unquantised without a word: convolutions of a few taps do.
+LEFT_SHARE = 0.02
+
 
 def load(
     folder: Path, method: str, dtype: str, device: str, in_shards: bool = False
@@ -42,6 +45,7 @@ def load(
     model.config.use_cache = False
     if method == "qlora":
         keep_cpu_weights_intact(model)
+        choices |= left_unquantised(model, dtype)
         choices["nf4_values"] = (
             Choice("dequantised in each product", "processes send each other a layer's weights packed")
             if in_shards
@@ -87,6 +91,26 @@ def four_bit_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     import bitsandbytes
 
     return {name: m for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+
+
+def left_unquantised(model: torch.nn.Module, dtype: str) -> dict[str, Choice]:
+    """{"nf4_weights": how much of the model NF4 misses, in percent}, where that is more than LEFT_SHARE; else {}.
+
+    bitsandbytes quantises linear layers. Of a mixture of experts transformers may hold all experts of a layer in one
+    tensor of three dimensions, which is none: such a model takes several times the memory that one expects of NF4.
+    """
+    packed = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model).values())
+    joined = {name: p for name, p in model.named_parameters() if p.dim() >= 3 and p.is_floating_point()}
+    left = sum(parameter.numel() for parameter in joined.values())
+    if left <= LEFT_SHARE * (packed + left):
+        return {}
+    size = sum(parameter.numel() * parameter.element_size() for parameter in joined.values())
+    reason = (
+        f"of the numbers in the layers' matrices {left / (packed + left):.0%} stay in {dtype} ({size / 1e9:.3g} GB, "
+        f"{size / left * 2:.0f} times what NF4 would take): this model holds its experts in tensors of three "
+        f"dimensions, such as {next(iter(joined))}, and bitsandbytes quantises linear layers only"
+    )
+    return {"nf4_weights": Choice(f"{packed / (packed + left):.0%} of the matrices", reason)}
 
 
 def choose_nf4_values(model: PreTrainedModel, dtype: torch.dtype, device: str) -> Choice:

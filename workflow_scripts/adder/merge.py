@@ -26,7 +26,8 @@ KEPT_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
     """Write the merged model directory `model/` and its `proof.json` into `out`.
 
-    `inputs`: train (`adapter/`, or `model/` of a full training, which is taken as it is), model (the base), tokenize.
+    `inputs`: train (`adapter/`, or `model/` of a full training, which is taken as it is), model (the base), tokenize,
+    format (the groups of the held-out rows).
     Raises UserError, leaving no model, when the proof doesn't hold or the adapter is of a kind that can't be merged.
     """
     hardware.use_threads()
@@ -91,9 +92,8 @@ def _merge_into_chosen(
     elif not rows:
         choice = Choice("original", "there are no held-out rows to measure the other one on")
     else:
-        choice = merge_base.choose(
-            merge_base.measure(base, inputs["train"] / "adapter", candidates, rows, work, progress)
-        )
+        losses = merge_base.measure(base, inputs["train"] / "adapter", candidates, rows, work, progress)
+        choice = merge_base.choose(losses, merge_base.groups_of(inputs["format"] / "heldout.parquet", rows))
     progress.say(f"merging into the {choice.value} base: {choice.reason}")
     written = work / choice.value
     if written.is_dir():

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
@@ -90,6 +91,15 @@ def held_out(tokens: Path) -> list[dict]:
     return spread_rows(tokens, MEASURED_ROWS, MEASURED_LABELS)
 
 
+def groups_of(conversations: Path, rows: list[dict]) -> list[str] | None:
+    """The group of each of `rows`, by data.heldout.group_by; None where there are none."""
+    if "group" not in pq.read_schema(conversations).names:
+        return None
+    table = pq.read_table(conversations, columns=["id", "group"])
+    known = dict(zip(table["id"].to_pylist(), table["group"].to_pylist(), strict=True))
+    return [known[row["id"]] for row in rows]
+
+
 def measure(
     base: Path,
     adapter: Path,
@@ -121,35 +131,40 @@ def measure(
     return losses
 
 
-def choose(losses: dict[str, list[tuple[float, int]]]) -> Choice:
+def choose(losses: dict[str, list[tuple[float, int]]], groups: list[str] | None = None) -> Choice:
     """Of the two merged models the one with the lower held-out loss; the original where that can't be told apart.
 
-    `losses`: by the names of NAMES, for the same rows. A difference counts when its 95 % interval, by a paired
-    bootstrap over rows, leaves out 0. Alternatives: {base, loss (nats a token), rows, tokens,
-    difference (from the first)}.
+    `losses`: by the names of NAMES, for the same rows, which may come in `groups`. A difference counts when its 95 %
+    interval, by a paired bootstrap over rows or groups, leaves out 0; from a single one nothing can be told.
+    Alternatives: {base, loss (nats a token), rows, tokens, difference (from the first)}.
     """
     tokens = [count for _, count in losses["trained"]]
     table = []
     for name, label in NAMES.items():
         loss = sum(nats for nats, _ in losses[name]) / sum(tokens)
-        difference = None if name == "trained" else _difference(losses["trained"], losses[name], tokens)
+        difference = None if name == "trained" else _difference(losses["trained"], losses[name], tokens, groups)
         table.append(
             {"base": label, "loss": loss, "rows": len(tokens), "tokens": sum(tokens), "difference": difference}
         )
     trained, original, dequantised = (row["loss"] for row in table)
-    gap = _difference(losses["original"], losses["dequantized"], tokens)
+    gap = _difference(losses["original"], losses["dequantized"], tokens, groups)
     low, high = gap["ci95"]
-    value = "dequantized" if high < 0 else "original"
-    verdict = "a tie within noise, which goes to the original" if low <= 0 <= high else "the lower is taken"
+    drawn = len(tokens if groups is None else set(groups))
+    tie = drawn < 2 or low <= 0 <= high
+    value = "dequantized" if high < 0 and not tie else "original"
+    verdict = "a tie within noise, which goes to the original" if tie else "the lower is taken"
+    rows = f"{len(tokens)} rows" + ("" if groups is None else f" in {drawn} {'group' if drawn == 1 else 'groups'}")
     reason = (
-        f"held-out loss on {len(tokens)} rows: {trained:.4f} nats a token for the adapter on NF4, as it was trained, "
+        f"held-out loss on {rows}: {trained:.4f} nats a token for the adapter on NF4, as it was trained, "
         f"{original:.4f} merged into the original weights and {dequantised:.4f} into the dequantised ones; the latter "
         f"two differ by {gap['value']:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), {verdict}"
     )
     return Choice(value, reason, table)
 
 
-def _difference(first: list[tuple[float, int]], second: list[tuple[float, int]], tokens: list[int]) -> dict:
+def _difference(
+    first: list[tuple[float, int]], second: list[tuple[float, int]], tokens: list[int], groups: list[str] | None
+) -> dict:
     gaps = [b - a for (a, _), (b, _) in zip(first, second, strict=True)]
-    found = statistics.ratio(gaps, tokens)
+    found = statistics.ratio(gaps, tokens, groups)
     return {"value": found["value"], "ci95": found["ci95"]}

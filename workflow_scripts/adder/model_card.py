@@ -130,9 +130,10 @@ def _usage(facts: dict, chosen: dict) -> list[str]:
         fenced(_python(facts, chosen.get("format.system_prompt")), "python"),
         "A server with OpenAI's interface, by [vLLM](https://docs.vllm.ai):",
         fenced("vllm serve path/to/this/folder", "sh"),
-        "On a desk, by [Ollama](https://ollama.com), in this folder (with a GGUF file in place of the point, where "
-        "Ollama doesn't convert this architecture):",
-        fenced("echo 'FROM .' > Modelfile\nollama create my-model -f Modelfile\nollama run my-model", "sh"),
+        "On a desk, by [Ollama](https://ollama.com), with a file named `Modelfile` in this folder (a GGUF file in "
+        "place of its point, where Ollama doesn't convert this architecture):",
+        fenced(_modelfile(facts, chosen.get("format.system_prompt"))),
+        fenced("ollama create my-model -f Modelfile\nollama run my-model", "sh"),
         "`ollama show --template my-model` must not print just `{{ .Prompt }}`: then Ollama didn't know the chat "
         "template, and it belongs into the Modelfile.",
         *_advice(facts, chosen.get("format.system_prompt")),
@@ -151,6 +152,17 @@ def _python(facts: dict, system: str | None) -> str:
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": "…"}]
     call = f"model(messages, max_new_tokens={limit['value']}, do_sample=False)"
     return "\n".join([*lines, f"messages = {messages!r}", f'print({call}[0]["generated_text"][-1]["content"])'])
+
+
+def _modelfile(facts: dict, system: str | None) -> str:
+    """Ollama's: greedy decoding, as the model was measured, and the system prompt that it was trained with."""
+    if facts["evaluate_tuned"].get("max_new_tokens") is None:  # trained on plain texts
+        return "FROM ."
+    lines = ["FROM .", "PARAMETER temperature 0"]
+    # Three quotes end a text only at the end of a line, and nothing can be put before them that takes that away.
+    if system and not any(line.rstrip().endswith('"""') for line in system.splitlines()):
+        lines.append(f'SYSTEM """{system}"""')
+    return "\n".join(lines)
 
 
 def _advice(facts: dict, system: str | None) -> list[str]:

@@ -38,6 +38,7 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "train": ("adapter/", "model/"),
         "model": ("model/", "source.json"),
         "tokenize": ("heldout.arrow", "tokenizer/", "tokenize.json"),
+        "format": ("heldout.parquet",),
     },
     "evaluate": {
         "model": ("model/",),
@@ -160,7 +161,7 @@ def stages_of_run(run: str, settings: Settings, resolved: list[dict], root: Path
     )
     train = Stage("train", plain["train"], {"lengths": lengths, "tokenize": tokenize, "model": model})
     merging = {**plain["merge"], "method": settings.train.method}
-    merge = Stage("merge", merging, {"train": train, "model": model, "tokenize": tokenize})
+    merge = Stage("merge", merging, {"train": train, "model": model, "tokenize": tokenize, "format": format_})
     tasks, judge = plain["evaluate"].pop("tasks"), plain["evaluate"].pop("judge")
     base = Stage("evaluate", plain["evaluate"], {"model": model, "tokenize": tokenize, "format": format_})
     tuned = Stage("evaluate", plain["evaluate"], {"model": merge, "tokenize": tokenize, "format": format_})

@@ -258,14 +258,15 @@ def _existing(path: Path) -> Path:
 
 
 def _estimate(seconds: float, facts: dict) -> str:
-    """Roughly how long the steps take, in words."""
+    """Roughly how long the steps take, in words: whatever else the machine did during one pass is in it."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             words = f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
             break
     else:
         words = f"{max(1, round(seconds))} seconds"
-    return f"roughly {words} for {facts['steps']:,} steps, evaluations and checkpoints not counted"
+    steps = f"{facts['steps']:,} steps"
+    return f"roughly {words} for {steps}, by the time of one pack; evaluations and checkpoints not counted"
 
 
 def _named(layers: list[str]) -> str:

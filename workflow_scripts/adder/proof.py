@@ -55,7 +55,7 @@ def choose_tolerance(wanted: str | float) -> Choice:
 
 
 def spread_rows(heldout: Path, most_rows: int, most_labels: int) -> list[dict]:
-    """Evenly spread held-out rows ({input_ids, labels}) that carry loss, with at most `most_labels` labels in all."""
+    """Evenly spread held-out rows, {id, input_ids, labels}, that carry loss, of at most `most_labels` labels in all."""
     table = TokenTable(heldout)
     rows, positions = [], 0
     for number in range(0, len(table), max(1, len(table) // most_rows))[:most_rows]:
@@ -64,7 +64,7 @@ def spread_rows(heldout: Path, most_rows: int, most_labels: int) -> list[dict]:
         labelled = [index for index, label in enumerate(row["labels"]) if index and label != IGNORED]
         labelled = labelled[: most_labels - positions]
         if labelled:
-            rows.append({name: row[name][: labelled[-1] + 1] for name in ("input_ids", "labels")})
+            rows.append({"id": row["id"], **{n: row[n][: labelled[-1] + 1] for n in ("input_ids", "labels")}})
             positions += len(labelled)
     return rows
 

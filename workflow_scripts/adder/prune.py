@@ -14,13 +14,13 @@ def unneeded(results: Path, needed: dict[str, Stage]) -> list[Path]:
     """Return the folders below `results` that none of the `needed` stages (by folder) stands for, sorted.
 
     Kept are the needed stages' folders, the cache entries behind them and, for stages that have not finished, their
-    checkpoints; what a killed job left half-written is unneeded.
+    checkpoints, beside which a file has what they took; what a killed job left half-written is unneeded.
     """
     keep = {results / folder for folder in needed}
     keep |= {results / "cache" / stage.name / _fingerprint(results / folder) for folder, stage in needed.items()}
     found = [path for kind in KINDS for path in (results / kind).glob("*/*") if path.is_dir() and path not in keep]
     done = all((results / f / "stage.json").exists() for f, stage in needed.items() if stage.name in CONTINUED)
-    checkpoints = [path for path in (results / "checkpoints").glob("*") if path.is_dir()]
+    checkpoints = list((results / "checkpoints").glob("*"))
     return sorted(found + (checkpoints if done else []))
 
 
@@ -41,7 +41,7 @@ def remove(folders: list[Path]) -> None:
     for folder in folders:
         gone = folder.with_name(f".{folder.name}.{os.getpid()}.removed")
         folder.rename(gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
 
 
 def _fingerprint(folder: Path) -> str:

@@ -106,8 +106,15 @@ def about(settings: dict, facts: dict) -> list[tuple[str, str]]:
     return [
         ("Base", str(model["source"])),
         ("Method", f"{values.get('train.method', trained)}, {epochs(train)}"),
-        ("Data", f"{card['train']:,} training and {card['heldout']:,} held-out conversations"),
+        ("Data", f"{trained_on(facts)} training and {card['heldout']:,} held-out conversations"),
     ]
+
+
+def trained_on(facts: dict) -> str:
+    """How many conversations were trained on; of how many, where train.max_examples or their length left some out."""
+    card, lengths = facts["format"], facts["lengths"]
+    used = lengths["tokens"]["count"] - lengths["dropped"]
+    return f"{card['train']:,}" if used == card["train_rows"] else f"{used:,} of {card['train_rows']:,}"
 
 
 def lengths_section(facts: dict, chosen: list[dict]) -> dict:

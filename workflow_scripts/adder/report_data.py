@@ -94,7 +94,7 @@ def build_metrics(settings: dict, facts: dict) -> dict:
         "merge": facts["merge"],
         "stages": {
             stage: {name: record.get(name) for name in ("seconds", "peak_memory_bytes", "restored")}
-            | ({"peak_gpu_memory_bytes": gpu} if (gpu := record.get("peak_gpu_memory_bytes")) else {})
+            | {name: record[name] for name in ("peak_gpu_memory_bytes", "attempts") if record.get(name)}
             for stage, record in facts["records"].items()
         },
         "cost": cost(settings, facts["records"]),

@@ -104,7 +104,7 @@ def cell(pair: tuple[str, Any]) -> str:
             return percent(value)
         if name.endswith("bytes"):
             return size(value)
-        return f"{value:,}" if isinstance(value, int) else number(value)
+        return number(value)
     return setting(value)
 
 
@@ -129,9 +129,14 @@ def short(digest: str | None) -> str:
     return digest[:12] if digest else "–"
 
 
+def prose(text: str) -> str:
+    """Text that a stage wrote, set as the figures beside it are: minus signs, and no line between number and "%"."""
+    return re.sub(r"(?<![\w.-])-(?=\d)", "−", text or "").replace(" %", f"{NO_BREAK}%")
+
+
 def sentence(text: str) -> str:
     """A reason as a sentence of its own: a capital unless it begins with a key's name, and a full stop."""
-    text = (text or "").strip()
+    text = prose(text).strip()
     first = text.split(" ")[0]
     if text and "_" not in first and "." not in first:
         text = text[0].upper() + text[1:]
@@ -146,5 +151,5 @@ def moment(text: str) -> str:
 FILTERS = {
     "number": number, "percent": percent, "duration": duration, "size": size, "setting": setting, "cell": cell,
     "short": short, "heading": heading, "moment": moment,
-    "sentence": sentence,
+    "sentence": sentence, "prose": prose,
 }  # fmt: skip

@@ -47,11 +47,12 @@ def figures(facts: dict) -> list[tuple[str, str, str]]:
     batch = train.get("effective_batch") or {}
     share = train["trainable_parameters"] / train["total_parameters"] if train.get("total_parameters") else None
     tokens, planned = train.get("tokens_per_epoch"), train.get("planned_steps") or train["steps"]
-    seconds = train.get("seconds") or facts["records"]["train"].get("seconds")
+    took = facts["records"]["train"]
+    attempted = f"in {took['attempts']} attempts; " if took.get("attempts") else ""
     stopped = f"of {planned:,} planned; " if planned > train["steps"] else ""
     return [
         ("Steps", f"{train['steps']:,}", stopped + epochs(train)),
-        ("Time", duration(seconds), f"{number(train.get('tokens_per_second'))} tokens/s"),
+        ("Time", duration(took.get("seconds")), f"{attempted}{number(train.get('tokens_per_second'))} tokens/s"),
         ("Tokens", f"{tokens:,}" if tokens else "–", "an epoch"),
         ("Loss", f"{number(train.get('first_loss'))} → {number(train.get('final_loss'))}", "first step and last ten"),
         ("Trained parameters", f"{train['trainable_parameters']:,}", f"{percent(share)} of the model"),
@@ -201,11 +202,12 @@ def preflight_section(facts: dict) -> dict | None:
         return None
     dead, took = len(seen["layers_without_gradient"]), facts["records"]["train"].get("seconds")
     labelled, guessing = seen["labelled"], number(seen["ln_vocabulary"])
+    expected = f"roughly {duration(seen['estimated_seconds'])}"
     rows = [
         ("Carry loss", percent(seen["labelled_share"]), f"{labelled:,} of the first pack's {seen['tokens']:,} tokens"),
         ("Loss of the base", number(seen["base_loss"]), f"on that pack; blind guessing: {guessing}"),
         ("Layers reached", f"{seen['layers'] - dead:,} of {seen['layers']:,}", "get a gradient from that pack"),
-        ("Time expected", duration(seen["estimated_seconds"]), f"for the steps; the whole stage took {duration(took)}"),
+        ("Time expected", expected, f"for the steps; the whole stage took {duration(took)}"),
     ]  # fmt: skip
     for name, label in (("checkpoints", "Disk for checkpoints"), ("merged_model", "Disk for the merged model")):
         room = seen["disk"][name]

@@ -33,6 +33,9 @@ LORA_KEYS = (
     "init_lora_weights", "lora_plus_ratio", "frozen_products",
 )  # fmt: skip
 
+# As pydantic words a bound; it names the one that was passed, and the other would be the next mistake.
+BOUNDS = {"gt": "greater than", "ge": "greater than or equal to", "lt": "less than", "le": "less than or equal to"}
+
 
 class Section(BaseModel):
     """A part of the settings; unknown keys are mistakes."""
@@ -552,10 +555,22 @@ def _sentence(path: list, errors: list[dict], base: dict, override: dict, run: s
     message = " or ".join(one["msg"].removeprefix("Value error, ") for one in errors)
     message = message.replace("or Input should be", "or").replace("Input should be", "should be")
     message = message.split(", unable to parse")[0]
+    if len(errors) == 1 and any(words in message for words in BOUNDS.values()):
+        message = f"should be {_bounds(path)}" if _bounds(path) else message
     found = error.get("input")
     if not path:  # of two sections, which the message names
         return message
     return f"{where}: {message}" + ("" if isinstance(found, dict | list) else f" (found {found!r})")
+
+
+def _bounds(path: list) -> str:
+    """All bounds of a number, as `greater than 0 and less than 1`; "" where it has none of its own."""
+    section = _section(path[:-1])
+    field = section.model_fields.get(path[-1]) if section else None
+    limits = field.metadata if field else []
+    return " and ".join(
+        f"{words} {getattr(limit, name)}" for limit in limits for name, words in BOUNDS.items() if hasattr(limit, name)
+    )
 
 
 def _is_type_name(part: Any) -> bool:

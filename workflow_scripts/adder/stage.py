@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
-from adder import hardware
+from adder import attempts, hardware
 from adder.closure import code_digest
 from adder.errors import UserError
 from adder.files import digest_file, link_or_copy, read_json, write_json
@@ -95,22 +95,29 @@ def _restore_or_run(stage, module, function, settings, identity, inputs, results
     partial = folder.with_name(f".{key}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    checkpoints = results / "checkpoints" / record["fingerprint"]
+    spent = checkpoints.with_name(f"{checkpoints.name}.attempts.json")
+    arguments = {"checkpoints": checkpoints} if stage in CONTINUED else {}
+    if stage == "train":
+        arguments["runtime"] = runtime | {"results": str(results)}
     try:
-        arguments = {"checkpoints": results / "checkpoints" / record["fingerprint"]} if stage in CONTINUED else {}
-        if stage == "train":
-            arguments["runtime"] = runtime | {"results": str(results)}
         run = getattr(importlib.import_module(f"adder.{module}"), function)
-        record["summary"] = run(settings, inputs, partial, progress, **arguments)
-        record["seconds"] = round(time.monotonic() - start, 3)
-        finish(partial, record)
+        with attempts.counted(spent, start) if stage in CONTINUED else contextlib.nullcontext([]) as earlier:
+            record["summary"] = run(settings, inputs, partial, progress, **arguments)
+            record["seconds"] = round(sum(earlier) + time.monotonic() - start, 3)
+            if earlier:
+                record["attempts"] = len(earlier) + 1
+            finish(partial, record)
         _replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     link_tree(folder, kept)
     if stage in CONTINUED:
-        shutil.rmtree(arguments["checkpoints"], ignore_errors=True)
-    progress.say(f"done in {_duration(record['seconds'])}")
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        spent.unlink(missing_ok=True)
+    made = f", in {record['attempts']} attempts" if earlier else ""
+    progress.say(f"done in {_duration(record['seconds'])}{made}")
 
 
 def fingerprint(record: dict, function: str) -> str:

@@ -158,7 +158,7 @@ def start(
         eval_dataset=heldout,
         processing_class=tokenizer,
         optimizers=(adapter.create_optimizer(model, arguments, settings), None),
-        callbacks=[RefillPacks(packs), ShowProgress(progress), *watchers],
+        callbacks=[RefillPacks(packs), ShowProgress(progress, len(heldout or ())), *watchers],
         settings=settings,
         step_packs=planner.step_packs(settings, seq_lengths)[0],
         pack_tokens=[int(pack.sum()) for pack in seq_lengths],
@@ -235,6 +235,8 @@ def _check(trainer: Trainer, packs: PackedExamples, plan: dict[str, Choice], pro
     )
     if "frozen_products" in plan:
         seen["warnings"] += frozen_products.warnings(plan["frozen_products"])
+    if "nf4_weights" in plan:
+        seen["warnings"].append(f"train.method: qlora, but {plan['nf4_weights'].reason}")
     for warning in seen["warnings"]:
         progress.say(f"warning: {warning}")
     progress.say(seen["estimate"])
@@ -313,6 +315,7 @@ def _arguments(settings, plan, seq_lengths, heldout, device, dtype, folder, runt
         gradient_checkpointing=False,  # the planner has set the layers that recompute
         optim="adamw_torch_fused" if device == "cuda" else "adamw_torch",
         loss_type=settings["loss"],
+        router_aux_loss_coef=0.0,  # the loss is that of the tokens; with it Mixtral's generate fails on the way
         padding_free=True,
         max_length=None,
         remove_unused_columns=False,

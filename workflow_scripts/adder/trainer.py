@@ -297,10 +297,10 @@ class StopWhenTold(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """One line with step, loss, speed and time left."""
+    """One line with step, loss, speed and time left. `heldout`: over how many rows the held-out loss is taken."""
 
-    def __init__(self, progress: Progress):
-        self.progress = progress
+    def __init__(self, progress: Progress, heldout: int):
+        self.progress, self.heldout = progress, heldout
         self.start = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -311,14 +311,17 @@ class ShowProgress(TrainerCallback):
         """Show the line that the trainer has just logged."""
         logs = logs or {}
         if "eval_loss" in logs:
-            self.progress.say(f"step {state.global_step}/{state.max_steps}, held-out loss {logs['eval_loss']:.4f}")
+            rows = f"{self.heldout:,} {'row' if self.heldout == 1 else 'rows'}"
+            self.progress.say(
+                f"step {state.global_step}/{state.max_steps}, held-out loss {logs['eval_loss']:.4f} over {rows}"
+            )
         if "loss" in logs:
             began, first = self.start
             done = max(state.global_step - first, 1)
             left = (time.perf_counter() - began) / done * (state.max_steps - state.global_step)
             self.progress.line(
                 f"step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.4f}, "
-                f"{logs['tokens_per_second']:,.0f} tokens/s, {_clock(left)} left",
+                f"{logs['tokens_per_second']:,.0f} tokens/s, roughly {_clock(left)} left",
                 last=state.global_step == state.max_steps,
             )
 

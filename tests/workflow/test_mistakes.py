@@ -1,0 +1,50 @@
+"""Mistakes in a configuration end Snakemake with one message, which names the file, and no line of the rules."""
+
+import pytest
+import yaml
+from project import Project, write_rows
+
+from adder.settings import merged
+
+GOOD = {"model": {"source": "model"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory) -> Project:
+    project = Project(tmp_path_factory.mktemp("project"), GOOD)
+    write_rows(project.folder / "rows.jsonl", 20)
+    (project.folder / "model").mkdir()
+    return project
+
+
+def told(project: Project, *arguments: str) -> list[str]:
+    """What Snakemake says beside the profile that it uses."""
+    done = project.python("-m", "snakemake", "--cores", "1", *arguments)
+    assert done.returncode == 1, done.stdout
+    return [line for line in done.stdout.splitlines() if not line.startswith("Using workflow specific profile")]
+
+
+def test_a_mistake_in_the_settings_names_file_key_and_what_is_allowed(untouched):
+    untouched.configure({"train": {"epochs": 0}})
+    head, mistake = "the settings have mistakes; nothing was run", "  - train.epochs: should be greater than 0"
+    assert told(untouched) == [f"adder: config/config.yaml: {head}", f"{mistake} (found 0)"]
+    (untouched.folder / "my.yaml").write_text(yaml.safe_dump(merged(GOOD, {"train": {"epochs": -2}})))
+    assert told(untouched, "--configfile", "my.yaml") == [f"adder: my.yaml: {head}", f"{mistake} (found -2)"]
+    (untouched.folder / "my.yaml").write_text(yaml.safe_dump(GOOD))
+    lines = told(untouched, "--configfile", "my.yaml", "--config", "train={epochs: -3}")
+    assert lines == [f"adder: my.yaml and --config: {head}", f"{mistake} (found '-3')"]
+
+
+def test_a_missing_data_file_is_named_with_the_configuration(untouched):
+    untouched.configure({"data": {"sources": [{"path": "nix.jsonl"}]}})
+    (line,) = told(untouched, "-n")
+    assert line.startswith("adder: config/config.yaml: data.sources.0.path: no file matches 'nix.jsonl'")
+
+
+def test_a_default_configuration_that_is_not_yaml_or_not_there(untouched):
+    untouched.configure().write_text("model: {source: x\ndata: [")
+    (line,) = told(untouched)
+    assert line == "adder: config/config.yaml, line 2, column 5: not YAML: expected ',' or '}', but got ':'"
+    untouched.configure().unlink()
+    (line,) = told(untouched)
+    assert line.startswith("adder: config/config.yaml: can't be read (No such file or directory)")
