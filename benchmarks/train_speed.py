@@ -82,6 +82,7 @@ ARMS = {  # what matters most comes first: a run that is cut off has it
     "trl_packing": [(4, True)],
     "trl_liger": [(4, True)],
     "unsloth": [(4, False)],
+    "unsloth_8": [(8, False)],
     "adder_stage": [(8, False)],
     "adder_stage_fp8": [(8, False)],
     "adder_stage_2gpus": [(8, False)],
@@ -106,7 +107,7 @@ OTHER_ATTENTION = {
     "axolotl_kernels": "adder_varlen",
     "adder_varlen": "adder_varlen",
 }
-BY_TRL = ("trl_packing", "trl_liger", "unsloth", "unsloth_24gb")
+BY_TRL = ("trl_packing", "trl_liger", "unsloth", "unsloth_8", "unsloth_24gb")
 CAP = 24e9
 WARM_UP, STEPS = 2, 4
 UNSLOTH_WARM_UP = 8  # it compiles layers as it meets new shapes
