@@ -133,7 +133,7 @@ class GatedMLP(Function):
             gate_up, low_rank = first.bare_product(buffer, ctx.seeds[0], rows)
             del buffer
             second.follow()
-            thin = (low_rank[:, part.ranks] if part.pair else None for part in first.parts)
+            thin = (low_rank[:, part.ranks] if part.layers else None for part in first.parts)
             rows, hidden_low_rank = gated_rows(gate_up, activation, *thin, _left_out(first), second.a)
             y = second.fp8_product(rows, hidden_low_rank, residual)
         else:
@@ -158,8 +158,8 @@ class GatedMLP(Function):
             gate_up,
             d_hidden,
             ctx.activation,
-            (d_hidden_low_rank[:, down.ranks], second.a[down.ranks]) if down.pair else None,
-            *(low_rank[:, part.ranks] if part.pair else None for part in (gate, up)),
+            (d_hidden_low_rank[:, down.ranks], second.a[down.ranks]) if down.layers else None,
+            *(low_rank[:, part.ranks] if part.layers else None for part in (gate, up)),
             dropout=(hidden_seeds[0], hidden_p[0]) if hidden_seeds is not None else None,
             left_out=_left_out(first) if ctx.fused else None,
         )
@@ -184,4 +184,4 @@ def _fuses(first: Group, second: Group, hidden_seeds: list[int] | None) -> bool:
 
 def _left_out(first: Group) -> LeftOut:
     """What gate and up lack as bare products."""
-    return LeftOut(*(first.b[part.rows, part.ranks] if part.pair else None for part in first.parts), first.bias)
+    return LeftOut(*(first.b[part.rows, part.ranks] if part.layers else None for part in first.parts), first.bias)

@@ -52,12 +52,15 @@ class Part:
     rows: slice = field(default_factory=lambda: slice(0, 0))
     ranks: slice = field(default_factory=lambda: slice(0, 0))
 
+    def __post_init__(self):
+        # Found once: every step asks for the parameters some twenty times, and small models wait for Python.
+        layers = (self.module.lora_A, self.module.lora_B) if self.adapter else ()
+        self.layers = [of_adapters[self.adapter] for of_adapters in layers]
+
     @property
     def pair(self) -> list[torch.nn.Parameter]:
         """A and B, or nothing."""
-        if self.adapter is None:
-            return []
-        return [self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight]
+        return [layer.weight for layer in self.layers]
 
     @property
     def scaling(self) -> float:
@@ -140,7 +143,7 @@ class Group:
         self.outputs = rank = 0
         for part, (outputs, _) in zip(parts, sizes, strict=True):
             part.rows = slice(self.outputs, self.outputs + outputs)
-            part.ranks = slice(rank, rank + (part.pair[0].shape[0] if part.pair else 0))
+            part.ranks = slice(rank, rank + (part.pair[0].shape[0] if part.layers else 0))
             self.outputs, rank = part.rows.stop, part.ranks.stop
         self.rank = _up(rank, RANK_STEP)
         self.width = self.inputs + self.rank
@@ -225,11 +228,11 @@ class Group:
     def follow(self) -> None:
         """Copy A and s·B out of the parameters if these have changed since."""
         state = [_optimizer_steps, *((p.data_ptr(), p._version) for p in self.parameters)]
-        state += [part.scaling for part in self.parts if part.pair]
+        state += [part.scaling for part in self.parts if part.layers]
         if state == self.seen:
             return
         for part in self.parts:
-            if part.pair:
+            if part.layers:
                 a, b = part.pair
                 self.a[part.ranks].copy_(a)
                 self.b[part.rows, part.ranks].copy_(b * part.scaling)
@@ -254,7 +257,7 @@ class Group:
         if seeds is not None:
             out.zero_()
             for part, seed in zip(self.parts, seeds, strict=True):
-                if part.pair:
+                if part.layers:
                     dropped_product(x, self.a[part.ranks], seed, part.dropout, out[:, part.ranks])
         elif self.rank:
             torch.mm(x, self.a.t(), out=out)
@@ -337,7 +340,7 @@ class Group:
         if seeds is None and self.rank:
             dx.addmm_(low_rank, self.a)
         for part, seed, drop in zip(self.parts, seeds or [], p, strict=False):
-            if part.pair:
+            if part.layers:
                 add_dropped_input_grad(dx, low_rank[:, part.ranks], self.a[part.ranks], seed, drop)
 
     def a_grads(
@@ -348,7 +351,7 @@ class Group:
             whole = _product_fp32(low_rank_grad.t(), x)
         grads = []
         for i, part in enumerate(self.parts):
-            if not part.pair:
+            if not part.layers:
                 grads.append(None)
             elif seeds is None:
                 grads.append(whole[part.ranks])
@@ -360,13 +363,13 @@ class Group:
         """Gradient of each part's s·B, fp32. grad: of the outputs; low_rank: x·Aᵀ."""
         # One product for all, of whose blocks those on the diagonal count: reading `grad` is what takes the time.
         whole = _product_fp32(grad.t(), low_rank) if self.rank else None
-        return [whole[part.rows, part.ranks] if part.pair else None for part in self.parts]
+        return [whole[part.rows, part.ranks] if part.layers else None for part in self.parts]
 
     def parameter_grads(self, a_grads: list, b_grads: list) -> list[torch.Tensor]:
         """Gradients of `parameters` from those of A and s·B."""
         grads = []
         for part, grad_a, grad_b in zip(self.parts, a_grads, b_grads, strict=True):
-            if part.pair:
+            if part.layers:
                 a, b = part.pair
                 grads += [grad_a.to(a.dtype), (grad_b * part.scaling).to(b.dtype)]
         return grads
