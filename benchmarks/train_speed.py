@@ -58,6 +58,7 @@ the pairs' gradients come out in bf16.
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import queue
@@ -81,8 +82,7 @@ ARMS = {  # what matters most comes first: a run that is cut off has it
     "padded_script": [(4, True)],
     "trl_packing": [(4, True)],
     "trl_liger": [(4, True)],
-    "unsloth": [(4, False)],
-    "unsloth_8": [(8, False)],
+    "unsloth": [(8, False), (4, False)],
     "adder_stage": [(8, False)],
     "adder_stage_fp8": [(8, False)],
     "adder_stage_2gpus": [(8, False)],
@@ -107,12 +107,12 @@ OTHER_ATTENTION = {
     "axolotl_kernels": "adder_varlen",
     "adder_varlen": "adder_varlen",
 }
-BY_TRL = ("trl_packing", "trl_liger", "unsloth", "unsloth_8", "unsloth_24gb")
+BY_TRL = ("trl_packing", "trl_liger", "unsloth", "unsloth_24gb")
 CAP = 24e9
 WARM_UP, STEPS = 2, 4
 UNSLOTH_WARM_UP = 8  # it compiles layers as it meets new shapes
 ARM_SECONDS = 100
-UNSLOTH_SECONDS = 200
+UNSLOTH_SECONDS = 300
 SAVED = Path("/dev/shm/adder_speed_model")
 
 
@@ -344,11 +344,9 @@ def measure_trainer(arm: str, options, report) -> None:
     vocabulary = options.shape["vocab_size"]
     warm_up = UNSLOTH_WARM_UP if by_unsloth else WARM_UP
     steps = warm_up + STEPS
-    ((micro, checkpointing),) = ARMS[arm]
-    model = None
-    for workload in options.workloads:
-        if model is None:
-            model = unsloth_model(checkpointing) if by_unsloth else trl_model(options)
+    ((_, checkpointing), *_) = ARMS[arm]  # of an arm's sizes all have the same
+    model = unsloth_model(checkpointing) if by_unsloth else trl_model(options)
+    for (micro, _), workload in itertools.product(ARMS[arm], options.workloads):
         lengths = speed_model.lengths_of(workload, int(1.2 * (steps + 1) * micro * speed_model.LENGTH))
         rows = [speed_model.random_tokens(int(n), vocabulary, i).tolist() for i, n in enumerate(lengths)]
         clock = Clock(warm_up)
