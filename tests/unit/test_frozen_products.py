@@ -15,7 +15,7 @@ import torch
 from test_folded_lora import LENGTHS, batch_of, family, step, with_adapter
 from test_fp8 import SHAPE, cosine
 
-from adder import base_model, folded_lora, frozen_products, planner, report, train
+from adder import base_model, folded_lora, frozen_products, planner, report, report_text, train
 from adder.choice import Choice
 from adder.errors import UserError
 from adder.files import read_json, write_json
@@ -241,7 +241,8 @@ def test_the_report_shows_the_comparison(hopper, packs, monkeypatch, tmp_path, w
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     shown = re.sub("<[^>]*>", " ", page[page.index("Products with the frozen") : page.index('<section id="filmstrip"')])
     words = html.unescape(" ".join(shown.split()))
-    assert f"{choice.reason[1:]}. products loss difference share of the loss cosine of the gradients" in words
+    reason = " ".join(report_text.prose(choice.reason[1:]).split())
+    assert f"{reason}. products loss difference share of the loss cosine of the gradients" in words
     rows = r"bf16 [\d.]+ – .*fp8 chosen [\d.]+ −?[\d.]+ [\d.]+ % 0\.9\d+ .*_proj yes .*allowed – 10 – 0\.5"
     assert re.search(rows, words), words
     # Among what Adder chose, only if it did.
