@@ -11,53 +11,41 @@ Arithmetic is fp32 but for the products' inputs; scores are kept in base 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.autograd.function import once_differentiable
 
-from adder.triton_tools import jit, tl, width_of
+from adder.triton_tools import Tile, jit, tl, width_of
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """A kernel's blocks: rows (a token's query heads one after the other) by keys; its warps and pipeline stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def tiles_for(size: int) -> tuple[Tiles, Tiles, Tiles]:
+def tiles_for(size: int) -> tuple[Tile, Tile, Tile]:
     """Of forward, of the gradient to queries, of that to keys and values, for heads of `size` numbers.
 
-    Of some thirty settings each, those that were fast on an H100 for short chats, long documents and single lines.
+    A tile's rows are a token's query heads one after the other, its columns keys. Of some thirty settings each, those that were fast on an H100 for short chats, long documents and single lines.
     """
     if size <= 64:
-        return Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 4, 2)
+        return Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 2)
     if size <= 128:
-        return Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 3)
-    return Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 2)
+        return Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)
+    return Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 2)
 
 
 class PackedAttention(torch.autograd.Function):
-    """(query, key, value, ends, listed, scale, window, cap) to (tokens, heads, head size), contiguous.
+    """(query, key, value, listed, scale, window, cap) to (tokens, heads, head size), contiguous.
 
     query: (tokens, heads, head size); key, value: (tokens, key-value heads, head size), all 16 bit, the numbers of one
-    head next to each other. ends: int32 (examples + 1,). `listed`: from (rows a token, rows a block, largest first) to
-    block_list's table, which may be kept. `window`: as many tokens a token sees, itself included, or None. `cap`:
-    scores s become cap · tanh(s / cap), unless None.
+    head next to each other. `listed`: from (rows a token, rows a block, first is longest) to block_list's table, which
+    may be kept. `window`: as many tokens a token sees, itself included, or None. `cap`: scores s become
+    cap · tanh(s / cap), unless None.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, listed, scale, window, cap, tiles=None):
+    def forward(ctx, query, key, value, listed, scale, window, cap):
         tokens, heads, size = query.shape
         groups = key.shape[1]
         out = torch.empty(tokens, heads, size, dtype=query.dtype, device=query.device)
         sums = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
-        forward, *backward = tiles or tiles_for(size)
-        table = listed(heads // groups, forward.rows, False)
+        tiles, *backward = tiles_for(size)
+        table = listed(heads // groups, tiles.rows, False)
         _forward[(len(table), groups)](
             *(query, key, value, out, sums, table),
             *(n for x in (query, key, value) for n in x.stride()[:2]),
@@ -65,9 +53,9 @@ class PackedAttention(torch.autograd.Function):
             window or 0,
             cap or 0.0,
             *_constants(query, key, window, cap),
-            *(forward.rows, forward.keys),
-            num_warps=forward.warps,
-            num_stages=forward.stages,
+            *(tiles.rows, tiles.columns),
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
         )
         ctx.save_for_backward(query, key, value, out, sums)
         ctx.listed, ctx.options, ctx.tiles = listed, (scale, window, cap), backward
@@ -92,21 +80,21 @@ class PackedAttention(torch.autograd.Function):
             *strides,
             *numbers,
             *constants,
-            *(for_query.rows, for_query.keys),
+            *(for_query.rows, for_query.columns),
             num_warps=for_query.warps,
             num_stages=for_query.stages,
         )
-        table = ctx.listed(1, for_key.keys, True)
+        table = ctx.listed(1, for_key.columns, True)
         _to_keys[(len(table), groups)](
             *(query, key, value, sums, shares, grad, d_key, d_value, table),
             *strides,
             *numbers,
             *constants,
-            *(for_key.rows, for_key.keys),
+            *(for_key.rows, for_key.columns),
             num_warps=for_key.warps,
             num_stages=for_key.stages,
         )
-        return d_query, d_key, d_value, None, None, None, None, None
+        return d_query, d_key, d_value, None, None, None, None
 
 
 def _constants(query: torch.Tensor, key: torch.Tensor, window: int | None, cap: float | None) -> tuple:
