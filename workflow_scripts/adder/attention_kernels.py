@@ -20,7 +20,8 @@ from adder.triton_tools import Tile, jit, tl, width_of
 def tiles_for(size: int) -> tuple[Tile, Tile, Tile]:
     """Of forward, of the gradient to queries, of that to keys and values, for heads of `size` numbers.
 
-    A tile's rows are a token's query heads one after the other, its columns keys. Of some thirty settings each, those that were fast on an H100 for short chats, long documents and single lines.
+    A tile's rows are a token's query heads one after the other, its columns keys. Of some thirty settings each, those
+    that were fast on an H100 for short chats, long documents and single lines.
     """
     if size <= 64:
         return Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 2)
