@@ -400,6 +400,7 @@ def test_prompts_that_lose_their_beginning_and_those_unlike_training_are_told_an
     assert any("1 of 4 prompts aren't those" in text for text in said) and any(
         "lose their beginning" in t for t in said
     )
+    assert said[0].startswith("loading the tuned model on ") and said[-1].startswith("the tuned model: loss ")
     samples = list(read_jsonl(tmp_path / "out" / "samples.jsonl"))
     assert all(sample["labelled_tokens"] > 0 and 0 < sample["new_tokens"] <= 24 for sample in samples)
 

@@ -38,6 +38,7 @@ def test_defaults_are_those_that_the_readme_promises():
     ("change", "sentences"),
     [
         ({"train": {"learnin_rate": 1}}, ["train.learnin_rate: unknown setting; did you mean `learning_rate`?"]),
+        ({"data": {"max_examples": 5}}, ["data.max_examples: unknown setting; did you mean `train.max_examples`?"]),
         ({"trian": {}}, ["trian: unknown setting; did you mean `train`?"]),
         ({"train": {"zzz": 1}}, ["train.zzz: unknown setting; allowed here: best_by, compute_dtype, "]),
         ({"train": {"epochs": -1}}, ["train.epochs: should be greater than 0 (found -1)"]),

@@ -40,7 +40,9 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     rows = load_rows(inputs, settings["max_samples"], tokenizer)
     metrics = scoring.choose_metrics([row["reference"] for row in rows if row["prompt"]], settings["metrics"])
     dtype = hardware.compute_dtype(device)
-    progress.say(f"loading the model on {device} in {dtype.value}")
+    # Only the stage that fetches the base says where a model comes from.
+    which = "base" if (inputs["model"] / "source.json").exists() else "tuned"
+    progress.say(f"loading the {which} model on {device} in {dtype.value}")
     model = load_model(inputs["model"] / "model", dtype.value, device)
     about = {"architecture": type(model).__name__, "parameters": model.num_parameters()}
     details = read_json(inputs["tokenize"] / "tokenize.json")
@@ -61,7 +63,14 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     }
     write_json(out / "scores.json", scores)
     write_jsonl(out / "samples.jsonl", samples)
-    return {name: score["value"] for name, score in scores["heldout"].items() if name in SUMMARY}
+    summary = {name: score["value"] for name, score in scores["heldout"].items() if name in SUMMARY}
+    progress.say(f"the {which} model: {', '.join(in_words(*item) for item in summary.items())}")
+    return summary
+
+
+def in_words(name: str, value: float) -> str:
+    """A score for the terminal, as `exact match 89.5 %` and `loss 0.0122`."""
+    return f"{name.replace('_', ' ')} {f'{100 * value:.1f} %' if name == 'exact_match' else f'{value:.3g}'}"
 
 
 def load_rows(inputs: dict[str, Path], most: int | None, tokenizer) -> list[dict]:

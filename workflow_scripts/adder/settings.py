@@ -544,7 +544,7 @@ def _sentence(path: list, errors: list[dict], base: dict, override: dict, run: s
     if error["type"] == "extra_forbidden":
         section = _section(path[:-1])
         names = sorted(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5) or _elsewhere(path[-1])
         hint = f"did you mean `{near[0]}`?" if near else f"allowed here: {', '.join(names)}"
         return f"{where}: unknown setting; {hint}"
     if error["type"] == "missing":
@@ -578,6 +578,12 @@ def _is_type_name(part: Any) -> bool:
     return isinstance(part, str) and (
         part.startswith(("literal[", "constrained-", "list[")) or part in {"int", "float"}
     )
+
+
+def _elsewhere(name: str) -> list[str]:
+    """Where else the settings have a key of this name, as `train.max_examples`."""
+    sections = ((top, section_of(field.annotation)) for top, field in Settings.model_fields.items())
+    return [f"{top}.{name}" for top, section in sections if section and name in section.model_fields]
 
 
 def _section(path: list) -> type[BaseModel] | None:
