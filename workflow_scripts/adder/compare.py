@@ -132,6 +132,8 @@ def status(found: dict, one: dict) -> tuple[str, str]:
         return f"failed: {', '.join(one['guard']['failed'])}", "bad"
     if len(found["runs"]) == 1:
         return "", ""
+    if verdict["tied"] and one["name"] in (verdict["run"], *verdict["tied"]):
+        return "equal", "unsure"
     if one["name"] == verdict["run"]:
         return ("best", "good") if verdict["word"] == "best" else ("ahead", "unsure")
     return ("can't tell", "unsure") if one["name"] in verdict["rivals"] else ("worse", "bad")
