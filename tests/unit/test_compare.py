@@ -112,6 +112,18 @@ def test_runs_of_one_model_are_said_to_be_that(tmp_path):
     assert "The merged models of a and b are the same, byte for byte, so take " in page.words
 
 
+def test_the_stroke_is_explained_where_it_is_drawn(tmp_path):
+    runs = of_rates(tmp_path, (0.6, 0.95, 0.4))
+    _, page, _ = made(runs, tmp_path / "far")  # the base has no row right
+    assert "The stroke is the base." not in page.words
+    metrics = read_json(runs["low"]["report"] / "metrics.json")
+    metrics["heldout"]["exact_match"]["base"]["value"] = 0.5
+    write_json(runs["low"]["report"] / "metrics.json", metrics)
+    _, page, _ = made(runs, tmp_path / "near")
+    assert "The stroke is the base." in page.words
+    assert (tmp_path / "near" / "compare.html").read_text(encoding="utf-8").count('class="stroke"') == 1
+
+
 def test_runs_are_compared_row_by_row(tmp_path):
     """The same replies but for six rows that one run has wrong: as independent samples nobody could tell."""
     first = write_run(tmp_path, "first", right=0.5)

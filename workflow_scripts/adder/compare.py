@@ -104,6 +104,7 @@ def rows(found: dict) -> dict:
         text += f"; base {show(base)}" if base is not None else ""
         made.append({
             "run": place, "kind": kind(place), "name": one["name"], "link": f"./{quote(one['name'])}/report.html",
+            "base_drawn": base is not None and low <= base <= high,
             "value": score["value"], "score": show(score["value"]), "interval": interval,
             "plot": plots.interval(score, base, low, high, text), "status": status(found, one),
             "against": one["against_best"] and against(one["against_best"], main),
