@@ -86,6 +86,7 @@ def test_runs_with_the_same_replies_are_not_told_apart(tmp_path):
     assert "low, middle and high score the same, so take low, which took the least time" in page.words
     assert "low took 5 min 00 s, no more than any other of them." in page.words.replace("\u00a0", " ")
     assert {row["status"] for row in rows} == {"equal"}
+    assert '<section id="verdict" class="verdict unsure"' in (tmp_path / "out" / "compare.html").read_text()
 
 
 def other_model(folders, name):
@@ -104,6 +105,7 @@ def test_runs_of_one_model_are_said_to_be_that(tmp_path):
     assert "The merged models of a and b are the same, byte for byte, so take either." in page.words
     assert re.search(r"a and b took .* each\.", page.words) and "no more than any" not in page.words
     assert [row["status"] for row in rows] == ["equal", "equal"]
+    assert '<section id="verdict" class="verdict better"' in (tmp_path / "out" / "compare.html").read_text()
     # A third that can't be told from them is still in question, and another model.
     third = copy_run(first, tmp_path, "c", 0.89, {}, 400)
     verdict, page, _ = made({"a": first, "b": first, "c": third}, tmp_path / "third")

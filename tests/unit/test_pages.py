@@ -220,6 +220,8 @@ def test_every_section_of_a_page_is_in_its_navigation(browser, pages):
         page = browser.open(pages[name])
         linked = page.evaluate("[...document.querySelectorAll('nav a')].map(a => a.hash.slice(1))")
         assert linked == page.evaluate("[...document.querySelectorAll('main > section')].map(e => e.id)")
+        nav = "(() => { const e = document.querySelector('nav ul'); return e.scrollWidth - e.clientWidth; })()"
+        assert page.evaluate(nav) <= 0, "a laptop's window has room for all of it"
         page.close()
 
 

@@ -75,11 +75,12 @@ def about(found: dict) -> list[tuple[str, str]]:
 
 
 def tone(found: dict) -> str:
-    """The verdict's colour: where one run is surely the best, that of how it does against its base."""
-    if found["verdict"]["word"] == "refused":
+    """The verdict's colour: where one model is surely the best, that of how it does against its base."""
+    verdict = found["verdict"]
+    if verdict["word"] == "refused":
         return "worse"
     best, others = found["runs"][0], found["runs"][1:]
-    sure = found["verdict"]["word"] != "can't tell" and all(run["against_best"]["paired"] for run in others)
+    sure = verdict["same_model"] == verdict["rivals"] and all(run["against_best"]["paired"] for run in others)
     return best["verdict"]["verdict"] if sure else "unsure"
 
 
