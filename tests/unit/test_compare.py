@@ -73,9 +73,57 @@ def test_runs_that_are_alike_are_not_told_apart(tmp_path):
 
 
 def test_runs_with_the_same_replies_are_not_told_apart(tmp_path):
-    verdict, page, _ = made(of_rates(tmp_path, (0.9, 0.9, 0.9)), tmp_path / "out")
+    runs = of_rates(tmp_path, (0.9, 0.9, 0.9))
+    for name, seconds in (("low", 300), ("middle", 400)):
+        other_model(runs[name], name)
+        metrics = read_json(runs[name]["report"] / "metrics.json")
+        change_metrics(runs[name], cost=metrics["cost"] | {"total_seconds": seconds})
+    verdict, page, rows = made(runs, tmp_path / "out")
     assert verdict["word"] == "can't tell" and len(verdict["rivals"]) == 2 and verdict["needed_n"] is None
-    assert "would be needed" not in page.words
+    assert verdict["run"] == "low" and verdict["same_model"] == []
+    assert "would be needed" not in page.words and "highest score" not in page.words
+    assert "for low, middle and high alike, on the same 200 held-out rows" in page.words
+    assert "low, middle and high score the same, so take low, which took the least time" in page.words
+    assert "low took 5 min 00 s, no more than any other of them." in page.words.replace("\u00a0", " ")
+    assert {row["status"] for row in rows} == {"equal"}
+    assert '<section id="verdict" class="verdict unsure"' in (tmp_path / "out" / "compare.html").read_text()
+
+
+def other_model(folders, name):
+    """Give a run's merged model a digest of its own."""
+    record = read_json(folders["merge"] / "stage.json")
+    for path, file in record["outputs"].items():
+        if path.startswith("model/"):
+            file["digest"] = f"{name} {file['digest']}"
+    write_json(folders["merge"] / "stage.json", record)
+
+
+def test_runs_of_one_model_are_said_to_be_that(tmp_path):
+    first = write_run(tmp_path, "a", right=0.9)
+    verdict, page, rows = made({"a": first, "b": write_run(tmp_path, "b", right=0.9)}, tmp_path / "out")
+    assert verdict["sentence"].startswith("a and b are one and the same model: exact match is ")
+    assert "The merged models of a and b are the same, byte for byte, so take either." in page.words
+    assert re.search(r"a and b took .* each\.", page.words) and "no more than any" not in page.words
+    assert [row["status"] for row in rows] == ["equal", "equal"]
+    assert '<section id="verdict" class="verdict better"' in (tmp_path / "out" / "compare.html").read_text()
+    # A third that can't be told from them is still in question, and another model.
+    third = copy_run(first, tmp_path, "c", 0.89, {}, 400)
+    verdict, page, _ = made({"a": first, "b": first, "c": third}, tmp_path / "third")
+    assert verdict["rivals"] == ["b", "c"] and verdict["same_model"] == ["b"]
+    assert "Can't tell a from b and c" in verdict["sentence"]
+    assert "The merged models of a and b are the same, byte for byte, so take " in page.words
+
+
+def test_the_stroke_is_explained_where_it_is_drawn(tmp_path):
+    runs = of_rates(tmp_path, (0.6, 0.95, 0.4))
+    _, page, _ = made(runs, tmp_path / "far")  # the base has no row right
+    assert "The stroke is the base." not in page.words
+    metrics = read_json(runs["low"]["report"] / "metrics.json")
+    metrics["heldout"]["exact_match"]["base"]["value"] = 0.5
+    write_json(runs["low"]["report"] / "metrics.json", metrics)
+    _, page, _ = made(runs, tmp_path / "near")
+    assert "The stroke is the base." in page.words
+    assert (tmp_path / "near" / "compare.html").read_text(encoding="utf-8").count('class="stroke"') == 1
 
 
 def test_runs_are_compared_row_by_row(tmp_path):

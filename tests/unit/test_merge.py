@@ -325,3 +325,12 @@ def test_a_diverged_full_training_is_refused(tmp_path, tiny_model_dir):
     save_file(tensors, trained / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="model.norm.weight holds numbers that aren't finite"):
         run(inputs, tmp_path / "out")
+
+
+def test_the_reason_has_ordinary_numbers_without_powers_of_ten():
+    proof = {
+        "base": None, "changed_weights": 2, "adapted_weights": 2, "bytes_read_back": 9, "unchanged_weights": 0,
+        "checked": True, "reloaded": {"tied": None}, "kl": 1.84e-6, "tolerance": 0.001, "base_kl": 3.249,
+        "top_token_agreement": 1.0, "positions": 70, "loading": {"reason": "on a CPU"},
+    }  # fmt: skip
+    assert "1.8e-06 nats a token apart (allowed 0.001; the base is 3.2 apart)" in merge._reason(proof)

@@ -172,6 +172,10 @@ def test_the_lower_loss_wins_and_a_tie_goes_to_the_original(shift, noise, value,
     assert first["rows"] == 40 and first["tokens"] == 400
 
 
+def test_no_minus_stands_before_a_difference_that_is_nothing():
+    assert "differ by +0.0000 (95 % interval +0.0000 to +0.0000)" in merge_base.choose(losses(-1e-5)).reason
+
+
 def test_rows_of_a_group_count_together():
     """What forty rows tell apart, two groups of twenty do not when the rows of each lean their own way."""
     found = losses(-0.02, 0.06)

@@ -185,6 +185,24 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(browser, pages, name)
     page.close()
 
 
+# What scrolls sideways in the window: [what it is, how many gradients it has, what these move with].
+SCROLLERS = """[...document.querySelectorAll(".scroll, nav ul")]
+  .filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
+  .map(e => [e.ariaLabel ?? e.tagName, getComputedStyle(e).backgroundImage.split("linear-gradient").length - 1,
+             getComputedStyle(e).backgroundAttachment])"""
+
+
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_what_scrolls_sideways_on_a_phone_shows_it_at_its_edge(browser, pages, name):
+    page = browser.open(pages[name], 390, 844)
+    page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+    found = page.evaluate(SCROLLERS)
+    wanted = {"report": {"UL", "Sources"}, "comparison": {"Runs"}}[name]
+    assert wanted <= {label for label, _, _ in found}
+    assert {(gradients, attached) for _, gradients, attached in found} == {(2, "local, scroll")}
+    page.close()
+
+
 @pytest.mark.parametrize("name", ["report", "comparison"])
 def test_the_printed_page_has_no_controls_and_fits_the_paper(browser, pages, name):
     # A4 at 96 dots an inch; the comparison's table needs the paper's long side.
@@ -202,6 +220,8 @@ def test_every_section_of_a_page_is_in_its_navigation(browser, pages):
         page = browser.open(pages[name])
         linked = page.evaluate("[...document.querySelectorAll('nav a')].map(a => a.hash.slice(1))")
         assert linked == page.evaluate("[...document.querySelectorAll('main > section')].map(e => e.id)")
+        nav = "(() => { const e = document.querySelector('nav ul'); return e.scrollWidth - e.clientWidth; })()"
+        assert page.evaluate(nav) <= 0, "a laptop's window has room for all of it"
         page.close()
 
 
@@ -209,6 +229,7 @@ def test_replies_are_searched_filtered_and_ordered(browser, pages):
     page = browser.open(pages["report"], height=2000)
     everything = page.evaluate("document.querySelectorAll('.sample').length")
     assert len(page.texts(".sample > summary")) == 12 < everything == 60
+    assert page.texts("#sample-count") == ["12 of 60 shown"]
     page.click("#sample-more")
     assert len(page.texts(".sample > summary")) == 60
     page.choose("#sample-filter", "wrong")
@@ -220,9 +241,9 @@ def test_replies_are_searched_filtered_and_ordered(browser, pages):
         "[...document.querySelectorAll('.sample:not([hidden])')].map(e => e.textContent.toLowerCase())"
     )
     assert 0 < len(found) < 60 and all("running shoes" in text for text in found)
-    assert page.texts("#sample-count") == [f"{len(found)} shown"]
+    assert page.texts("#sample-count") == [f"{len(found)} of 60 shown"]
     page.fill("#sample-search", "there is no such word")
-    assert page.texts("#no-samples") != [] and page.texts("#sample-count") == ["0 shown"]
+    assert page.texts("#no-samples") != [] and page.texts("#sample-count") == ["0 of 60 shown"]
     page.fill("#sample-search", "")
     page.choose("#sample-sort", "order")
     order = page.evaluate("[...document.querySelectorAll('.sample')].map(e => +e.dataset.order)")
@@ -297,7 +318,7 @@ def test_the_keyboard_reaches_the_skip_link_first_and_focus_can_be_seen(browser,
 def test_runs_are_filtered_shown_and_singled_out(browser, pages):
     page = browser.open(pages["comparison"])
     page.fill("#run-search", "run-03")
-    assert len(page.texts("#run-table tbody tr")) == 1 and page.texts("#run-count") == ["1 shown"]
+    assert len(page.texts("#run-table tbody tr")) == 1 and page.texts("#run-count") == ["1 of 12 shown"]
     page.fill("#run-search", "no such run")
     assert page.texts("#no-runs") == ["No run matches."]
     page.fill("#run-search", "")

@@ -20,6 +20,7 @@ from adder import (
     report_data,
     report_dataset,
     report_evaluation,
+    report_merge,
     report_provenance,
     report_samples,
     report_scores,
@@ -336,9 +337,13 @@ def test_cost_has_price_and_energy_only_where_they_are_known(everything, finishe
 
 def test_a_training_that_was_interrupted_says_in_how_many_attempts(tmp_path, finished):
     out = make(tmp_path, attempts=2)
-    assert "Time 5 min 43 s in 2 attempts; 632 tokens/s" in section(out, "training").replace("\u00a0", " ")
+    assert "Time 5 min 43 s whole stage in 2 attempts; 632 tokens/s within a step" in section(out, "training").replace(
+        "\u00a0", " "
+    )
     assert read_json(out / "metrics.json")["stages"]["train"]["attempts"] == 2
-    assert "attempts" not in section(finished, "training")
+    assert "Time 5 min 43 s whole stage; 632 tokens/s within a step" in section(finished, "training").replace(
+        "\u00a0", " "
+    )
 
 
 def test_every_file_of_model_data_and_adapter_has_its_digest(everything):
@@ -1048,6 +1053,34 @@ def test_ticks_are_round_and_inside():
     assert plots.ticks(0, 2.3, 4) == [0, 1, 2]
     assert plots.ticks(1, 122, 7) == [20, 40, 60, 80, 100, 120]
     assert plots.ticks(5, 5) == [5]
+
+
+def test_an_axis_has_no_power_of_ten_beside_plain_numbers():
+    def labels(top):
+        points = {"name": "rate", "kind": "plain", "points": [(1, 0.0), (2, top)]}
+        drawn = plots.lines([points], "step", report_text.number, "Rate")
+        return re.findall(r'class="tick end" x="48"[^>]*>([^<]+)<', drawn)
+
+    assert labels(0.0018) == ["0", "0.0005", "0.001", "0.0015"]
+    assert labels(2e-4) == ["0", "1×10⁻⁴", "2×10⁻⁴"]
+
+
+def test_no_minus_stands_before_a_zero():
+    assert [report_merge.signed(value) for value in (-4e-5, 4e-5, -0.0001)] == ["0.0000", "0.0000", "−0.0001"]
+    assert report_evaluation.change(-1e-6, share=True) == "+0.0 points"
+
+
+def test_replies_on_the_page_are_counted_as_such(tmp_path, finished):
+    words = section(finished, "replies")
+    assert "Shown" not in words and "shown, the worst" not in words
+    assert "On this page are 60, those that went worst first; all stand" in words
+    assert "60 of 60 shown" in words
+    assert "All are on this page, the worst first." in section(make(tmp_path, heldout=12), "replies")
+
+
+def test_a_tab_has_its_sections_name(finished):
+    words = page_of(finished).words
+    assert "Filmstrip" not in words and words.count("Replies while training") == 2
 
 
 def test_a_curve_with_holes_or_a_single_point_is_drawn():

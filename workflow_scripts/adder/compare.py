@@ -75,11 +75,12 @@ def about(found: dict) -> list[tuple[str, str]]:
 
 
 def tone(found: dict) -> str:
-    """The verdict's colour: where one run is surely the best, that of how it does against its base."""
-    if found["verdict"]["word"] == "refused":
+    """The verdict's colour: where one model is surely the best, that of how it does against its base."""
+    verdict = found["verdict"]
+    if verdict["word"] == "refused":
         return "worse"
     best, others = found["runs"][0], found["runs"][1:]
-    sure = found["verdict"]["word"] != "can't tell" and all(run["against_best"]["paired"] for run in others)
+    sure = verdict["same_model"] == verdict["rivals"] and all(run["against_best"]["paired"] for run in others)
     return best["verdict"]["verdict"] if sure else "unsure"
 
 
@@ -104,6 +105,7 @@ def rows(found: dict) -> dict:
         text += f"; base {show(base)}" if base is not None else ""
         made.append({
             "run": place, "kind": kind(place), "name": one["name"], "link": f"./{quote(one['name'])}/report.html",
+            "base_drawn": base is not None and low <= base <= high,
             "value": score["value"], "score": show(score["value"]), "interval": interval,
             "plot": plots.interval(score, base, low, high, text), "status": status(found, one),
             "against": one["against_best"] and against(one["against_best"], main),
@@ -132,6 +134,8 @@ def status(found: dict, one: dict) -> tuple[str, str]:
         return f"failed: {', '.join(one['guard']['failed'])}", "bad"
     if len(found["runs"]) == 1:
         return "", ""
+    if verdict["tied"] and one["name"] in (verdict["run"], *verdict["tied"]):
+        return "equal", "unsure"
     if one["name"] == verdict["run"]:
         return ("best", "good") if verdict["word"] == "best" else ("ahead", "unsure")
     return ("can't tell", "unsure") if one["name"] in verdict["rivals"] else ("worse", "bad")

@@ -31,8 +31,8 @@ def compare(runs: dict[str, dict[str, Path]]) -> dict:
     """Return the whole comparison of `runs` (run: {stage: folder}), the best run first.
 
     {metric, paired (None for one run), rows (how many held-out rows, None where runs differ in them), runs: [{name,
-    rank, score, scores, base, verdict, tasks, guard, findings, against_best, settings, cost, steps, curves}], verdict,
-    differing: {"set": [keys], "chosen": [keys]}}.
+    rank, score, scores, base, verdict, tasks, guard, findings, against_best, settings, cost, steps, model (its files'
+    digests), curves}], verdict, differing: {"set": [keys], "chosen": [keys]}}.
     Raises UserError where a file is missing or the runs have no score in common.
     """
     loaded = [load(name, folders) for name, folders in runs.items()]
@@ -63,6 +63,7 @@ def load(name: str, folders: dict[str, Path]) -> dict:
     record = _read(folders["report"] / "run.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
     train = _read(folders["train"] / "train.json", read_json)
     curve = _read(folders["train"] / "metrics.jsonl", lambda path: list(read_jsonl(path)))
+    merged = _read(folders["merge"] / "stage.json", read_json)["outputs"]
     return {
         "name": name,
         "scores": _scores(metrics["heldout"], "tuned"),
@@ -74,6 +75,7 @@ def load(name: str, folders: dict[str, Path]) -> dict:
         "settings": record["settings"],
         "cost": cost(metrics["cost"]),
         "steps": train["steps"],
+        "model": {path: file["digest"] for path, file in merged.items() if path.startswith("model/")},
         "curves": {key: [(row["step"], row[key]) for row in curve if _number(row.get(key))] for key in CURVES},
         "against_best": None,
     }
@@ -192,15 +194,17 @@ def judge_differences(differences: Sequence[dict]) -> None:
 
 
 def verdict(found: dict) -> dict:
-    """Which run to use: {word, run, rivals, cheapest, needed_n}.
+    """Which run to use: {word, run, rivals, tied, same_model, cheapest, needed_n}.
 
     `word`: "one" run only; "best", surely better than all others; "can't tell" it from its `rivals`; "refused", where
-    every run fell too far in a guarded task. `cheapest`: the run that took least time, of the best and its rivals where
-    there are any, else of all. `needed_n`: rows that would tell the best from the first rival, None where that can't be
-    said.
+    every run fell too far in a guarded task. `tied`: the rivals that score the same, and `same_model` those of them
+    whose merged model is the best's, byte for byte. `cheapest`: the run that took least time, of the best and its
+    rivals where there are any, else of all. `needed_n`: rows that would tell the best from the first rival, None where
+    that can't be said.
     """
     best, *others = found["runs"]
     rivals = [run for run in others if not run["against_best"]["sure"] and not refused(run)]
+    tied = [run for run in rivals if math.isclose(run["score"]["value"], best["score"]["value"], rel_tol=1e-9)]
     word = "refused" if refused(best) else "one" if not others else "can't tell" if rivals else "best"
     # Of runs that took the same time the better one, for they are in order and min takes the first.
     cheapest = min([best, *(rivals or others)], key=lambda run: run["cost"]["seconds"])
@@ -208,8 +212,10 @@ def verdict(found: dict) -> dict:
         "word": word,
         "run": best["name"],
         "rivals": [run["name"] for run in rivals],
+        "tied": [run["name"] for run in tied],
+        "same_model": [run["name"] for run in tied if run["model"] == best["model"]],
         "cheapest": cheapest["name"],
-        "needed_n": rivals[0]["against_best"]["needed_n"] if rivals else None,
+        "needed_n": rivals[0]["against_best"]["needed_n"] if rivals and not tied else None,
     }
 
 

@@ -21,14 +21,16 @@ def advice(found: dict) -> list[str]:
     """What else bears on the choice: cost, how many rows would tell, the base, guards that failed, different rows."""
     runs, verdict = {run["name"]: run for run in found["runs"]}, found["verdict"]
     best, said = runs[verdict["run"]], []
-    if verdict["word"] == "can't tell":
+    if verdict["tied"]:
+        said += _equals(found)
+    elif verdict["word"] == "can't tell":
         score = "highest" if METRICS[found["metric"]]["better"] == "higher" else "lowest"
         said.append(f"{best['name']} has the {score} score of them, so take it if nothing else decides.")
         if verdict["needed_n"]:
             rows = float(f"{verdict['needed_n']:.1e}")  # more digits would pretend to a precision that it hasn't
             said.append(f"About {rows:,.0f} held-out rows would be needed to tell it from {verdict['rivals'][0]}.")
     if verdict["word"] in ("can't tell", "best"):
-        said.append(_cost(best, runs[verdict["cheapest"]], verdict["word"]))
+        said.append(_cost([best, *(runs[name] for name in verdict["rivals"])], runs[verdict["cheapest"]]))
         if all(run["verdict"]["verdict"] != "better" for run in runs.values()):
             said.append("No run is surely better than its base.")
         said.append(f"{best['name']} against its base: {best['verdict']['sentence']}")
@@ -101,9 +103,14 @@ def _unsure(found: dict) -> str:
     """The best can't be told from its rivals."""
     metric, runs, rivals = found["metric"], {run["name"]: run for run in found["runs"]}, found["verdict"]["rivals"]
     best, nearest = runs[found["verdict"]["run"]], runs[rivals[0]]
+    own = f"{lower(METRICS[metric]['name'])} is {shower(metric)(best['score']['value'])}"
+    if found["verdict"]["same_model"] == rivals:
+        return f"{listed([best['name'], *rivals])} are one and the same model: {own}, {_on_rows(found)}."
     scores = " and ".join(shower(metric)(run["score"]["value"]) for run in (best, nearest))
     of_which = f" for {nearest['name']}" if len(rivals) > 1 else ""
     which = f"{lower(METRICS[metric]['name'])} is {scores}{of_which}"
+    if found["verdict"]["tied"]:
+        which = f"{own} for {listed([best['name'], *found['verdict']['tied']])} alike"
     doubt = _doubt(nearest["against_best"], metric, len(runs))
     return f"Can't tell {best['name']} from {listed(rivals)}: {which}, {_on_rows(found)}, and {doubt}."
 
@@ -122,11 +129,28 @@ def _doubt(difference: dict, metric: str, runs: int) -> str:
     return f"among {runs} runs a difference as small as this could come up by chance"
 
 
-def _cost(best: dict, cheapest: dict, word: str) -> str:
-    """What the best run cost beside the cheapest of those in question."""
+def _equals(found: dict) -> list[str]:
+    """Which of the runs that share the best score to take, and which of them are one model."""
+    verdict, runs = found["verdict"], {run["name"]: run for run in found["runs"]}
+    names, same = [verdict["run"], *verdict["tied"]], [verdict["run"], *verdict["same_model"]]
+    either = "either" if len(names) == 2 else "any of them"
+    if len({spent(runs[name]["cost"]) for name in names}) > 1:
+        either = f"{verdict['run']}, which took the least time"
+    models = f"The merged models of {listed(same)} are the same, byte for byte"
+    if same == names:
+        return [f"{models}, so take {either}."]
+    said = [f"{models}."] if len(same) > 1 else []
+    return [*said, f"{listed(names)} score the same, so take {either} if nothing else decides."]
+
+
+def _cost(asked: Sequence[dict], cheapest: dict) -> str:
+    """What the best run cost beside the cheapest of those in question, `asked`, of which it is the first."""
+    best = asked[0]
+    if len(asked) > 1 and len({spent(run["cost"]) for run in asked}) == 1:
+        return f"{listed([run['name'] for run in asked])} took {spent(best['cost'])} each."
     if cheapest is best:
-        others = "of them" if word == "can't tell" else "other"
-        return f"{best['name']} took {spent(best['cost'])}, no more than any {others}."
+        of_them = " of them" if len(asked) > 1 else ""
+        return f"{best['name']} took {spent(best['cost'])}, no more than any other{of_them}."
     return f"{cheapest['name']} cost less: {spent(cheapest['cost'])}; {best['name']} took {spent(best['cost'])}."
 
 

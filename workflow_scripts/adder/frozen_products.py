@@ -144,7 +144,7 @@ def _in_words(found: dict, packs: int) -> str:
     return (
         f"before training {packs} of the packs, {found['tokens']:,} tokens that carry loss, have a loss of "
         f"{found['loss']:.4f} nats in fp8 and {found['reference_loss']:.4f} in bf16 "
-        f"({found['loss_difference']:+.4f}, at most {LOSS_TOLERANCE} either way is allowed), and the gradients of "
+        f"({found['loss_difference']:+z.4f}, at most {LOSS_TOLERANCE} either way is allowed), and the gradients of "
         f"{which} a cosine of {found['gradient_cosine']:.4f} to bf16's (at least {LEAST_COSINE})"
     )
 

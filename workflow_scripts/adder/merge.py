@@ -124,8 +124,8 @@ def _reason(proof: dict) -> str:
     tied = proof["reloaded"]["tied"]
     same = "word for word" if not tied else f"up to token {tied['position']}, where two are as good as tied"
     return (
-        f"read back from disk, the merged model predicts as base + adapter do: {proof['kl']:.1e} nats a token apart "
-        f"(allowed {proof['tolerance']:g}; the base is {proof['base_kl']:.1e} apart), the same most likely token at "
+        f"read back from disk, the merged model predicts as base + adapter do: {proof['kl']:.2g} nats a token apart "
+        f"(allowed {proof['tolerance']:g}; the base is {proof['base_kl']:.2g} apart), the same most likely token at "
         f"{proof['top_token_agreement']:.2%} of {proof['positions']:,} positions, {proof['loading']['reason']}; a "
         f"fresh process replies to a held-out prompt as they do, {same}; {reason}"
     )

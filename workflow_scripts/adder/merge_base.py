@@ -157,7 +157,7 @@ def choose(losses: dict[str, list[tuple[float, int]]], groups: list[str] | None 
     reason = (
         f"held-out loss on {rows}: {trained:.4f} nats a token for the adapter on NF4, as it was trained, "
         f"{original:.4f} merged into the original weights and {dequantised:.4f} into the dequantised ones; the latter "
-        f"two differ by {gap['value']:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), {verdict}"
+        f"two differ by {gap['value']:+z.4f} (95 % interval {low:+z.4f} to {high:+z.4f}), {verdict}"
     )
     return Choice(value, reason, table)
 

@@ -313,12 +313,12 @@ class Box:
     def axes(self, x_name: str, show: Callable[[float], str]) -> list[str]:
         """Grid lines with their numbers, and the name of x at the right end."""
         marks = []
-        for value in (log_ticks if self.log else ticks)(self.low_y, self.high_y, 4):
+        values = (log_ticks if self.log else ticks)(self.low_y, self.high_y, 4)
+        for value in values:
             y = self.y(value)
             marks.append(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            marks.append(
-                f'<text class="tick end" x="{self.left - 6}" y="{y + 3.5:.1f}">{escape(_plain(show(value)))}</text>'
-            )
+            text = escape(_tick(value, values, show))
+            marks.append(f'<text class="tick end" x="{self.left - 6}" y="{y + 3.5:.1f}">{text}</text>')
         marks.append(f'<line class="axis" x1="{self.left}" x2="{self.right}" y1="{self.bottom}" y2="{self.bottom}"/>')
         for value in ticks(self.low_x, self.high_x, 7):
             x = self.x(value)
@@ -394,6 +394,13 @@ def _outline(points: Sequence[tuple], most: int) -> list[tuple]:
         pair = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
         kept += sorted(pair)
     return kept
+
+
+def _tick(value: float, values: Sequence[float], show: Callable[[float], str]) -> str:
+    """A tick's number; no power of ten among `values`, the axis's, that are written without."""
+    if 1e-4 <= value < 0.001 <= max(values) and "×" in show(value):
+        return f"{value:.5f}".rstrip("0")
+    return _plain(show(value))
 
 
 def _plain(text: str) -> str:

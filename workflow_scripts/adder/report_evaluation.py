@@ -77,7 +77,7 @@ def change(value: float | None, share: bool, unit: bool = True) -> str:
     """A signed difference; of shares in percentage points."""
     if value is None:
         return "–"
-    text = f"{value * 100:+.1f}" if share else ("+" if value > 0 else "") + number(value)
+    text = f"{value * 100:+z.1f}" if share else ("+" if value > 0 else "") + number(value)
     return text.replace("-", "−") + (" points" if share and unit else "")
 
 

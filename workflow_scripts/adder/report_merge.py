@@ -69,8 +69,8 @@ def heldout_loss(found: dict | None) -> list[tuple[str, str, str]]:
 
 
 def signed(value: float) -> str:
-    """A difference of losses, with its sign."""
-    return f"{value:+.4f}".replace("-", "−")
+    """A difference of losses, with its sign unless it is nothing."""
+    return f"{value:+.4f}".replace("-", "−") if round(value, 4) else "0.0000"
 
 
 def reloaded(found: dict | None) -> dict | None:

@@ -48,11 +48,13 @@ def figures(facts: dict) -> list[tuple[str, str, str]]:
     share = train["trainable_parameters"] / train["total_parameters"] if train.get("total_parameters") else None
     tokens, planned = train.get("tokens_per_epoch"), train.get("planned_steps") or train["steps"]
     took = facts["records"]["train"]
-    attempted = f"in {took['attempts']} attempts; " if took.get("attempts") else ""
+    attempted = f" in {took['attempts']} attempts" if took.get("attempts") else ""
+    # The stage also loads, evaluates and samples: tokens by time would be another rate.
+    rate = f"whole stage{attempted}; {number(train.get('tokens_per_second'))} tokens/s within a step"
     stopped = f"of {planned:,} planned; " if planned > train["steps"] else ""
     return [
         ("Steps", f"{train['steps']:,}", stopped + epochs(train)),
-        ("Time", duration(took.get("seconds")), f"{attempted}{number(train.get('tokens_per_second'))} tokens/s"),
+        ("Time", duration(took.get("seconds")), rate),
         ("Tokens", f"{tokens:,}" if tokens else "–", "an epoch"),
         ("Loss", f"{number(train.get('first_loss'))} → {number(train.get('final_loss'))}", "first step and last ten"),
         ("Trained parameters", f"{train['trainable_parameters']:,}", f"{percent(share)} of the model"),

@@ -280,7 +280,7 @@ def _sentence(result: dict, name: str, is_share: bool, unit: str, row: str) -> s
     scale, digits = (100, 1) if is_share else (1, 3)
 
     def shown(value: float, suffix: str = "") -> str:
-        return f"{value * scale:.{digits}f}{suffix}"
+        return f"{value * scale:z.{digits}f}{suffix}"
 
     low, high = (shown(bound) for bound in result["ci95"])
     suffix = " %" if is_share else unit

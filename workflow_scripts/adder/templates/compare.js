@@ -32,7 +32,7 @@ if (search) {
     const text = search.value.trim().toLowerCase();
     for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(text);
     const shown = rows.filter((row) => !row.hidden).length;
-    get("run-count").textContent = `${shown} shown`;
+    get("run-count").textContent = `${shown} of ${rows.length} shown`;
     get("no-runs").hidden = shown > 0;
   });
 }

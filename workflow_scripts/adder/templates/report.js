@@ -7,7 +7,7 @@ function filterTo(elements, keep, count) {
     element.hidden = !keep(element);
     shown += !element.hidden;
   }
-  count.textContent = `${shown} shown`;
+  count.textContent = `${shown} of ${elements.length} shown`;
   return shown;
 }
 
