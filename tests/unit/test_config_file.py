@@ -17,7 +17,9 @@ MISTAKES = {
     "model: {source: a/b}\ntrain:\n  epochs: 1\n  'epochs': 2": (
         "my.yaml, line 4, column 3: `epochs` stands twice in one section (first on line 3); keep one"
     ),
-    "runs:\n  a: {seed: 1}\n  a: {}": "my.yaml, line 3, column 3: `a` stands twice in one section (first on line 2); keep one",
+    "runs:\n  a: {seed: 1}\n  a: {}": (
+        "my.yaml, line 3, column 3: `a` stands twice in one section (first on line 2); keep one"
+    ),
     "data:\n  sources:\n    - {path: a, path: b}": (
         "my.yaml, line 3, column 17: `path` stands twice in one section (first on line 3); keep one"
     ),
@@ -45,7 +47,8 @@ def test_a_good_file_is_read(tmp_path):
 
 def test_a_key_of_other_sections_or_of_an_anchor_does_not_stand_twice(tmp_path):
     (tmp_path / "my.yaml").write_text(
-        "base: &base {seed: 1, loss: nll}\nmore: &more {<<: *base, seed: 2}\nruns:\n  a: {<<: *more, seed: 3}\n  b: *more"
+        "base: &base {seed: 1, loss: nll}\nmore: &more {<<: *base, seed: 2}\n"
+        "runs:\n  a: {<<: *more, seed: 3}\n  b: *more"
     )
     runs = config_file.read(tmp_path / "my.yaml")["runs"]
     assert runs == {"a": {"seed": 3, "loss": "nll"}, "b": {"seed": 2, "loss": "nll"}}
