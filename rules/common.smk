@@ -29,6 +29,16 @@ def told_in_one_sentence(origin=""):
         sys.exit(f"adder: {origin}{error}")
 
 
+def named(file):
+    """A configuration's file as people name it."""
+    return Path(file).relative_to(Path.cwd()) if Path(file).is_relative_to(Path.cwd()) else Path(file)
+
+
+# Snakemake has read these, but takes the last of a key that stands twice without a word.
+for file in workflow.overwrite_configfiles:
+    with told_in_one_sentence():
+        config_file.read(named(file))
+
 # A configuration file given on the command line stands alone; this one is the default, not a layer beneath it.
 if not workflow.overwrite_configfiles:
     with told_in_one_sentence():
@@ -52,8 +62,7 @@ def runs_of_configuration():
 
 def origin_of_configuration():
     """The files that the settings come from, as far as Snakemake tells, to lead a sentence on these."""
-    files = [Path(file) for file in workflow.configfiles]
-    names = [str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file) for file in files]
+    names = [str(named(file)) for file in workflow.configfiles]
     return " and ".join(names + ["--config"] * bool(workflow.config_settings.config)) + ": "
 
 

@@ -3,10 +3,13 @@
 Usage: python workflow_scripts/prune.py [--yes] [CONFIG.yaml ...]     (default: config/config.yaml)
 """
 
+import contextlib
+import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from adder import config_file, plan, prune, settings
+from adder import config_file, lock, plan, prune, settings
 from adder.errors import UserError
 
 
@@ -26,9 +29,41 @@ def needed_stages(files: list[str]) -> tuple[Path, dict[str, plan.Stage]]:
     return Path(results.pop()), needed
 
 
+@contextlib.contextmanager
+def nobody_at_work(results: Path) -> Iterator[None]:
+    """Keep everybody else from writing to `results`. Raises UserError, which names who does so already."""
+
+    def busy(stage: Path, who: str) -> None:
+        raise UserError(f"{who} is still at work on {stage}; wait for it, or end it")
+
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(lock.take(results, "make prune"))
+        # A job may outlive its Snakemake. Lock files that killed jobs have left are gone afterwards.
+        for file in sorted(results.glob("stages/*/.*.lock")):
+            stage = file.with_name(file.stem.removeprefix("."))
+            locks.enter_context(lock.held(file, functools.partial(busy, stage)))
+        yield
+
+
+def confirmed() -> bool:
+    try:
+        return input("Remove them? [y/N] ").strip().lower() in {"y", "yes"}
+    except EOFError:  # nobody there to answer
+        print()
+        return False
+
+
 def main(arguments: list[str]) -> None:
     files = [name for name in arguments if name != "--yes"] or ["config/config.yaml"]
     results, needed = needed_stages(files)
+    if not results.exists():
+        print(f"Nothing to prune: there is no {results}/.")
+        return
+    with nobody_at_work(results):
+        remove_unneeded(results, needed, files, ask="--yes" not in arguments)
+
+
+def remove_unneeded(results: Path, needed: dict[str, plan.Stage], files: list[str], ask: bool) -> None:
     folders = prune.unneeded(results, needed)
     if not folders:
         print(f"Nothing to prune: every stage in {results}/ is needed by {', '.join(files)}.")
@@ -36,7 +71,7 @@ def main(arguments: list[str]) -> None:
     print("\n".join(map(str, folders)))
     megabytes = prune.freed_bytes(folders) / 1e6
     print(f"{len(folders)} folders, {megabytes:,.1f} MB, that no run of {', '.join(files)} needs.")
-    if "--yes" in arguments or input("Remove them? [y/N] ").strip().lower() in {"y", "yes"}:
+    if not ask or confirmed():
         prune.remove(folders)
         print("Removed.")
     else:

@@ -1,8 +1,10 @@
 """A stage's folder is whole or absent, and equal work is done once."""
 
 import contextlib
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -133,7 +135,7 @@ def test_a_failed_stage_leaves_nothing(module, tmp_path, data, error, capfd):
     if isinstance(error, UserError):
         assert shown == "format: cannot go on: rows.jsonl, row 3: found a cat\n"
     if isinstance(error, KeyboardInterrupt):
-        assert shown == "format: interrupted; the same command goes on with this stage\n"
+        assert shown == "format: interrupted; the same command starts this stage anew\n"
     if isinstance(error, ValueError):
         assert "format: failed: ValueError: boom" in shown and str(tmp_path / "logs" / "x.log") in shown
         assert "Traceback" in (tmp_path / "logs" / "x.log").read_text()
@@ -175,6 +177,74 @@ def test_a_judge_that_fails_finds_its_judgements_again(module, tmp_path, capfd):
     module.error = None
     stage.execute(*arguments)
     assert seen == [[], ["1.json"]] and not list((tmp_path / "results" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("name", "checkpoint"), [("train", "checkpoint-5/seal.json"), ("judge", "0a.json")])
+def test_an_interrupted_stage_goes_on_only_from_a_checkpoint(module, tmp_path, capfd, name, checkpoint):
+    def run(settings, inputs, out, progress, checkpoints, runtime=None):
+        # What isn't a checkpoint: a plan, and a checkpoint that isn't whole.
+        (checkpoints / "checkpoint-9").mkdir(parents=True, exist_ok=True)
+        if name == "train":
+            write_json(checkpoints / "plan.json", {})
+        if settings["a"] == 2:
+            (checkpoints / checkpoint).parent.mkdir(exist_ok=True)
+            write_json(checkpoints / checkpoint, {})
+        raise KeyboardInterrupt
+
+    module.run = run
+    for a, told in ((1, "starts this stage anew"), (2, "goes on from its last checkpoint")):
+        with pytest.raises(SystemExit):
+            stage.execute(name, "fake", {"a": a}, {}, tmp_path / "results", "k", tmp_path / "logs" / "x.log")
+        assert capfd.readouterr().err == f"{name}: interrupted; the same command {told}\n"
+
+
+ONE_OF_TWO = f"""
+import sys, time, types
+sys.path.insert(0, {str(Path(stage.__file__).parents[1])!r})
+from pathlib import Path
+from adder import stage
+
+def run(settings, inputs, out, progress):
+    print("chatter", flush=True)
+    progress.say("computing")
+    while not Path("go on").exists():
+        time.sleep(0.01)
+    (out / "result.txt").write_text("1")
+
+sys.modules["adder.fake"] = types.ModuleType("adder.fake")
+sys.modules["adder.fake"].run = run
+stage.code_digest = lambda name: "code"
+runtime = {{"restore": sys.argv[1] == "restore"}}
+stage.execute("format", "fake", {{"a": 1}}, {{}}, Path("results"), "k", Path("x.log"), runtime=runtime)
+"""
+
+
+@pytest.mark.parametrize("end", ["restore", "use", "killed"])
+def test_a_process_that_outlived_its_snakemake_is_waited_for(tmp_path, end):
+    """The second process computes nothing where the first one finishes, and everything where that is killed."""
+    command = [sys.executable, "-c", ONE_OF_TWO, end]
+    begin = functools.partial(subprocess.Popen, command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    first = begin()
+    assert first.stderr.readline() == "format: computing\n"
+    second = begin()
+    try:
+        who = rf"another process \(process {first.pid} on .+\)"
+        told = second.stderr.readline()
+        assert re.fullmatch(rf"format: {who} is still at work on this stage; waiting for it\n", told)
+        if end == "killed":
+            first.kill()
+            assert second.stderr.readline() == "format: computing\n"
+        (tmp_path / "go on").touch()
+        rest = second.communicate(timeout=60)[1]
+    finally:
+        first.kill()
+        second.kill()
+        first.communicate()
+    expected = {"restore": "restored from an equal", "use": "the other process has finished it\n", "killed": "done in"}
+    assert rest.startswith(f"format: {expected[end]}") and rest.count("\n") == 1 and second.returncode == 0
+    assert (tmp_path / "x.log").read_text() == "chatter\n" * (2 if end == "killed" else 1)
+    assert (tmp_path / "results/stages/format/k/result.txt").read_text() == "1"
+    assert [path.name for path in (tmp_path / "results/stages/format").iterdir()] == ["k"]
 
 
 def test_the_time_of_a_continued_stage_is_that_of_all_attempts(module, tmp_path, capfd):

@@ -35,6 +35,16 @@ def test_a_mistake_in_the_settings_names_file_key_and_what_is_allowed(untouched)
     assert lines == [f"adder: my.yaml and --config: {head}", f"{mistake} (found '-3')"]
 
 
+def test_a_key_that_stands_twice_is_told_in_a_file_given_on_the_command_line_too(untouched):
+    twice = yaml.safe_dump(GOOD) + "train:\n  epochs: 1\n  epochs: 2\n"
+    line = twice.count("\n")
+    sentence = f"line {line}, column 3: `epochs` stands twice in one section (first on line {line - 1}); keep one"
+    untouched.configure().write_text(twice)
+    assert told(untouched, "-n") == [f"adder: config/config.yaml, {sentence}"]
+    (untouched.folder / "my.yaml").write_text(twice)
+    assert told(untouched, "-n", "--configfile", "my.yaml") == [f"adder: my.yaml, {sentence}"]
+
+
 def test_a_missing_data_file_is_named_with_the_configuration(untouched):
     untouched.configure({"data": {"sources": [{"path": "nix.jsonl"}]}})
     (line,) = told(untouched, "-n")

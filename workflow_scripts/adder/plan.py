@@ -49,8 +49,8 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
     "judge": {"evaluate_base": ("samples.jsonl",), "evaluate_tuned": ("samples.jsonl",)},
     "gguf": {"merge": ("model/",)},
 }
-# Stages that are long, or paid for, and so continue where they broke off.
-CONTINUED = ("train", "judge")
+# Stages that are long, or paid for, and so continue where they broke off; and what only a checkpoint of theirs has.
+CONTINUED = {"train": "checkpoint-*/seal.json", "judge": "*.json"}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
-from adder import attempts, hardware
+from adder import attempts, hardware, lock
 from adder.closure import code_digest
 from adder.errors import UserError
 from adder.files import digest_file, link_or_copy, read_json, write_json
@@ -47,8 +47,9 @@ def execute(
     """Run `adder.<module>.<function>` into `results/stages/<stage>/<key>/`, or restore it where it is known.
 
     `inputs` maps the parents' names to their folders. `identity` stands for the settings where these name files of the
-    user's, by their digests. All output goes to the file `log`; the terminal shows progress
-    and, for a mistake of the user's, one message. Exits with status 1 on failure, leaving no folder behind.
+    user's, by their digests. All output goes to the file `log`; the terminal shows progress and, for a mistake of the
+    user's, one message. Exits with status 1 on failure, leaving no folder behind. Where another process is at work on
+    the stage, such as a job whose Snakemake was killed, that one is waited for.
     """
     runtime = Runtime.model_validate(runtime or {}).model_dump()
     os.environ["ADDER_DEVICE"] = runtime["device"]
@@ -60,15 +61,23 @@ def execute(
     log.parent.mkdir(parents=True, exist_ok=True)
     with _output_to(log) as terminal:
         progress = Progress(stage, terminal)
+
+        def busy(who: str) -> None:
+            progress.say(f"{who} is still at work on this stage; waiting for it")
+
         try:
-            _restore_or_run(stage, module, function, settings, identity, inputs, results, key, runtime, progress)
+            with lock.held(results / "stages" / stage / f".{key}.lock", busy) as waited:
+                if not waited:
+                    os.ftruncate(2, 0)  # the log of an earlier job; that of the process waited for stays
+                _restore_or_run(
+                    stage, module, function, settings, identity, inputs, results, key, runtime, progress, waited
+                )
         except UserError as error:
             _tell_log(f"UserError: {error}\n")
             progress.say(f"cannot go on: {error}")
             sys.exit(1)
-        except KeyboardInterrupt:
-            where = "from its last checkpoint" if stage in CONTINUED else "with this stage"
-            progress.say(f"interrupted; the same command goes on {where}")
+        except KeyboardInterrupt as error:
+            progress.say(f"interrupted; the same command {str(error) or 'goes on with this stage'}")
             sys.exit(130)
         except Exception as error:
             _tell_log(traceback.format_exc())
@@ -76,7 +85,9 @@ def execute(
             sys.exit(1)
 
 
-def _restore_or_run(stage, module, function, settings, identity, inputs, results, key, runtime, progress) -> None:
+def _restore_or_run(
+    stage, module, function, settings, identity, inputs, results, key, runtime, progress, waited
+) -> None:
     start = time.monotonic()
     record = {
         "stage": stage,
@@ -91,6 +102,9 @@ def _restore_or_run(stage, module, function, settings, identity, inputs, results
     kept = results / "cache" / stage / record["fingerprint"]
     if runtime["restore"] and restore(kept, folder, key):
         progress.say(f"restored from an equal earlier result in {time.monotonic() - start:.1f} s")
+        return
+    if waited and _fingerprint_of(folder) == record["fingerprint"]:
+        progress.say("the other process has finished it")
         return
     partial = folder.with_name(f".{key}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -109,8 +123,10 @@ def _restore_or_run(stage, module, function, settings, identity, inputs, results
                 record["attempts"] = len(earlier) + 1
             finish(partial, record)
         _replace(partial, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(_next_start(stage, checkpoints)) from None
         raise
     link_tree(folder, kept)
     if stage in CONTINUED:
@@ -118,6 +134,16 @@ def _restore_or_run(stage, module, function, settings, identity, inputs, results
         spent.unlink(missing_ok=True)
     made = f", in {record['attempts']} attempts" if earlier else ""
     progress.say(f"done in {_duration(record['seconds'])}{made}")
+
+
+def _next_start(stage: str, checkpoints: Path) -> str:
+    kept = stage in CONTINUED and any(checkpoints.glob(CONTINUED[stage]))
+    return "goes on from its last checkpoint" if kept else "starts this stage anew"
+
+
+def _fingerprint_of(folder: Path) -> str | None:
+    """The fingerprint of the finished stage in `folder`, if there is one."""
+    return read_json(folder / RECORD)["fingerprint"] if (folder / RECORD).exists() else None
 
 
 def fingerprint(record: dict, function: str) -> str:
@@ -214,7 +240,7 @@ def _output_to(log: Path) -> Iterator[TextIO]:
     sys.stderr.flush()
     saved_out, saved_err = os.dup(1), os.dup(2)
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
-    with log.open("w") as file:
+    with log.open("a") as file:  # a process that outlived its Snakemake may be writing to it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     logging.captureWarnings(True)
