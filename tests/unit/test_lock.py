@@ -1,5 +1,6 @@
 """Whoever writes to the results has them for itself, and says who it is."""
 
+import errno
 import os
 import re
 import subprocess
@@ -109,3 +110,20 @@ def test_prune_takes_nobody_there_for_a_no_and_makes_no_results(tmp_path, prune)
     unneeded.mkdir(parents=True)
     code, told = prune()
     assert code == 0 and told.endswith("Remove them? [y/N] \nNothing was removed.\n") and unneeded.exists()
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    """Other errors of the call are errors."""
+
+    def answers(number: int):
+        def flock(*_):
+            raise OSError(number, "no")
+
+        return flock
+
+    monkeypatch.setattr(lock.fcntl, "flock", answers(errno.ENOSYS))
+    with lock.take(tmp_path), lock.held(tmp_path / "one", pytest.fail) as waited:
+        assert not waited
+    monkeypatch.setattr(lock.fcntl, "flock", answers(errno.EIO))
+    with pytest.raises(OSError):
+        lock.take(tmp_path)

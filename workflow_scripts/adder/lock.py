@@ -5,6 +5,7 @@ the kernel's, which drops them when their holder dies. In a locked file stands w
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import TextIO
 
 from adder.errors import UserError
+
+# What file systems answer that have no locks, as some of clusters' do: there nobody can be kept out.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def take(results: Path, name: str = "another Snakemake") -> TextIO:
@@ -62,6 +66,9 @@ def _lock(file: TextIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
     return True
 
 
