@@ -42,66 +42,46 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, listed, scale, window, cap):
         tokens, heads, size = query.shape
-        groups = key.shape[1]
         out = torch.empty(tokens, heads, size, dtype=query.dtype, device=query.device)
         sums = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
-        tiles, *backward = tiles_for(size)
-        table = listed(heads // groups, tiles.rows, False)
-        _forward[(len(table), groups)](
-            *(query, key, value, out, sums, table),
-            *(n for x in (query, key, value) for n in x.stride()[:2]),
-            scale,
-            window or 0,
-            cap or 0.0,
-            *_constants(query, key, window, cap),
-            *(tiles.rows, tiles.columns),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+        tile, *ctx.tiles = tiles_for(size)
+        ctx.arguments, ctx.listed = _arguments(query, key, value, scale, window, cap), listed
+        table = listed(heads // key.shape[1], tile.rows, False)
+        _launch(_forward, tile, key.shape[1], table, (query, key, value, out, sums), ctx.arguments)
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.listed, ctx.options, ctx.tiles = listed, (scale, window, cap), backward
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, sums = ctx.saved_tensors
-        scale, window, cap = ctx.options
         for_query, for_key = ctx.tiles
-        ratio, groups = query.shape[1] // key.shape[1], key.shape[1]
+        groups = key.shape[1]
         grad = grad.contiguous()
         d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
         shares = torch.empty_like(sums)
-        strides = [n for x in (query, key, value) for n in x.stride()[:2]]
-        numbers = (scale, window or 0, cap or 0.0)
-        constants = _constants(query, key, window, cap)
-        table = ctx.listed(ratio, for_query.rows, False)
-        _to_queries[(len(table), groups)](
-            *(query, key, value, out, sums, shares, grad, d_query, table),
-            *strides,
-            *numbers,
-            *constants,
-            *(for_query.rows, for_query.columns),
-            num_warps=for_query.warps,
-            num_stages=for_query.stages,
-        )
+        table = ctx.listed(query.shape[1] // groups, for_query.rows, False)
+        tensors = (query, key, value, out, sums, shares, grad, d_query)
+        _launch(_to_queries, for_query, groups, table, tensors, ctx.arguments)
         table = ctx.listed(1, for_key.columns, True)
-        _to_keys[(len(table), groups)](
-            *(query, key, value, sums, shares, grad, d_key, d_value, table),
-            *strides,
-            *numbers,
-            *constants,
-            *(for_key.rows, for_key.columns),
-            num_warps=for_key.warps,
-            num_stages=for_key.stages,
-        )
+        tensors = (query, key, value, sums, shares, grad, d_key, d_value)
+        _launch(_to_keys, for_key, groups, table, tensors, ctx.arguments)
         return d_query, d_key, d_value, None, None, None, None
 
 
-def _constants(query: torch.Tensor, key: torch.Tensor, window: int | None, cap: float | None) -> tuple:
-    """What the kernels are compiled for."""
+def _arguments(query, key, value, scale: float, window: int | None, cap: float | None) -> tuple:
+    """What every kernel takes between its tensors and its tile: strides, numbers, and what it is compiled for."""
     heads, size = query.shape[1:]
-    return heads, heads // key.shape[1], size, width_of(size), window is not None, cap is not None
+    strides = (n for x in (query, key, value) for n in x.stride()[:2])
+    constants = (heads, heads // key.shape[1], size, width_of(size), window is not None, cap is not None)
+    return *strides, scale, window or 0, cap or 0.0, *constants
+
+
+def _launch(kernel, tile: Tile, groups: int, table: torch.Tensor, tensors: tuple, arguments: tuple) -> None:
+    """A program for each block of `table` and each key-value head."""
+    kernel[(len(table), groups)](
+        *tensors, table, *arguments, tile.rows, tile.columns, num_warps=tile.warps, num_stages=tile.stages
+    )
 
 
 def block_list(ends: torch.Tensor, tokens: int, rows: int, block: int, first_is_longest: bool) -> torch.Tensor:
@@ -134,6 +114,15 @@ def _scores(product, scale, cap, CAP: tl.constexpr):
     else:
         score = product * (scale * 1.4426950408889634)
     return score, slope
+
+
+@jit
+def _seen(distance, window, WINDOW: tl.constexpr):
+    """Whether a token sees a key that stands `distance` tokens before it."""
+    seen = distance >= 0
+    if WINDOW:
+        seen = seen & (distance < window)
+    return seen
 
 
 @jit
@@ -217,10 +206,7 @@ def _forward(
         there = start + key < length
         k = tl.load(k_at + at[None, :] * k_token, mask=(d < D)[:, None] & there[None, :], other=0.0)
         v = tl.load(v_at + at[:, None] * v_token, mask=(d < D)[None, :] & there[:, None], other=0.0)
-        distance = token[:, None] - (start + key)[None, :]
-        seen = distance >= 0
-        if WINDOW:
-            seen = seen & (distance < window)
+        seen = _seen(token[:, None] - (start + key)[None, :], window, WINDOW)
         most, total, acc = _soften(tl.dot(q, k), seen, v, most, total, acc, scale, cap, True, CAP)
     place = (begin + token) * HEADS + head
     tl.store(OUT + place[:, None] * D + d[None, :], acc / total[:, None], mask=inside)
@@ -292,10 +278,7 @@ def _to_queries(
         k = tl.load(k_at + at[:, None] * k_token, mask=(d < D)[None, :] & there[:, None], other=0.0)
         v = tl.load(v_at + at[None, :] * v_token, mask=(d < D)[:, None] & there[None, :], other=0.0)
         score, slope = _scores(tl.dot(q, tl.trans(k)), scale, cap, CAP)
-        distance = token[:, None] - (start + key)[None, :]
-        seen = distance >= 0
-        if WINDOW:
-            seen = seen & (distance < window)
+        seen = _seen(token[:, None] - (start + key)[None, :], window, WINDOW)
         p = tl.where(seen, tl.exp2(score - sums[:, None]), 0.0)
         to_score = p * (tl.dot(grad, v) - share[:, None]) * slope
         acc = tl.dot(to_score.to(k.dtype), k, acc)
@@ -361,10 +344,7 @@ def _to_keys(
         sums = tl.load(SUMS + place, mask=valid, other=float("inf"))
         share = tl.load(SHARES + place, mask=valid, other=0.0)
         score, slope = _scores(tl.dot(k, tl.trans(q)), scale, cap, CAP)
-        distance = token[None, :] - key[:, None]
-        seen = distance >= 0
-        if WINDOW:
-            seen = seen & (distance < window)
+        seen = _seen(token[None, :] - key[:, None], window, WINDOW)
         p = tl.where(seen, tl.exp2(score - sums[None, :]), 0.0)
         d_value = tl.dot(p.to(grad.dtype), grad, d_value)
         to_score = p * (tl.dot(v, tl.trans(grad)) - share[None, :]) * slope
