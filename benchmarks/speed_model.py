@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +41,13 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def device() -> str:
     """Where the benchmark runs."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that there are for this process, as CUDA_VISIBLE_DEVICES has them; none without CUDA."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
 def flop_per_token(shape: dict, layers: int) -> float:

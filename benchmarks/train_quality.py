@@ -329,22 +329,18 @@ def one_by_one(options, wanted: list[tuple[str, float, int]]) -> Iterator[dict]:
 
 def in_processes(options, wanted: list[tuple[str, float, int]]) -> Iterator[dict]:
     """Make the runs in processes of their own, so many at a time, and yield them as they end."""
-    import torch
+    import speed_model
 
     common = ["--prepared", options.prepared, "--model", options.model, "--method", options.method, "--shared"]
     common += ["--epochs", options.epochs, "--lora-r", options.lora_r, "--effective-batch", options.effective_batch]
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if gpus == [""]:
-        gpus = [str(number) for number in range(torch.cuda.device_count())]
-    turns = itertools.cycle(gpus or [""])
+    turns = itertools.cycle(speed_model.visible_gpus() or [""])
 
     def make(key: tuple[str, float, int], gpu: str) -> list[dict]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment |= {"CUDA_VISIBLE_DEVICES": gpu}
+        settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": gpu}
         part = Path(folder) / ("-".join(map(str, key)) + ".json")
         own = ["--arms", key[0], "--learning-rates", key[1], "--seeds", key[2], "--out", part]
         command = [sys.executable, __file__, *map(str, common + own)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         if not part.exists():
             print(f"{key}: failed\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}", flush=True)
             return []

@@ -67,7 +67,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 
@@ -146,7 +146,6 @@ class Clock:
 def build(arm: str, shape: dict, layers: int):
     """The arm's model with its adapter, ready for a loop of its own."""
     import speed_model
-    import torch
     from peft import get_peft_model
     from transformers import LlamaConfig
 
@@ -159,9 +158,9 @@ def build(arm: str, shape: dict, layers: int):
         apply_liger_kernel_to_llama(
             rope=True, swiglu=by_hand, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False
         )
-    kernel = attention.choose(LlamaConfig(**shape), "bfloat16", speed_model.device()).value
-    if arm in OTHER_ATTENTION and torch.cuda.is_available():
-        kernel = OTHER_ATTENTION[arm]
+    kernel = OTHER_ATTENTION.get(arm)
+    if kernel is None or kernel == attention.VARLEN and speed_model.device() == "cpu":
+        kernel = attention.choose(LlamaConfig(**shape), "bfloat16", speed_model.device()).value
     model = speed_model.base_model(shape, layers, kernel)
     if arm == "adder_trl_head":
         from trl.trainer.utils import add_fused_lm_head
@@ -514,8 +513,7 @@ def product_rate(size: int = 8192) -> dict:
     for _ in range(20):
         a @ b
     synchronize()
-    seconds = time.perf_counter() - start
-    return {"flop_per_second": 20 * 2 * size**3 / seconds, "gpu": name, "gpus": max(1, torch.cuda.device_count())}
+    return {"flop_per_second": 20 * 2 * size**3 / (time.perf_counter() - start), "gpu": name}
 
 
 def run_arm(options) -> None:
@@ -620,47 +618,59 @@ def compare(options) -> dict:
         "workloads": workloads,
         "left_out": left_out,
     }
+    absent = {arm: site for arm in options.arms if (site := site_of(arm)) and site not in os.environ}
+    left_out |= {arm: f"{site} names no folder that it is installed in" for arm, site in absent.items()}
+    arms = [arm for arm in options.arms if arm not in absent]
     shutil.rmtree(SAVED, ignore_errors=True)  # it may be of another shape
-    if any(arm.startswith(("unsloth", "adder_stage")) for arm in options.arms):
+    if any(arm.startswith(("unsloth", "adder_stage")) for arm in arms):
         child("save_model", options, ARM_SECONDS)
+    gpus = speed_model.visible_gpus() if options.side_by_side else []
+    free = queue.SimpleQueue()
+    for gpu in gpus or [None]:
+        free.put(gpu)
 
     def measured(arm: str) -> tuple[str, list, str | None]:
         """Rows of an arm, on a GPU that is free; and why they are not all, if they aren't."""
         left = options.seconds - (time.monotonic() - begun)
-        if (site := site_of(arm)) and site not in os.environ:
-            return arm, [], f"{site} names no folder that it is installed in"
         if left < 20:
             return arm, [], f"the {options.seconds} s for all arms were over"
         gpu = free.get()
-        limit = UNSLOTH_SECONDS if arm.startswith("unsloth") else ARM_SECONDS
         try:
-            rows, problem = child(arm, options, min(limit, options.seconds - (time.monotonic() - begun)), gpu)
+            rows, problem = child(arm, options, min(left, limit_of(arm)), gpu)
         finally:
             free.put(gpu)
         return arm, rows or [], problem
 
-    free = queue.SimpleQueue()
-    gpus = list(map(str, range(rate["gpus"]))) if options.side_by_side else [None]
-    for gpu in gpus:
-        free.put(gpu)
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        for arm, rows, problem in map(
-            Future.result, as_completed([pool.submit(measured, arm) for arm in options.arms])
-        ):
+    def write() -> None:
+        """All that is known so far."""
+        for found in workloads.values():
+            put_in_order(found["arms"], floor)
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+    write()
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        for future in as_completed([pool.submit(measured, arm) for arm in arms]):
+            arm, rows, problem = future.result()
             for row in rows:
-                result["workloads"][row.pop("workload")]["arms"].append(row)
+                workloads[row.pop("workload")]["arms"].append(row)
             if problem:
-                result["left_out"][arm] = problem
-            for row in (row for found in workloads.values() for row in found["arms"]):
-                if "real_tokens_per_second" in row:
-                    share = row["real_tokens_per_second"] / floor / row.get("gpus", 1)
-                    row["share_of_floor"] = round(share, 4)
-            options.out.write_text(json.dumps(result, indent=2) + "\n")
-    for found in workloads.values():
-        found["arms"].sort(key=lambda row: list(ARMS).index(row["name"]))
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+                left_out[arm] = problem
+            write()
     shutil.rmtree(SAVED, ignore_errors=True)
     return result
+
+
+def limit_of(arm: str) -> float:
+    """Seconds that an arm may take."""
+    return UNSLOTH_SECONDS if arm.startswith("unsloth") else ARM_SECONDS
+
+
+def put_in_order(rows: list[dict], floor: float) -> None:
+    """Sort a workload's rows as the arms are, and give each its share of the floor, which may have risen since."""
+    rows.sort(key=lambda row: list(ARMS).index(row["name"]))
+    for row in rows:
+        if "real_tokens_per_second" in row:
+            row["share_of_floor"] = round(row["real_tokens_per_second"] / floor / row.get("gpus", 1), 4)
 
 
 def version(name: str) -> str | None:
