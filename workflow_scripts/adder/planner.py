@@ -247,14 +247,13 @@ def ladder(sizes: list[int]) -> list[int]:
 
 def _best(fitting: list[Trial]) -> Trial:
     """The fastest; and the largest batch among those that are as fast, with the same checkpointing."""
-    fastest = max(fitting, key=lambda trial: trial.tokens_per_second or 0)
-    equal = [
-        trial
-        for trial in fitting
-        if trial.plan.checkpointing == fastest.plan.checkpointing
-        and (trial.tokens_per_second or 0) * GAIN >= (fastest.tokens_per_second or 0)
-    ]
-    return max(equal, key=lambda trial: trial.plan.micro_batch)
+
+    def speed(trial: Trial) -> float:
+        return trial.tokens_per_second or 0
+
+    fastest = max(fitting, key=speed)
+    alike = [trial for trial in fitting if trial.plan.checkpointing == fastest.plan.checkpointing]
+    return max((trial for trial in alike if speed(trial) * GAIN >= speed(fastest)), key=lambda t: t.plan.micro_batch)
 
 
 def _expected_bytes(points: list[Trial], tokens: dict[int, int], size: int) -> int | None:
@@ -277,7 +276,8 @@ def _size_reason(best: Trial, trials: list[Trial], device: str) -> str:
         return "the only plan that a trial step with the longest packs found room for"
     others = [trial for trial in timed if trial is not best]
     second = max(others, key=lambda trial: trial.tokens_per_second)
-    rank = "the fastest" if best.tokens_per_second >= second.tokens_per_second else "as fast as any (within 2 %)"
+    near = f"as fast as any (within {100 * (GAIN - 1):.0f} %)"
+    rank = "the fastest" if best.tokens_per_second >= second.tokens_per_second else near
     return (
         f"{rank} of {len(timed)} plans that fit, by trial steps with the longest packs: "
         f"{best.tokens_per_second:,.0f} tokens/s and {best.peak_memory_bytes / 2**30:.1f} of "
