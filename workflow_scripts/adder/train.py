@@ -330,6 +330,8 @@ def _arguments(settings, plan, seq_lengths, heldout, device, dtype, folder, runt
         disable_tqdm=True,
         report_to=[],
         dataloader_pin_memory=device == "cuda",
+        # Else a batch that is read ahead would wait for all work that the GPU has been given.
+        accelerator_config={"non_blocking": device == "cuda"},
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # a process has one GPU, whatever it sees
     return arguments

@@ -28,7 +28,7 @@ from adder.loss import dft, labelled_losses, serves_training
 from adder.progress import Progress
 from adder.randomness import undisturbed
 from adder.sampling import Sampler
-from adder.training_data import DealtBatches, WithNothing
+from adder.training_data import DealtBatches, ReadAhead, WithNothing
 
 
 class Trainer(SFTTrainer):
@@ -59,6 +59,7 @@ class Trainer(SFTTrainer):
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.step_packs, self.pack_tokens = step_packs, pack_tokens
         self.settings, self.sampler, self.judge, self.doctor = settings, sampler, judge, doctor
+        self.batches = ReadAhead(iter(()))
         self.tokens = 0
         self.held_out: list[tuple[float, int]] = []  # loss in nats and labelled tokens of each evaluated batch
         self.tokens_logged = 0
@@ -91,12 +92,31 @@ class Trainer(SFTTrainer):
         loader = DataLoader(WithNothing(rows), batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin)
         return self.accelerator.prepare(loader)
 
-    def training_step(self, *args, **kwargs):
-        """As TRL's; after the last pass of a step the processes' gradients become one."""
-        loss = super().training_step(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As transformers', of batches that were read ahead."""
+        if self.batches.source is not epoch_iterator:
+            self.batches = ReadAhead(epoch_iterator)
+        return super().get_batch_samples(self.batches, num_batches, device)
+
+    def floating_point_ops(self, inputs):
+        """Not counted: transformers' walk through all parameters in each pass is for a figure that nobody reads."""
+        return 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one pass; after the last of a step the processes' gradients become one.
+
+        The parents' is not called: they walk through all modules to set them to training, which takes 7 ms with 32
+        layers, and the GPU has nothing to do then. Nor has it while batches are put together: the next step's are
+        read once this one's work is under way.
+        """
+        if not model.training:
+            model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
+            self.batches.read(self.args.gradient_accumulation_steps)
             ranks.average_gradients(parameter for parameter in self.model.parameters() if parameter.requires_grad)
-        return loss
+        return loss.detach()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the labelled tokens of the whole optimizer step, this micro-batch's part of it.
@@ -105,8 +125,7 @@ class Trainer(SFTTrainer):
         """
         if model.training:
             self.tokens += inputs["input_ids"].numel()
-        bare = self.accelerator.unwrap_model(self.model)
-        bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
+        bare = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if return_outputs or not serves_training(bare):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16

@@ -1,6 +1,8 @@
 """What training reads: packs, put together from the mapped token table at the moment they are needed."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,23 @@ class DealtBatches(BatchSampler):
 
     def _passes(self, rows: int) -> int:
         return self.passes if rows == self.together else -(-rows // (self.processes * self.micro_batch))
+
+
+class ReadAhead:
+    """Goes through `source`, some of whose items may be read before they are asked for."""
+
+    def __init__(self, source: Iterator):
+        self.source, self.waiting = source, deque()
+
+    def __iter__(self) -> "ReadAhead":
+        return self
+
+    def __next__(self):
+        return self.waiting.popleft() if self.waiting else next(self.source)
+
+    def read(self, number: int) -> None:
+        """Have `number` items at hand, or those that are left."""
+        self.waiting.extend(islice(self.source, number - len(self.waiting)))
 
 
 class RefillPacks(TrainerCallback):
