@@ -3,7 +3,7 @@
     python benchmarks/train_quality.py --prepare prepared.tar.xz [--data ../shared/data/snips] [--model SOURCE]
     python benchmarks/train_quality.py --prepared prepared.tar.xz --model SOURCE [--arms trl adder adder_fp8]
         [--seeds 1 2 3] [--learning-rates 1.5e-3] [--method lora] [--epochs 3] [--lora-r 16]
-        [--jobs 9] [--out benchmarks/results/train_quality.json]
+        [--train '{"weight_decay": 0.1}'] [--jobs 9] [--out benchmarks/results/train_quality.json]
 
 The first, on any machine, runs the pipeline's own format, tokenize and lengths stages over all SNIPS requests (the
 usual split: 13,495 to train on, 695 to test) and writes tokens and packs into one file of about a megabyte. The second,
@@ -97,7 +97,7 @@ def train_settings(options, arm: str, rate: float, seed: int) -> dict:
     if options.method != "full":
         values |= {"lora_r": options.lora_r, "lora_alpha": 2 * options.lora_r, "lora_dropout": 0.0}
         values["frozen_products"] = PRODUCTS.get(arm, "auto")
-    return Train(**values).model_dump(mode="json") | {"reshuffle": False}
+    return Train(**values | options.train).model_dump(mode="json") | {"reshuffle": False}
 
 
 def train_arm(options, arm: str, settings: dict, work: Path, out: Path) -> list[float]:
@@ -279,7 +279,7 @@ def compare(options) -> dict:
 
     from adder import hardware
 
-    asked = {name: getattr(options, name) for name in ("method", "epochs", "lora_r", "effective_batch")}
+    asked = {name: getattr(options, name) for name in ("method", "epochs", "lora_r", "effective_batch")} | options.train
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     if result.get("settings") != asked:
         result = {
@@ -333,6 +333,7 @@ def in_processes(options, wanted: list[tuple[str, float, int]]) -> Iterator[dict
 
     common = ["--prepared", options.prepared, "--model", options.model, "--method", options.method, "--shared"]
     common += ["--epochs", options.epochs, "--lora-r", options.lora_r, "--effective-batch", options.effective_batch]
+    common += ["--train", json.dumps(options.train)]
     turns = itertools.cycle(speed_model.visible_gpus() or [""])
 
     def make(key: tuple[str, float, int], gpu: str) -> list[dict]:
@@ -364,6 +365,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--effective-batch", type=int, default=64, help="examples a step; also when preparing")
+    parser.add_argument("--train", type=json.loads, default={}, help="more of the train section, JSON; not for trl")
     parser.add_argument("--batch", type=int, default=256, help="replies generated at once")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--shared", action="store_true", help=argparse.SUPPRESS)  # other runs are on this GPU

@@ -215,6 +215,7 @@ def gated_backward(
         threshold_of(p),
         1 / (1 - p),
         1.0,
+        0.0,
         activation == "silu",
         dropout is not None,
         left_out is not None,
@@ -426,6 +427,7 @@ def _gated_backward(
     threshold,
     scale,
     one,
+    nothing,
     SILU: tl.constexpr,
     DROP: tl.constexpr,
     LEFT_OUT: tl.constexpr,
@@ -436,82 +438,86 @@ def _gated_backward(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    # A program has a block of columns and a share of the rows; the shares' sums are added up afterwards.
+    # A program has a block of columns and a share of the rows; the shares' sums are added up afterwards. Tiles are
+    # turned round, (columns, rows): so they are the left, high side of every product, which takes them from registers.
     share = tl.program_id(1)
-    flat = tl.program_id(0) * BN + tl.arange(0, BN)
-    column = flat[None, :]
+    column = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
     kind = GATE_UP.dtype.element_ty
     if RD > 0:
-        down = tl.arange(0, RD)
-        right_mask = (down[:, None] < down_rank) & (column < F)
-        right = tl.load(RIGHT + down[:, None] * F + column, mask=right_mask, other=0.0)
-        down_a = tl.zeros([RD, BN], tl.float32)
+        down = tl.arange(0, RD)[None, :]
+        right_mask = (down < down_rank) & (column < F)
+        right = tl.load(RIGHT + down * F + column, mask=right_mask, other=0.0)
+        down_a = tl.zeros([BN, RD], tl.float32)
     if RG > 0:
         gate_b = tl.zeros([BN, RG], tl.float32)
     if RU > 0:
         up_b = tl.zeros([BN, RU], tl.float32)
     if LEFT_OUT:
         if RG > 0:
-            b_gate = _tile_of_b(B_GATE, b_gate_stride, column, F, gate_rank, RG)
+            b_gate = _tile(B_GATE, b_gate_stride, column, F, gate_rank, RG)
         if RU > 0:
-            b_up = _tile_of_b(B_UP, b_up_stride, column, F, up_rank, RU)
+            b_up = _tile(B_UP, b_up_stride, column, F, up_rank, RU)
         if BIASED:
             gate_bias = tl.load(BIAS + column, mask=column < F, other=0.0).to(tl.float32)
             up_bias = tl.load(BIAS + F + column, mask=column < F, other=0.0).to(tl.float32)
     first = share * per_share
     for start in range(first, min(first + per_share, rows), BM):
-        row = start + tl.arange(0, BM)[:, None]
+        flat = start + tl.arange(0, BM)
+        row = flat[None, :]
         long_row = row.to(tl.int64)
         inside = (row < rows) & (column < F)
         gate_at = long_row * 2 * F + column
         grad = tl.load(GRAD + long_row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(GATE_UP + gate_at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(GATE_UP + gate_at + F, mask=inside, other=0.0).to(tl.float32)
+        if RG > 0:
+            gate_x = _tile(GATE, gate_stride, flat[:, None], rows, gate_rank, RG)
+        if RU > 0:
+            up_x = _tile(UP, up_stride, flat[:, None], rows, up_rank, RU)
+        if RD > 0:
+            left = _tile(LEFT, left_stride, flat[:, None], rows, down_rank, RD)
+            added = tl.dot(right, tl.trans(left))
         if LEFT_OUT:
             if RG > 0:
-                gate_x = _tile(GATE, gate_stride, row, rows, gate_rank, RG)
-                gate = _add_share(gate, gate_x, b_gate, one)
+                gate = _add_share(gate, b_gate, tl.trans(gate_x), one)
             if RU > 0:
-                up_x = _tile(UP, up_stride, row, rows, up_rank, RU)
-                up = _add_share(up, up_x, b_up, one)
+                up = _add_share(up, b_up, tl.trans(up_x), one)
             if BIASED:
                 gate += gate_bias
                 up += up_bias
             gate = gate.to(kind).to(tl.float32)
             up = up.to(kind).to(tl.float32)
+        elif RD > 0:
+            # `nothing` is 0, unknown to the compiler, which else lays these out as they are loaded and the products'
+            # sums otherwise, and computes the activation in both.
+            gate += added * nothing
+            up += added * nothing
         value, slope = _gate(gate, SILU)
         if RD > 0:
-            left_mask = (row < rows) & (down[None, :] < down_rank)
-            left = tl.load(LEFT + long_row * left_stride + down[None, :], mask=left_mask, other=0.0)
-            added = tl.dot(left, right)
             hidden = (value * up).to(kind)
             if DROP:
                 kept = kept_numbers(row, column, seed, threshold)
                 added = tl.where(kept, added * scale, 0.0)
                 hidden = tl.where(kept, hidden, 0.0)
-            grad += added
-            down_a = tl.dot(tl.trans(left), hidden, down_a)
+            grad += added * one
+            down_a = tl.dot(hidden, left, down_a)
         d_gate = (grad * up * slope).to(kind)
         d_up = (grad * value).to(kind)
         tl.store(RESULT + gate_at, d_gate, mask=inside)
         tl.store(RESULT + gate_at + F, d_up, mask=inside)
         if RG > 0:
-            if not LEFT_OUT:
-                gate_x = _tile(GATE, gate_stride, row, rows, gate_rank, RG)
-            gate_b = tl.dot(tl.trans(d_gate), gate_x, gate_b)
+            gate_b = tl.dot(d_gate, gate_x, gate_b)
         if RU > 0:
-            if not LEFT_OUT:
-                up_x = _tile(UP, up_stride, row, rows, up_rank, RU)
-            up_b = tl.dot(tl.trans(d_up), up_x, up_b)
+            up_b = tl.dot(d_up, up_x, up_b)
     if RD > 0:
         if DROP:
             down_a *= scale
-        tl.store(DOWN_A + (share * down_rank + down[:, None]) * F + column, down_a, mask=right_mask)
+        tl.store(DOWN_A + (share * down_rank + down) * F + column, down_a, mask=right_mask)
     if RG > 0:
         rank = tl.arange(0, RG)[None, :]
-        at = (share * F + flat[:, None]) * gate_rank + rank
-        tl.store(GATE_B + at, gate_b, mask=(flat[:, None] < F) & (rank < gate_rank))
+        at = (share * F + column) * gate_rank + rank
+        tl.store(GATE_B + at, gate_b, mask=(column < F) & (rank < gate_rank))
     if RU > 0:
         rank = tl.arange(0, RU)[None, :]
-        at = (share * F + flat[:, None]) * up_rank + rank
-        tl.store(UP_B + at, up_b, mask=(flat[:, None] < F) & (rank < up_rank))
+        at = (share * F + column) * up_rank + rank
+        tl.store(UP_B + at, up_b, mask=(column < F) & (rank < up_rank))
