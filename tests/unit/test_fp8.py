@@ -125,7 +125,7 @@ def test_queries_and_keys_turned_by_the_launch_that_adds_are_the_same(name, laun
         calls.append(1)
         fp8.add_low_rank(y, low_rank, b, None, bias)
         heads = y.unflatten(1, (-1, size))[:, :turned]
-        rotate(heads, cos, sin, heads)
+        rotate(heads, cos, sin)
 
     monkeypatch.setattr(folded_steps, "add_low_rank_and_rotate", in_two)
     expected = step(model, batch)
@@ -220,3 +220,28 @@ def test_fp8_on_a_gpu_is_its_reference(name):
     print(name, {part: (round(fast[part], 4), round(slow[part], 4)) for part in fast})
     assert fast["loss"] < slow["loss"] + 0.01
     assert fast["all"] < 1.3 * slow["all"] + 0.02
+
+
+def test_remembered_values_serve_what_they_were_made_of_alone():
+    x, rows = torch.randn(4, 32), object()
+    fp8.remember(x, rows)
+    assert fp8.quantised(x.view(2, 2, 32).view(4, 32)) is rows  # as autograd hands it on
+    assert fp8.quantised(x) is not rows  # only once
+    fp8.remember(x, rows)
+    assert fp8.quantised(x.clone()) is not rows
+    fp8.remember(x, rows)
+    x += 1
+    assert fp8.quantised(x) is not rows
+    fp8.remember(x, rows)
+    assert fp8.quantised(x[:2]) is not rows and fp8.quantised(x) is not rows
+
+
+def test_gradients_are_quantised_where_they_are_written(monkeypatch):
+    """All but the last layer's, which comes from elsewhere, and (without kernels) those of gate and up."""
+    model = with_adapter(family("Llama", **SHAPE))
+    folded_lora.attach(model, products="fp8")
+    loss, widths, quantise = model(**batch_of(9, 23)).loss, [], fp8.quantise
+    monkeypatch.setattr(fp8, "quantise", lambda x: widths.append(x.shape[-1]) or quantise(x))
+    loss.backward()
+    config = model.config
+    assert widths == [config.hidden_size] + config.num_hidden_layers * [2 * config.intermediate_size]

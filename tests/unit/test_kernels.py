@@ -56,12 +56,13 @@ def test_norm_kernels(dtype, size, plus_one):
     for residual in (None, random(*size, dtype=dtype)):
         grad = random(*size, dtype=dtype, gap=48)
         exact_grad = grad.float()
-        found = norm_kernels.rms_norm_backward(grad, x, weight, inverse, plus_one, residual)
+        found, rows = norm_kernels.rms_norm_backward(grad, x, weight, inverse, plus_one, residual, quantised=True)
         wide = None if residual is None else residual.float()
-        expected = norm_kernels.rms_norm_backward_reference(
+        expected, _ = norm_kernels.rms_norm_backward_reference(
             exact_grad, x.float(), weight.float(), inverse, plus_one, wide
         )
         assert off(found, expected) < ROUNDING[dtype] and off(grad, exact) < ROUNDING[dtype]
+        assert_same_fp8(rows, fp8.quantise_reference(found))
 
 
 @kernel
@@ -186,14 +187,34 @@ def test_rotary_kernel(dtype, heads, size):
     source = random(26, heads * size, dtype=dtype, gap=64).unflatten(1, (heads, size))
     angles = torch.randn(13, size // 2, device=DEVICE).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    for inverse in (False, True):
-        exact = torch.empty(26, heads, size, device=DEVICE)
-        rotary_kernels.rotate_reference(source.float(), cos.float(), sin.float(), exact, inverse)
-        out = torch.empty_like(exact, dtype=dtype)
-        rotary_kernels.rotate(source, cos, sin, out, inverse)
-        assert off(out, exact) < ROUNDING[dtype]
-    rotary_kernels.rotate(source, cos, sin, source, inverse=True)
-    assert torch.equal(source, out)
+    exact = source.float()
+    rotary_kernels.rotate_reference(exact, cos.float(), sin.float())
+    rotary_kernels.rotate(source, cos, sin)
+    assert off(source, exact) < ROUNDING[dtype]
+
+
+@kernel
+@both_types
+@pytest.mark.parametrize(("heads", "groups", "size"), [(1, 1, 16), (9, 3, 64), (32, 8, 128), (6, 2, 80)])
+@pytest.mark.parametrize("turned", [True, False])
+def test_turning_back_kernel(dtype, heads, groups, size, turned):
+    """Of gradients as attention leaves them: heads next to each other, or tokens, or with gaps."""
+    query = random(26, heads * size, dtype=dtype, gap=64).unflatten(1, (heads, size))
+    key = random(groups, 26 * size, dtype=dtype).unflatten(1, (26, size)).transpose(0, 1)
+    value = random(26 * groups, size, dtype=dtype).t().contiguous().t().unflatten(0, (26, groups))
+    angles = torch.randn(13, size // 2, device=DEVICE).repeat(1, 2)
+    tables = (angles.cos().to(dtype), angles.sin().to(dtype)) if turned else (None, None)
+    wide = [None if table is None else table.float() for table in tables]
+    exact, _ = rotary_kernels.turn_back_reference(tuple(x.float() for x in (query, key, value)), *wide)
+    found, rows = rotary_kernels.turn_back((query, key, value), *tables, quantised=True)
+    assert off(found, exact) < ROUNDING[dtype]
+    assert_same_fp8(rows, fp8.quantise_reference(found))
+    plain, rows = rotary_kernels.turn_back((query, key, value), *tables)
+    assert rows is None and torch.equal(plain, found)
+    if turned:
+        both = plain[:, : (heads + groups) * size].unflatten(1, (-1, size))
+        rotary_kernels.rotate(both, *tables)
+        assert off(both, torch.cat([query, key], 1).float()) < 2 * ROUNDING[dtype]
 
 
 @kernel
@@ -275,6 +296,19 @@ def test_fp8_kernel(dtype, size):
     if not triton_tools.INTERPRETED:
         assert found.values.float().abs().amax(-1).eq(fp8.LARGEST).all()
     assert not fp8.quantise(torch.zeros_like(x)).values.float().any()
+
+
+@kernel
+@product_types
+@pytest.mark.parametrize(
+    ("size", "rank"), [((1, 16), 3), ((70, 1000), 32), ((130, 5000), 100), ((5, 64), 0), ((9, 80), 200)]
+)
+def test_kernel_that_quantises_and_multiplies(dtype, size, rank):
+    x, b = random(*size, dtype=dtype), random(size[1], rank, dtype=dtype, gap=8)
+    found, product = fp8.quantise_and_multiply(x, x.float().abs().amax(-1), b)
+    assert_same_fp8(found, fp8.quantise_reference(x))
+    assert product.shape == (size[0], rank) and product.dtype == dtype
+    assert not rank or off(product, x.float() @ b.float()) < ROUNDING[dtype]
 
 
 @pytest.mark.gpu

@@ -13,10 +13,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from adder.folded_weights import Group
-from adder.fp8 import Fp8Rows
+from adder.fp8 import Fp8Rows, remember
 from adder.gated_kernels import WIDEST_RANK, LeftOut, gated_backward, gated_into, gated_rows
 from adder.norm_kernels import rms_norm_backward, rms_norm_into
-from adder.rotary_kernels import add_low_rank_and_rotate, rotate
+from adder.rotary_kernels import add_low_rank_and_rotate, rotate, turn_back
 
 
 @dataclass
@@ -31,9 +31,12 @@ class Norm:
         """As rms_norm_into."""
         return rms_norm_into(x, self.module.weight, self.eps, self.plus_one, out, quantised)
 
-    def backward(self, grad, x, inverse, residual) -> torch.Tensor:
-        """As rms_norm_backward."""
-        return rms_norm_backward(grad, x, self.module.weight, inverse, self.plus_one, residual)
+    def backward(self, grad, x, inverse, residual, quantised: bool) -> torch.Tensor:
+        """As rms_norm_backward; fp8 values are remembered for the step before, whose outputs' gradient this is."""
+        result, rows = rms_norm_backward(grad, x, self.module.weight, inverse, self.plus_one, residual, quantised)
+        if rows is not None:
+            remember(result, rows)
+        return result
 
 
 class Linear(Function):
@@ -82,10 +85,10 @@ class AttentionInput(Function):
             y, low_rank = group.product(buffer, seeds, rows=rows)
             if cos is not None:
                 turned = y[:, :keys_end].unflatten(1, (-1, size))
-                rotate(turned, cos, sin, turned)
+                rotate(turned, cos, sin)
         query, key, value = (y[:, part.rows].unflatten(1, (-1, size)) for part in group.parts)
         ctx.save_for_backward(x, inverse, low_rank, cos, sin)
-        ctx.norm, ctx.size, ctx.group, ctx.seeds = norm, size, group, seeds
+        ctx.norm, ctx.group, ctx.seeds = norm, group, seeds
         return query, key, value, x.view_as(x)
 
     @staticmethod
@@ -93,17 +96,12 @@ class AttentionInput(Function):
     def backward(ctx, d_query, d_key, d_value, residual):
         x, inverse, low_rank, cos, sin = ctx.saved_tensors
         group = ctx.group
-        grad = torch.empty(x.shape[0], group.outputs, dtype=x.dtype, device=x.device)
-        for source, part, turned in zip((d_query, d_key, d_value), group.parts, (True, True, False), strict=True):
-            target = grad[:, part.rows].unflatten(1, (-1, ctx.size))
-            if turned and cos is not None:
-                rotate(source, cos, sin, target, inverse=True)
-            else:
-                target.copy_(source)
+        in_fp8 = group.fp8 is not None
+        grad, rows = turn_back((d_query, d_key, d_value), cos, sin, in_fp8)
         if ctx.needs_input_grad[0]:
-            dx, d_low_rank = group.input_grads(grad, together=True)
+            dx, d_low_rank = group.input_grads(grad, together=True, rows=rows)
             group.add_input_grad(dx, d_low_rank, ctx.seeds, ctx.p)
-            result, normed = ctx.norm.backward(dx, x, inverse, residual.contiguous()), dx
+            result, normed = ctx.norm.backward(dx, x, inverse, residual.contiguous(), in_fp8), dx
         else:  # the first layer's input, out of the frozen embedding
             d_low_rank, result, normed = group.low_rank_grad(grad), None, torch.empty_like(x)
             ctx.norm.into(x, normed)
@@ -165,12 +163,12 @@ class GatedMLP(Function):
         )
         down_grads = second.parameter_grads([thin.down_a], second.b_grads(grad, hidden_low_rank))
         del d_hidden, d_hidden_low_rank
-        dx, d_low_rank = first.input_grads(d_gate_up, together=ctx.norm is not None)
+        dx, d_low_rank = first.input_grads(d_gate_up, together=ctx.norm is not None, largest=thin.largest)
         first.add_input_grad(dx, d_low_rank, seeds, p)
         if ctx.norm is None:
             result, normed = dx, x
         else:
-            result, normed = ctx.norm.backward(dx, x, inverse, grad), dx
+            result, normed = ctx.norm.backward(dx, x, inverse, grad, first.fp8 is not None), dx
         grads = first.parameter_grads(first.a_grads(d_low_rank, normed, seeds, p), [thin.gate_b, thin.up_b])
         return result, None, None, None, None, *grads, *down_grads
 

@@ -235,7 +235,7 @@ class Group:
             if part.layers:
                 a, b = part.pair
                 self.a[part.ranks].copy_(a)
-                self.b[part.rows, part.ranks].copy_(b * part.scaling)
+                torch.mul(b, part.scaling, out=self.b[part.rows, part.ranks])
         self.seen = state
 
     def matrix(self) -> torch.Tensor:
@@ -318,13 +318,24 @@ class Group:
         fp8.add_low_rank(y, low_rank, self.b, residual, self.bias)
         return y
 
-    def input_grads(self, grad: torch.Tensor, together: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def input_grads(
+        self,
+        grad: torch.Tensor,
+        together: bool,
+        rows: fp8.Fp8Rows | None = None,
+        largest: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """From the outputs' gradient return dx, (tokens, inputs), without the adapters' share, and d(x·Aᵀ).
 
-        `together`: by one product, both strided; else dx is contiguous, as it always is in fp8.
+        `together`: by one product, both strided; else dx is contiguous, as it always is in fp8. `rows`: the gradient in
+        fp8, or `largest`, of each row the largest absolute number: if these are known already.
         """
         if self.fp8 is not None:
-            return fp8.product(fp8.quantise(grad), self.fp8.backward, self.dtype), self.low_rank_grad(grad)
+            if largest is not None:
+                rows, low_rank = fp8.quantise_and_multiply(grad, largest, self.b)
+            else:
+                rows, low_rank = rows or fp8.quantised(grad), self.low_rank_grad(grad)
+            return fp8.product(rows, self.fp8.backward, self.dtype), low_rank
         if together:
             both = torch.empty(grad.shape[0], self.stride, dtype=grad.dtype, device=grad.device)[:, : self.width]
             torch.mm(grad, self.matrix(), out=both)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adder.triton_tools import jit, runs_kernels, tl, triton, width_of
+from adder.triton_tools import Tile, jit, runs_kernels, tl, triton, width_of
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 # Below this a row counts as zeros: its scale must not be 0.
@@ -21,6 +21,8 @@ SMALLEST = 1e-12
 STEP = 16
 # Up to this width a program holds a whole row and reads it once.
 WHOLE_ROW = 32768
+# Of quantise_and_multiply: a program's tile, into how many parts rows are split, and the widest b that it takes.
+KNOWN_TILE, KNOWN_SPLITS, WIDEST_RANK = Tile(64, 128, 4, 3), 4, 128
 
 
 @dataclass
@@ -74,6 +76,63 @@ def quantise_reference(x: torch.Tensor) -> Fp8Rows:
     wide = x.float()
     scales = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LARGEST
     return Fp8Rows((wide / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales)
+
+
+def quantise_and_multiply(x: torch.Tensor, largest: torch.Tensor, b: torch.Tensor) -> tuple[Fp8Rows, torch.Tensor]:
+    """Quantise x, and return x · b, (rows, rank), as well, for one reading of x.
+
+    x: (rows, width), contiguous. largest: its rows' largest absolute numbers, fp32 (rows,). b: (width, rank), strided.
+    """
+    rank = b.shape[1]
+    if not 0 < rank <= WIDEST_RANK or not runs_kernels(x):
+        return quantise(x), torch.mm(x, b)
+    rows, width = x.shape
+    found = empty_rows(rows, width, x.device)
+    tile, splits = KNOWN_TILE, KNOWN_SPLITS
+    sums = torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
+    _quantise_and_multiply[(triton.cdiv(rows, tile.rows), splits)](
+        x,
+        largest,
+        b,
+        b.stride(0),
+        found.values,
+        found.scales,
+        sums,
+        rows,
+        width,
+        rank,
+        triton.cdiv(triton.cdiv(width, splits), tile.columns) * tile.columns,
+        tile.rows,
+        tile.columns,
+        width_of(rank),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return found, sums.sum(0).to(x.dtype)
+
+
+class _Known:
+    """One matrix whose fp8 values are at hand."""
+
+    def __init__(self):
+        self.matrix = self.version = self.rows = None
+
+
+_known = _Known()
+
+
+def remember(x: torch.Tensor, rows: Fp8Rows) -> None:
+    """Keep x's fp8 values for the next `quantised`: what writes a gradient has them cheaper than what reads it."""
+    _known.matrix, _known.version, _known.rows = x, x._version, rows
+
+
+def quantised(x: torch.Tensor) -> Fp8Rows:
+    """As quantise; a contiguous x whose values were remembered last, and hasn't changed since, takes these."""
+    known, version, rows = _known.matrix, _known.version, _known.rows
+    _known.matrix = _known.version = _known.rows = None
+    # Held until here, so that its address can't have become another's; x may be a view of it.
+    same = known is not None and (x.data_ptr(), x.shape, x._version) == (known.data_ptr(), known.shape, version)
+    return rows if same and x.is_contiguous() else quantise(x)
 
 
 def product(rows: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype) -> torch.Tensor:
@@ -163,6 +222,44 @@ def _quantise(X, x_stride, VALUES, SCALES, K, WHOLE: tl.constexpr, BLOCK: tl.con
             x = tl.load(X + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
             tl.store(VALUES + row * K + column, (x / scale).to(tl.float8e4nv), mask=column < K)
     tl.store(SCALES + row, scale)
+
+
+@jit
+def _quantise_and_multiply(
+    X,
+    LARGEST,
+    B,
+    b_stride,
+    VALUES,
+    SCALES,
+    SUMS,
+    rows,
+    K,
+    RANK,
+    per_split,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    flat = tl.program_id(0) * BM + tl.arange(0, BM)
+    split = tl.program_id(1)
+    row = flat[:, None]
+    long_row = row.to(tl.int64)
+    scale = fp8_scale(tl.load(LARGEST + flat, mask=flat < rows, other=0.0))
+    if split == 0:
+        tl.store(SCALES + flat, scale, mask=flat < rows)
+    across = tl.arange(0, BR)[None, :]
+    total = tl.zeros([BM, BR], tl.float32)
+    for start in range(split * per_split, min((split + 1) * per_split, K), BN):
+        column = start + tl.arange(0, BN)[None, :]
+        down = start + tl.arange(0, BN)[:, None]
+        inside = (row < rows) & (column < K)
+        x = tl.load(X + long_row * K + column, mask=inside, other=0.0)
+        b = tl.load(B + down.to(tl.int64) * b_stride + across, mask=(down < K) & (across < RANK), other=0.0)
+        tl.store(VALUES + long_row * K + column, (x.to(tl.float32) / scale[:, None]).to(tl.float8e4nv), mask=inside)
+        total = tl.dot(x, b, total)
+    at = (split * rows + long_row) * RANK + across
+    tl.store(SUMS + at, total, mask=(row < rows) & (across < RANK))
 
 
 @jit

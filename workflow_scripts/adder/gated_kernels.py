@@ -20,8 +20,8 @@ WHOLE_ROW = 16384
 # Ranks that gated_rows can hold: a down layer's sums stay in registers.
 WIDEST_RANK = 64
 ROWS_TILE = Tile(16, 128, 4, 3)
-# With 32 shares the fastest of 48 settings on an H100, at rank 16.
-BACKWARD_TILE = Tile(32, 128, 4, 2)
+# The fastest of 48 settings on an H100, at rank 16.
+BACKWARD_TILE, SHARES = Tile(32, 128, 4, 2), 32
 
 
 def gated_into(gate_up: torch.Tensor, activation: str, out: torch.Tensor, quantised: bool = False) -> Fp8Rows | None:
@@ -160,6 +160,8 @@ class ThinGrads:
     down_a: torch.Tensor | None  # (rank, width)
     gate_b: torch.Tensor | None  # (width, rank), as if the scaling were 1
     up_b: torch.Tensor | None
+    # Of each row of the gradient to gate_up its largest absolute number, (tokens,): where that goes into fp8.
+    largest: torch.Tensor | None
 
 
 def gated_backward(
@@ -187,13 +189,14 @@ def gated_backward(
     ranks = [matrix.shape[-1] if matrix is not None else 0 for matrix in (down and down[0], gate, up)]
     tile = BACKWARD_TILE
     across = _columns(tile, ranks)
-    shares = max(1, min(32, rows // 256))
+    shares = max(1, min(SHARES, rows // 256))
     per_share = triton.cdiv(triton.cdiv(rows, shares), tile.rows) * tile.rows
     result = torch.empty_like(gate_up)
     parts = [
         torch.empty(shares, *shape, device=grad.device, dtype=torch.float32)
         for shape in ((ranks[0], width), (width, ranks[1]), (width, ranks[2]))
     ]
+    largest = None if left_out is None else torch.zeros(rows, device=grad.device, dtype=torch.float32)
     left, right = down or (grad, grad)
     gate_b, up_b, bias = vars(left_out).values() if left_out is not None else (None, None, None)
     _gated_backward[(triton.cdiv(width, across), shares)](
@@ -207,6 +210,7 @@ def gated_backward(
         grad if bias is None else bias,
         result,
         *parts,
+        grad if largest is None else largest,
         rows,
         width,
         *ranks,
@@ -226,7 +230,8 @@ def gated_backward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return result, ThinGrads(*(part.sum(0) if rank else None for part, rank in zip(parts, ranks, strict=True)))
+    sums = (part.sum(0) if rank else None for part, rank in zip(parts, ranks, strict=True))
+    return result, ThinGrads(*sums, largest)
 
 
 def gated_backward_reference(gate_up, grad, activation, down=None, gate=None, up=None, dropout=None, left_out=None):
@@ -248,7 +253,8 @@ def gated_backward_reference(gate_up, grad, activation, down=None, gate=None, up
     hidden = value.detach().to(gate_up.dtype).float() * mask
     down_a = down[0].float().t() @ hidden if down is not None else None
     products = (half.t() @ x.float() if x is not None else None for half, x in zip(halves, (gate, up), strict=True))
-    return result, ThinGrads(down_a, *products)
+    largest = None if left_out is None else result.float().abs().amax(-1)
+    return result, ThinGrads(down_a, *products, largest)
 
 
 @jit
@@ -417,6 +423,7 @@ def _gated_backward(
     DOWN_A,
     GATE_B,
     UP_B,
+    LARGEST,
     rows,
     F,
     down_rank,
@@ -505,6 +512,9 @@ def _gated_backward(
         d_up = (grad * value).to(kind)
         tl.store(RESULT + gate_at, d_gate, mask=inside)
         tl.store(RESULT + gate_at + F, d_up, mask=inside)
+        if LEFT_OUT:  # the largest of several is the same in whatever order they come
+            largest = tl.max(tl.maximum(tl.abs(d_gate.to(tl.float32)), tl.abs(d_up.to(tl.float32))), 0)
+            tl.atomic_max(LARGEST + flat, largest, mask=flat < rows, sem="relaxed")
         if RG > 0:
             gate_b = tl.dot(d_gate, gate_x, gate_b)
         if RU > 0:

@@ -63,15 +63,18 @@ def rms_norm_backward(
     inverse: torch.Tensor,
     plus_one: bool,
     residual: torch.Tensor | None,
-) -> torch.Tensor:
+    quantised: bool = False,
+) -> tuple[torch.Tensor, Fp8Rows | None]:
     """Return the gradient to x, (tokens, width) contiguous, with `residual` (the same shape) added where given.
 
     grad: gradient to the norm's output, (tokens, width), strided; it is overwritten by that output, computed anew.
+    `quantised`: return the gradient to x in fp8 as well.
     """
     if not runs_kernels(x):
-        return rms_norm_backward_reference(grad, x, weight, inverse, plus_one, residual)
+        return rms_norm_backward_reference(grad, x, weight, inverse, plus_one, residual, quantised)
     rows, width = x.shape
     result = torch.empty_like(x)
+    in_fp8 = empty_rows(rows, width, x.device) if quantised else None
     block = width_of(width)
     _rms_norm_backward[(rows,)](
         grad,
@@ -81,16 +84,19 @@ def rms_norm_backward(
         inverse,
         x if residual is None else residual,
         result,
+        in_fp8.values if quantised else result,
+        in_fp8.scales if quantised else result,
         width,
         plus_one,
         residual is not None,
+        quantised,
         block,
         num_warps=warps_for(block),
     )
-    return result
+    return result, in_fp8
 
 
-def rms_norm_backward_reference(grad, x, weight, inverse, plus_one, residual):
+def rms_norm_backward_reference(grad, x, weight, inverse, plus_one, residual, quantised=False):
     """As rms_norm_backward."""
     scaled = grad.float() * (weight.float() + plus_one)
     normed = x.float() * inverse[:, None]
@@ -98,7 +104,8 @@ def rms_norm_backward_reference(grad, x, weight, inverse, plus_one, residual):
     if residual is not None:
         result += residual.float()
     grad.copy_(_scaled(normed, weight, plus_one, x.dtype))
-    return result.to(x.dtype)
+    result = result.to(x.dtype)
+    return result, quantise_reference(result) if quantised else None
 
 
 @jit
@@ -131,10 +138,16 @@ def _rms_norm(
         y = normed.to(x.dtype).to(tl.float32) * w
     tl.store(OUT + row * out_stride + column, y, mask=inside)
     if QUANTISED:
-        y = y.to(x.dtype).to(tl.float32)
-        scale = fp8_scale(tl.max(tl.where(inside, tl.abs(y), 0.0), 0))
-        tl.store(SCALES + row, scale)
-        tl.store(VALUES + row * K + column, (y / scale).to(tl.float8e4nv), mask=inside)
+        _store_in_fp8(y.to(x.dtype), VALUES, SCALES, row, column, K)
+
+
+@jit
+def _store_in_fp8(y, VALUES, SCALES, row, column, K: tl.constexpr):
+    """Store a row, rounded as it is stored elsewhere."""
+    y = tl.where(column < K, y.to(tl.float32), 0.0)
+    scale = fp8_scale(tl.max(tl.abs(y), 0))
+    tl.store(SCALES + row, scale)
+    tl.store(VALUES + row * K + column, (y / scale).to(tl.float8e4nv), mask=column < K)
 
 
 @jit
@@ -146,9 +159,12 @@ def _rms_norm_backward(
     INVERSE,
     RESIDUAL,
     RESULT,
+    VALUES,
+    SCALES,
     K: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    QUANTISED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -169,3 +185,5 @@ def _rms_norm_backward(
         result += tl.load(RESIDUAL + row * K + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(RESULT + row * K + column, result, mask=inside)
     tl.store(GRAD + row * grad_stride + column, y, mask=inside)
+    if QUANTISED:
+        _store_in_fp8(result.to(x.dtype), VALUES, SCALES, row, column, K)
