@@ -111,6 +111,8 @@ def by_kernel(name: str) -> Callable:
     """Adder's way of that name, without what it leaves to the fallback."""
 
     def way(module, query, *tensors, **options):
+        if name == attention.FA2 and attention._flash_attn() is None:
+            raise ModuleNotFoundError("flash-attn isn't installed")
         problem = attention._beyond(name, query.shape[-1], options["softcap"], 0.0)
         if problem:
             raise NotImplementedError(problem)

@@ -234,6 +234,8 @@ def test_remembered_values_serve_what_they_were_made_of_alone():
     assert fp8.quantised(x) is not rows
     fp8.remember(x, rows)
     assert fp8.quantised(x[:2]) is not rows and fp8.quantised(x) is not rows
+    fp8.remember(x.clone(), rows)  # which is gone at once, and x may come to lie where it lay
+    assert fp8.quantised(x) is not rows
 
 
 def test_gradients_are_quantised_where_they_are_written(monkeypatch):

@@ -4,6 +4,7 @@ Random weights as large as those of these tiny models are the worst for fp8 that
 tolerances are set wider or narrower here than any such figure where a test needs the one outcome or the other.
 """
 
+import gc
 import html
 import math
 import random
@@ -281,6 +282,7 @@ def test_what_fp8_held_is_free_after_a_comparison_that_it_fails(tmp_path, packs,
     tolerate(monkeypatch, NARROW)
     held = {}
     for wanted in ("bf16", "auto"):
+        gc.collect()  # what earlier tests left behind
         before = torch.cuda.memory_allocated()
         model = nf4_on_gpu(tmp_path / wanted)
         choices = frozen_products.attach(model, "bfloat16", wanted, packs)

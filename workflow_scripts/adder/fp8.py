@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.utils.weak import TensorWeakRef
 
 from adder.triton_tools import Tile, jit, runs_kernels, tl, triton, width_of
 
@@ -22,7 +23,7 @@ STEP = 16
 # Up to this width a program holds a whole row and reads it once.
 WHOLE_ROW = 32768
 # Of quantise_and_multiply: a program's tile, into how many parts rows are split, and the widest b that it takes.
-KNOWN_TILE, KNOWN_SPLITS, WIDEST_RANK = Tile(64, 128, 4, 3), 4, 128
+KNOWN_TILE, KNOWN_SPLITS, WIDEST_RANK = Tile(64, 128, 4, 4), 4, 128
 
 
 @dataclass
@@ -111,26 +112,22 @@ def quantise_and_multiply(x: torch.Tensor, largest: torch.Tensor, b: torch.Tenso
     return found, sums.sum(0).to(x.dtype)
 
 
-class _Known:
-    """One matrix whose fp8 values are at hand."""
-
-    def __init__(self):
-        self.matrix = self.version = self.rows = None
-
-
-_known = _Known()
+# The matrix whose fp8 values are at hand (it isn't kept alive), its version, and these.
+_remembered: tuple[TensorWeakRef, int, Fp8Rows] | None = None
 
 
 def remember(x: torch.Tensor, rows: Fp8Rows) -> None:
     """Keep x's fp8 values for the next `quantised`: what writes a gradient has them cheaper than what reads it."""
-    _known.matrix, _known.version, _known.rows = x, x._version, rows
+    global _remembered
+    _remembered = TensorWeakRef(x), x._version, rows
 
 
 def quantised(x: torch.Tensor) -> Fp8Rows:
-    """As quantise; a contiguous x whose values were remembered last, and hasn't changed since, takes these."""
-    known, version, rows = _known.matrix, _known.version, _known.rows
-    _known.matrix = _known.version = _known.rows = None
-    # Held until here, so that its address can't have become another's; x may be a view of it.
+    """As quantise; a contiguous x whose values were remembered last, and that hasn't changed since, takes these."""
+    global _remembered
+    (reference, version, rows), _remembered = _remembered or (lambda: None, 0, None), None
+    known = reference()
+    # It lives, so its address is nobody else's; x may be a view of it.
     same = known is not None and (x.data_ptr(), x.shape, x._version) == (known.data_ptr(), known.shape, version)
     return rows if same and x.is_contiguous() else quantise(x)
 
