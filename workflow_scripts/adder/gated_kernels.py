@@ -20,7 +20,7 @@ WHOLE_ROW = 16384
 # Ranks that gated_rows can hold: a down layer's sums stay in registers.
 WIDEST_RANK = 64
 ROWS_TILE = Tile(16, 128, 4, 3)
-# The fastest of 48 settings on an H100, at rank 16.
+# Of 13 settings on an H100 good for all: with and without what is left out, with dropout, at ranks 16 and 64.
 BACKWARD_TILE, SHARES = Tile(32, 64, 4, 2), 16
 
 
