@@ -3,7 +3,8 @@
 Each is an autograd function over matrices of one row a token. The norms and the gated activation write straight into
 the matrices that the products read; the rotary embedding turns queries and keys in place, the residual is added by the
 product, and backward computes norms and activations anew instead of keeping them. After products in fp8 the pairs'
-share is added by whichever kernel reads the outputs next: for it alone a pass over them would cost too much.
+share is added by whichever kernel reads the outputs next, and gradients are written in fp8 by whichever computes them
+last: for either alone a pass over a matrix would cost too much.
 """
 
 from dataclasses import dataclass

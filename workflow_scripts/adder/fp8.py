@@ -23,7 +23,7 @@ STEP = 16
 # Up to this width a program holds a whole row and reads it once.
 WHOLE_ROW = 32768
 # Of quantise_and_multiply: a program's tile, into how many parts rows are split, and the widest b that it takes.
-KNOWN_TILE, KNOWN_SPLITS, WIDEST_RANK = Tile(64, 128, 4, 4), 4, 128
+MULTIPLY_TILE, SPLITS, WIDEST_B = Tile(64, 128, 4, 4), 4, 128
 
 
 @dataclass
@@ -80,16 +80,16 @@ def quantise_reference(x: torch.Tensor) -> Fp8Rows:
 
 
 def quantise_and_multiply(x: torch.Tensor, largest: torch.Tensor, b: torch.Tensor) -> tuple[Fp8Rows, torch.Tensor]:
-    """Quantise x, and return x · b, (rows, rank), as well, for one reading of x.
+    """Quantise x and return x · b, (rows, rank), as well, by reading x once.
 
     x: (rows, width), contiguous. largest: its rows' largest absolute numbers, fp32 (rows,). b: (width, rank), strided.
     """
     rank = b.shape[1]
-    if not 0 < rank <= WIDEST_RANK or not runs_kernels(x):
+    if not 0 < rank <= WIDEST_B or not runs_kernels(x):
         return quantise(x), torch.mm(x, b)
     rows, width = x.shape
     found = empty_rows(rows, width, x.device)
-    tile, splits = KNOWN_TILE, KNOWN_SPLITS
+    tile, splits = MULTIPLY_TILE, SPLITS
     sums = torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
     _quantise_and_multiply[(triton.cdiv(rows, tile.rows), splits)](
         x,

@@ -106,8 +106,9 @@ class Trainer(SFTTrainer):
         """Forward and backward of one pass; after the last of a step the processes' gradients become one.
 
         The parents' is not called: they walk through all modules to set them to training, which takes 7 ms with 32
-        layers, and the GPU has nothing to do then. Nor has it while batches are put together: the next step's are
-        read once this one's work is under way.
+        layers, and the GPU has nothing to do then. (What else they do is not asked for here; the loss has its share of
+        the step already.) Nor has it while batches are put together: the next step's are read once this one's work is
+        under way.
         """
         if not model.training:
             model.train()
