@@ -68,6 +68,7 @@ class Trainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         """As TRL's; however it ends, SIGTERM means again what it meant before."""
+        self.model.train()  # all of it: a loaded model's modules are not, though the adapter around them is
         try:
             return super().train(*args, **kwargs)
         finally:
