@@ -108,7 +108,7 @@ def train_arm(options, arm: str, settings: dict, work: Path, out: Path) -> list[
 
     if arm != "trl":
         inputs = {name: work / name for name in ("model", "tokenize", "lengths")}
-        train.run(settings, inputs, out, Progress.silent(), runtime={"checkpoints": 0})
+        train.run(settings, inputs, out, Progress.silent(), runtime={"checkpoints": 0, "gpus": 1})
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in log if "loss" in row]
     packs = PackedExamples(work / "tokenize/train.arrow", work / "lengths/packs.parquet", 0, False).seq_lengths
