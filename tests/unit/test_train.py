@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from adder import adapter, base_model, checkpoints, loss, train
+from adder import adapter, base_model, checkpoints, loss, train, trainer, training_data
 from adder.errors import UserError
 from adder.files import digest_file, read_json, read_jsonl
 from adder.progress import Progress
@@ -194,6 +194,33 @@ def test_the_same_settings_give_the_same_adapter(inputs, tmp_path):
     for name in ("one", "two"):
         run(inputs, tmp_path / name)
     assert adapter_digests(tmp_path / "one") == adapter_digests(tmp_path / "two")
+
+
+def test_reading_batches_ahead_changes_nothing(inputs, tmp_path, monkeypatch):
+    """With several passes a step, a shorter last one and packs that are filled anew each epoch."""
+    values = {"effective_batch_size": 9, "micro_batch_size": 1, "reshuffle": True, "epochs": 3}
+    ahead = run(inputs, tmp_path / "ahead", **values)
+    monkeypatch.setattr(training_data.ReadAhead, "read", lambda self, number: None)
+    assert run(inputs, tmp_path / "not", **values)["steps"] == ahead["steps"] > 3
+    assert adapter_digests(tmp_path / "ahead") == adapter_digests(tmp_path / "not")
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_the_whole_model_is_in_training_mode_while_it_trains(inputs, tmp_path, monkeypatch, method):
+    """Also after an evaluation, of which there are three; a model as it is loaded is not."""
+    modes, losses = [], trainer.labelled_losses
+
+    def watched(model, *args, **kwargs):
+        modes.append({module.training for module in model.modules()})
+        return losses(model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "labelled_losses", watched)
+    (tmp_path / "out").mkdir()
+    train.run(
+        settings(epochs=4, eval_times=3, samples=0) | {"method": method}, inputs, tmp_path / "out", Progress.silent()
+    )
+    by_third = [modes[start : start + 9] for start in (0, 9, 18)]
+    assert by_third == 3 * [8 * [{True}] + [{False}]]
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
