@@ -58,8 +58,13 @@ def test_defaults_are_those_that_the_readme_promises():
         ({"train": {"method": "qlorra"}}, ["train.method: should be 'qlora', 'lora' or 'full' (found 'qlorra')"]),
         (
             {"train": {"method": "full", "lora_r": 8}},
-            ["train: method: full trains every weight, so lora_r would"],
+            ["train: method: full trains every weight, so lora_r would have no effect; remove it"],
         ),
+        (
+            {"train": {"lora_r": 8}, "runs": {"a": {"train": {"method": "full", "lora_r": 4, "lora_dropout": 0}}}},
+            ["runs.a.train: method: full trains every weight, so lora_dropout, lora_r would have no effect"],
+        ),
+        ({"train": {"lr": 1e-3}}, ["train.lr: unknown setting; did you mean `learning_rate`?"]),
         ({"lengths": {"max_seq_length": "atuo"}}, ["lengths.max_seq_length: should be 'auto' or a valid integer"]),
         ({"data": {"heldout": {"share": 0.1, "size": 5}}}, ["data.heldout: only one of share, size and sources"]),
         (
@@ -146,6 +151,14 @@ def test_every_setting_knows_where_it_came_from():
     assert origins["train.epochs"] == (3.0, "config")
     assert origins["train.lora_r"] == (8, "run")
     assert origins["train.lora_alpha"] == (32.0, "default")
+
+
+def test_what_runs_share_of_lora_does_not_concern_a_full_training_among_them():
+    config = merged(BASE, {"train": {"lora_r": 8}, "runs": {"lora": {}, "full": {"train": {"method": "full"}}}})
+    runs = load(config)
+    assert (runs["lora"].train.lora_r, runs["full"].train.method) == (8, "full")
+    keys = {name: {row["key"] for row in resolved(run, config, name)} for name, run in runs.items()}
+    assert "train.lora_r" in keys["lora"] - keys["full"] and "train.epochs" in keys["full"]
 
 
 def test_schema_and_tables_are_those_of_the_model():

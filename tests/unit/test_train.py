@@ -1,5 +1,6 @@
 """Training: packed = unpacked, dequantised once = NF4, resumed = uninterrupted, and the traps of the libraries."""
 
+import errno
 import io
 import json
 import os
@@ -314,6 +315,16 @@ def test_progress_says_over_how_many_rows_the_loss_is_and_that_times_are_rough(i
     assert re.search(r"^train: step \d+/\d+, loss \S+, \S+ tokens/s, roughly 0:00 left$", shown, re.MULTILINE)
 
 
+def test_a_terminal_that_goes_away_does_not_end_a_training():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    progress = Progress("train", Gone())
+    progress.say("step 1")
+    progress.line("step 2", last=True)
+
+
 def test_qlora_says_once_that_experts_in_one_tensor_stay_unquantised(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -353,10 +364,10 @@ import json, os, signal, sys
 from pathlib import Path
 from adder import train
 from adder.progress import Progress
-at, settings, inputs, out, checkpoints = json.loads(sys.argv[1])
+at, name, settings, inputs, out, checkpoints = json.loads(sys.argv[1])
 def stop(self, *args, **kwargs):
     if self.state.global_step >= at:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), getattr(signal, name))
     return step(self, *args, **kwargs)
 step, train.Trainer.training_step = train.Trainer.training_step, stop
 Path(out).mkdir()
@@ -365,10 +376,10 @@ train.run(settings, inputs, Path(out), Progress.silent(), checkpoints=Path(check
 """
 
 
-def stopped_at(step: int, values: dict, inputs: dict, folder: Path) -> subprocess.CompletedProcess:
-    """Train in a process that sends itself SIGTERM when step `step` begins."""
+def stopped_at(step: int, signal: str, values: dict, inputs: dict, folder: Path) -> subprocess.CompletedProcess:
+    """Train in a process that sends itself a signal when step `step` begins."""
     paths = {name: str(path) for name, path in inputs.items()}
-    arguments = json.dumps([step, values, paths, str(folder / "out"), str(folder / "c")])
+    arguments = json.dumps([step, signal, values, paths, str(folder / "out"), str(folder / "c")])
     paths = [str(ROOT / "workflow_scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, "-c", STOPPED, arguments], env=environment, capture_output=True, text=True)
@@ -383,10 +394,11 @@ def test_a_run_killed_ten_times_at_any_moment_ends_with_the_same_adapter(tmp_pat
     assert re.search(r"^10 kills .*'step': \d.*every adapter the same", process.stdout, re.MULTILINE), process.stdout
 
 
-def test_told_to_stop_it_writes_a_checkpoint_that_the_next_start_continues(inputs, tmp_path):
+@pytest.mark.parametrize("signal", ["SIGTERM", "SIGHUP"])
+def test_told_to_stop_it_writes_a_checkpoint_that_the_next_start_continues(inputs, tmp_path, signal):
     values = settings(epochs=20, lora_dropout=0.1)
-    process = stopped_at(7, values, inputs, tmp_path)
-    assert process.returncode == 1 and "told to stop (SIGTERM) at step 8 of" in process.stderr
+    process = stopped_at(7, signal, values, inputs, tmp_path)
+    assert process.returncode == 1 and f"told to stop ({signal}) at step 8 of" in process.stderr
     assert checkpoints.newest_whole(tmp_path / "c").name == "checkpoint-8"
     for name, options in (("out", {"checkpoints": tmp_path / "c", "runtime": {"checkpoints": 3}}), ("whole", {})):
         (tmp_path / name).mkdir(exist_ok=True)

@@ -49,5 +49,8 @@ class Progress:
         return f"{self.name}: {text}" if self.name else text
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # the terminal is gone; what is shown there is not worth a training
+            pass

@@ -56,7 +56,7 @@ def figures(facts: dict) -> list[tuple[str, str, str]]:
         ("Steps", f"{train['steps']:,}", stopped + epochs(train)),
         ("Time", duration(took.get("seconds")), rate),
         ("Tokens", f"{tokens:,}" if tokens else "–", "an epoch"),
-        ("Loss", f"{number(train.get('first_loss'))} → {number(train.get('final_loss'))}", "first step and last ten"),
+        ("Loss", f"{number(train.get('first_loss'))} → {number(train.get('final_loss'))}", _losses_of(train["steps"])),
         ("Trained parameters", f"{train['trainable_parameters']:,}", f"{percent(share)} of the model"),
         (
             "Effective batch",
@@ -64,6 +64,11 @@ def figures(facts: dict) -> list[tuple[str, str, str]]:
             f"examples a step, asked: {batch.get('asked', '–')}",
         ),
     ]
+
+
+def _losses_of(steps: int) -> str:
+    """Which steps' losses train.json has as the first and the final one."""
+    return f"first step and mean of the last {min(10, steps)}" if steps > 1 else "the one step"
 
 
 def epochs(train: dict) -> str:

@@ -306,7 +306,10 @@ class Train(Section):
     def _lora_needs_lora(self) -> "Train":
         given = sorted(set(LORA_KEYS) & self.model_fields_set)
         if self.method == "full" and given:
-            raise ValueError(f"method: full trains every weight, so {', '.join(given)} would have no effect; remove it")
+            them = "them" if len(given) > 1 else "it"
+            raise ValueError(
+                f"method: full trains every weight, so {', '.join(given)} would have no effect; remove {them}"
+            )
         return self
 
 
@@ -476,12 +479,20 @@ def load(config: dict) -> dict[str, Settings]:
         if override and "runtime" in override:
             problems[f"runs.{name}.runtime: belongs to the machine, not to a run; move it to the top level"] = None
         try:
-            loaded[name] = Settings.model_validate(merged(base, override or {}))
+            loaded[name] = Settings.model_validate(_of_run(base, override or {}))
         except ValidationError as error:
             problems.update(dict.fromkeys(_sentences(error.errors(), base, override or {}, name)))
     if problems:
         raise UserError("the settings have mistakes; nothing was run\n" + "\n".join(f"  - {p}" for p in problems))
     return loaded
+
+
+def _of_run(base: dict, override: dict) -> dict:
+    """A run's settings. What the runs have in common of LoRA doesn't concern one that is a full training by itself."""
+    result, own = merged(base, override), override.get("train")
+    if isinstance(own, dict) and own.get("method") == "full" and isinstance(result["train"], dict):
+        result["train"] = {key: value for key, value in result["train"].items() if key in own or key not in LORA_KEYS}
+    return result
 
 
 def merged(base: dict, override: dict) -> dict:
@@ -494,10 +505,13 @@ def merged(base: dict, override: dict) -> dict:
 
 
 def resolved(settings: Settings, config: dict, run: str) -> list[dict]:
-    """List every setting of a run as {key, value, origin}, origin being "default", "config" or "run"."""
+    """List every setting that a run has use for as {key, value, origin}, origin being "default", "config" or "run"."""
     override = (config.get("runs") or {}).get(run) or {}
     rows = []
+    unused = {f"train.{key}" for key in LORA_KEYS} if settings.train.method == "full" else {}
     for key, value in _leaves(settings.model_dump(mode="json")):
+        if key in unused:
+            continue
         path = key.split(".")
         origin = "run" if _has(override, path) else "config" if _has(config, path) else "default"
         rows.append({"key": key, "value": value, "origin": origin})
@@ -544,7 +558,9 @@ def _sentence(path: list, errors: list[dict], base: dict, override: dict, run: s
     if error["type"] == "extra_forbidden":
         section = _section(path[:-1])
         names = sorted(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5) or _elsewhere(path[-1])
+        written = str(path[-1])
+        near = [name for name in names if "".join(word[0] for word in name.split("_")) == written]  # lr
+        near += difflib.get_close_matches(written, names, n=1, cutoff=0.5) or _elsewhere(written)
         hint = f"did you mean `{near[0]}`?" if near else f"allowed here: {', '.join(names)}"
         return f"{where}: unknown setting; {hint}"
     if error["type"] == "missing":

@@ -67,7 +67,7 @@ class Trainer(SFTTrainer):
         self.idle = 0.0  # seconds since the last log that were not spent on training steps
 
     def train(self, *args, **kwargs):
-        """As TRL's; however it ends, SIGTERM means again what it meant before."""
+        """As TRL's; however it ends, signals mean again what they meant before."""
         self.model.train()  # all of it: a loaded model's modules are not, though the adapter around them is
         try:
             return super().train(*args, **kwargs)
@@ -279,41 +279,42 @@ class Judge(TrainerCallback):
 
 
 class StopWhenTold(TrainerCallback):
-    """On SIGTERM, which Slurm sends before a time limit: finish the step, write a checkpoint, end.
+    """On SIGTERM, which Slurm sends before a time limit, or a terminal's end: finish the step, write a checkpoint, end.
 
     The next start continues from it.
     """
 
     def __init__(self):
-        self.told = False
-        self.before = None
+        self.told: int | None = None  # the signal's number
+        self.before = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Listen, where this thread may."""
+        """Listen, where this thread may; not to what is to be ignored, as under nohup."""
         if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._hear)
+            numbers = (n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN)
+            self.before = {number: signal.signal(number, self._hear) for number in numbers}
 
     def _hear(self, number, frame):
-        self.told = True
+        self.told = number
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask the trainer for a checkpoint and to stop, in every process at the same step."""
-        self.told = bool(ranks.largest(self.told))
+        self.told = int(ranks.largest(self.told or 0)) or None
         if self.told and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def release(self) -> None:
-        """Leave the signal as it was."""
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
-            self.before = None
+        """Leave the signals as they were."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
 
     def on_train_end(self, args, state, control, **kwargs):
         """Tell why there is no adapter."""
         if self.told and state.global_step < state.max_steps:
             raise UserError(
-                f"told to stop (SIGTERM) at step {state.global_step} of {state.max_steps}; a checkpoint is written, "
-                "and the next start continues from it"
+                f"told to stop ({signal.Signals(self.told).name}) at step {state.global_step} of {state.max_steps}; a "
+                "checkpoint is written, and the next start continues from it"
             )
 
 
