@@ -365,6 +365,7 @@ from pathlib import Path
 from adder import train
 from adder.progress import Progress
 at, name, settings, inputs, out, checkpoints = json.loads(sys.argv[1])
+signal.signal(getattr(signal, name), signal.SIG_DFL)  # under nohup a closed terminal is ignored
 def stop(self, *args, **kwargs):
     if self.state.global_step >= at:
         os.kill(os.getpid(), getattr(signal, name))
