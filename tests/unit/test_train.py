@@ -316,13 +316,17 @@ def test_progress_says_over_how_many_rows_the_loss_is_and_that_times_are_rough(i
 
 
 def test_a_terminal_that_goes_away_does_not_end_a_training():
+    lost = []
+
     class Gone(io.StringIO):
         def write(self, text):
+            lost.append(text)
             raise OSError(errno.EIO, "Input/output error")
 
     progress = Progress("train", Gone())
     progress.say("step 1")
     progress.line("step 2", last=True)
+    assert lost == ["train: step 1\n", "train: step 2\n"]
 
 
 def test_qlora_says_once_that_experts_in_one_tensor_stay_unquantised(tmp_path):
