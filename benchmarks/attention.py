@@ -35,7 +35,7 @@ from torch.nn.attention import flex_attention as flex
 from train_speed import version
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from adder import attention
+from adder.kernels import packed_attention
 
 SHAPES = {
     "llama": {"heads": 32, "groups": 8, "size": 128, "window": None, "cap": None},
@@ -100,23 +100,23 @@ def static_flex(query, key, value, **options):
 
 def by_static_flex(module, *tensors, **options):
     """FlexAttention compiled for this length alone."""
-    usual, attention._compiled_flex = attention._compiled_flex, lambda: static_flex
+    usual, packed_attention._compiled_flex = packed_attention._compiled_flex, lambda: static_flex
     try:
-        return attention.FUNCTIONS[attention.FLEX](module, *tensors, **options)
+        return packed_attention.FUNCTIONS[packed_attention.FLEX](module, *tensors, **options)
     finally:
-        attention._compiled_flex = usual
+        packed_attention._compiled_flex = usual
 
 
 def by_kernel(name: str) -> Callable:
     """Adder's way of that name, without what it leaves to the fallback."""
 
     def way(module, query, *tensors, **options):
-        if name == attention.FA2 and attention._flash_attn() is None:
+        if name == packed_attention.FA2 and packed_attention._flash_attn() is None:
             raise ModuleNotFoundError("flash-attn isn't installed")
-        problem = attention._beyond(name, query.shape[-1], options["softcap"], 0.0)
+        problem = packed_attention._beyond(name, query.shape[-1], options["softcap"], 0.0)
         if problem:
             raise NotImplementedError(problem)
-        return attention.FUNCTIONS[name](module, query, *tensors, **options)
+        return packed_attention.FUNCTIONS[name](module, query, *tensors, **options)
 
     return way
 
@@ -139,11 +139,11 @@ def by_dense_mask(module, query, key, value, mask, *, softcap, sliding_window, *
 
 
 WAYS: dict[str, Callable] = {
-    "per_example": attention.segment_attention,
-    "triton": by_kernel(attention.TRITON),
-    "torch_varlen": by_kernel(attention.VARLEN),
-    "flash_attn": by_kernel(attention.FA2),
-    "flex": by_kernel(attention.FLEX),
+    "per_example": packed_attention.segment_attention,
+    "triton": by_kernel(packed_attention.TRITON),
+    "torch_varlen": by_kernel(packed_attention.VARLEN),
+    "flash_attn": by_kernel(packed_attention.FA2),
+    "flex": by_kernel(packed_attention.FLEX),
     "flex_static": by_static_flex,
     "dense_mask": by_dense_mask,
     "cudnn": by_cudnn,
@@ -201,7 +201,7 @@ def measure_case(shape: dict, workload: str, micro_batch: int, dtype: str, deadl
         return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
 
     doubled = [x.detach().float().requires_grad_() for x in leaves]
-    exact = results(attention.segment_attention, None, doubled, gradient.float())
+    exact = results(packed_attention.segment_attention, None, doubled, gradient.float())
     makers = {name: functools.partial(make, ends, tokens, shape["window"]) for name, make in MASKS.items()}
     masks = {name: round(median_seconds(make), 6) for name, make in makers.items()}
     case = {"workload": workload, "micro_batch": micro_batch, "dtype": dtype, "tokens": tokens}
@@ -231,7 +231,7 @@ def measure_case(shape: dict, workload: str, micro_batch: int, dtype: str, deadl
     return case
 
 
-MASKS = {"blocks": attention.block_mask, "dense": dense}
+MASKS = {"blocks": packed_attention.block_mask, "dense": dense}
 
 
 def main() -> None:

@@ -96,11 +96,12 @@ def trl_map(work: Path, rows: Path, count: int) -> float:
 
 def adder(work: Path, rows: Path, count: int, checked: bool = False, download: bool = False) -> float:
     """Seconds from rows to packs through the stages themselves; with `download` also from the file to rows."""
-    from adder import download as downloads
-    from adder import format as formatting
-    from adder import lengths, tokenize
-    from adder.progress import Progress
-    from adder.settings import Data, Format, Heldout, Lengths, Tokenize
+    from adder.core.progress import Progress
+    from adder.data import fetch as downloads
+    from adder.formatting import run as formatting
+    from adder.packing import run as lengths
+    from adder.tokenization import run as tokenize
+    from adder.workflow.settings import Data, Format, Heldout, Lengths, Tokenize
 
     progress = Progress.silent()
     folders = {name: work / name for name in ("data", "format", "tokenize", "lengths")}
@@ -184,8 +185,9 @@ def memory_of(pid: int) -> int:
 
 def compare(options) -> dict:
     """Run all arms; the figures as data.json has them."""
-    from adder import download, hardware
-    from adder.progress import Progress
+    from adder.core import hardware
+    from adder.core.progress import Progress
+    from adder.data import fetch as download
 
     scratch = Path(tempfile.mkdtemp(dir=options.scratch))
     model = scratch / "model"

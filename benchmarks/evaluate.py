@@ -39,10 +39,11 @@ SETTINGS = {"max_samples": None, "max_new_tokens": "auto", "batch_size": "auto"}
 
 def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
     """The folders of the stages before `evaluate`, made by the stages themselves."""
-    from adder import download, tokenize
-    from adder import format as formatting
-    from adder.progress import Progress
-    from adder.settings import Data, Format, Tokenize
+    from adder.core.progress import Progress
+    from adder.data import fetch as download
+    from adder.formatting import run as formatting
+    from adder.tokenization import run as tokenize
+    from adder.workflow.settings import Data, Format, Tokenize
 
     progress = Progress.silent()
     folders = {name: work / name for name in ("model", "data", "format", "tokenize")}
@@ -68,7 +69,7 @@ def by_lm_eval(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from adder import scoring
+    from adder.evaluation import metrics
 
     table = Dataset.from_list(
         [{"question": row["prompt"][-1]["content"], "reference": row["reference"]} for row in rows]
@@ -83,7 +84,7 @@ def by_lm_eval(
         "doc_to_target": "reference",
         "generation_kwargs": options | ({"max_gen_toks": limit} if limit else {}),
         "process_results": lambda doc, found: {
-            "exact_match": scoring.score("json", doc["reference"], found[0])["exact_match"]
+            "exact_match": metrics.score("json", doc["reference"], found[0])["exact_match"]
         },
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
@@ -106,8 +107,9 @@ def by_lm_eval(
 
 def by_adder(folder: Path, rows: list[dict], details: dict, tokenizer, dtype: str, device: str, guess: bool):
     """Seconds and replies of the evaluate stage's own functions; with `guess` the losses are among its work."""
-    from adder import decoding, evaluate, replies
-    from adder.progress import Progress
+    from adder.core.progress import Progress
+    from adder.evaluation import generation, speculative_decoding
+    from adder.evaluation import run as evaluate
 
     model, progress = evaluate.load_model(folder, dtype, device), Progress.silent()
     start = time.perf_counter()
@@ -117,10 +119,10 @@ def by_adder(folder: Path, rows: list[dict], details: dict, tokenizer, dtype: st
         )
         return time.perf_counter() - start, [written[row["id"]]["reply"] for row in rows]
     plan = evaluate.plan_replies(model, tokenizer, rows, details, SETTINGS, progress)
-    plan.requests[:] = [decoding.Request(row["prompt_ids"], len(row["prompt_ids"])) for row in rows]
+    plan.requests[:] = [speculative_decoding.Request(row["prompt_ids"], len(row["prompt_ids"])) for row in rows]
     generator = evaluate.make_generator(model, tokenizer, plan, "hf", progress)
     documents = [{"prompt": row["prompt_text"], "reference": row["reference"]} for row in rows]
-    found = replies.generate(
+    found = generation.generate(
         generator,
         documents,
         plan.limit.value,
@@ -134,8 +136,9 @@ def compare(folder: Path, inputs: dict[str, Path], count: int, dtype: str, devic
     """All arms on one model."""
     from transformers import AutoTokenizer
 
-    from adder import evaluate, scoring
-    from adder.files import read_json
+    from adder.core.files import read_json
+    from adder.evaluation import metrics
+    from adder.evaluation import run as evaluate
 
     details = read_json(inputs["tokenize"] / "tokenize.json")
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
@@ -156,7 +159,7 @@ def compare(folder: Path, inputs: dict[str, Path], count: int, dtype: str, devic
         seconds, texts = run()
         first = first or texts
         right = [
-            scoring.score("json", row["reference"], text)["exact_match"] for row, text in zip(rows, texts, strict=True)
+            metrics.score("json", row["reference"], text)["exact_match"] for row, text in zip(rows, texts, strict=True)
         ]
         results.append(
             {
@@ -184,7 +187,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evaluate.json")
     options = parser.parse_args()
-    from adder import hardware
+    from adder.core import hardware
 
     device = hardware.device()
     hardware.use_threads()

@@ -147,9 +147,9 @@ def peft(base: Path, adapter: Path, target: Path) -> None:
 
 
 def adder(base: Path, adapter: Path, target: Path, checked: bool = False) -> None:
-    from adder.changes import read_adapter
-    from adder.progress import Progress
-    from adder.streaming import check_weights, merge_weights
+    from adder.core.progress import Progress
+    from adder.merging.streamed_merge import check_weights, merge_weights
+    from adder.merging.weight_deltas import read_adapter
 
     changes = read_adapter(adapter)
     merge_weights(base, changes, target, Progress.silent())
@@ -179,7 +179,7 @@ def import_all() -> None:
     from peft import PeftModel  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    from adder import hardware, streaming  # noqa: F401
+    from adder.core import hardware
 
     hardware.use_threads()
 
@@ -215,8 +215,8 @@ def measure(arm: str, shape: str, work: Path) -> dict:
 
 def compare(options) -> dict:
     """Run all arms on all shapes; the figures as merge.json has them."""
-    from adder import hardware
-    from adder.shards import shard_files, total_bytes, total_numbers
+    from adder.core import hardware
+    from adder.core.safetensors_layout import shard_files, total_bytes, total_numbers
 
     arms, shapes, ratios = [], {}, {}
     for name in options.shapes:

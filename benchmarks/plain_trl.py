@@ -36,10 +36,12 @@ def ticket_sources(train_rows: int) -> dict:
 
 def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt: str | None = None) -> dict:
     """Run download, format, tokenize and lengths into folders of `work`; return lengths.json. `model`: its source."""
-    from adder import download, lengths, tokenize
-    from adder import format as formatting
-    from adder.progress import Progress
-    from adder.settings import Data, Format, Lengths, Model, Tokenize
+    from adder.core.progress import Progress
+    from adder.data import fetch as download
+    from adder.formatting import run as formatting
+    from adder.packing import run as lengths
+    from adder.tokenization import run as tokenize
+    from adder.workflow.settings import Data, Format, Lengths, Model, Tokenize
 
     progress = Progress.silent()
     folders = {name: work / name for name in STAGES}
@@ -93,7 +95,7 @@ def train_with_trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from adder.tokens import TokenTable
+    from adder.tokenization.token_table import TokenTable
 
     set_seed(settings["seed"])
     full, compute = settings["method"] == "full", getattr(torch, dtype)

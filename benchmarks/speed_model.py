@@ -70,7 +70,7 @@ def lengths_of(workload: str, tokens: int, seed: int = 0) -> np.ndarray:
 
 def full_packs(workload: str, count: int) -> list[list[int]]:
     """`count` packs, each a list of example lengths, at least 97 % full where the workload allows it."""
-    from adder.packing import best_fit_decreasing
+    from adder.packing.best_fit_decreasing import best_fit_decreasing
 
     lengths = lengths_of(workload, int(1.3 * count * LENGTH))
     packs = [[int(n) for n in lengths[pack]] for pack in best_fit_decreasing(lengths, LENGTH)]

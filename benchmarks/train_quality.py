@@ -68,10 +68,10 @@ def write_prepared(options) -> None:
 
 def load_prepared(options, work: Path) -> None:
     """Lay the prepared stages and the model out as the stages themselves would have."""
-    from adder import model_source
-    from adder.files import write_json
-    from adder.progress import Progress
-    from adder.settings import Model
+    from adder.core.files import write_json
+    from adder.core.progress import Progress
+    from adder.data import model_source
+    from adder.workflow.settings import Model
 
     with tarfile.open(options.prepared) as tar:
         tar.extractall(work, filter="data")
@@ -83,7 +83,7 @@ def load_prepared(options, work: Path) -> None:
 
 def train_settings(options, arm: str, rate: float, seed: int) -> dict:
     """The train stage's settings for one run."""
-    from adder.settings import Train
+    from adder.workflow.settings import Train
 
     values = {
         "method": options.method,
@@ -102,9 +102,11 @@ def train_settings(options, arm: str, rate: float, seed: int) -> dict:
 
 def train_arm(options, arm: str, settings: dict, work: Path, out: Path) -> list[float]:
     """Train by one arm into `out`; the loss of each step."""
-    from adder import batching, hardware, train
-    from adder.progress import Progress
-    from adder.training_data import PackedExamples
+    from adder.core import hardware, precision
+    from adder.core.progress import Progress
+    from adder.training import batching
+    from adder.training import run as train
+    from adder.training.packed_dataset import PackedExamples
 
     if arm != "trl":
         inputs = {name: work / name for name in ("model", "tokenize", "lengths")}
@@ -114,7 +116,7 @@ def train_arm(options, arm: str, settings: dict, work: Path, out: Path) -> list[
     packs = PackedExamples(work / "tokenize/train.arrow", work / "lengths/packs.parquet", 0, False).seq_lengths
     per_step, _ = batching.packs_per_step(options.effective_batch, packs)
     length = json.loads((work / "lengths/lengths.json").read_text())["max_seq_length"]["value"]
-    dtype = hardware.compute_dtype(hardware.device()).value
+    dtype = precision.compute_dtype(hardware.device()).value
     log = train_with_trl(
         work,
         out,
@@ -135,23 +137,23 @@ def trained_model(method: str, work: Path, out: Path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from adder import hardware
+    from adder.core import hardware
 
     device = hardware.device()
     folder = out / "model" if method == "full" else work / "model" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if method != "full":
         model = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload()
-    return model.to(device, getattr(torch, hardware.compute_dtype(device).value)).eval()
+    return model.to(device, getattr(torch, precision.compute_dtype(device).value)).eval()
 
 
 def judge(model, tokenizer, work: Path, batch: int) -> dict:
     """Held-out loss, and a greedy reply to every held-out request with its scores."""
     import torch
 
-    from adder import scoring
-    from adder.loss import labelled_losses
-    from adder.tokens import TokenTable
+    from adder.evaluation import metrics
+    from adder.kernels.labelled_loss import labelled_losses
+    from adder.tokenization.token_table import TokenTable
 
     table = TokenTable(work / "tokenize" / "heldout.arrow")
     stop = json.loads((work / "tokenize" / "tokenize.json").read_text())["end_of_turn"]["id"]
@@ -187,9 +189,9 @@ def judge(model, tokenizer, work: Path, batch: int) -> dict:
             replies = tokenizer.batch_decode(written, skip_special_tokens=True)
             references = tokenizer.batch_decode([reply for _, reply, _, _ in chosen], skip_special_tokens=True)
             for reference, reply in zip(references, replies, strict=True):
-                expected, found = scoring.parse_object(reference), scoring.parse_object(reply)
+                expected, found = metrics.parse_object(reference), metrics.parse_object(reply)
                 intent = found is not None and found.get("name") == expected["name"]
-                exact = scoring.score("json", reference, reply)["exact_match"]
+                exact = metrics.score("json", reference, reply)["exact_match"]
                 rows.append({"exact_match": exact, "intent": int(intent), "reply": reply, "reference": reference})
             ids = padded([ids for _, _, ids, _ in chosen], stop, left=False)
             mask = padded([np.ones(len(ids)) for _, _, ids, _ in chosen], 0, left=False).long()
@@ -208,8 +210,8 @@ def one_run(options, arm: str, rate: float, seed: int, work: Path, scratch: Path
     """Train and judge; the run's figures and its replies."""
     from transformers import AutoTokenizer
 
-    from adder import statistics
-    from adder.training_data import PackedExamples
+    from adder.core import intervals
+    from adder.training.packed_dataset import PackedExamples
 
     out = scratch / f"{arm}-{rate}-{seed}"
     out.mkdir()
@@ -233,7 +235,7 @@ def one_run(options, arm: str, rate: float, seed: int, work: Path, scratch: Path
         "first_loss": round(losses[0], 4),
         "final_loss": round(float(np.mean(losses[-LAST:])), 4),
         "heldout_loss": round(found["loss"], 5),
-        "exact_match": statistics.proportion(right),
+        "exact_match": intervals.proportion(right),
         "intent": round(float(np.mean([row["intent"] for row in found["rows"]])), 5),
         "curve": pieces(losses),
         "right": "".join(map(str, right)),
@@ -277,7 +279,7 @@ def compare(options) -> dict:
     """Make every run that the result doesn't hold yet, seed by seed, so that a run cut off has all arms of some."""
     import torch  # noqa: F401 - which names the GPU
 
-    from adder import hardware
+    from adder.core import hardware
 
     asked = {name: getattr(options, name) for name in ("method", "epochs", "lora_r", "effective_batch")} | options.train
     result = json.loads(options.out.read_text()) if options.out.exists() else {}

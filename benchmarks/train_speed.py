@@ -149,7 +149,8 @@ def build(arm: str, shape: dict, layers: int):
     from peft import get_peft_model
     from transformers import LlamaConfig
 
-    from adder import attention, folded_lora
+    from adder.kernels import packed_attention
+    from adder.kernels.fused_lora import attach
 
     by_hand, by_axolotl = arm == "transformers_peft_liger_varlen", arm == "axolotl_kernels"
     if by_hand or by_axolotl:
@@ -159,8 +160,8 @@ def build(arm: str, shape: dict, layers: int):
             rope=True, swiglu=by_hand, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False
         )
     kernel = OTHER_ATTENTION.get(arm)
-    if kernel is None or kernel == attention.VARLEN and speed_model.device() == "cpu":
-        kernel = attention.choose(LlamaConfig(**shape), "bfloat16", speed_model.device()).value
+    if kernel is None or kernel == packed_attention.VARLEN and speed_model.device() == "cpu":
+        kernel = packed_attention.choose(LlamaConfig(**shape), "bfloat16", speed_model.device()).value
     model = speed_model.base_model(shape, layers, kernel)
     if arm == "adder_trl_head":
         from trl.trainer.utils import add_fused_lm_head
@@ -174,7 +175,7 @@ def build(arm: str, shape: dict, layers: int):
         patch_by_axolotl(model)
     if arm.startswith("adder"):
         hold = arm not in {"adder_workspace", "adder_24gb"}
-        print(folded_lora.attach(model, hold, "fp8" if arm == "adder_fp8" else "bf16"), flush=True)
+        print(attach.attach(model, hold, "fp8" if arm == "adder_fp8" else "bf16"), flush=True)
     return model.train()
 
 
@@ -221,7 +222,7 @@ def loss_function(model, arm: str):
 
     def by_adder(batch: dict) -> torch.Tensor:
         """The package's own."""
-        from adder.head_loss import frozen_head_losses
+        from adder.kernels.lm_head_loss import frozen_head_losses
 
         hidden, target = hidden_and_target(batch)
         return frozen_head_losses(hidden, bare.lm_head.weight, None, target).mean()
@@ -431,10 +432,10 @@ def measure_stage(arm: str, options, report) -> None:
     import pyarrow as pa
     import speed_model
 
-    from adder import train
-    from adder.files import read_json, write_json, write_table
-    from adder.progress import Progress
-    from adder.settings import Train
+    from adder.core.files import read_json, write_json, write_table
+    from adder.core.progress import Progress
+    from adder.training import run as train
+    from adder.workflow.settings import Train
     from tiny import write_tokens
 
     ((micro, _),) = ARMS[arm]

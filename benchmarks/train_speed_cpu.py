@@ -33,7 +33,7 @@ LAST = 10  # steps whose mean is the final loss
 
 def settings() -> dict:
     """The train stage's settings in both arms."""
-    from adder.settings import Train
+    from adder.workflow.settings import Train
 
     values = {"epochs": 1, "learning_rate": 5e-4, "effective_batch_size": EFFECTIVE_BATCH, "lora_dropout": 0.0}
     return Train(**values, eval_samples=0, samples=0).model_dump(mode="json") | {"reshuffle": False}
@@ -43,9 +43,11 @@ def run_arm(arm: str, work: Path) -> dict:
     """The child process: train by one arm; seconds of the steps, losses, peak memory."""
     import resource
 
-    from adder import batching, hardware, train
-    from adder.progress import Progress
-    from adder.training_data import PackedExamples
+    from adder.core import hardware, precision
+    from adder.core.progress import Progress
+    from adder.training import batching
+    from adder.training import run as train
+    from adder.training.packed_dataset import PackedExamples
 
     hardware.use_threads()
     Clock.watch()
@@ -63,7 +65,7 @@ def run_arm(arm: str, work: Path) -> dict:
         dtype = plan["compute_dtype"]["value"]
     else:
         length = json.loads((work / "lengths/lengths.json").read_text())["max_seq_length"]["value"]
-        dtype = hardware.compute_dtype("cpu").value
+        dtype = precision.compute_dtype("cpu").value
         options = {"gradient_checkpointing": False} if arm == "trl_no_checkpointing" else {}
         log = train_with_trl(work, out, settings(), per_step, length, dtype, **options)
     losses = [float(row["loss"]) for row in log if "loss" in row]
@@ -84,7 +86,7 @@ def run_arm(arm: str, work: Path) -> dict:
 
 def compare(options) -> dict:
     """Run every arm; the JSON is written after each."""
-    from adder import hardware
+    from adder.core import hardware
 
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         work = Path(folder)

@@ -10,12 +10,12 @@ from snakemake.exceptions import WorkflowError
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from adder import config_file
-from adder import lock as adder_lock
-from adder import plan as adder_plan
-from adder import settings as adder_settings
-from adder.closure import closure
-from adder.errors import UserError
+from adder.core.errors import UserError
+from adder.workflow import config_file
+from adder.workflow import lock as adder_lock
+from adder.workflow import settings as adder_settings
+from adder.workflow import stage_graph as adder_plan
+from adder.workflow.code_digest import closure
 
 DEFAULT_CONFIG = "config/config.yaml"
 

@@ -5,7 +5,7 @@ localrules:
 rule compare_runs:
     input:
         [f"{RESULTS}/{stages['report'].folder}/stage.json" for stages in RUNS.values()],
-        code=code_of("compare"),
+        code=code_of("adder.report.comparison.page"),
     output:
         page=report(
             f"{RESULTS}/compare.html",

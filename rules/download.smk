@@ -8,7 +8,7 @@ localrules:
 
 rule download_model:
     input:
-        code=code_of("download"),
+        code=code_of("adder.data.fetch"),
     output:
         record=record_of("model"),
     log:
@@ -31,7 +31,7 @@ rule download_model:
 
 rule download_data:
     input:
-        code=code_of("download"),
+        code=code_of("adder.data.fetch"),
     output:
         record=record_of("data"),
     log:

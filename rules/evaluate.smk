@@ -4,7 +4,7 @@
 rule evaluate_model:
     input:
         unpack(parents("evaluate")),
-        code=code_of("evaluate"),
+        code=code_of("adder.evaluation.run"),
     output:
         record=record_of("evaluate"),
     log:
@@ -28,7 +28,7 @@ rule evaluate_model:
 rule evaluate_task:
     input:
         unpack(parents("task")),
-        code=code_of("tasks"),
+        code=code_of("adder.evaluation.tasks.run"),
     output:
         record=record_of("task"),
     log:
@@ -57,7 +57,7 @@ localrules:
 rule judge_replies:
     input:
         unpack(parents("judge")),
-        code=code_of("judge"),
+        code=code_of("adder.evaluation.judge"),
     output:
         record=record_of("judge"),
     log:

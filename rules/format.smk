@@ -1,7 +1,7 @@
 rule format_data:
     input:
         unpack(parents("format")),
-        code=code_of("format"),
+        code=code_of("adder.formatting.run"),
     output:
         record=record_of("format"),
     log:

@@ -1,7 +1,7 @@
 rule write_gguf:
     input:
         unpack(parents("gguf")),
-        code=code_of("gguf_file"),
+        code=code_of("adder.export.gguf"),
     output:
         record=record_of("gguf"),
     log:

@@ -1,7 +1,7 @@
 rule choose_lengths:
     input:
         unpack(parents("lengths")),
-        code=code_of("lengths"),
+        code=code_of("adder.packing.run"),
     output:
         record=record_of("lengths"),
     log:

@@ -1,7 +1,7 @@
 rule merge_adapter:
     input:
         unpack(parents("merge")),
-        code=code_of("merge"),
+        code=code_of("adder.merging.run"),
     output:
         record=record_of("merge"),
     log:

@@ -10,7 +10,7 @@ localrules:
 rule write_report:
     input:
         unpack(parents("report")),
-        code=code_of("report"),
+        code=code_of("adder.report.run"),
     output:
         record=record_of("report"),
     log:

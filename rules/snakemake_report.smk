@@ -1,5 +1,5 @@
 # What `snakemake --report` shows: the pages with what their captions say, and each run's main figures beside its report.
-from adder.files import read_json
+from adder.core.files import read_json
 
 
 report: "captions/workflow.rst"

@@ -1,7 +1,7 @@
 rule tokenize_data:
     input:
         unpack(parents("tokenize")),
-        code=code_of("tokenize"),
+        code=code_of("adder.tokenization.run"),
     output:
         record=record_of("tokenize"),
     log:

@@ -1,7 +1,7 @@
 rule train_adapter:
     input:
         unpack(parents("train")),
-        code=code_of("train"),
+        code=code_of("adder.training.run"),
     output:
         record=record_of("train"),
     log:

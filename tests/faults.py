@@ -28,7 +28,7 @@ STEPS = 24
 
 def settings(**changes) -> dict:
     """Training settings under which every source of chance is on: dropout, shuffled packs, several epochs."""
-    from adder.settings import Train
+    from adder.workflow.settings import Train
 
     values = {
         "epochs": 4,
@@ -57,8 +57,8 @@ def announce(phase: str, function, channel):
 
 def train_once(inputs: dict, out: Path, checkpoints: Path, channel=None) -> None:
     """One start of the training stage's function, in this process."""
-    from adder import train
-    from adder.progress import Progress
+    from adder.core.progress import Progress
+    from adder.training import run as train
 
     if channel is not None:
         owner = train.Trainer
@@ -105,7 +105,7 @@ def kill_within(process, channel, phase: str, occurrence: int, chance: random.Ra
 
 def outcome(folder: Path) -> dict:
     """Digest of each file of the adapter, the sampled replies, and the curves but for the speed."""
-    from adder.files import digest_file, read_jsonl
+    from adder.core.files import digest_file, read_jsonl
 
     adapter = {path.name: digest_file(path) for path in sorted((folder / "out" / "adapter").iterdir())}
     rows = list(read_jsonl(folder / "out" / "metrics.jsonl"))
@@ -142,7 +142,6 @@ def live(inputs: dict, folder: Path, kills: int, chance: random.Random, done: Co
 
 def run(kills: int, folder: Path, seed: int = 0, say=lambda text: None) -> Counter:
     """Make at least `kills` kills over several lives; return how many fell into each phase. Raises AssertionError."""
-    import adder.train  # noqa: F401 - before any fork
     from tiny import save_tiny_model, write_training_inputs
 
     chance = random.Random(seed)

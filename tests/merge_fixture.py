@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adder import merge, proof, reload
-from adder.files import write_json, write_table
-from adder.progress import Progress
+from adder.core.files import write_json, write_table
+from adder.core.progress import Progress
+from adder.merging import fresh_process_reply, verification
+from adder.merging import run as merge
 from tiny import write_tokens
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -23,9 +24,11 @@ def reply_in_this_process(monkeypatch):
     """What a fresh process would reply, without the seconds that one takes to start."""
 
     def reply(model, prompt):
-        return reload.greedy_reply(str(model), "float32", "cpu", prompt, proof.REPLY_TOKENS), "float32"
+        return fresh_process_reply.greedy_reply(
+            str(model), "float32", "cpu", prompt, verification.REPLY_TOKENS
+        ), "float32"
 
-    monkeypatch.setattr(proof, "reply_of_fresh_process", reply)
+    monkeypatch.setattr(verification, "reply_of_fresh_process", reply)
 
 
 def make_inputs(folder, base, adapter=None, groups=None, **lora):

@@ -89,7 +89,7 @@ def write_training_inputs(folder: Path, model_dir: Path, packs: int = 12) -> dic
 
     import pyarrow as pa
 
-    from adder.files import write_json, write_table
+    from adder.core.files import write_json, write_table
 
     inputs = {name: folder / name for name in ("model", "tokenize", "lengths", "format")}
     for path in inputs.values():
@@ -117,7 +117,7 @@ def write_tokens(path: Path, rows: list[dict]) -> None:
     """Write a token table from {id, input_ids, labels[, digest]} rows; the counts are made here."""
     import pyarrow as pa
 
-    from adder.tokens import SCHEMA
+    from adder.tokenization.token_table import SCHEMA
 
     full = [
         {
@@ -138,7 +138,7 @@ def write_conversations(path: Path, rows: list[dict]) -> None:
 
     import pyarrow as pa
 
-    from adder.files import write_table
+    from adder.core.files import write_table
 
     table = {
         "id": [row["id"] for row in rows],

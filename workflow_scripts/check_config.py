@@ -5,8 +5,8 @@ Usage: python workflow_scripts/check_config.py [CONFIG.yaml ...]
 
 import sys
 
-from adder import config_file
-from adder.errors import UserError
+from adder.core.errors import UserError
+from adder.workflow import config_file
 
 try:
     for name in sys.argv[1:]:

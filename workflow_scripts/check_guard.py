@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from adder import guard
-from adder.files import read_json, write_json
+from adder.core.files import read_json, write_json
+from adder.report import regression_guard
 
 metrics = Path(snakemake.input[0])
-found = guard.check(read_json(metrics)["tasks"])
+found = regression_guard.check(read_json(metrics)["tasks"])
 Path(snakemake.log[0]).write_text(f"{found['sentence']}\n", encoding="utf-8")
 if not found["passed"]:
     report = metrics.with_name("report.html")

@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "lengths", module="lengths")
+run(snakemake, "lengths", module="adder.packing.run")

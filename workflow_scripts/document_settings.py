@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adder.settings_docs import filled, schema
+from adder.workflow.settings_docs import filled, schema
 
 config = Path(__file__).resolve().parents[1] / "config"
 (config / "schema.json").write_text(schema())

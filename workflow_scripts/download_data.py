@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "data", module="download", function="run_data")
+run(snakemake, "data", module="adder.data.fetch", function="run_data")

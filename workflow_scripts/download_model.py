@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "model", module="download", function="run_model")
+run(snakemake, "model", module="adder.data.fetch", function="run_model")

@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "evaluate", module="evaluate")
+run(snakemake, "evaluate", module="adder.evaluation.run")

@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "task", module="tasks")
+run(snakemake, "task", module="adder.evaluation.tasks.run")

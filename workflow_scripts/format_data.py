@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "format", module="format")
+run(snakemake, "format", module="adder.formatting.run")

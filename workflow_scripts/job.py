@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from adder import stage
+from adder.workflow import stage_runner as stage
 
 
 def run(snakemake, name: str, module: str, function: str = "run") -> None:

@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "judge", module="judge")
+run(snakemake, "judge", module="adder.evaluation.judge")

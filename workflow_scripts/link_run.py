@@ -6,8 +6,8 @@ People edit and mail small files, and Snakemake sets the time stamp of its outpu
 import shutil
 from pathlib import Path
 
-from adder.files import link_or_copy
-from adder.stage import link_tree
+from adder.core.files import link_or_copy
+from adder.workflow.stage_runner import link_tree
 
 target = Path(snakemake.output.model).parents[1]
 stages = {name: Path(record).parent for name, record in snakemake.input.items()}

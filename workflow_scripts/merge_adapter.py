@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "merge", module="merge")
+run(snakemake, "merge", module="adder.merging.run")

@@ -9,20 +9,20 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from adder import config_file, lock, plan, prune, settings
-from adder.errors import UserError
+from adder.core.errors import UserError
+from adder.workflow import config_file, lock, prune, settings, stage_graph
 
 
-def needed_stages(files: list[str]) -> tuple[Path, dict[str, plan.Stage]]:
+def needed_stages(files: list[str]) -> tuple[Path, dict[str, stage_graph.Stage]]:
     """Return the results directory and every stage, by folder, that the configurations need."""
     needed, results = {}, set()
     for file in files:
         config = config_file.read(file)
         for run, loaded in settings.load(config).items():
             results.add(loaded.runtime.results)
-            digests = plan.Digests(Path(loaded.runtime.results) / "cache" / "digests.json")
+            digests = stage_graph.Digests(Path(loaded.runtime.results) / "cache" / "digests.json")
             rows = settings.resolved(loaded, config, run)
-            for stage in plan.stages_of_run(run, loaded, rows, Path.cwd(), digests).values():
+            for stage in stage_graph.stages_of_run(run, loaded, rows, Path.cwd(), digests).values():
                 needed |= stage.family()
     if len(results) != 1:
         raise UserError(f"the configurations write to different directories: {', '.join(sorted(results))}")
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
         remove_unneeded(results, needed, files, ask="--yes" not in arguments)
 
 
-def remove_unneeded(results: Path, needed: dict[str, plan.Stage], files: list[str], ask: bool) -> None:
+def remove_unneeded(results: Path, needed: dict[str, stage_graph.Stage], files: list[str], ask: bool) -> None:
     folders = prune.unneeded(results, needed)
     if not folders:
         print(f"Nothing to prune: every stage in {results}/ is needed by {', '.join(files)}.")

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from adder.errors import UserError
-from adder.files import read_json, write_json
-from adder.hub_push import push
-from adder.progress import Progress
+from adder.core.errors import UserError
+from adder.core.files import read_json, write_json
+from adder.core.progress import Progress
+from adder.export.hub_push import push
 
 folder = Path(snakemake.input[0]).parent
 verdict = read_json(folder.parent / "metrics.json")["verdict"]["sentence"]

@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "tokenize", module="tokenize")
+run(snakemake, "tokenize", module="adder.tokenization.run")

@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "train", module="train")
+run(snakemake, "train", module="adder.training.run")

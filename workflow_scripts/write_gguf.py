@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "gguf", module="gguf_file")
+run(snakemake, "gguf", module="adder.export.gguf")

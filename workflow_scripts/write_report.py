@@ -2,4 +2,4 @@
 
 from job import run
 
-run(snakemake, "report", module="report")
+run(snakemake, "report", module="adder.report.run")

@@ -96,10 +96,10 @@ def test_a_row_added(untouched):
 
 
 CODE = {
-    "report code": ("report.py", "lengths"),
-    "packing code": ("packing.py", None),
-    "training code": ("train.py", None),
-    "formatting code": ("format.py", None),
+    "report code": ("report/run.py", "lengths"),
+    "packing code": ("packing/best_fit_decreasing.py", None),
+    "training code": ("training/run.py", None),
+    "formatting code": ("formatting/run.py", None),
 }
 
 
@@ -112,7 +112,7 @@ def test_edited_code(untouched, name):
 
 def test_a_comment_in_the_formatting_code_restores_everything_below(untouched):
     """Early cut-off: the jobs are scheduled, and each finds its finished result."""
-    path = untouched.folder / "workflow_scripts" / "adder" / "format.py"
+    path = untouched.folder / "workflow_scripts" / "adder" / "formatting" / "run.py"
     path.write_text(path.read_text() + "\n# a comment\n")
     start = time.monotonic()
     below = {"format", "tokenize", "lengths", "train", "merge", "evaluate", "report"}
@@ -123,7 +123,7 @@ def test_a_comment_in_the_formatting_code_restores_everything_below(untouched):
 
 def test_code_that_changes_no_output_stops_there(untouched):
     """The formatting code does something else and writes the same: it runs, and all below is restored."""
-    path = untouched.folder / "workflow_scripts" / "adder" / "format.py"
+    path = untouched.folder / "workflow_scripts" / "adder" / "formatting" / "run.py"
     path.write_text(path.read_text() + "\n\nUNUSED = 1\n")
     found = untouched.run()
     below = ("tokenize", "lengths", "train", "merge", "evaluate", "report")

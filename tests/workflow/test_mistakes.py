@@ -4,7 +4,7 @@ import pytest
 import yaml
 from project import Project, write_rows
 
-from adder.settings import merged
+from adder.workflow.settings import merged
 
 GOOD = {"model": {"source": "model"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
 

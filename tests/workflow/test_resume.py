@@ -11,9 +11,9 @@ import pytest
 import yaml
 from project import Project
 
-from adder import lock
-from adder.files import digest_file, read_json
-from adder.settings import merged
+from adder.core.files import digest_file, read_json
+from adder.workflow import lock
+from adder.workflow.settings import merged
 
 LONG = {"train": {"epochs": 60, "learning_rate": 2e-3}}
 

@@ -1,0 +1,89 @@
+"""A copy of the workflow to try changes on, with a tiny model, and what Snakemake makes of each change."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from adder.workflow.settings import merged
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a job is called in the table of docs/caching.md, by Snakemake's rule.
+STAGES = {
+    "download_model": "model",
+    "download_data": "data",
+    "format_data": "format",
+    "tokenize_data": "tokenize",
+    "choose_lengths": "lengths",
+    "train_adapter": "train",
+    "merge_adapter": "merge",
+    "evaluate_model": "evaluate",
+    "evaluate_task": "task",
+    "judge_replies": "judge",
+    "write_report": "report",
+    "write_gguf": "gguf",
+}
+
+
+class Project:
+    """The workflow in a folder of its own; `config` is written to config/config.yaml before each command."""
+
+    def __init__(self, folder: Path, config: dict):
+        self.folder, self.config = folder, config
+        for name in ("Snakefile", "rules", "workflow_scripts", "profiles", "envs"):
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy2
+            options = {"ignore": shutil.ignore_patterns("__pycache__")} if source.is_dir() else {}
+            copy(source, folder / name, **options)
+        (folder / "config").mkdir()
+
+    def configure(self, config: dict | None = None) -> Path:
+        """Write the configuration, laid over by `config`; return its file."""
+        path = self.folder / "config" / "config.yaml"
+        path.write_text(yaml.safe_dump(merged(self.config, config or {})))
+        return path
+
+    def python(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+        """Run Python in the project's folder; both of its outputs are in `stdout`."""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.run([sys.executable, *arguments], cwd=self.folder, timeout=600, **streams, **options)
+
+    def snakemake(self, *arguments: str, config: dict | None = None) -> str:
+        """Run snakemake on the configuration, laid over by `config`; return its output. It must succeed."""
+        self.configure(config)
+        done = self.python("-m", "snakemake", *arguments, "--cores", "1")
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def run(self, *targets: str, config: dict | None = None) -> dict[str, str]:
+        """Run the workflow; return {stage: "ran" or "restored"} for the stages that had a job."""
+        found = {}
+        for line in self.snakemake(*(targets or ("merged_model",)), config=config).splitlines():
+            match = re.match(r"(\w+): (done in|restored from)", line)
+            if match:
+                found[match[1]] = "ran" if match[2] == "done in" else "restored"
+        return found
+
+    def planned(self, config: dict | None = None, *targets: str) -> dict[str, int]:
+        """Dry-run the workflow; return how many jobs each stage has."""
+        shown = self.snakemake(*(targets or ("merged_model",)), "-n", config=config)
+        rows = re.findall(r"^(\w+) +(\d+)$", shown, flags=re.MULTILINE)
+        return {STAGES[name]: int(count) for name, count in rows if name in STAGES}
+
+    def result(self, page: str, run: str = "default"):
+        """Read a JSON page of a run's results."""
+        return json.loads((self.folder / "results" / run / page).read_text())
+
+
+def write_rows(path: Path, count: int, start: int = 0) -> None:
+    """Question-answer rows whose answers are short JSON objects."""
+    items = ("kettle", "lamp", "desk", "chair", "phone")
+    with path.open("a") as file:
+        for i in range(start, start + count):
+            item = items[i % len(items)]
+            row = {"prompt": f"My {item} number {i} broke.", "completion": json.dumps({"item": item, "number": i})}
+            file.write(json.dumps(row) + "\n")

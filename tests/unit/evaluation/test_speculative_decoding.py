@@ -1,0 +1,241 @@
+"""The decoding loop against transformers' generate, one prompt at a time, in fp32: the same tokens, fewer passes."""
+
+import pytest
+import torch
+import transformers
+
+from adder.evaluation import heldout_loss, speculative_decoding
+from adder.evaluation.kv_cache_slots import Slots
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+}
+FAMILIES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "Phi3": {},
+    "Olmo2": {},
+    "GPTNeoX": {},
+}
+STOPS = list(range(3, 96, 9))  # so many that a random model meets one now and then
+
+
+def make(family: str, **more):
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(**SIZES, **{**FAMILIES.get(family, {}), **more})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for parameter in model.parameters():  # large enough that the likeliest token is far ahead of the second
+        parameter.data *= 3 if parameter.dim() > 1 else 1
+    return model
+
+
+def prompts(count=9, shared=4):
+    random = torch.Generator().manual_seed(0)
+    lengths = [shared + 1 + (7 * number) % 20 for number in range(count)]
+    start = [11, 12, 13, 14, 15, 16, 17][:shared]
+    return [start + torch.randint(6, 96, (n - shared,), generator=random).tolist() for n in lengths]
+
+
+def by_transformers(model, prompt, limit):
+    """New tokens through the ending one."""
+    config = transformers.GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=STOPS, pad_token_id=0)
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[0, len(prompt) :].tolist()
+
+
+def guess_of(kind, reply, number):
+    """A guess at a reply: none, all of it, all but its end, more than it, wrong from a place on, or any of them."""
+    kinds = {
+        "none": [],
+        "right": reply,
+        "short": reply[:-2],
+        "long": [*reply, 7, 8],
+        "wrong": [*reply[: number % 4], 90, *reply[number % 4 :]],
+    }
+    return kinds[kind] if kind != "mixed" else kinds[list(kinds)[number % 5]]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("guess", ["none", "mixed"])
+def test_replies_of_every_family_are_those_of_generate(family, guess):
+    model = make(family)
+    assert speculative_decoding.supports(model)
+    asked = prompts()
+    expected = [by_transformers(model, prompt, 12) for prompt in asked]
+    guesses = [guess_of(guess, reply, number) for number, reply in enumerate(expected)]
+    requests = [
+        speculative_decoding.Request(prompt + more, len(prompt)) for prompt, more in zip(asked, guesses, strict=True)
+    ]
+    found = speculative_decoding.reply(model, requests, STOPS, 12, 4, lambda _: None)
+    assert [reply.ids for reply in found] == expected
+    assert [reply.ended for reply in found] == [reply[-1] in STOPS for reply in expected]
+    assert len({len(reply) for reply in expected}) > 1 or family not in ("Llama", "Qwen2")  # not all cut at the limit
+
+
+@pytest.mark.parametrize("guess", ["none", "right", "short", "long", "wrong"])
+@pytest.mark.parametrize("slots", [1, 3, 50])
+@pytest.mark.parametrize("shared", [0, 7])
+def test_neither_slots_nor_guesses_nor_a_common_beginning_change_a_reply(monkeypatch, guess, slots, shared):
+    monkeypatch.setattr(speculative_decoding, "PREFILL_TOKENS", 60)  # several passes over prompts
+    model = make("Llama")
+    asked = prompts(7, shared)
+    expected = [by_transformers(model, prompt, 9) for prompt in asked]
+    requests = [
+        speculative_decoding.Request(prompt + guess_of(guess, reply, number), len(prompt))
+        for number, (prompt, reply) in enumerate(zip(asked, expected, strict=True))
+    ]
+    assert speculative_decoding.common_prefix(requests) == shared
+    found = speculative_decoding.reply(model, requests, STOPS, 9, slots, lambda _: None)
+    assert [reply.ids for reply in found] == expected
+
+
+def test_losses_come_with_the_replies():
+    model = make("Qwen3")
+    requests = []
+    for number, prompt in enumerate(prompts(5, 6)):
+        ids = prompt + [20 + number, 30, 3, 40]  # the last one is unlabelled, as a line's end behind the end of turn
+        labels = [-100] * len(prompt) + ids[len(prompt) : -1] + [-100]
+        labels[9] = ids[9]  # an earlier reply's token, inside the prompt
+        requests.append(speculative_decoding.Request(ids, len(prompt), labels))
+    found = speculative_decoding.reply(model, requests, STOPS, 2, 2, lambda _: None)
+    for request, reply in zip(requests, found, strict=True):
+        with torch.no_grad():
+            expected = heldout_loss.whole_head_losses(model, request.ids, request.labels)
+        # fp32 sums in another order, padded or not: 1e-5 of losses of about 5
+        assert torch.allclose(reply.losses, expected, atol=5e-5) and len(expected) in (3, 4)
+
+
+def test_a_common_beginning_keeps_off_labels_and_last_prompt_tokens():
+    ids = [7, 8, 9, 10, 11]
+    assert (
+        speculative_decoding.common_prefix([speculative_decoding.Request(ids, 5), speculative_decoding.Request(ids, 5)])
+        == 4
+    )
+    assert (
+        speculative_decoding.common_prefix(
+            [speculative_decoding.Request(ids, 5), speculative_decoding.Request([7, 8, 12, 13], 4)]
+        )
+        == 2
+    )
+    assert (
+        speculative_decoding.common_prefix([speculative_decoding.Request(ids, 1), speculative_decoding.Request(ids, 5)])
+        == 0
+    )
+    labelled = speculative_decoding.Request(ids, 5, [-100, -100, -100, 10, -100])
+    assert (
+        speculative_decoding.common_prefix([speculative_decoding.Request(ids, 5), labelled]) == 2
+    )  # place 2 predicts the label at 3
+    assert speculative_decoding.common_prefix([speculative_decoding.Request(ids, 5, [-100, 8, 9, -100, -100])]) == 0
+
+
+def test_prompts_read_in_one_pass_are_bounded_by_their_own_tokens_and_by_memory():
+    assert speculative_decoding.rows_at_once(64, 0) == 64 and speculative_decoding.rows_at_once(64, 32) == 128
+    assert speculative_decoding.rows_at_once(3050, 3000) == 10  # 30,500 keys and values, not 4,096 // 50 times 3,050
+    assert speculative_decoding.rows_at_once(9000, 0) == 1
+
+
+class Counted:
+    """Passes over a model's backbone, as the shapes of their ids."""
+
+    def __init__(self, model):
+        self.shapes = []
+        model.base_model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module, args, options):
+        self.shapes.append(tuple(options["input_ids"].shape))
+
+
+def test_a_reply_that_equals_its_guess_takes_no_further_pass():
+    model = make("Llama")
+    asked = prompts(6, 5)
+    requests = [
+        speculative_decoding.Request(prompt + by_transformers(model, prompt, 9), len(prompt)) for prompt in asked
+    ]
+    passes = Counted(model)
+    speculative_decoding.reply(model, requests, STOPS, 9, 8, lambda _: None)
+    assert len(passes.shapes) == 2 and passes.shapes[0] == (1, 5)  # the common beginning, then all of the rest
+
+
+def test_nothing_is_computed_for_a_reply_that_has_ended():
+    model = make("Llama")
+    asked = prompts(8, 0)
+    lengths = [len(by_transformers(model, prompt, 20)) for prompt in asked]
+    assert len(set(lengths)) > 2
+    passes = Counted(model)
+    speculative_decoding.reply(
+        model, [speculative_decoding.Request(prompt, len(prompt)) for prompt in asked], STOPS, 20, 3, lambda _: None
+    )
+    steps = [shape for shape in passes.shapes if shape[1] == 1]
+    assert sum(rows for rows, _ in steps) == sum(lengths) - len(lengths)  # the prompt's pass gives each its first token
+    assert max(rows for rows, _ in steps) == 3
+
+
+def test_progress_sees_every_state():
+    model = make("Llama")
+    seen = []
+    requests = [speculative_decoding.Request(prompt, len(prompt)) for prompt in prompts(3)]
+    speculative_decoding.reply(
+        model, requests, STOPS, 4, 2, lambda found: seen.append(sum(len(reply.ids) for reply in found))
+    )
+    assert seen[0] == 0 and seen == sorted(seen) and seen[-1] > 3
+
+
+def test_what_needs_more_than_keys_and_values_by_position_is_left_to_transformers():
+    assert speculative_decoding.supports(make("Llama"))
+    assert speculative_decoding.supports(make("Mistral", sliding_window=None))
+    assert not speculative_decoding.supports(make("Mistral", sliding_window=16))
+    assert not speculative_decoding.supports(make("Cohere"))
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not speculative_decoding.supports(make("Llama", rope_parameters=dynamic))
+    more = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1}
+    gemma = transformers.Gemma2Config(**{**SIZES, "head_dim": 8})
+    assert not speculative_decoding.supports(transformers.AutoModelForCausalLM.from_config(gemma))
+    for config in (
+        transformers.MambaConfig(**more),
+        transformers.BloomConfig(**more, n_head=2),
+        transformers.GPT2Config(),
+    ):
+        config.n_layer = 1
+        assert not speculative_decoding.supports(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_freed_slots_are_closed_up_and_keep_their_contents():
+    model = make("Llama")
+    cache = Slots(model, 4, 6)
+    source = transformers.DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model.base_model(input_ids=torch.arange(8, 20).view(4, 3), past_key_values=source)
+    cache.add([10, 11, 12, 13], [3, 2, 3, 1], [0, 1, 2, 3], source)
+    cache.keep([False, True, False, True])
+    assert (cache.rows, cache.lengths) == ([13, 11], [1, 2])
+    for layer, read in zip(cache.layers, source.layers, strict=True):
+        assert torch.equal(layer.keys[:2, :, :3], read.keys[[3, 1]])
+        assert torch.equal(layer.values[:2, :, :3], read.values[[3, 1]])
+    cache.keep([False, False])
+    assert cache.rows == cache.lengths == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guess", ["none", "mixed"])
+def test_replies_on_a_gpu_are_those_of_generate(guess):
+    model = make("Llama")
+    asked = prompts(40, 7)
+    expected = [by_transformers(model, prompt, 30) for prompt in asked]  # on the CPU
+    guesses = [guess_of(guess, reply, number) for number, reply in enumerate(expected)]
+    requests = [
+        speculative_decoding.Request(prompt + more, len(prompt)) for prompt, more in zip(asked, guesses, strict=True)
+    ]
+    found = speculative_decoding.reply(model.cuda(), requests, STOPS, 30, 16, lambda _: None)
+    assert [reply.ids for reply in found] == expected

@@ -1,0 +1,403 @@
+"""Rows to conversations: every row format as people write it, and a reason for each row that can't be used."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from adder.core.errors import UserError
+from adder.formatting.messages import Rejected, read_messages, why_not_json
+from adder.formatting.row_formats import FORMATS, Reading, reading_of, recognise, to_conversation, to_prompt
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def reply(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def call(name, arguments, **identity):
+    return {"type": "function", **identity, "function": {"name": name, "arguments": arguments}}
+
+
+def result(text, **more):
+    return {"role": "tool", "content": text, **more}
+
+
+def read(row, row_format="auto", columns=None, system_prompt=None):
+    """One row, read as a source of its own would be."""
+    asked = {"row_format": row_format, "columns": columns or {}}
+    reading = reading_of("rows", asked, Counter({tuple(row): 1}))
+    return to_conversation(row, reading, system_prompt)
+
+
+def messages_of(row, *args, **kwargs):
+    return read(row, *args, **kwargs)["messages"]
+
+
+WEATHER = {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}}
+WEATHER_TOOL = {"type": "function", "function": WEATHER}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "messages"),
+    [
+        ("messages", {"messages": [system("s"), user("q"), reply("a")]}, [system("s"), user("q"), reply("a")]),
+        ("messages", {"messages": [user("q"), reply("a")], "system": "s"}, [system("s"), user("q"), reply("a")]),
+        ("messages", {"messages": [system(""), user("q"), reply("a")]}, [user("q"), reply("a")]),
+        ("messages", {"messages": json.dumps([user("q"), reply("a")])}, [user("q"), reply("a")]),
+        (
+            "messages",
+            {"messages": [{"role": "developer", "content": "s"}, {"role": " User", "content": "q"}, reply("a")]},
+            [system("s"), user("q"), reply("a")],
+        ),
+        ("messages", {"messages": [reply("hi"), user("q"), user("r"), reply("a"), reply("b")]}, None),
+        (
+            "messages",
+            {"messages": [user("q"), {**reply("a"), "tool_calls": None, "weight": 1, "train": True, "name": None}]},
+            [user("q"), reply("a")],
+        ),
+        (
+            "messages",
+            {"messages": [user([{"type": "text", "text": "Look "}, {"type": "text", "text": "here"}]), reply("a")]},
+            [user("Look here"), reply("a")],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            [system("s"), user("q"), reply("a")],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "q"}, reply("a")]},
+            [user("q"), reply("a")],
+        ),
+        ("alpaca", {"instruction": "Add.", "input": "1 1", "output": "2"}, [user("Add.\n\n1 1"), reply("2")]),
+        ("alpaca", {"instruction": "Add.", "input": "", "output": "2"}, [user("Add."), reply("2")]),
+        ("alpaca", {"instruction": "", "input": "Add.", "output": "2"}, [user("Add."), reply("2")]),
+        (
+            "alpaca",
+            {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"},
+            [system("s"), user("a"), reply("b"), user("c"), reply("d")],
+        ),
+        ("prompt_completion", {"prompt": "q", "completion": " a\n"}, [user("q"), reply(" a\n")]),
+        ("prompt_completion", {"prompt": [user("q")], "completion": [reply("a")]}, [user("q"), reply("a")]),
+        ("prompt_completion", {"prompt": [system("s"), user("q")], "completion": "a"}, None),
+        ("question_answer", {"question": "q", "answer": "a", "id": 7}, [user("q"), reply("a")]),
+        (
+            "question_answer",
+            {"question": "q", "answer": "a", "reasoning_content": "r"},
+            [user("q"), reply("a", reasoning_content="r")],
+        ),
+    ],
+)
+def test_row_formats(name, row, messages):
+    assert recognise(row) == name
+    expected = messages or row.get("messages") or [*row["prompt"], reply(row["completion"])]
+    assert read(row) == {"messages": expected}
+
+
+def test_plain_text_is_recognised_unless_a_label_stands_beside_it():
+    assert read({"text": " once\n", "source": "web"}) == {"text": " once\n"}
+    with pytest.raises(Rejected, match="unknown row format.*row_format: text"):
+        read({"text": "good film", "label": 1})
+    assert read({"text": "good film", "label": 1}, "text") == {"text": "good film"}
+
+
+# Tools
+
+
+@pytest.mark.parametrize(
+    "tools", [[WEATHER_TOOL], [WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER_TOOL)], WEATHER]
+)
+@pytest.mark.parametrize("arguments", [{"city": "Graz"}, '{"city": "Graz"}'])
+def test_openai_tool_calls_and_results(tools, arguments):
+    asked = [
+        user("q"),
+        {"role": "assistant", "content": None, "tool_calls": [call("weather", arguments, id="c1")]},
+        result("rain", tool_call_id="c1", name="weather"),
+        reply("a"),
+    ]
+    expected = [
+        user("q"),
+        reply("", tool_calls=[call("weather", {"city": "Graz"}, id="c1")]),
+        result("rain", tool_call_id="c1", name="weather"),
+        reply("a"),
+    ]
+    assert read({"messages": asked, "tools": tools}) == {"messages": expected, "tools": [WEATHER_TOOL]}
+
+
+@pytest.mark.parametrize("tools", [None, "", "[]", [], "null"])
+def test_no_tools_are_no_tools(tools):
+    assert read({"messages": [user("q"), reply("a")], "tools": tools}) == {"messages": [user("q"), reply("a")]}
+
+
+def test_the_legacy_function_call_is_a_tool_call():
+    asked = [
+        user("q"),
+        {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}},
+        {"role": "function", "name": "weather", "content": "rain"},
+        reply("a"),
+    ]
+    expected = [user("q"), reply("", tool_calls=[call("weather", {})]), result("rain", name="weather"), reply("a")]
+    assert read({"messages": asked, "functions": [WEATHER]}) == {"messages": expected, "tools": [WEATHER_TOOL]}
+
+
+@pytest.mark.parametrize("tool_role", ["observation", "tool", "function_response"])
+@pytest.mark.parametrize("several", [False, True])
+def test_sharegpt_tool_roles(tool_role, several):
+    """LLaMA-Factory writes a call as JSON in the value of `function_call`, several as a list."""
+    one = {"name": "weather", "arguments": {"city": "Graz"}}
+    row = {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": json.dumps([one, one] if several else one)},
+            {"from": tool_role, "value": "rain"},
+            {"from": tool_role, "value": "sun"},
+            {"from": "gpt", "value": "a"},
+        ],
+        "tools": json.dumps([WEATHER]),
+    }
+    calls = [call("weather", {"city": "Graz"})] * (2 if several else 1)
+    messages = [user("q"), reply("", tool_calls=calls), result("rain"), result("sun"), reply("a")]
+    assert read(row) == {"messages": messages, "tools": [WEATHER_TOOL]}
+
+
+def test_a_conversation_may_end_with_a_tool_call_and_say_something_with_it():
+    messages = [user("q"), reply("Let me see.", tool_calls=[call("weather", {})])]
+    assert messages_of({"messages": messages}) == messages
+    bare = [user("q"), {"role": "assistant", "tool_calls": [call("weather", {})]}]
+    assert messages_of({"messages": bare}) == [user("q"), reply("", tool_calls=[call("weather", {})])]
+
+
+# Reasoning and marks
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_the_answer(key):
+    row = {"messages": [user("q"), {**reply("a"), key: "because"}]}
+    assert messages_of(row) == [user("q"), reply("a", reasoning_content="because")]
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"masked": True}]
+)
+def test_marks_of_replies_that_are_not_to_be_trained_on(mark):
+    row = {"messages": [user("q"), {**reply("a"), **mark}, user("r"), {**reply("b"), "weight": 1}]}
+    assert messages_of(row) == [user("q"), reply("a", train=False), user("r"), reply("b")]
+
+
+# Preference data
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [user("q")], "chosen": [reply("a")], "rejected": [reply("b")]},
+        {"chosen": [user("q"), reply("a")], "rejected": [user("q"), reply("b")]},
+        {"prompt": "q", "chosen": [user("q"), reply("a")], "rejected": [user("q"), reply("b")]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    ],
+)
+def test_preference_data_trains_on_chosen_when_asked(row):
+    assert recognise(row) == "preference"
+    assert messages_of(row, "preference") == [user("q"), reply("a")]
+    with pytest.raises(Rejected, match="row_format: preference"):
+        read(row)
+
+
+# The names of columns
+
+
+def test_columns_are_mapped_by_name():
+    row = {"problem": "q", "solution": "a", "thought": "r", "answer": "not this"}
+    columns = {"question": "problem", "answer": "solution", "reasoning_content": "thought"}
+    assert messages_of(row, columns=columns) == [user("q"), reply("a", reasoning_content="r")]
+    assert messages_of({"dialogue": [user("q"), reply("a")]}, columns={"messages": "dialogue"}) == [
+        user("q"),
+        reply("a"),
+    ]
+    swapped = {"prompt": "completion", "completion": "prompt"}
+    assert messages_of({"prompt": "a", "completion": "q"}, columns=swapped) == [user("q"), reply("a")]
+
+
+def test_columns_that_are_nowhere_are_refused():
+    with pytest.raises(UserError, match=r"rows: .*columns: \{question: problm\}.*no row has.*problem, solution"):
+        read({"problem": "q", "solution": "a"}, columns={"question": "problm"})
+    with pytest.raises(UserError, match=r"maps 'query', but the row format question_answer has only answer, functions"):
+        read({"question": "q", "answer": "a", "x": "y"}, columns={"query": "x"})
+    with pytest.raises(UserError, match=r"maps 'query', but the row formats have only answer, chosen"):
+        read({"x": "y"}, columns={"query": "x"})
+
+
+def test_a_source_is_what_most_of_its_rows_are():
+    votes = Counter({("answer", "question"): 3, ("completion", "prompt"): 2, ("x",): 90})
+    assert reading_of("rows", {}, votes).row_format == "question_answer"
+    assert reading_of("rows", {}, Counter({("x",): 1})).row_format is None
+    assert reading_of("rows", {"row_format": "text"}, votes).row_format == "text"
+
+
+def test_the_columns_a_format_reads_go_by_their_actual_names():
+    reading = Reading("question_answer", {"question": "problem"}, False)
+    assert {"problem", "answer"} <= reading.own_columns() and "question" not in reading.own_columns()
+
+
+def test_system_prompt_is_added_only_where_there_is_none():
+    assert messages_of({"question": "q", "answer": "a"}, system_prompt="s") == [system("s"), user("q"), reply("a")]
+    own = {"messages": [system("own"), user("q"), reply("a")]}
+    assert messages_of(own, system_prompt="s")[0] == system("own")
+    assert read({"text": "t"}, system_prompt="s") == {"text": "t"}
+
+
+# What a test set asks
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "choices": ["x", "y"], "answer": 1},
+        {"question": "q"},
+        {"instruction": "q", "target": "x"},
+        {"prompt": [user("q")]},
+        {"messages": [user("q")]},
+    ],
+)
+def test_rows_of_a_test_set_need_no_reply(row):
+    reading = reading_of("test", {}, Counter({tuple(row): 1}))
+    assert to_prompt(row, reading) == {"messages": [user("q"), reply("")]}
+
+
+def test_rows_of_a_test_set_without_a_prompt_are_rejected():
+    with pytest.raises(Rejected, match="unknown row format"):
+        to_prompt({"x": "y"}, reading_of("test", {}, Counter({("x",): 1})))
+
+
+# Reasons
+
+CALLING = {"role": "assistant", "content": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "detail"),
+    [
+        ({"messages": []}, "messages is empty", ""),
+        ({"messages": [system("")]}, "messages is empty", ""),
+        ({"messages": "hello"}, "messages is not a list", "text"),
+        ({"messages": [user("q"), "a"]}, "a message is not an object", "message 2"),
+        ({"messages": [user("q")]}, "no assistant turn", "user"),
+        ({"messages": [system("s")]}, "no assistant turn", "system"),
+        ({"messages": [user("q"), reply("a"), user("q")]}, "the last message is not the assistant's", ""),
+        ({"messages": [user("q"), system("s"), reply("a")]}, "a system message that is not the first", ""),
+        ({"messages": [user("q"), {"role": "critic", "content": "3"}, reply("a")]}, "unknown role", "'critic'"),
+        ({"messages": [user("q"), {"content": "a"}]}, "unknown role", "nothing"),
+        ({"messages": [user("q"), {"role": ["user"], "content": "a"}]}, "unknown role", "a list"),
+        ({"messages": [user("q"), reply(None)]}, "content is not text", "nothing"),
+        ({"messages": [user("q"), reply(" \n")]}, "content is empty", "assistant message 2"),
+        ({"messages": [user([]), reply("a")]}, "content is empty", "user message 1"),
+        ({"messages": [user(["q"]), reply("a")]}, "content is not text", "holds text"),
+        (
+            {"messages": [user([{"type": "image_url", "image_url": {"url": "u"}}]), reply("a")]},
+            "content has a part that is not text",
+            "'image_url'",
+        ),
+        ({"messages": [user([{"type": "text", "text": None}]), reply("a")]}, "content is not text", "holds nothing"),
+        ({"messages": [user("q"), reply("a")], "images": ["x.png"]}, "images, audio and video", "'images'"),
+        ({"messages": [user("q"), reply("a", tool_calls=[{}])]}, "broken tool call", "no name"),
+        ({"messages": [user("q"), reply("a", tool_calls="{")]}, "broken JSON within the row", "message 2"),
+        ({"messages": [user("q"), {**CALLING, "tool_calls": [call("f", "{")]}]}, "broken JSON", "arguments of f"),
+        ({"messages": [user("q"), {**CALLING, "tool_calls": [call("f", '{"a": NaN}')]}]}, "broken JSON", "NaN"),
+        ({"messages": [user("q"), {**CALLING, "tool_calls": [call("f", "[1]")]}]}, "broken tool call", "a list"),
+        (
+            {"messages": [user("q"), {**CALLING, "tool_calls": [{"type": "code", "function": {"name": "f"}}]}]},
+            "broken tool call",
+            "'code'",
+        ),
+        ({"messages": [user("q"), result("3"), reply("a")]}, "a tool result without a tool call", "message 2"),
+        (
+            {
+                "messages": [
+                    user("q"),
+                    {**CALLING, "tool_calls": [call("f", {}, id="1")]},
+                    result("r", tool_call_id="2"),
+                    reply("a"),
+                ]
+            },
+            "a tool result without a tool call",
+            "answers '2'",
+        ),
+        ({"messages": [user("q"), reply("a")], "tools": "[{"}, "broken JSON within the row", "tools"),
+        ({"messages": [user("q"), reply("a")], "tools": [{}]}, "tools are not a list", "tool 1 has no name"),
+        ({"messages": [user("q"), reply("a")], "tools": 3}, "tools are not a list", "a number"),
+        (
+            {"messages": [{**system("s"), "tools": [WEATHER]}, user("q"), reply("a")]},
+            "'tools' within a message",
+            "column",
+        ),
+        ({"messages": "[{"}, "broken JSON within the row", "messages"),
+        ({"messages": [{**user("q"), "reasoning": "r"}, reply("a")]}, "only an assistant message", "user message 1"),
+        ({"messages": [user("q"), reply("a", weight=0.5)]}, "a weight or train mark other than 0 and 1", "0.5"),
+        ({"messages": [user("q"), reply("a", train="no")]}, "a weight or train mark other than 0 and 1", "'no'"),
+        ({"messages": [user("q"), reply("a", weight=0)]}, "no reply to train on", ""),
+        ({"question": "q", "answer": 4}, "content is not text", "answer is a number"),
+        ({"instruction": "", "input": None, "output": "o"}, "content is empty", "instruction"),
+        ({"instruction": "i", "output": "o", "history": "h"}, "history is not a list", "text"),
+        ({"instruction": "i", "output": "o", "history": [["a"]]}, "history is not a list", "entry 1"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "hm"}]},
+            "broken JSON",
+            "",
+        ),
+        ({"text": 3}, "content is not text", "text is a number"),
+        ({"x": "a"}, "unknown row format", "columns x; known are messages"),
+        ({}, "unknown row format", "columns none"),
+    ],
+)
+def test_unusable_rows_have_a_reason_to_act_on(row, kind, detail):
+    with pytest.raises(Rejected) as caught:
+        read(row)
+    assert kind in caught.value.kind
+    assert detail in str(caught.value)
+
+
+def test_a_named_format_says_which_columns_it_needs():
+    with pytest.raises(
+        Rejected, match="row format alpaca are missing: it has instruction . output; found answer, quest"
+    ):
+        read({"question": "q", "answer": "a"}, "alpaca")
+
+
+def test_a_transcript_must_start_with_what_is_asked():
+    with pytest.raises(Rejected, match="must start with `Human:`"):
+        read({"chosen": "so\n\nHuman: q\n\nAssistant: a", "rejected": "b"}, "preference")
+    with pytest.raises(Rejected, match="needs a `prompt` column"):
+        read({"chosen": "a", "rejected": "b"}, "preference")
+
+
+def test_what_json_cannot_hold_is_named():
+    broken = {"messages": [user("q"), reply("a\ud800")]}
+    assert str(why_not_json(broken, TypeError("x"))) == (
+        "invalid unicode: assistant message 2 has half a surrogate pair"
+    )
+    assert "tools" in str(why_not_json({"messages": [user("q")], "tools": ["\udfff"]}, TypeError("x")))
+    assert why_not_json({"text": "\udfff"}, TypeError("x")).kind == "invalid unicode"
+    assert "64-bit" in str(why_not_json({"messages": [user("q")]}, TypeError("Integer exceeds 64-bit range")))
+
+
+def test_every_format_of_the_settings_is_read():
+    from typing import get_args
+
+    from adder.workflow.settings import RowFormat
+
+    assert set(get_args(RowFormat)) == {"auto", *FORMATS}
+
+
+def test_messages_are_numbered_as_they_stand_in_the_row():
+    with pytest.raises(Rejected, match="user message 2"):
+        read_messages([system(""), user(""), reply("a")], "messages")

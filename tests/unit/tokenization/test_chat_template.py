@@ -1,0 +1,88 @@
+import pytest
+
+from adder.core.errors import UserError
+from adder.tokenization.chat_template import NAMED, ChatTemplate, choose_template
+from adder.tokenization.labels import Labeller
+from adder.workflow.settings import NAMED_TEMPLATES
+from chat_families import (
+    FAMILIES,
+    bos_adding,
+    conversation,
+    label,
+    labelled_text,
+    sentencepiece_like_tokenizer,
+    stopped_clock,  # noqa: F401
+)  # fmt: skip
+from tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def labellers():
+    return {name: Labeller(family.tokenizer()) for name, family in FAMILIES.items()}
+
+
+def test_the_date_does_not_change_what_is_written(labellers):
+    text = labellers["llama3"].finder.template.render(conversation("a?", "A."))
+    assert "Today: 26 Jul 2024" in text
+
+
+@pytest.mark.parametrize("extra", [{}, {"add_generation_prompt": True}])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rendering_is_that_of_apply_chat_template(labellers, name, extra):
+    messages = conversation("Where?", "Here.", "Sure?", system="Be brief.")
+    tokenizer = labellers[name].tokenizer
+    template = ChatTemplate(tokenizer)
+    taken = [template.taken(message) for message in messages]
+    assert template.render(messages, prompt=bool(extra)) == tokenizer.apply_chat_template(
+        taken, tokenize=False, **extra
+    )
+
+
+def test_models_without_a_template_get_chatml_where_they_can_express_it():
+    tokenizer = tiny_tokenizer(None)
+    assert choose_template(tokenizer, None) == "chatml"
+    text = tokenizer.apply_chat_template(conversation("a?", "A."), tokenize=False)
+    assert text == "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nA.<|im_end|>\n"
+
+
+def test_other_models_without_a_template_get_the_plain_one_and_no_new_tokens():
+    tokenizer = sentencepiece_like_tokenizer(None)
+    size = len(tokenizer)
+    assert choose_template(tokenizer, None) == "plain" and len(tokenizer) == size
+    messages = conversation("a?", "A.", "b?", "B.")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "### User:\na?\n\n### Assistant:\nA.</s>\n\n### User:\nb?\n\n### Assistant:\nB.</s>"
+    assert text.startswith(tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True))
+    assert labelled_text(tokenizer, label(Labeller(tokenizer), messages)[1]) == "A.</s>B.</s>"
+    tokenizer.chat_template = tokenizer.eos_token = None
+    with pytest.raises(UserError, match="tokenize.chat_template"):
+        choose_template(tokenizer, None)
+
+
+def test_bos_stands_in_a_named_template_where_the_tokenizer_adds_it():
+    tokenizer = bos_adding(sentencepiece_like_tokenizer(None))
+    choose_template(tokenizer, "plain")
+    ids = label(Labeller(tokenizer), conversation("a?", "A."))[0]
+    assert ids[0] == tokenizer.bos_token_id and (ids == ids[0]).sum() == 1
+
+
+def test_a_named_template_can_be_asked_for():
+    tokenizer = tiny_tokenizer()
+    assert choose_template(tokenizer, "plain") == "plain" and "### Assistant" in tokenizer.chat_template
+    assert set(NAMED) == set(NAMED_TEMPLATES)
+    with pytest.raises(UserError, match=r"chatml needs the tokens <\|im_end\|>, <\|im_start\|>"):
+        choose_template(sentencepiece_like_tokenizer(None), "chatml")
+
+
+def test_a_template_from_a_file_is_used_or_refused_with_its_name(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    tokenizer = tiny_tokenizer()
+    assert choose_template(tokenizer, str(path)) == "file"
+    assert labelled_text(tokenizer, label(Labeller(tokenizer), conversation("a?", "A."))[1]) == "A.<|im_end|>"
+    with pytest.raises(UserError, match="missing.jinja"):
+        choose_template(tokenizer, str(tmp_path / "missing.jinja"))
+    path.write_text("{% for m in messages %}\n{{ m.content }")
+    choose_template(tokenizer, str(path))
+    with pytest.raises(UserError, match="line 2"):
+        Labeller(tokenizer)

@@ -1,0 +1,226 @@
+"""Keys: a pure function of settings and data, shared by runs that share settings."""
+
+import contextlib
+import json
+
+import pytest
+
+from adder.core.errors import UserError
+from adder.workflow import code_digest
+from adder.workflow.settings import load, merged, resolved
+from adder.workflow.stage_graph import READS, Digests, reads, refuse_impossible, stages_of_run
+
+STAGES = [
+    "model",
+    "data",
+    "format",
+    "tokenize",
+    "lengths",
+    "train",
+    "merge",
+    "evaluate_base",
+    "evaluate_tuned",
+    "report",
+]
+
+
+EVERYTHING = {
+    "evaluate": {
+        "tasks": [{"name": "gsm8k", "limit": 20}, {"path": "task.yaml"}],
+        "judge": {"base_url": "http://localhost:8000/v1", "model": "judge"},
+    },
+    "export": {"gguf": "q8_0"},
+}
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    return tmp_path
+
+
+def keys(project, change: dict | None = None, run: str = "default") -> dict[str, str]:
+    base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+    config = merged(base, change or {})
+    digests = Digests(project / "digests.json")
+    stages = stages_of_run(run, load(config)[run], resolved(load(config)[run], config, run), project, digests)
+    return {name: stage.key for name, stage in stages.items()}
+
+
+def changed(before: dict, after: dict) -> list[str]:
+    return [name for name in STAGES if before[name] != after[name]]
+
+
+BELOW = {name: STAGES[STAGES.index(name) :] for name in STAGES}
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({}, []),
+        ({"train": {"learning_rate": 2e-4}}, ["train", "merge", "evaluate_tuned", "report"]),
+        ({"train": {"lora_r": 8}}, ["train", "merge", "evaluate_tuned", "report"]),
+        ({"data": {"heldout": {"size": 1}}}, BELOW["format"]),
+        ({"format": {"system_prompt": "Be brief."}}, BELOW["format"]),
+        ({"lengths": {"max_seq_length": 512}}, ["lengths", "train", "merge", "evaluate_tuned", "report"]),
+        ({"train": {"effective_batch_size": 8}}, ["lengths", "train", "merge", "evaluate_tuned", "report"]),
+        ({"evaluate": {"max_new_tokens": 64}}, ["evaluate_base", "evaluate_tuned", "report"]),
+        ({"merge": {"base": "original"}}, ["merge", "evaluate_tuned", "report"]),
+        ({"report": {"price_per_hour": 2.5}}, ["report"]),
+        ({"merge": {"tolerance": 1.0}}, ["merge", "evaluate_tuned", "report"]),
+        ({"report": {"title": "Mine"}}, ["report"]),
+        ({"model": {"source": "wheel:y==1"}}, [s for s in STAGES if s not in ("data", "format")]),
+        ({"runtime": {"threads": 1, "device": "cpu", "checkpoints": 0}}, []),
+    ],
+)
+def test_a_change_reaches_what_depends_on_it_and_nothing_else(project, change, stages):
+    assert changed(keys(project), keys(project, change)) == stages
+
+
+def test_order_of_keys_does_not_matter(project):
+    one = {"train": {"epochs": 1, "lora_r": 8}, "format": {"system_prompt": "x"}}
+    two = {"format": {"system_prompt": "x"}, "train": {"lora_r": 8, "epochs": 1.0}}
+    assert keys(project, one) == keys(project, two)
+
+
+def test_two_runs_share_what_they_have_in_common(project):
+    change = {"runs": {"a": {}, "b": {"train": {"learning_rate": 2e-4}}}}
+    a, b = keys(project, change, "a"), keys(project, change, "b")
+    assert changed(a, b) == ["train", "merge", "evaluate_tuned", "report"]
+
+
+def test_content_of_a_data_file_counts_and_its_time_stamp_does_not(project):
+    before = keys(project)
+    (project / "rows.jsonl").touch()
+    assert keys(project) == before
+    with (project / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "c", "completion": "d"}\n')
+    assert changed(before, keys(project)) == BELOW["data"]
+
+
+def test_digests_are_remembered_by_size_and_time_stamp(project, monkeypatch):
+    keys(project)
+
+    def never(path):
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr("adder.workflow.stage_graph.digest_file", never)
+    keys(project)
+    remembered = json.loads((project / "digests.json").read_text())
+    assert [name.rpartition("/")[2] for name in remembered] == ["rows.jsonl"]
+
+
+def test_a_model_directory_counts_by_its_content(project):
+    (project / "model").mkdir()
+    (project / "model" / "config.json").write_text("{}")
+    before = keys(project, {"model": {"source": "model"}})
+    (project / "model").rename(project / "moved")
+    # Only the report, which shows the name of the source, is another.
+    assert changed(before, keys(project, {"model": {"source": "moved"}})) == ["report"]
+    (project / "moved" / "config.json").write_text('{"a": 1}')
+    assert "model" in changed(before, keys(project, {"model": {"source": "moved"}}))
+
+
+def test_missing_files_are_named(project):
+    with pytest.raises(UserError, match="data.sources.0.path: no file matches 'gone.csv'"):
+        keys(project, {"data": {"sources": [{"path": "gone.csv"}]}})
+    with pytest.raises(UserError, match="tokenize.chat_template: there is no file 'gone.jinja'"):
+        keys(project, {"tokenize": {"chat_template": "gone.jinja"}})
+    with pytest.raises(UserError, match="model.source: './gone' is neither there"):
+        keys(project, {"model": {"source": "./gone"}})
+
+
+def test_every_parent_says_what_is_read_of_it(project):
+    base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+    (project / "task.yaml").write_text("task: mine\n")
+    run = load(merged(base, EVERYTHING))["default"]
+    stages = stages_of_run("default", run, [], project, Digests(project / "d.json"))
+    for name, stage in stages.items():
+        if name == "report":
+            assert set(stage.parents) == stages.keys() - {"report", "gguf"}
+        else:
+            assert set(stage.parents) == set(READS[stage.name])
+        assert all(reads(stage.name, parent) for parent in stage.parents)
+
+
+def test_tasks_and_judge_are_stages_of_their_own(project):
+    (project / "task.yaml").write_text("task: mine\n")
+    before, after = keys(project), keys(project, EVERYTHING)
+    assert changed(before, after) == ["report"]
+    names = {"task_base_0", "task_tuned_0", "task_base_1", "task_tuned_1", "judge", "gguf"}
+    assert after.keys() - before.keys() == names
+    # One more task runs that task alone; training again leaves the base's scores as they are.
+    tasks = EVERYTHING["evaluate"]["tasks"]
+    more = keys(project, {**EVERYTHING, "evaluate": {"tasks": [*tasks, {"name": "ifeval"}]}})
+    assert all(more[name] == after[name] for name in names if name.startswith("task"))
+    trained = keys(project, {**EVERYTHING, "train": {"learning_rate": 3e-4}})
+    assert {name for name in names if trained[name] != after[name]} == names - {"task_base_0", "task_base_1"}
+
+
+def test_a_task_of_the_users_counts_by_its_content(project):
+    (project / "task.yaml").write_text("task: mine\n")
+    before = keys(project, EVERYTHING)
+    (project / "task.yaml").write_text("task: mine\nnum_fewshot: 2\n")
+    after = keys(project, EVERYTHING)
+    assert {name for name in after if after[name] != before[name]} == {"task_base_1", "task_tuned_1", "report"}
+    with pytest.raises(UserError, match="evaluate.tasks.0.path: there is no file 'gone.yaml'"):
+        keys(project, {"evaluate": {"tasks": [{"path": "gone.yaml"}]}})
+    with pytest.raises(UserError, match="data.test: no file matches 'gone.jsonl'"):
+        keys(project, {"evaluate": {"tasks": [{"name": "gsm8k", "data": {"test": "gone.jsonl"}}]}})
+    (project / "other.jsonl").write_text("{}\n")
+    one, other = (
+        {"name": "gsm8k", "data": {"test": a, "train": b}}
+        for a, b in [("rows.jsonl", "other.jsonl"), ("other.jsonl", "rows.jsonl")]
+    )
+    found = [keys(project, {"evaluate": {"tasks": [task]}})["task_base_0"] for task in (one, other)]
+    assert found[0] != found[1]
+
+
+def test_another_limit_of_the_guard_runs_no_task_again(project):
+    change = {"evaluate": {"tasks": [{"name": "gsm8k", "max_drop": 0.1}]}}
+    before, after = keys(project, {"evaluate": {"tasks": [{"name": "gsm8k"}]}}), keys(project, change)
+    assert {name for name in after if after[name] != before[name]} == {"report"}
+
+
+def test_no_secret_in_the_judges_address(project):
+    judge = {"base_url": "https://me:hunter2@example.org/v1", "model": "judge"}
+    with pytest.raises(UserError, match="evaluate.judge.base_url: what stands before @") as caught:
+        keys(project, {"evaluate": {"judge": judge}})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_done_with_the_model_changes_no_report(project):
+    assert changed(keys(project), keys(project, {"export": {"hub": "me/mine", "gguf": "q8_0"}})) == []
+
+
+def test_closures_hold_what_a_stage_is_made_of():
+    names = {
+        module: {path.name for path in code_digest.closure(module)}
+        for module in ("train", "lengths", "evaluate", "report")
+    }
+    assert {"train.py", "batching.py", "base_model.py", "attention.py", "loss.py", "checkpoints.py"} <= names["train"]
+    assert "packing.py" in names["lengths"]
+    assert "report.html.jinja" in names["report"]
+    for module, files in names.items():
+        assert not files & {"settings.py", "plan.py", "stage.py", "progress.py"}, module
+    # Editing the packer must not evaluate the base anew, nor editing the report train anew.
+    assert "packing.py" not in names["evaluate"]
+    assert "report.py" not in names["train"] | names["lengths"] | names["evaluate"]
+
+
+def test_comments_docstrings_and_layout_are_not_code():
+    source = 'def f(x):\n    """Old."""\n    return x + 1\n'
+    same = '"""New module text."""\n\n\ndef f(\n    x,\n):\n    # a comment\n    return x + 1\n'
+    assert code_digest.normalised(source) == code_digest.normalised(same)
+    assert code_digest.normalised(source) != code_digest.normalised(source.replace("+ 1", "+ 2"))
+
+
+def test_a_gguf_file_that_cannot_be_written_is_refused_before_anything_runs(project):
+    (project / "model").mkdir()
+    (project / "model" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "n_positions": 1024}')
+    config = {"model": {"source": "model"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+    for gguf, refused in (("off", False), ("q8_0", True)):
+        run = load(merged(config, {"export": {"gguf": gguf}}))["default"]
+        stages = stages_of_run("default", run, [], project, Digests(project / "d.json"))
+        with pytest.raises(UserError, match="GPT2LMHeadModel") if refused else contextlib.nullcontext():
+            refuse_impossible("default", run, stages, project, project)

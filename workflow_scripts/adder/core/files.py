@@ -1,0 +1,74 @@
+"""Small files, read and written one way everywhere: JSON with sorted keys, JSON lines, Parquet, digests."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, so that equal values give equal bytes."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
+    """Write one JSON value a line; return how many."""
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """Yield the value of each line that is not blank."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def write_table(path: Path, table: "pa.Table") -> None:
+    """Write a Parquet file; equal tables give equal bytes."""
+    import pyarrow.parquet as pq  # not at the top: the workflow is parsed without it
+
+    pq.write_table(table, path, compression="zstd")
+
+
+def read_table(path: Path) -> "pa.Table":
+    """Read a Parquet file."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Hard-link a file, which takes no room; copy it where the two places are on different file systems."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def digest_file(path: Path) -> str:
+    """BLAKE2b digest (40 hex digits) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file in hex, as people publish it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

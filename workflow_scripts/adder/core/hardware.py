@@ -1,0 +1,111 @@
+"""What the machine is: device, cores, memory. It decides no number; what dtype follows from it is in `precision`."""
+
+import os
+import platform
+from pathlib import Path
+
+from adder.core.errors import UserError
+
+
+def device(wanted: str | None = None) -> str:
+    """Return "cuda" or "cpu"; `wanted` is by default what runtime.device says (in ADDER_DEVICE).
+
+    Raises UserError when a GPU is asked for and there is none.
+    """
+    import torch
+
+    wanted = wanted or os.environ.get("ADDER_DEVICE", "auto")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device: 'cuda' was asked for, but torch sees no CUDA device here; use 'auto' or 'cpu'")
+    return wanted
+
+
+def available_cores() -> int:
+    """Cores that this process may use (affinity, which Slurm sets, not the machine's total)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_threads(wanted: str | int | None = None) -> int:
+    """Let torch compute with `wanted` threads (by default runtime.threads, in ADDER_THREADS); return the number.
+
+    "auto" is every core that this process may use: `snakemake --cores 1` means one job at a time, and a training run
+    on one core of many helps nobody.
+    """
+    import torch
+
+    count = threads(wanted)
+    torch.set_num_threads(count)
+    return count
+
+
+def threads(wanted: str | int | None = None) -> int:
+    """Cores to compute on: `wanted`, by default runtime.threads (in ADDER_THREADS); "auto" is all there are."""
+    wanted = wanted or os.environ.get("ADDER_THREADS", "auto")
+    return available_cores() if wanted == "auto" else int(wanted)
+
+
+def free_memory(device: str) -> int:
+    """Free memory of the device ("cuda" or "cpu") in bytes: on a GPU, of what this process may take of it."""
+    if device == "cuda":
+        import torch
+
+        return min(torch.cuda.mem_get_info()[0], total_memory("cuda") - torch.cuda.memory_reserved())
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def total_memory(device: str) -> int:
+    """Memory of the device in bytes, or the part of a GPU's that ADDER_MEMORY_LIMIT_GB (in 10^9 bytes) leaves to us."""
+    if device == "cuda":
+        import torch
+
+        total = torch.cuda.mem_get_info()[1]
+        limit = os.environ.get("ADDER_MEMORY_LIMIT_GB")
+        return min(total, int(float(limit) * 1e9)) if limit else total
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def prepare_gpu() -> None:
+    """Before the first tensor on the GPU: hold the allocator to total_memory, and let it grow pieces in place.
+
+    Batches of ever other shapes leave gaps in memory that is handed out in pieces of fixed size.
+    """
+    import torch
+
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    torch.cuda.set_per_process_memory_fraction(total_memory("cuda") / torch.cuda.mem_get_info()[1])
+
+
+def describe() -> dict:
+    """CPU name, cores, memory in bytes and GPU names, for the provenance of a stage. Does not import torch."""
+    import psutil
+
+    names = [line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": available_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": _gpu_names(),
+        "system": platform.platform(),
+    }
+
+
+def _gpu_names() -> list[str]:
+    import sys
+
+    torch = sys.modules.get("torch")  # a stage that computes has it; one that does not needs no GPU
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,39 @@
+"""What a model's config.json tells about lengths: its context, and what attention costs."""
+
+from pathlib import Path
+
+import numpy as np
+
+from adder.core.files import read_json
+
+# What configurations call the number of positions that a model was made for.
+NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+
+
+def context_length(model: Path) -> int | None:
+    """Positions that the model in this directory was made for; None where its config.json does not tell."""
+    config = read_json(model / "config.json")
+    for part in (config, config.get("text_config") or {}):
+        for name in NAMES:
+            if isinstance(part.get(name), int):
+                return part[name]
+    return None
+
+
+def attention_share(config: dict, lengths: np.ndarray) -> float | None:
+    """Share of a pass's multiplications that attention over the tokens takes, for causal examples of these lengths.
+
+    Scores and values take 2 · n²/2 · (heads · head size) multiplications a layer for n tokens; the linear layers take
+    one a weight and token (the usual count: Kaplan et al. 2020, arXiv:2001.08361, section 2.1). A gated MLP of the
+    Llama kind is assumed. None where the configuration doesn't tell.
+    """
+    config = config.get("text_config") or config
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    inner, total = config.get("intermediate_size"), int(lengths.sum())
+    if not (hidden and heads and inner and total):
+        return None
+    size = config.get("head_dim") or hidden // heads
+    key_value = (config.get("num_key_value_heads") or heads) * size
+    weights = 2 * hidden * heads * size + 2 * hidden * key_value + 3 * hidden * inner
+    attention = float((lengths.astype(np.float64) ** 2).sum()) / total * heads * size
+    return attention / (attention + weights)

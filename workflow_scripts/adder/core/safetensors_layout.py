@@ -1,0 +1,76 @@
+"""The safetensors files of a model directory, read by their headers: where each tensor lies, without loading any.
+
+The format: eight bytes with the header's length, little-endian; the header, JSON; the tensors' bytes.
+Source: https://github.com/huggingface/safetensors#format.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from adder.core.errors import UserError
+from adder.core.files import read_json
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: `start` to `stop` are bytes from the beginning of its file."""
+
+    name: str
+    dtype: str  # by safetensors' name
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file's tensors in the order in which they lie; the first `begin` bytes are its header."""
+
+    begin: int
+    size: int
+    tensors: tuple[Stored, ...]
+
+
+def shard_files(folder: Path) -> list[str]:
+    """Names of a model directory's safetensors files, sorted. Raises UserError if there are none."""
+    if (folder / INDEX).exists():
+        return sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    raise UserError(f"{folder}: holds no model.safetensors and no {INDEX}")
+
+
+def layout(path: Path) -> Layout:
+    """Read a file's header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    begin = 8 + length
+    tensors = [
+        Stored(name, one["dtype"], tuple(one["shape"]), *(begin + offset for offset in one["data_offsets"]))
+        for name, one in header.items()
+        if name != "__metadata__"
+    ]
+    return Layout(begin, path.stat().st_size, tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.name))))
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a model directory by name."""
+    return {tensor.name: tensor for file in shard_files(folder) for tensor in layout(folder / file).tensors}
+
+
+def total_bytes(folder: Path) -> int:
+    """Size of a model directory's weights."""
+    return sum((folder / file).stat().st_size for file in shard_files(folder))
+
+
+def total_numbers(folder: Path) -> int:
+    """How many numbers a model directory's weights are."""
+    return sum(prod(tensor.shape) for tensor in stored_tensors(folder).values())

@@ -1,0 +1,50 @@
+"""Secrets in URLs and messages: refused where they are written out, named where they would be shown."""
+
+import os
+import re
+from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
+
+from adder.core.errors import UserError
+
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+# Names in a query whose values give access: token, sig, X-Amz-Signature, api_key and the like.
+SECRET_NAME = re.compile(
+    r"(^|[-_.])(sig|signature|secret|password|passwd|pwd|auth|authorization|(api|access|secret|account)[-_]?key)$"
+    r"|token$|^key$",
+    re.IGNORECASE,
+)
+
+
+def refuse_secrets(url: str, where: str) -> None:
+    """Raise UserError where a password or token is written out in a URL: it would stand in reports and records."""
+    parts = urlsplit(url)
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    # Elsewhere a name without a password is none (abfs://container@account).
+    written = [("what stands before @", password or (user if parts.scheme in ("http", "https") else ""))]
+    written += [(f"`{name}`", value) for name, value in parse_qsl(parts.query) if SECRET_NAME.search(name)]
+    for what, value in written:
+        if value and not VARIABLE.search(value):
+            raise UserError(
+                f"{where}: {what} in this URL looks like a secret, and the configuration is shown in reports. Put it "
+                "into an environment variable and write ${NAME} in its place."
+            )
+
+
+def filled_in(url: str, where: str) -> tuple[str, dict[str, str]]:
+    """The URL with its variables' values, and {value: "${NAME}"}."""
+    values = {}
+    for name in VARIABLE.findall(url):
+        if not os.environ.get(name):
+            raise UserError(f"{where}: {url} needs the environment variable {name}, which is not set")
+        values[name] = os.environ[name]
+    filled = VARIABLE.sub(lambda match: values[match.group(1)], url)
+    return filled, {value: f"${{{name}}}" for name, value in values.items()}
+
+
+def without_secrets(error: Exception, secrets: dict[str, str]) -> str:
+    """The error's kind and text: for each secret, as it is and as URLs quote it, its name; of other URLs no query."""
+    text = f"{type(error).__name__}: {error}"
+    for value in sorted(secrets, key=len, reverse=True):
+        for form in (value, quote(value, safe=""), quote(value), quote_plus(value), repr(value)[1:-1]):
+            text = text.replace(form, secrets[value])
+    return re.sub(r"\?[^\s'\")>]+", "?…", text)  # redirects may be signed

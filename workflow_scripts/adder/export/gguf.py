@@ -1,0 +1,335 @@
+"""The merged model as one GGUF file, which llama.cpp, Ollama and LM Studio run.
+
+Names, shapes and keys are those that llama.cpp reads (the `gguf` package has them; ggml's docs/gguf.md describes them).
+One tensor at a time is in memory, and the finished file is read back: every tensor in it must be the model's own within
+its type's rounding.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adder.core.errors import UserError
+from adder.core.files import read_json, write_json
+from adder.core.progress import Progress
+
+if TYPE_CHECKING:
+    import gguf
+    import numpy as np
+
+    from adder.export.gguf_vocabulary import Vocabulary
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+# Settings of YaRN that are llama.cpp's own defaults; others would need keys that not every reader of GGUF knows.
+YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "truncate": True}
+# What a checkpoint may hold that the model doesn't use.
+UNUSED_TENSORS = re.compile(r".*rotary_emb\.inv_freq")
+BLOCK = 32  # values that share a scale in Q8_0
+CHECKED_ROWS = 4096  # of a matrix, that are compared at a time
+HALF_LARGEST = 65_504.0  # the largest number in 16-bit floating point
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to write: its name there and here, the file it is in, its shape, its type, rows of how many heads."""
+
+    name: str
+    source: str
+    file: Path
+    shape: tuple[int, ...]
+    type: str
+    heads: int | None  # of a query or key projection whose rows are reordered
+
+
+def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
+    """Write `model.gguf` and `gguf.json` into `out`; return what gguf.json says.
+
+    settings: {type: f32, f16, bf16 or q8_0}. Reads `model/` of the merge stage. Raises UserError, before anything is
+    written, for a model that llama.cpp's format has no words for, and where the file that was written isn't the model.
+    """
+    import gguf
+    from transformers import AutoConfig, AutoTokenizer
+
+    from adder.export.gguf_vocabulary import describe
+
+    model, path = inputs["merge"] / "model", out / "model.gguf"
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    architecture = refuse_unsupported(config.to_dict())
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    vocabulary = describe(json.loads(tokenizer.backend_tokenizer.to_str()), config.vocab_size)
+    planned = plan(model, config, architecture, settings["type"])
+    writer = gguf.GGUFWriter(path, architecture)
+    add_config(writer, config, settings["type"])
+    add_tokenizer(writer, tokenizer, vocabulary, model)
+    write(writer, planned, rope_factors(config), progress)
+    worst = check(path, planned, progress)
+    facts = {
+        "type": settings["type"],
+        "architecture": architecture,
+        "tensors": len(planned),
+        "bytes": path.stat().st_size,
+        "sha256": _sha256(path),
+        "context_length": context_of(config),
+        "tokenizer": {"model": vocabulary.model, "pre": vocabulary.pre, "tokens": len(vocabulary.tokens)},
+        "largest_error": worst,
+        "notes": [*vocabulary.notes, *_notes(config)],
+    }
+    write_json(out / "gguf.json", facts)
+    return facts
+
+
+def refuse_unsupported(config: dict) -> str:
+    """llama.cpp's name of the architecture of a config.json. Raises UserError with the reason for any other model."""
+    names = config.get("architectures") or [str(config.get("model_type"))]
+    if names[0] not in ARCHITECTURES:
+        raise _refused(f"its architecture is {names[0]}; can be: {', '.join(ARCHITECTURES)}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise _refused(f"its layers use {config['hidden_act']}, llama.cpp's use silu")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise _refused(f"its position embedding is scaled by {kind!r}; can be: {', '.join(ROPE_TYPES)}")
+    odd = [name for name, usual in YARN_DEFAULTS.items() if rope.get(name, usual) not in (usual, None)]
+    if kind == "yarn" and odd:
+        raise _refused(f"its YaRN scaling has {odd[0]}: {rope[odd[0]]}; only the usual {YARN_DEFAULTS[odd[0]]} can be")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _refused("only a part of each head is rotated by position")
+    return ARCHITECTURES[names[0]]
+
+
+def plan(model: Path, config, architecture: str, wanted: str) -> list[Tensor]:
+    """Every tensor of the file, from the headers of the safetensors alone. Raises UserError for unknown ones."""
+    import gguf
+    from safetensors import safe_open
+
+    arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    known = {gguf.TENSOR_NAMES[kind].replace("{bid}", "#") for kind in gguf.MODEL_TENSORS[arch]}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    planned = []
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            for source in sorted(stored.keys()):
+                if UNUSED_TENSORS.fullmatch(source) or (config.tie_word_embeddings and source == "lm_head.weight"):
+                    continue
+                name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+                if name is None or re.sub(r"\d+", "#", name.rpartition(".")[0]) not in known:
+                    raise _refused(f"llama.cpp's {architecture} has no tensor for {source}")
+                if architecture == "qwen3" and name.endswith(".bias"):
+                    raise _refused(f"llama.cpp's qwen3 has no bias, as {source} is")
+                shape = tuple(stored.get_slice(source).get_shape())
+                # llama.cpp rotates neighbouring rows of Llama's heads, transformers rows that are half a head apart.
+                part = name.split(".")[-2] if architecture == "llama" else ""
+                planned.append(Tensor(name, source, file, shape, _type(shape, wanted), heads.get(part)))
+    return planned
+
+
+def add_config(writer: "gguf.GGUFWriter", config, wanted: str) -> None:
+    """Add the model's sizes and its position embedding to the file's head."""
+    import gguf
+
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if wanted == "f32" else f"MOSTLY_{wanted.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(context_of(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_rope_dimension_count(_head_dim(config))
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType[rope["rope_type"].upper()])
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer, vocabulary: "Vocabulary", model: Path) -> None:
+    """Add pieces, special ids and the chat template to the file's head.
+
+    The reply ends at the tokenizer's end token or at the end of turn that the model was trained on, the first in
+    generation_config.json.
+    """
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    ends = read_json(model / "generation_config.json")["eos_token_id"]
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    ids["eot"] = ends if isinstance(ends, int) else ends[0]
+    for name, index in ids.items():
+        if index is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    begins, ends = _added_around(tokenizer)
+    writer.add_add_bos_token(begins)
+    writer.add_add_eos_token(ends)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.get_chat_template())
+
+
+def write(writer: "gguf.GGUFWriter", planned: list[Tensor], factors: "np.ndarray | None", progress: Progress) -> None:
+    """Write head and tensors. Raises UserError where a value is too large for f16."""
+    import gguf
+    import numpy as np
+
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for tensor in planned:
+        kind = gguf.GGMLQuantizationType[tensor.type]
+        # Shapes in bytes are what the writer takes for types that NumPy hasn't, and for the others alike.
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+        writer.add_tensor_info(tensor.name, shape, np.dtype("uint8"), math.prod(shape), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for number, (tensor, values) in enumerate(_values(planned), 1):
+        progress.line(f"writing tensor {number} of {len(planned)}")
+        if tensor.type == "F16" and (largest := max(values.max(), -values.min())) > HALF_LARGEST:
+            raise UserError(
+                f"export.gguf: {tensor.source} has a value of {largest:,.0f}, above the largest of f16 "
+                f"({HALF_LARGEST:,.0f}); can be: bf16, f32"
+            )
+        writer.write_tensor_data(gguf.quants.quantize(values, gguf.GGMLQuantizationType[tensor.type]))
+    writer.close()
+
+
+def check(path: Path, planned: list[Tensor], progress: Progress) -> float:
+    """Read the file back; return the largest error of any value as a share of what its rounding may do.
+
+    Raises UserError where a tensor is missing, or differs by more than its type's rounding.
+    """
+    import gguf
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    largest = 0.0
+    for number, (tensor, values) in enumerate(_values(planned), 1):
+        progress.line(f"checking tensor {number} of {len(planned)}")
+        found = stored.get(tensor.name)
+        if found is None or found.tensor_type.name != tensor.type:
+            raise UserError(f"{path}: {tensor.name} is missing, or isn't {tensor.type}")
+        if tuple(map(int, reversed(found.shape))) != values.shape:  # GGUF counts from the innermost
+            raise UserError(f"{path}: {tensor.name} has the shape {found.shape}, {tensor.source} has {values.shape}")
+        for start in range(0, len(values), CHECKED_ROWS):
+            rows = slice(start, start + CHECKED_ROWS)
+            read = gguf.quants.dequantize(found.data[rows], found.tensor_type)
+            share = _share_of_limit(abs(read - values[rows]), values[rows], tensor.type)
+            if not share <= 1:
+                raise UserError(f"{path}: {tensor.name} isn't {tensor.source} within the rounding of {tensor.type}")
+            largest = max(largest, share)
+    return largest
+
+
+def rope_factors(config) -> "np.ndarray | None":
+    """What llama.cpp divides each frequency of the position embedding by (float32, half a head), for Llama 3's scaling.
+
+    The scaled frequencies are those that transformers computes with.
+    """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if config.rope_parameters["rope_type"] != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    steps = torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config)
+    return (config.rope_parameters["rope_theta"] ** -steps / scaled).float().numpy()
+
+
+def context_of(config) -> int:
+    """Longest text in tokens: at most a sliding window, which llama.cpp hasn't for these models."""
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    return min(config.max_position_embeddings, window)
+
+
+def _notes(config) -> list[str]:
+    if context_of(config) == config.max_position_embeddings:
+        return []
+    return [f"cut to {context_of(config):,} tokens, the model's sliding window, which llama.cpp doesn't have for it"]
+
+
+def _values(planned: list[Tensor]) -> Iterator[tuple[Tensor, "np.ndarray"]]:
+    """Each tensor with the model's values for it (float32), in llama.cpp's order of rows."""
+    from safetensors import safe_open
+
+    for file, tensors in itertools.groupby(planned, key=lambda tensor: tensor.file):
+        with safe_open(file, "pt") as stored:
+            for tensor in tensors:
+                values = stored.get_tensor(tensor.source).float()
+                if tensor.heads:
+                    halves = values.reshape(tensor.heads, 2, -1, *values.shape[1:])
+                    values = halves.transpose(1, 2).reshape(values.shape)
+                yield tensor, values.contiguous().numpy()
+
+
+def _type(shape: tuple[int, ...], wanted: str) -> str:
+    """Matrices in the wanted type, vectors (norms, biases) in f32, as llama.cpp wants them."""
+    if len(shape) == 1:
+        return "F32"
+    return "F16" if wanted == "q8_0" and shape[-1] % BLOCK else wanted.upper()
+
+
+def _share_of_limit(error: "np.ndarray", values: "np.ndarray", kind: str) -> float:
+    """Largest error as a share of what rounding may do.
+
+    That is half a unit in the last place of f16 (11 bits) and bf16 (8 bits). In Q8_0 it is half a step, which is a
+    127th of the block's largest value, and 127 times the rounding of that step to f16.
+    """
+    import numpy as np
+
+    if kind == "F32":
+        return 0.0 if not error.any() else math.inf
+    if kind == "Q8_0":
+        step = abs(values.reshape(-1, BLOCK)).max(axis=1, keepdims=True) / 127
+        limit = step / 2 + 127 * (step * 2.0**-11 + 2.0**-25)
+        error = error.reshape(-1, BLOCK)
+    else:
+        limit = abs(values) * 2.0**-11 + 2.0**-25 if kind == "F16" else abs(values) * 2.0**-8 + 2.0**-134
+    share = float((error / limit).max())
+    return share if np.isfinite(share) else math.inf
+
+
+def _added_around(tokenizer) -> tuple[bool, bool]:
+    """Whether the tokenizer itself puts its first token before a text, and its end token behind it."""
+    plain, full = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    for begins in (False, True):
+        for ends in (False, True):
+            if full == [tokenizer.bos_token_id] * begins + plain + [tokenizer.eos_token_id] * ends:
+                return begins, ends
+    raise _refused(f"its tokenizer puts tokens around a text that GGUF has no words for: {full}, not {plain}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _refused(reason: str) -> UserError:
+    return UserError(f"export.gguf: this model can't be written as GGUF: {reason}")

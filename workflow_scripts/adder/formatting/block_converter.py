@@ -1,0 +1,398 @@
+"""The hot path of the stage "format": a block of rows.jsonl to conversations, hashes, rejects and counts.
+
+Runs in workers over blocks of whole lines. What comes back is bytes and arrays: a Python object a row would cost more
+to hand over than to make.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from adder.core.errors import UserError
+from adder.formatting import spool
+from adder.formatting.messages import Rejected, why_not_json
+from adder.formatting.minhash import Signer
+from adder.formatting.row_formats import Reading, to_conversation, to_prompt
+
+BLOCK = 2 << 20  # bytes of rows.jsonl that one worker takes at once
+TRAIN, HELDOUT, TEST, UNDECIDED = range(4)
+SPLITS = {"train": TRAIN, "heldout": HELDOUT, "test": TEST, None: UNDECIDED}
+MOST_COLUMN_SETS = 1_000  # of a source; of more, those count that have a column of their own
+WORD_CHARACTERS = 24  # of a first word; JSON without spaces would be one long word
+TELLING_VALUES = 50  # a column of more different values tells nothing in a table
+TELLING_CHARACTERS = 80
+UNTELLING = None
+LONG_NUMBER = re.compile(rb"\d{19}")
+APART = b"\xff"  # stands between pieces that are hashed: no UTF-8 has this byte
+TAGS = {role: role.encode() for role in ("system", "user", "assistant", "tool")}
+# ASCII in lower case, whatever str.split takes for white space as a space.
+FOLDED = bytes(32 if chr(code).isspace() else code for code in range(128)).lower() + bytes(range(128, 256))
+
+
+class Survey(NamedTuple):
+    """What a first look finds: how many rows each source has, and of which column sets (tuples of names)."""
+
+    rows: Counter
+    column_sets: dict[str, Counter]
+
+    def add(self, other: "Survey") -> None:
+        self.rows.update(other.rows)
+        for source, sets in other.column_sets.items():
+            known = self.column_sets.setdefault(source, Counter())
+            names = {column for columns in known for column in columns}
+            for columns, count in sets.items():
+                if columns in known or len(known) < MOST_COLUMN_SETS or not names.issuperset(columns):
+                    known[columns] += count
+
+
+class Plan(NamedTuple):
+    """What each worker knows: how to read each source, in order; the column of group_by or stratify_by; which columns
+    of each source may tell something; whether to sign rows for near-duplicates.
+    """
+
+    readings: dict[str, Reading]
+    system_prompt: str | None
+    value_column: str | None
+    telling: dict[str, list[str]]
+    sign: bool
+
+
+class Converted(NamedTuple):
+    """One block's n accepted rows, as arrays (n,) and a part of the spool, and what became of the others."""
+
+    part: bytes
+    source: np.ndarray  # int32, index into Plan.readings
+    row: np.ndarray  # int64, number within the source
+    split: np.ndarray  # int8, one of SPLITS
+    digest: np.ndarray  # uint64, of the normalised conversation
+    prompt: np.ndarray  # uint64, of what is asked, normalised
+    value: np.ndarray | None  # uint64, of Plan.value_column; 0 where it is missing
+    signatures: np.ndarray | None  # uint8 (n, quality.PERMUTATIONS)
+    rejects: bytes  # lines of rejects.jsonl
+    kinds: dict[str, list]  # kind of reject: [how many, the first as in rejects.jsonl]
+    rejected: Counter  # by source
+    telling: dict[str, Counter | None]  # a column's values, or UNTELLING
+
+
+def blocks(path: Path) -> list[tuple[int, int]]:
+    """Where to cut a file into blocks of whole lines: (start, end) in bytes."""
+    found, size, start = [], path.stat().st_size, 0
+    with path.open("rb") as file:
+        while start < size:
+            file.seek(min(start + BLOCK, size))
+            file.readline()
+            found.append((start, file.tell()))
+            start = file.tell()
+    return found
+
+
+def surveyor(path: Path) -> Callable[[tuple[int, int]], Survey]:
+    """The function that surveys one block of the file."""
+    return partial(_survey, path)
+
+
+def converter(path: Path, plan: Plan) -> Callable[[tuple[int, int]], Converted]:
+    """The function that converts one block of the file."""
+    return _Converter(path, plan).convert
+
+
+def _survey(path: Path, block: tuple[int, int]) -> Survey:
+    rows, column_sets = Counter(), {}
+    for line in _lines(path, block):
+        record = parse_line(line)
+        source = record["source"]
+        rows[source] += 1
+        data = record.get("data")
+        if isinstance(data, dict):
+            columns = tuple(data)
+            known = column_sets.get(source)
+            if known is None:
+                known = column_sets[source] = Counter()
+            known[columns] += 1
+    return Survey(rows, column_sets)
+
+
+class _Converter:
+    """Converts blocks; one in each worker."""
+
+    def __init__(self, path: Path, plan: Plan):
+        self.path, self.plan = path, plan
+        self.numbers = {source: number for number, source in enumerate(plan.readings)}
+        self.signer = Signer() if plan.sign else None
+
+    def convert(self, block: tuple[int, int]) -> Converted:
+        plan, rows, rejects = self.plan, _Rows(), _Rejects()
+        texts: list[str] = []
+        telling: dict[str, list] = {}
+        for line in _lines(self.path, block):
+            record = parse_line(line)
+            source, split = record["source"], record["split"]
+            try:
+                conversation, encoded = self._read(record, split)
+            except Rejected as reason:
+                rejects.add(record, reason)
+                continue
+            rows.add(conversation, encoded)
+            rows.places.append((self.numbers[source], record["row"], SPLITS[split]))
+            data = record["data"]
+            if plan.value_column:
+                rows.values.append(hash_value(data.get(plan.value_column)))
+            if plan.sign:
+                texts.append(whole_text(conversation))
+            for column in plan.telling[source]:
+                telling.setdefault(column, []).append(data.get(column))
+        places = np.array(rows.places, dtype=np.int64).reshape(-1, 3)
+        return Converted(
+            part=rows.pack(),
+            source=places[:, 0].astype(np.int32),
+            row=places[:, 1].copy(),
+            split=places[:, 2].astype(np.int8),
+            digest=np.frombuffer(b"".join(rows.digests), dtype="<u8"),
+            prompt=np.frombuffer(b"".join(rows.prompts), dtype="<u8"),
+            value=np.frombuffer(b"".join(rows.values), dtype="<u8") if plan.value_column else None,
+            signatures=self.signer.sign(texts) if self.signer else None,
+            rejects=b"".join(rejects.lines),
+            kinds=rejects.kinds,
+            rejected=rejects.by_source,
+            telling={column: count_values(values) for column, values in telling.items()},
+        )
+
+    def _read(self, record: dict, split: str | None) -> tuple[dict, bytes]:
+        """The conversation, and its JSON."""
+        if "error" in record:
+            raise Rejected("unreadable row", str(record["error"]))
+        data, reading = record["data"], self.plan.readings[record["source"]]
+        if not isinstance(data, dict):
+            raise Rejected("unreadable row", "not an object with named columns")
+        if split == "test":
+            conversation = to_prompt(data, reading)
+        else:
+            conversation = to_conversation(data, reading, self.plan.system_prompt)
+        try:
+            return conversation, orjson.dumps(conversation)
+        except TypeError as error:
+            raise why_not_json(conversation, error) from None
+
+
+class _Rows:
+    """The accepted rows of one block as columns."""
+
+    def __init__(self):
+        self.places: list[tuple[int, int, int]] = []
+        self.conversations: list[bytes] = []
+        self.numbers: list[int] = []  # of all rows, one after the other: spool.NUMBERS
+        self.prompt_words: list[bytes] = []
+        self.reply_words: list[bytes] = []
+        self.digests: list[bytes] = []
+        self.prompts: list[bytes] = []
+        self.values: list[bytes] = []
+
+    def pack(self) -> bytes:
+        """The part of the spool that holds them."""
+        numbers = np.array(self.numbers, dtype=np.int32).reshape(-1, len(spool.NUMBERS))
+        words = ([_cut_word(word) for word in words] for words in (self.prompt_words, self.reply_words))
+        return spool.pack(self.conversations, numbers, *words)
+
+    def add(self, conversation: dict, encoded: bytes) -> None:
+        """Take one conversation and its JSON; all that is ever told of it is read off here, in one pass."""
+        self.conversations.append(encoded)
+        if "text" in conversation:
+            self._add_text(conversation["text"])
+            return
+        systems = users = replies = results = prompt_characters = reply_characters = first = last = 0
+        prompt_word = reply_word = b""
+        pieces: list[bytes] = []  # role, normalised text, and what else there is, for each message
+        for message in conversation["messages"]:
+            role, content = message["role"], message["content"]
+            text = normalise(content)
+            last = len(pieces)
+            pieces += (TAGS[role], text)
+            if role == "assistant":
+                replies += 1
+                reply_characters += len(content)
+                if replies == 1:
+                    reply_word = text.partition(b" ")[0] or _called(message)
+            else:
+                prompt_characters += len(content)
+                if role == "user":
+                    users += 1
+                    if users == 1:
+                        prompt_word = text.partition(b" ")[0]
+                elif role == "tool":
+                    results += 1
+                else:
+                    systems += 1
+                    first = 2
+            if len(message) > 2:
+                pieces.append(_extras(message))
+                reply_characters += len(message.get("reasoning_content", ""))
+                if role == "system":
+                    first = 3
+        # Of rows that ask nothing none is like another.
+        prompt = pieces[first:last]
+        if "tools" in conversation:
+            pieces.append(orjson.dumps(conversation["tools"], option=orjson.OPT_SORT_KEYS))
+        digest = _hash(APART.join(pieces))
+        self.digests.append(digest)
+        self.prompts.append(_hash(APART.join(prompt)) if prompt else digest)
+        self.numbers += (systems, users, replies, results, prompt_characters, reply_characters)
+        self.prompt_words.append(prompt_word)
+        self.reply_words.append(reply_word)
+
+    def _add_text(self, text: str) -> None:
+        plain = normalise(text)
+        digest = _hash(b"text" + APART + plain)
+        self.digests.append(digest)
+        self.prompts.append(digest)
+        self.numbers += (0, 0, 0, 0, spool.NO_PROMPT, len(text))
+        self.prompt_words.append(b"")
+        self.reply_words.append(plain.partition(b" ")[0])
+
+
+class _Rejects:
+    """The rejected rows of one block."""
+
+    def __init__(self):
+        self.lines: list[bytes] = []
+        self.kinds: dict[str, list] = {}
+        self.by_source: Counter = Counter()
+
+    def add(self, record: dict, reason: Rejected) -> None:
+        data = record.get("data", record.get("raw"))
+        reject = {"source": record["source"], "row": record["row"], "reason": _encodable(str(reason)), "data": data}
+        try:
+            line = orjson.dumps(reject, option=orjson.OPT_SORT_KEYS)
+        except TypeError:  # lone surrogates, large numbers, deep nesting: as escaped JSON
+            reject["data"] = data if isinstance(data, str) else _dumped(data)
+            reject["data"] = _encodable(reject["data"])
+            line = orjson.dumps(reject, option=orjson.OPT_SORT_KEYS)
+        self.lines += (line, b"\n")
+        self.by_source[record["source"]] += 1
+        self.kinds.setdefault(reason.kind, [0, reject])[0] += 1
+
+
+def whole_text(conversation: dict) -> str:
+    """All contents of a conversation: what near-duplicates are found by."""
+    if "text" in conversation:
+        return conversation["text"]
+    return "\n".join([message["content"] for message in conversation["messages"]])
+
+
+def prompt_text(conversation: dict) -> str:
+    """What the user says, or a plain text as a whole: what overlap with held-out rows is found by."""
+    if "text" in conversation:
+        return conversation["text"]
+    return "\n".join([message["content"] for message in conversation["messages"] if message["role"] == "user"])
+
+
+def normalise(text: str) -> bytes:
+    """The text without case and with single spaces, as UTF-8: `" ".join(text.casefold().split())`."""
+    if not text.isascii():
+        return " ".join(text.casefold().split()).encode()
+    plain = text.encode().translate(FOLDED).strip()  # several times faster than to make a string of each word
+    while b"  " in plain:
+        plain = plain.replace(b"  ", b" ")
+    return plain
+
+
+def hash_value(value: Any) -> bytes:
+    """Hash of a column's value (8 bytes), 0 for none. 1, 1.0 and "1" are one value: CSV and Parquet differ in that."""
+    if value is None or value == "" or value != value:  # NaN is a missing number
+        return bytes(8)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
+        return bytes(8)
+    return _hash(text.encode("utf-8", "backslashreplace"))
+
+
+def count_values(values: list) -> Counter | None:
+    """How often each value of a column occurs, where it has few short ones of one type (text, true/false, integer)."""
+    try:
+        counts = Counter(values)
+    except TypeError:
+        return UNTELLING
+    del counts[None], counts[""]
+    return counts if tells(counts) else UNTELLING
+
+
+def tells(counts: Counter) -> bool:
+    """Whether a column of these values can be shown as a small table."""
+    if len(counts) > TELLING_VALUES:
+        return False
+    types = set(map(type, counts))
+    return not counts or (
+        len(types) == 1
+        and types <= {str, bool, int}
+        and all(len(text) <= TELLING_CHARACTERS and is_unicode(text) for text in map(str, counts))
+    )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is free of half surrogate pairs, which UTF-8 can't hold."""
+    return _encodable(text) == text
+
+
+def _lines(path: Path, block: tuple[int, int]) -> Iterator[bytes]:
+    start, end = block
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    return filter(None, data.split(b"\n"))
+
+
+def parse_line(line: bytes) -> dict:
+    """One record of rows.jsonl, half surrogate pairs and all; NaN is a missing value."""
+    # orjson rounds integers beyond 64 bits to floats: in a tool call that would be another number, silently.
+    if not ((b"tool" in line or b"function" in line) and LONG_NUMBER.search(line)):
+        try:
+            return orjson.loads(line)
+        except orjson.JSONDecodeError:  # half surrogate pairs, NaN
+            pass
+    try:
+        return json.loads(line, parse_constant=lambda _: None)  # NaN is a missing number
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"rows.jsonl of the stage data is damaged: {error}: {line[:80]!r}") from error
+
+
+def _extras(message: dict) -> bytes:
+    """What a message has beside role and content, normalised. Identities of calls are left out: they are drawn anew
+    for each copy of a conversation."""
+    rest = {key: value for key, value in message.items() if key not in ("role", "content", "tool_call_id")}
+    if "tool_calls" in rest:
+        rest["tool_calls"] = [call["function"] for call in rest["tool_calls"]]
+    return normalise(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS).decode())
+
+
+def _called(message: dict) -> bytes:
+    calls = message.get("tool_calls")
+    return calls[0]["function"]["name"].encode() if calls else b""
+
+
+def _cut_word(word: bytes) -> str:
+    return word[: 4 * WORD_CHARACTERS].decode("utf-8", "ignore")[:WORD_CHARACTERS]
+
+
+def _hash(data: bytes) -> bytes:
+    return blake2b(data, digest_size=8).digest()
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _dumped(data: Any) -> str:
+    try:
+        return json.dumps(data)
+    except RecursionError:
+        return "(nested too deep to show)"

@@ -1,0 +1,411 @@
+"""The matrices of folded LoRA: [W | s·B] of linear layers that share an input, held, dequantised or in fp8.
+
+For a frozen weight W (outputs, inputs) with LoRA pair A (rank, inputs), B (outputs, rank) and scaling s, PEFT computes
+x·Wᵀ + s·(x·Aᵀ)·Bᵀ in five steps over matrices as large as the output. Here the matrix [W | s·B] is kept, and
+activations are written as [x | x·Aᵀ], so that
+- forward is the one product [x | x·Aᵀ] · [W | s·B]ᵀ;
+- backward to the input is the one product dy · [W | s·B], which yields dx and d(x·Aᵀ) together; what is left is thin.
+PEFT's fp32 parameters stay what the optimizer steps; [.. | s·B] follows them whenever they have changed.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from adder.kernels import fp8
+from adder.kernels.dropout import add_dropped_input_grad, dropped_product, dropped_weight_grad
+from adder.kernels.nf4 import dequantise_into
+
+# Rows of matrices begin at multiples of this many numbers, 256 bytes in 16 bit: half a per cent of a step on an H100
+# against 64 numbers.
+ROW_STEP = 128
+# A product over columns that 8 does not divide falls back to slower kernels.
+RANK_STEP = 8
+
+# Steps of any optimizer in this process: torch's fused ones change parameters without raising their version.
+_optimizer_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class Unfit(Exception):
+    """A module is not of a kind that can be folded; the message says why."""
+
+
+@dataclass
+class Part:
+    """One linear layer of a group: PEFT's wrapper or a bare layer, and its place in the group's matrices."""
+
+    parent: torch.nn.Module
+    name: str
+    module: torch.nn.Module
+    base: torch.nn.Module
+    adapter: str | None
+    rows: slice = field(default_factory=lambda: slice(0, 0))
+    ranks: slice = field(default_factory=lambda: slice(0, 0))
+
+    def __post_init__(self):
+        # Found once: every step asks for the parameters some twenty times, and small models wait for Python.
+        layers = (self.module.lora_A, self.module.lora_B) if self.adapter else ()
+        self.layers = [of_adapters[self.adapter] for of_adapters in layers]
+
+    @property
+    def pair(self) -> list[torch.nn.Parameter]:
+        """A and B, or nothing."""
+        return [layer.weight for layer in self.layers]
+
+    @property
+    def scaling(self) -> float:
+        return self.module.scaling[self.adapter]
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which the adapter's input is dropped now."""
+        layer = self.module.lora_dropout[self.adapter] if self.adapter else None
+        return layer.p if isinstance(layer, torch.nn.Dropout) and layer.training else 0.0
+
+    def intact(self) -> bool:
+        """Whether the model still asks for what was folded: not merged, switched off, exchanged or listened to."""
+        module = self.module
+        if getattr(self.parent, self.name) is not module or module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if self.adapter is None:
+            return True
+        return not module.disable_adapters and not module.merged and module.active_adapters == [self.adapter]
+
+
+def part_of(parent: torch.nn.Module, name: str, dtype: torch.dtype) -> Part:
+    """Look at a linear layer and its adapter; raise Unfit where they can't be folded."""
+    module = getattr(parent, name)
+    base, adapter = module, None
+    if isinstance(module, LoraLayer):
+        base = module.base_layer
+        if type(module).__name__ not in {"Linear", "Linear4bit"} or getattr(module, "fan_in_fan_out", False):
+            raise Unfit(f"PEFT layer {type(module).__name__}")
+        present = [name for name in module.active_adapters if name in module.lora_A]
+        if module.active_adapters != present or len(present) != 1:
+            raise Unfit("not one active adapter")
+        adapter = present[0]
+        if adapter in module.lora_variant or module.lora_bias.get(adapter):
+            raise Unfit("a LoRA variant")
+        if not isinstance(module.lora_dropout[adapter], torch.nn.Dropout | torch.nn.Identity):
+            raise Unfit("an unknown dropout")
+    quantised = type(base).__name__ == "Linear4bit" and getattr(base.weight, "quant_state", None) is not None
+    if not quantised and type(base) is not torch.nn.Linear:
+        raise Unfit(f"base layer {type(base).__name__}")
+    if not quantised and base.weight.dtype != dtype:
+        raise Unfit(f"base weights in {base.weight.dtype}")
+    if any(parameter.requires_grad for parameter in base.parameters()):
+        raise Unfit("base weights that are trained")
+    if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        raise Unfit("a forward that another library has replaced")
+    return Part(parent, name, module, base, adapter)
+
+
+class Workspace:
+    """Memory for one group's matrix at a time, for NF4 weights whose values are not held."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device, self.numbers = dtype, device, 0
+        self.memory = None
+
+    def reserve(self, numbers: int) -> None:
+        """Make room for at least this many numbers."""
+        self.numbers = max(self.numbers, numbers)
+
+    def take(self, rows: int, stride: int) -> torch.Tensor:
+        """A matrix (rows, stride), whose contents last until the next one is taken."""
+        if self.memory is None or self.memory.numel() < self.numbers:
+            self.memory = torch.zeros(self.numbers, dtype=self.dtype, device=self.device)
+        return self.memory[: rows * stride].view(rows, stride)
+
+
+class Group:
+    """Frozen linear layers over one input, with their LoRA pairs, as the product with [W | s·B].
+
+    Sizes: `inputs`; `outputs`, all layers' together; `rank`, all pairs' together, rounded up with columns of zeros;
+    `width` = inputs + rank. B stands in blocks: the rows of one layer are zero in the columns of another's pair.
+    After `use_fp8` the product with W is in fp8, and s·B's share is added in 16 bits.
+    """
+
+    def __init__(self, parts: list[Part], dtype: torch.dtype, workspace: Workspace | None):
+        self.parts, self.dtype = parts, dtype
+        sizes = [shape_of(part.base) for part in parts]
+        self.inputs = sizes[0][1]
+        self.outputs = rank = 0
+        for part, (outputs, _) in zip(parts, sizes, strict=True):
+            part.rows = slice(self.outputs, self.outputs + outputs)
+            part.ranks = slice(rank, rank + (part.pair[0].shape[0] if part.layers else 0))
+            self.outputs, rank = part.rows.stop, part.ranks.stop
+        self.rank = _up(rank, RANK_STEP)
+        self.width = self.inputs + self.rank
+        self.stride = _up(self.width, ROW_STEP)
+        device = parts[0].base.weight.device
+        self.a = torch.zeros(self.rank, self.inputs, dtype=dtype, device=device)
+        self.bias = self._bias(device)
+        self.workspace = workspace if all(quantised(part.base) for part in parts) else None
+        self.seen = None
+        self.fp8 = None
+        self.suspended = False  # while it is, PEFT's own layers compute
+        if self.workspace is None:
+            self.held = torch.zeros(self.outputs, self.stride, dtype=dtype, device=device)[:, : self.width]
+            self._fill(self.held)
+            self.b = self.held[:, self.inputs :]
+            for part in parts:
+                if not quantised(part.base):  # PEFT's own layer reads the same memory
+                    part.base.weight.data = self.held[part.rows, : self.inputs]
+        else:
+            workspace.reserve(self.outputs * self.stride)
+            self.held = None
+            self.b = torch.zeros(self.outputs, self.rank, dtype=dtype, device=device)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """A and B of every pair, in the order in which `parameter_grads` returns gradients."""
+        return [parameter for part in self.parts for parameter in part.pair]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held of [W | s·B], or of W in fp8."""
+        if self.fp8 is not None:
+            return self.fp8.nbytes
+        return 0 if self.held is None else self.outputs * self.stride * self.dtype.itemsize
+
+    def use_fp8(self) -> bool:
+        """Hold W in fp8 in place of 16 bit; return False, and do nothing, where the sizes don't suit fp8 products."""
+        if self.inputs % fp8.STEP or self.outputs % fp8.STEP:
+            return False
+        self.fp8 = fp8.Fp8Weight(self.matrix()[:, : self.inputs])
+        if self.held is not None:
+            self.release()
+            self.held, self.b = None, self.b.contiguous()
+        return True
+
+    def release(self) -> None:
+        """Give the layers weights of their own again."""
+        if self.held is None:
+            return
+        for part in self.parts:
+            if not quantised(part.base):
+                part.base.weight.data = part.base.weight.data.contiguous()
+
+    def intact(self) -> bool:
+        """Whether every layer still is what was folded."""
+        return not self.suspended and all(part.intact() for part in self.parts)
+
+    def seeds(self) -> list[int] | None:
+        """A dropout seed for each part, drawn from torch's generator (checkpointing draws it again); None without."""
+        if all(part.dropout == 0 for part in self.parts):
+            return None
+        return [int(torch.randint(2**31, ())) for _ in self.parts]
+
+    def _bias(self, device: torch.device) -> torch.Tensor | None:
+        if all(part.base.bias is None for part in self.parts):
+            return None
+        bias = torch.zeros(self.outputs, dtype=self.dtype, device=device)
+        for part in self.parts:
+            if part.base.bias is not None:
+                bias[part.rows] = part.base.bias.data.to(self.dtype)
+        return bias
+
+    def _fill(self, matrix: torch.Tensor) -> None:
+        for part in self.parts:
+            target, weight = matrix[part.rows, : self.inputs], part.base.weight
+            if quantised(part.base):
+                dequantise_into(weight.data, weight.quant_state, target)
+            else:
+                target.copy_(weight.data)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Copy A and s·B out of the parameters if these have changed since."""
+        state = [_optimizer_steps, *((p.data_ptr(), p._version) for p in self.parameters)]
+        state += [part.scaling for part in self.parts if part.layers]
+        if state == self.seen:
+            return
+        for part in self.parts:
+            if part.layers:
+                a, b = part.pair
+                self.a[part.ranks].copy_(a)
+                torch.mul(b, part.scaling, out=self.b[part.rows, part.ranks])
+        self.seen = state
+
+    def matrix(self) -> torch.Tensor:
+        """[W | s·B], (outputs, width), strided; in a workspace it lasts until the next group's."""
+        if self.held is not None:
+            return self.held
+        matrix = self.workspace.take(self.outputs, self.stride)[:, : self.width]
+        self._fill(matrix)
+        matrix[:, self.inputs :].copy_(self.b)
+        return matrix
+
+    def buffer(self, tokens: int) -> torch.Tensor:
+        """Memory for [x | x·Aᵀ], (tokens, width), strided; its first `inputs` columns are the caller's to fill."""
+        return torch.empty(tokens, self.stride, dtype=self.dtype, device=self.a.device)[:, : self.width]
+
+    def low_rank_into(self, x: torch.Tensor, seeds: list[int] | None, out: torch.Tensor) -> None:
+        """Write x·Aᵀ into `out`, (tokens, rank), both strided; with dropout by `seeds`."""
+        self.follow()
+        if seeds is not None:
+            out.zero_()
+            for part, seed in zip(self.parts, seeds, strict=True):
+                if part.layers:
+                    dropped_product(x, self.a[part.ranks], seed, part.dropout, out[:, part.ranks])
+        elif self.rank:
+            torch.mm(x, self.a.t(), out=out)
+
+    def product(
+        self,
+        buffer: torch.Tensor,
+        seeds: list[int] | None,
+        residual: torch.Tensor | None = None,
+        rows: fp8.Fp8Rows | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From [x | ?] return the layers' outputs, (tokens, outputs), plus `residual`; and x·Aᵀ, (tokens, rank).
+
+        `rows`: x in fp8, if it is known already.
+        """
+        if self.fp8 is not None:
+            y, low_rank = self.bare_product(buffer, seeds, rows)
+            fp8.add_low_rank(y, low_rank, self.b, residual, self.bias)
+            return y, low_rank
+        low_rank = buffer[:, self.inputs :]
+        self.low_rank_into(buffer[:, : self.inputs], seeds, low_rank)
+        matrix = self.matrix().t()
+        if residual is not None:
+            y = torch.addmm(residual, buffer, matrix)
+            y = y if self.bias is None else y.add_(self.bias)
+        elif self.bias is not None:
+            y = torch.addmm(self.bias, buffer, matrix)
+        else:
+            y = torch.mm(buffer, matrix)
+        return y, low_rank.contiguous()
+
+    def product_of(
+        self, x: torch.Tensor, seeds: list[int] | None, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As product, from x, (tokens, inputs), in memory of its own."""
+        if self.fp8 is not None:
+            low_rank = torch.empty(x.shape[0], self.rank, dtype=x.dtype, device=x.device)
+            self.low_rank_into(x, seeds, low_rank)
+            return self.fp8_product(fp8.quantise(x), low_rank, residual), low_rank
+        if not self.rank:
+            return self.product(x, seeds, residual)
+        buffer = self.buffer(x.shape[0])
+        buffer[:, : self.inputs].copy_(x)
+        return self.product(buffer, seeds, residual)
+
+    def bare_product(
+        self, buffer: torch.Tensor, seeds: list[int] | None, rows: fp8.Fp8Rows | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As product, in fp8, but for the pairs' share and the bias: left to who reads the outputs next."""
+        x = buffer[:, : self.inputs]
+        self.low_rank_into(x, seeds, buffer[:, self.inputs :])
+        y = fp8.product(rows or fp8.quantise(x), self.fp8.forward, self.dtype)
+        return y, buffer[:, self.inputs :].contiguous()
+
+    def fp8_product(self, rows: fp8.Fp8Rows, low_rank: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """As product, from x in fp8 and x·Aᵀ, (tokens, rank)."""
+        y = fp8.product(rows, self.fp8.forward, self.dtype)
+        fp8.add_low_rank(y, low_rank, self.b, residual, self.bias)
+        return y
+
+    def input_grads(
+        self,
+        grad: torch.Tensor,
+        together: bool,
+        rows: fp8.Fp8Rows | None = None,
+        largest: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the outputs' gradient return dx, (tokens, inputs), without the adapters' share, and d(x·Aᵀ).
+
+        `together`: by one product, both strided; else dx is contiguous, as it always is in fp8. `rows`: the gradient in
+        fp8, or `largest`, of each row the largest absolute number: if these are known already.
+        """
+        if self.fp8 is not None:
+            if largest is not None:
+                rows, low_rank = fp8.quantise_and_multiply(grad, largest, self.b)
+            else:
+                rows, low_rank = rows or fp8.quantised(grad), self.low_rank_grad(grad)
+            return fp8.product(rows, self.fp8.backward, self.dtype), low_rank
+        if together:
+            both = torch.empty(grad.shape[0], self.stride, dtype=grad.dtype, device=grad.device)[:, : self.width]
+            torch.mm(grad, self.matrix(), out=both)
+            return both[:, : self.inputs], both[:, self.inputs :]
+        return torch.mm(grad, self.matrix()[:, : self.inputs]), self.low_rank_grad(grad)
+
+    def low_rank_grad(self, grad: torch.Tensor) -> torch.Tensor:
+        """d(x·Aᵀ) alone, (tokens, rank)."""
+        return torch.mm(grad, self.b)
+
+    def add_input_grad(self, dx: torch.Tensor, low_rank: torch.Tensor, seeds: list[int] | None, p: list[float]) -> None:
+        """Add the adapters' share to dx in place."""
+        if seeds is None and self.rank:
+            dx.addmm_(low_rank, self.a)
+        for part, seed, drop in zip(self.parts, seeds or [], p, strict=False):
+            if part.layers:
+                add_dropped_input_grad(dx, low_rank[:, part.ranks], self.a[part.ranks], seed, drop)
+
+    def a_grads(
+        self, low_rank_grad: torch.Tensor, x: torch.Tensor, seeds: list[int] | None, p: list[float]
+    ) -> list[torch.Tensor | None]:
+        """Gradient of each part's A, fp32. low_rank_grad: of x·Aᵀ, (tokens, rank)."""
+        if seeds is None and self.rank:
+            whole = _product_fp32(low_rank_grad.t(), x)
+        grads = []
+        for i, part in enumerate(self.parts):
+            if not part.layers:
+                grads.append(None)
+            elif seeds is None:
+                grads.append(whole[part.ranks])
+            else:
+                grads.append(dropped_weight_grad(low_rank_grad[:, part.ranks], x, seeds[i], p[i]))
+        return grads
+
+    def b_grads(self, grad: torch.Tensor, low_rank: torch.Tensor) -> list[torch.Tensor | None]:
+        """Gradient of each part's s·B, fp32. grad: of the outputs; low_rank: x·Aᵀ."""
+        # One product for all, of whose blocks those on the diagonal count: reading `grad` is what takes the time.
+        whole = _product_fp32(grad.t(), low_rank) if self.rank else None
+        return [whole[part.rows, part.ranks] if part.layers else None for part in self.parts]
+
+    def parameter_grads(self, a_grads: list, b_grads: list) -> list[torch.Tensor]:
+        """Gradients of `parameters` from those of A and s·B."""
+        grads = []
+        for part, grad_a, grad_b in zip(self.parts, a_grads, b_grads, strict=True):
+            if part.layers:
+                a, b = part.pair
+                grads += [grad_a.to(a.dtype), (grad_b * part.scaling).to(b.dtype)]
+        return grads
+
+    def dropouts(self) -> list[float]:
+        """Dropout of each part now; backward needs what forward had."""
+        return [part.dropout for part in self.parts]
+
+
+def shape_of(base: torch.nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
+    return base.out_features, base.in_features
+
+
+def quantised(base: torch.nn.Module) -> bool:
+    """Whether a linear layer holds NF4 (or FP4) weights."""
+    return getattr(base.weight, "quant_state", None) is not None
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a · b in fp32, from 16-bit matrices on a GPU without rounding the sums."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

@@ -1,0 +1,81 @@
+"""The report's view of the merge: which weights it went into and why, and the proof that the result is what it was."""
+
+from adder.report.formatting import clip, number, percent, size
+
+LONGEST_TEXT = 1500  # characters of the reloaded model's prompt and reply that are shown
+# The names of proof.json's alternatives by the value of the choice.
+CHOSEN = {"original": "merged into the original", "dequantized": "merged into the dequantised"}
+
+
+def merge_section(proof: dict) -> dict:
+    """Base, logits, weights, reload and files, as far as the proof has them."""
+    return {
+        "reason": proof.get("reason", ""),
+        "checked": proof.get("checked", False),
+        "base": base_choice(proof.get("base")),
+        "figures": figures(proof),
+        "tolerance": proof.get("tolerance_reason"),
+        "reloaded": reloaded(proof.get("reloaded")),
+        "files": [
+            (one["name"], size(one["bytes"]), f"{one['changed']:,}") for one in proof.get("files") or []
+        ],
+    }  # fmt: skip
+
+
+def base_choice(choice: dict | None) -> dict | None:
+    """The three held-out losses, the taken one marked; differences are to the adapter as it was trained."""
+    if not choice:
+        return None
+    rows = [
+        {
+            "name": one["base"],
+            "chosen": one["base"] == CHOSEN[choice["value"]],
+            "loss": f"{one['loss']:.4f}",
+            "difference": one["difference"] and signed(one["difference"]["value"]),
+            "ci": one["difference"] and [signed(end) for end in one["difference"]["ci95"]],
+        }
+        for one in choice["alternatives"]
+    ]
+    measured = [(one["rows"], one["tokens"]) for one in choice["alternatives"]]
+    return {"reason": choice["reason"], "rows": rows, "measured": measured[0] if measured else None}
+
+
+def figures(proof: dict) -> list[tuple[str, str, str]]:
+    """What was compared and counted, as (name, value, what it means)."""
+    allowed = f"; allowed are {number(proof['tolerance'])}" if proof.get("tolerance") is not None else ""
+    base = f"; the base is {number(proof['base_kl'])} away" if proof.get("base_kl") is not None else ""
+    rows = f" of {proof['rows']:,} held-out rows" if proof.get("rows") else ""
+    dequantised = (proof.get("base") or {}).get("value") == "dequantized"
+    counted = "adapted or dequantised" if dequantised else "adapted"
+    known = [
+        ("kl", "KL divergence", number, f"nats per token between both{allowed}{base}"),
+        ("top_token_agreement", "Same first choice", lambda v: percent(v, 2), "of both at a position"),
+        ("max_difference", "Largest difference", number, "of any logit"),
+        ("mean_difference", "Mean difference", number, "of all logits"),
+        ("positions", "Compared", lambda v: f"{v:,}", f"positions{rows}"),
+        ("changed_weights", "Weights changed", lambda v: f"{v:,}", f"of {proof.get('adapted_weights', 0):,} {counted}"),
+        ("unchanged_weights", "Weights unchanged", lambda v: f"{v:,}", "though adapted: rounded away"),
+    ]  # fmt: skip
+    found = heldout_loss(proof.get("heldout_loss"))
+    found += [(label, show(proof[name]), note) for name, label, show, note in known if proof.get(name) is not None]
+    return [row for row in found if row[0] != "Weights unchanged" or row[1] != "0"]
+
+
+def heldout_loss(found: dict | None) -> list[tuple[str, str, str]]:
+    """The figure of the merged model's loss beside that of base + adapter; none where it wasn't measured."""
+    if not found:
+        return []
+    return [("Held-out loss", f"{found['merged']:.4f}", f"nats per token; base + adapter {found['adapter']:.4f}")]
+
+
+def signed(value: float) -> str:
+    """A difference of losses, with its sign unless it is nothing."""
+    return f"{value:+.4f}".replace("-", "−") if round(value, 4) else "0.0000"
+
+
+def reloaded(found: dict | None) -> dict | None:
+    """The reply of the model read back from disk in a fresh process. One that differs does so at a tie: no fault."""
+    return found and {
+        **{name: clip(found[name], LONGEST_TEXT) for name in ("prompt", "reply")},
+        "tied": found["tied"] and found["tied"]["position"],
+    }

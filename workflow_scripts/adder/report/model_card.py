@@ -1,0 +1,297 @@
+"""The model card, README of the merged model, in the hub's format: YAML that the hub reads, Markdown for people.
+
+It says what the model was made from, how, and what was measured of it, and no more than that. Whatever comes from data,
+settings or file names is escaped.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from adder.report import facts as report_data
+from adder.report import regression_guard
+from adder.report.data_card import fenced, table, text
+from adder.report.evaluation_section import is_share, row_of, score_rows
+from adder.report.formatting import number, percent, sentence, setting
+from adder.report.scores import METRICS
+
+# The hub's identifiers of licences (huggingface.co/docs/hub/repositories-licenses); it refuses a card with another one.
+LICENSES = frozenset(
+    """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
+    eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 gpl-3.0 intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3
+    llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0
+    other pddl postgresql unknown unlicense wtfpl zlib
+    """.split()
+)
+# What the hub calls our scores, where it has a name for them.
+HUB_METRICS = {"field_f1": "f1", "rouge_l": "rouge"}
+# Settings that make the model what it is; those of the evaluation stand with the scores, the data in a table.
+MAKING = ("format", "tokenize", "lengths", "train", "merge")
+ADAPTERS = {"qlora": "LoRA on the base quantised to NF4", "lora": "LoRA", "full": "training of all weights"}
+
+
+def model_card(settings: dict, facts: dict, metrics: dict) -> str:
+    """The card as Markdown.
+
+    `settings` of the report stage, `facts` as `report_data.load` has them, `metrics` as `report_data.build_metrics`.
+    """
+    chosen = {row["key"]: row["value"] for row in report_data.resolve(settings, facts)}
+    title = report_data.title(settings)
+    sections = [
+        f"# {text(title)}",
+        f"**{text(metrics['verdict']['sentence'])}**",
+        f"A {text(_method(chosen))} of {text(facts['model']['source'])}, made and measured with Adder.",
+        "## How to use it",
+        *_usage(facts, chosen),
+        "## What it was made from",
+        _origin(facts, chosen),
+        *_data(facts),
+        "## How it was trained",
+        *_settings(settings, facts),
+        "## What was measured",
+        *_scores(facts, metrics),
+        "## What was not",
+        "\n".join(f"- {limit}" for limit in _limits(facts, metrics)),
+    ]
+    head = yaml.safe_dump(front_matter(title, facts, chosen, metrics), sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def front_matter(title: str, facts: dict, chosen: dict, metrics: dict) -> dict:
+    """What the hub reads of the card: library, task, base, licence, data sets, language, tags, results."""
+    model, method = facts["model"], chosen.get("train.method")
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if model["kind"] == "hub":
+        head |= {"base_model": model["source"], "base_model_relation": "finetune"}
+    head |= _license(model["license"])
+    trained = [source for source in facts["data"] if source["split"] == "train"]
+    if datasets := sorted({source["hub"]["id"] for source in trained if source.get("hub")}):
+        head["datasets"] = datasets
+    if all(source["kind"] == "builtin" for source in trained):
+        head["language"] = ["en"]  # of other data nobody said
+    kinds = {"qlora": ["lora", "qlora"], "lora": ["lora"]}.get(method, [])
+    kinds += ["dora"] if kinds and chosen.get("train.use_dora") else []
+    chat = [] if facts["evaluate_tuned"].get("max_new_tokens") is None else ["conversational"]
+    head["tags"] = sorted(["adder", *chat, *kinds])
+    head["model-index"] = [{"name": title, "results": _results(facts, metrics)}]
+    return head
+
+
+def _license(stated: str | None) -> dict:
+    if not stated:
+        return {}
+    name = str(stated).lower()
+    if name in LICENSES:
+        return {"license": name}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", name).strip("-")}
+
+
+def _results(facts: dict, metrics: dict) -> list[dict]:
+    """The tuned model's scores as the hub's model-index has them."""
+    heldout = [source for source in facts["data"] if source["split"] == "heldout"]
+    sources = heldout or [source for source in facts["data"] if source["split"] == "train"]
+    names = list(dict.fromkeys(str(source["name"]) for source in sources))
+    hub = {source["hub"]["id"] for source in sources if source.get("hub")}
+    dataset = {
+        "name": f"held-out rows of {', '.join(names)}",
+        "type": hub.pop() if len(hub) == 1 and len(names) == 1 else "private",
+        "split": "heldout",
+    }
+    scores = [
+        {"type": HUB_METRICS.get(name, name), "value": entry["tuned"]["value"], "name": METRICS[name]["name"]}
+        for name, entry in metrics["heldout"].items()
+        if entry["tuned"] and entry["tuned"]["value"] is not None
+    ]
+    found = [_result(dataset, scores)]
+    for row in metrics["tasks"]:
+        dataset = {"name": row["task"], "type": row["task"], "args": {"num_fewshot": row["num_fewshot"]}}
+        found.append(_result(dataset, [{"type": row["metric"], "value": row["tuned"]["value"], "name": row["metric"]}]))
+    return found
+
+
+def _result(dataset: dict, scores: list[dict]) -> dict:
+    return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": scores}
+
+
+def _method(chosen: dict) -> str:
+    return f"fine-tuned version ({ADAPTERS[chosen['train.method']]})"
+
+
+def _usage(facts: dict, chosen: dict) -> list[str]:
+    """transformers, vLLM and Ollama, with the system prompt that it was trained with and the longest reply expected."""
+    return [
+        "In place of `path/to/this/folder` stands this folder, or this repository's name once it is on the hub.",
+        fenced(_python(facts, chosen.get("format.system_prompt")), "python"),
+        "A server with OpenAI's interface, by [vLLM](https://docs.vllm.ai):",
+        fenced("vllm serve path/to/this/folder", "sh"),
+        "On a desk, by [Ollama](https://ollama.com), with a file named `Modelfile` in this folder (a GGUF file in "
+        "place of its point, where Ollama doesn't convert this architecture):",
+        fenced(_modelfile(facts, chosen.get("format.system_prompt"))),
+        fenced("ollama create my-model -f Modelfile\nollama run my-model", "sh"),
+        "`ollama show --template my-model` must not print just `{{ .Prompt }}`: then Ollama didn't know the chat "
+        "template, and it belongs into the Modelfile.",
+        *_advice(facts, chosen.get("format.system_prompt")),
+    ]
+
+
+def _python(facts: dict, system: str | None) -> str:
+    lines = [
+        "from transformers import pipeline",
+        "",
+        'model = pipeline("text-generation", model="path/to/this/folder")',
+    ]
+    limit = facts["evaluate_tuned"].get("max_new_tokens")
+    if limit is None:  # trained on plain texts
+        return "\n".join([*lines, 'print(model("…", max_new_tokens=200)[0]["generated_text"])'])
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": "…"}]
+    call = f"model(messages, max_new_tokens={limit['value']}, do_sample=False)"
+    return "\n".join([*lines, f"messages = {messages!r}", f'print({call}[0]["generated_text"][-1]["content"])'])
+
+
+def _modelfile(facts: dict, system: str | None) -> str:
+    """Ollama's: greedy decoding, as the model was measured, and the system prompt that it was trained with."""
+    if facts["evaluate_tuned"].get("max_new_tokens") is None:  # trained on plain texts
+        return "FROM ."
+    lines = ["FROM .", "PARAMETER temperature 0"]
+    # Three quotes end a text only at the end of a line, and nothing can be put before them that takes that away.
+    if system and not any(line.rstrip().endswith('"""') for line in system.splitlines()):
+        lines.append(f'SYSTEM """{system}"""')
+    return "\n".join(lines)
+
+
+def _advice(facts: dict, system: str | None) -> list[str]:
+    if facts["evaluate_tuned"].get("max_new_tokens") is None:
+        return ["It was trained to continue plain texts, not to chat."]
+    found = [
+        "It is a chat model: the chat template that it was trained with is in its tokenizer. It was measured with "
+        "greedy decoding (temperature 0)."
+    ]
+    if system:
+        found.append("It was trained with the system prompt above, which belongs before every conversation.")
+    return found
+
+
+def _origin(facts: dict, chosen: dict) -> str:
+    model, tokenize = facts["model"], facts["tokenize"]
+    train = tokenize["counts"]["train"]
+    base = f"[{text(model['source'])}](https://huggingface.co/{model['source']})"
+    rows = [
+        ("Base model", base if model["kind"] == "hub" else text(model["source"])),
+        ("Its revision", text(model["revision"] or "none: it has no versions")),
+        ("Its licence", text(model["license"] or "not stated")),
+        ("Its parameters", f"{model['parameters']:,}"),
+        ("Method", text(_details(chosen))),
+        ("Trained on", f"{train['examples']:,} conversations, {train['labelled']:,} tokens with loss"),
+        ("End of turn", text(tokenize["end_of_turn"]["token"])),
+    ]
+    if model.get("sha256"):
+        rows.insert(2, ("Its SHA-256", text(model["sha256"])))
+    return table(("", ""), rows)
+
+
+def _details(chosen: dict) -> str:
+    method = chosen["train.method"]
+    if method == "full":
+        return ADAPTERS[method]
+    kind = ADAPTERS[method].replace("LoRA", "DoRA" if chosen.get("train.use_dora") else "LoRA")
+    return (
+        f"{kind}, rank {chosen['train.lora_r']}, alpha {chosen['train.lora_alpha']:g}; merged into the base's weights"
+    )
+
+
+def _data(facts: dict) -> list[str]:
+    """The sources of the rows that were trained on or held out, each with its licence and what pins it."""
+    uses = {"train": "training", "heldout": "held out"}
+    rows = [
+        (
+            text(source["name"]),
+            _hub_link(source["hub"]["id"]) if source.get("hub") else text(source["kind"]),
+            text(source.get("license") or "not stated"),
+            f"{source['rows']:,}",
+            uses[source["split"]],
+            text(source.get("revision") or source.get("sha256") or "–"),
+        )
+        for source in facts["data"]
+        if source["split"] in uses
+    ]
+    head = ("Data", "From", "Licence", "Rows", "Use", "Commit or SHA-256")
+    return [table(head, rows, (3,)), "What became of each row stands in the data card (`card.md`) of the run."]
+
+
+def _hub_link(name: str) -> str:
+    return f"[{text(name)}](https://huggingface.co/datasets/{name})"
+
+
+def _settings(settings: dict, facts: dict) -> list[str]:
+    """The settings that somebody gave and that differ from the defaults, or those that a stage chose."""
+    rows = [
+        (text(row["key"]), text(setting(row["value"])), text(sentence(row["reason"] or "")))
+        for row in report_data.resolve(settings, facts)
+        if row["key"].split(".")[0] in MAKING and row["from"] in ("config", "run", "chosen")
+    ]
+    intro = "Settings that are not the default, and, with their reasons, those that were chosen by measuring:"
+    return [intro, table(("Setting", "Value", "Why"), rows)] if rows else ["All settings are the defaults."]
+
+
+def _scores(facts: dict, metrics: dict) -> list[str]:
+    """Base and tuned on the same rows; differences with their 95 % intervals."""
+    head = ("", "Base", "This model", "Difference", "95 % interval", "Rows")
+    rows = [_score_row(row["name"], row) for row in score_rows(metrics["heldout"])]
+    found = [
+        f"On {metrics['verdict']['n']:,} held-out rows, kept out of this training; both models had the same prompts "
+        "and template, by lm-evaluation-harness:",
+        table(head, rows, (1, 2, 3, 5)),
+    ]
+    if metrics["tasks"]:
+        tasks = []
+        for row in metrics["tasks"]:
+            share = is_share(row)
+            cells = row_of(row, share, row["higher_is_better"], percent if share else number, row["difference"])
+            tasks.append(_score_row(f"{row['task']}, {row['metric']}", cells))
+        found += ["On other tasks:", table(head, tasks, (1, 2, 3, 5))]
+    if metrics["guard"]:
+        found.append(text(regression_guard.check(metrics["tasks"])["sentence"]))
+    if metrics["judge"]:
+        judge = metrics["judge"]
+        found.append(text(f"A judge ({judge['model']}) compared replies blind, in both orders. {judge['sentence']}"))
+    if facts["merge"].get("reason"):
+        found.append(f"The merge was checked: {text(facts['merge']['reason'])}")
+    return found
+
+
+def _score_row(name: str, row: dict) -> tuple[str, ...]:
+    values = [row[who]["value"] if row[who] else "–" for who in ("base", "tuned")]
+    interval = " to ".join(row["ci"]) if row["ci"] else "–"
+    cells = (name, *values, row["difference"] or "–", interval, f"{row['n']:,}" if row["n"] else "–")
+    return tuple(text(cell) for cell in cells)
+
+
+def _limits(facts: dict, metrics: dict) -> Iterable[str]:
+    """What the measurements don't tell, as far as the run knows it."""
+    longest = facts["lengths"]["max_seq_length"]["value"]
+    yield "The scores are of rows like the training rows. How the model does on other requests wasn't measured" + (
+        " beyond the tasks above."
+        if metrics["tasks"]
+        else "; a fine-tuned model often loses skills that it isn't shown."
+    )
+    yield (
+        "Not measured: whether replies are true, safe or fair, other languages than those of the data, and attacks by "
+        "hostile prompts. What is known of the base in this holds at best."
+    )
+    yield f"Conversations were at most {longest:,} tokens long in training; longer ones weren't tried."
+    if metrics["verdict"]["verdict"] == "can't tell":
+        yield "Whether it is better than its base can't be told from this many rows."
+    stay = facts["format"]["quality"]["overlap"]["found"] - facts["format"]["quality"]["overlap"]["dropped"]
+    if stay:
+        yield f"{stay:,} training rows ask much of what held-out rows ask, which flatters the scores."
+    unstated = sum(source["split"] == "train" and not source.get("license") for source in facts["data"])
+    if unstated or not facts["model"]["license"]:
+        yield "Not every licence is stated (see the tables above)."
+    yield "Whether the licences of base and data allow a use together wasn't checked by anybody; all of them apply."

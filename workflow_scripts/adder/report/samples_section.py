@@ -1,0 +1,141 @@
+"""Which held-out replies the report shows, and how they differ from their references."""
+
+import difflib
+import json
+import re
+from functools import partial
+from typing import Any
+
+from adder.report import formatting
+from adder.report.data_section import call_text
+
+LONGEST_TEXT = 4000  # characters of a text that are shown
+MOST_DIFFED = 1200  # words of a text that are compared: the comparison is quadratic
+clip = partial(formatting.clip, most=LONGEST_TEXT)
+UNLIKE = 0.5  # below this share of common words, marking differences would mark nearly everything
+# The scores that stand beside a reply.
+SCORES = (("rouge_l", "ROUGE-L", formatting.percent), ("chrf", "chrF", formatting.percent),
+          ("loss", "loss", formatting.number))  # fmt: skip
+# Words, numbers and dates whole; spaces; any other sign by itself.
+WORD = re.compile(r"\w+(?:[.,:/\-]\w+)*|\s+|[^\w\s]")
+
+
+def select_samples(samples: list[dict], most: int) -> dict:
+    """Choose at most `most` samples, the tuned model's worst first, and prepare them for the page.
+
+    Wrong replies come first, lowest chrF or highest loss first; a third of the places stays for right ones where there
+    are any.
+    Plain texts have no replies and are left out. Returns {shown, total, wrong, right, system (the system prompt that
+    all share, or None), rows}.
+    """
+    samples = [sample for sample in samples if sample["tuned"]["reply"] is not None]
+    worst_first = sorted(samples, key=lambda s: (s["tuned"].get("chrf", 0.0), -(s["tuned"].get("loss") or 0.0)))
+    wrong = [s for s in worst_first if not s["tuned"]["exact_match"]]
+    right = [s for s in worst_first if s["tuned"]["exact_match"]]
+    places = max(most - len(right), most - most // 3)
+    chosen = wrong[:places]
+    chosen += right[: most - len(chosen)]
+    order = {s["id"]: number for number, s in enumerate(samples)}
+    system = shared_system(samples)
+    rows = [prepare(s, order[s["id"]], system) for s in chosen]
+    return {
+        "rows": rows, "shown": len(rows), "total": len(samples), "wrong": len(wrong), "right": len(right),
+        "system": system,
+    }  # fmt: skip
+
+
+def prepare(sample: dict, order: int, system: str | None) -> dict:
+    """One sample as the page shows it: turns, and reference, base and tuned as marked texts."""
+    tuned, base = sample["tuned"], sample["base"]
+    turns = [turn for turn in tuned["prompt"] if not (turn["role"] == "system" and turn["content"] == system)]
+    replies = {}
+    for who, row in (("base", base), ("tuned", tuned)):
+        marked, unlike = mark(tuned["reference"], row["reply"], bool(row["exact_match"]))
+        replies[who] = {
+            "right": bool(row["exact_match"]),
+            "scores": [f"{name} {show(row[key])}" for key, name, show in SCORES if row.get(key) is not None],
+            "marked": marked,
+            "unlike": unlike,
+        }
+    gain = (base.get("loss") or 0.0) - (tuned.get("loss") or 0.0)
+    return {
+        "id": sample["id"], "order": order, "loss": tuned.get("loss"), "gain": gain,
+        "turns": [{"role": turn["role"], "content": clip(turn_text(turn))} for turn in turns],
+        "gist": formatting.gist(turn_text(turns[-1]) if turns else ""),
+        "reference": reference_text(tuned["reference"]), **replies,
+    }  # fmt: skip
+
+
+def reference_text(reference: str) -> str:
+    """A reference as it is shown: JSON indented."""
+    data = as_data(reference)
+    return clip(reference if data is None else pretty(data))
+
+
+def turn_text(turn: dict) -> str:
+    """What a message says: its text, and the tools that it calls."""
+    return "\n".join(filter(None, [turn["content"], *map(call_text, turn.get("tool_calls") or [])]))
+
+
+def mark(reference: str, reply: str, right: bool) -> tuple[list[tuple[str, str]], bool]:
+    """Return the reply as (kind, text) pieces, and whether it is too unlike the reference to be compared word by word.
+
+    Kinds: "same", "wrong" (stands in the reply only), "missing" (stands in the reference only). JSON is compared
+    indented and with the reference's order of keys, for order is no difference.
+    """
+    expected, found = as_data(reference), as_data(reply)
+    if expected is not None and found is not None:
+        reference, reply = pretty(expected), pretty(in_order_of(found, expected))
+    if right or not reply:
+        return [("same", clip(reply))], False
+    left, right_words = WORD.findall(clip(reference))[:MOST_DIFFED], WORD.findall(clip(reply))[:MOST_DIFFED]
+    matcher = difflib.SequenceMatcher(None, left, right_words, autojunk=False)
+    if likeness(matcher.get_matching_blocks(), left, right_words) < UNLIKE:
+        return [("same", clip(reply))], True
+    pieces: list[tuple[str, str]] = []
+    for _, from_left, to_left, from_right, to_right in matcher.get_opcodes():
+        if left[from_left:to_left] == right_words[from_right:to_right]:
+            pieces.append(("same", "".join(left[from_left:to_left])))
+            continue
+        pieces.append(("missing", "".join(left[from_left:to_left])))
+        pieces.append(("wrong", "".join(right_words[from_right:to_right])))
+    return [(kind, text) for kind, text in pieces if text], False
+
+
+def likeness(blocks: list, left: list[str], right: list[str]) -> float:
+    """Share of the words of both texts that they have in common; spaces, which all texts share, do not count."""
+    words = sum(not word.isspace() for word in left + right)
+    common = sum(not word.isspace() for block in blocks for word in left[block.a : block.a + block.size])
+    return 2 * common / words if words else 1.0
+
+
+def as_data(text: str) -> Any:
+    """The JSON object or list that `text` is, else None."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def pretty(value: Any) -> str:
+    """Indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def in_order_of(value: Any, like: Any) -> Any:
+    """The same data with the keys of objects in the order in which `like` has them, others behind."""
+    if isinstance(value, dict) and isinstance(like, dict):
+        keys = [key for key in like if key in value] + [key for key in value if key not in like]
+        return {key: in_order_of(value[key], like.get(key)) for key in keys}
+    if isinstance(value, list) and isinstance(like, list):
+        return [in_order_of(one, like[n] if n < len(like) else None) for n, one in enumerate(value)]
+    return value
+
+
+def shared_system(samples: list[dict]) -> str | None:
+    """The system prompt, where all samples begin with the same one."""
+    found = {s["tuned"]["prompt"][0]["content"] for s in samples if s["tuned"]["prompt"][:1]
+             and s["tuned"]["prompt"][0]["role"] == "system"}  # fmt: skip
+    everywhere = all(s["tuned"]["prompt"] and s["tuned"]["prompt"][0]["role"] == "system" for s in samples)
+    return found.pop() if everywhere and len(found) == 1 else None

@@ -1,0 +1,268 @@
+"""The short way to a conversation's labels, for templates that write contents between fixed texts, as nearly all do.
+
+Conversations of one shape (the same roles in the same order) are then the same fixed pieces around other contents. The
+pieces and the replies' places in them are learnt from the first conversation of a shape, which goes the long way. Each
+further one is rendered once and compared with its contents put between the pieces: if the texts are equal, so are the
+replies' places, and no generation prompt has to be rendered. In the ids, control tokens are landmarks: as the contents
+hold none, the k-th one of the text is the k-th one of the ids, and a reply begins so many tokens behind one and ends
+with another. No offsets are needed, which makes the tokenizer itself quicker.
+
+Whatever differs from that by a single character or token is left to the long way.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from adder.tokenization.assistant_spans import Rendered, ReplyFinder
+from adder.tokenization.chat_template import Message, Span, UnusableRow
+
+ATTEMPTS = 3  # conversations of a shape to learn from before it is left to the long way for good
+PAD = " \n"  # white space around a marker shows whether the template trims contents
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Where a reply stands among the control tokens of the text."""
+
+    opener: int  # number of the control token before it
+    tail: np.ndarray  # int32, ids between that one and the reply: the end of the generation prompt
+    closer: int  # number of the control token that ends it
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """What the conversations of one shape have in common."""
+
+    head: str  # the text before the last control token of the first piece, such as a system turn of the template's own
+    head_ids: list[int]
+    parts: list[str]  # fixed pieces at even places; contents go to the odd ones
+    order: list[int]  # which message's content goes to which odd place
+    trims: list[Callable[[str], str]] | None  # what the template does to each message's content
+    control_ids: np.ndarray  # int32, the control tokens of the text
+    replies: list[Reply]
+    trained: list[int]  # messages that the replies are
+    answers: list[int]  # all replies, those that aren't trained on included
+    visible: list[int]  # messages whose content must begin with a visible ASCII character
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """A conversation put together from its shape's pieces."""
+
+    text: str  # without the head
+    shape: Shape
+    replies: str  # contents of the replies, to look for characters that have no tokens
+
+
+class Shapes:
+    """The shapes met so far."""
+
+    def __init__(self, finder: ReplyFinder, tokenizer):
+        self.finder = finder
+        self.backend = tokenizer.backend_tokenizer
+        self.added = tokenizer.added_tokens_decoder
+        self.unknown, self.bos = tokenizer.unk_token_id, tokenizer.bos_token_id
+        self.ids = finder.special_ids
+        self.is_control = np.zeros(1 + max([self.backend.get_vocab_size(), *self.ids.values()]), dtype=bool)
+        self.is_control[list(self.ids.values())] = True
+        self.usable = finder.template.takes_text and self._normalises_locally() and self._finds_control_tokens()
+        self._shapes: dict[tuple, Shape | int] = {}  # a number: failed attempts to learn it
+
+    def splice(self, conversation: dict) -> Spliced | None:
+        """The conversation put together from its shape's pieces, or None where the long way has to be gone."""
+        if not self.usable or len(conversation) != 1 or "messages" not in conversation:
+            return None
+        messages = conversation["messages"]
+        key = tuple([message["role"] if len(message) == 2 else _marked_role(message) for message in messages])
+        shape = self._shapes.get(key, 0)
+        if isinstance(shape, int):
+            shape = self._try_to_learn(key, messages, shape)
+            if shape is None:
+                return None
+        contents = [message["content"] for message in messages]
+        if shape.trims:
+            contents = [trim(content) for trim, content in zip(shape.trims, contents, strict=True)]
+        parts = shape.parts.copy()
+        parts[1::2] = [contents[number] for number in shape.order]
+        text = "".join(parts)
+        try:
+            if self.finder.template.render_taken(messages) != text:
+                return None
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+            return None
+        for number in shape.visible:
+            if not "!" <= contents[number][:1] <= "~":
+                return None
+        for number in shape.answers:
+            if not contents[number].strip():
+                return None
+        return Spliced(text[len(shape.head) :], shape, "".join([contents[number] for number in shape.trained]))
+
+    def locate(self, ids: np.ndarray, lengths: np.ndarray, shapes: list[Shape]) -> tuple[np.ndarray, ...]:
+        """Find the replies in the ids (int32) of many conversations, given as one row and the length of each.
+
+        Returns which conversations are sure (bool (n,)), how many replies each has (int64 (n,)), and start and end of
+        all those replies (int64), counted from the start of their conversation.
+        """
+        borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        places = np.flatnonzero(self.is_control[ids])
+        firsts = np.searchsorted(places, borders)
+        found = np.diff(firsts)
+        sure = np.zeros(len(shapes), dtype=bool)
+        counts = np.array([len(shape.replies) for shape in shapes], dtype=np.int64)
+        at = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        starts, ends = np.zeros((2, at[-1]), dtype=np.int64)
+        groups: dict[int, list[int]] = {}
+        for number, shape in enumerate(shapes):
+            groups.setdefault(id(shape), []).append(number)
+        for members in groups.values():
+            shape = shapes[members[0]]
+            rows = np.array(members)
+            rows = rows[found[rows] == len(shape.control_ids)]
+            controls = places[firsts[rows][:, None] + np.arange(len(shape.control_ids))]
+            right = (ids[controls] == shape.control_ids).all(axis=1)
+            for number, reply in enumerate(shape.replies):
+                start, end = controls[:, reply.opener] + 1 + len(reply.tail), controls[:, reply.closer]
+                right &= start <= end
+                tail = np.minimum(start[:, None] - np.arange(len(reply.tail), 0, -1), len(ids) - 1)
+                right &= (ids[tail] == reply.tail).all(axis=1)
+                starts[at[rows] + number] = start - borders[rows]
+                ends[at[rows] + number] = end + 1 - borders[rows]
+            sure[rows] = right
+        kept = np.repeat(sure, counts)
+        return sure, counts[sure], starts[kept], ends[kept]
+
+    def _try_to_learn(self, key: tuple, messages: list[Message], failed: int) -> Shape | None:
+        if failed >= ATTEMPTS or None in key:
+            return None
+        try:
+            rendered = self.finder.find(messages)
+            shape = self._learn(messages, rendered)
+        except UnusableRow:
+            return None
+        self._shapes[key] = shape or failed + 1
+        return shape
+
+    def _learn(self, messages: list[Message], rendered: Rendered) -> Shape | None:
+        """The shape of a conversation of which the long way knows the replies; None if it has none that is simple."""
+        pieces, order, trims = self._pieces(messages)
+        if pieces is None or rendered.masked:
+            return None
+        contents = [trim(message["content"]) for trim, message in zip(trims, messages, strict=True)]
+        parts = [""] * (2 * len(pieces) - 1)
+        parts[::2], parts[1::2] = pieces, [contents[number] for number in order]
+        if "".join(parts) != rendered.text:
+            return None
+        fixed: list[Span] = []
+        position = 0
+        for piece, part in enumerate(parts):
+            if piece % 2 == 0:
+                fixed.append((position, position + len(part)))
+            position += len(part)
+        controls = [
+            (start + match.start(), start + match.end(), self.ids[match[0]])
+            for start, end in fixed
+            for match in self.finder.special.finditer(rendered.text[start:end])
+        ]
+        if [index for _, _, index in controls[:2]] == [self.bos] * 2:
+            return None  # written twice, which the long way refuses
+        replies, visible = [], []
+        for span in rendered.spans:
+            found = self._place(rendered.text, span, fixed, controls)
+            if found is None:
+                return None
+            reply, piece = found
+            replies.append(reply)
+            if piece is not None:
+                visible.append(order[piece])
+        trained, _ = self.finder.choose_turns(messages)
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        first = max((start for start, end, _ in controls if end <= fixed[0][1]), default=0)
+        head, head_ids = self._head(rendered.text, first)
+        control_ids = np.array([index for _, _, index in controls], dtype=np.int32)
+        plain = all(trim is str for trim in trims)
+        return Shape(
+            head, head_ids, parts, order, None if plain else trims, control_ids, replies, trained, answers, visible
+        )
+
+    def _pieces(self, messages: list[Message]) -> tuple[list[str] | None, list[int], list[Callable[[str], str]]]:
+        """Fixed pieces of a conversation's text, the order of the contents between them, and how each is trimmed."""
+        markers = [f"CONTENT{number}CONTENT" for number in range(len(messages))]
+        marked = [{**m, "content": PAD + marker + PAD[::-1]} for m, marker in zip(messages, markers, strict=True)]
+        text = self.finder.template.render(marked)
+        if any(text.count(marker) != 1 for marker in markers):
+            return None, [], []
+        order = sorted(range(len(messages)), key=lambda number: text.index(markers[number]))
+        trims: list[Callable[[str], str]] = [str] * len(messages)
+        pieces = []
+        for number in order:
+            piece, text = text.split(markers[number])
+            left, right = piece.endswith(PAD), text.startswith(PAD[::-1])
+            trims[number] = {(1, 1): str, (0, 0): str.strip, (0, 1): str.lstrip, (1, 0): str.rstrip}[left, right]
+            pieces.append(piece.removesuffix(PAD) if left else piece)
+            text = text.removeprefix(PAD[::-1]) if right else text
+        return [*pieces, text], order, trims
+
+    def _head(self, text: str, end: int) -> tuple[str, list[int]]:
+        """What need not be encoded again: a text is encoded the same whatever stands before its control token."""
+        head, rest, whole = (
+            self.backend.encode(part, add_special_tokens=False).ids for part in (text[:end], text[end:], text)
+        )
+        return (text[:end], head) if head + rest == whole else ("", [])
+
+    def _place(
+        self, text: str, span: Span, fixed: list[Span], controls: list[tuple]
+    ) -> tuple[Reply, int | None] | None:
+        """A reply's place among the control tokens, and the odd place whose content must begin visibly, if any."""
+        start, end = span
+        opener = sum(control[1] <= start for control in controls) - 1
+        closer = sum(control[1] <= end for control in controls) - 1
+        if opener < 0 or closer <= opener or controls[closer][1] != end:
+            return None
+        opens, opened, index = controls[opener]
+        piece = next((number for number, (a, b) in enumerate(fixed) if a <= opens and start <= b), None)
+        if piece is None:
+            return None  # a content stands between: its tokens would have to be known
+        ids = self.backend.encode(text[opens:start], add_special_tokens=False).ids
+        if ids[:1] != [index] or self.unknown in ids:
+            return None
+        reply = Reply(opener, np.array(ids[1:], dtype=np.int32), closer)
+        # The first character must neither join with the prompt's last ones nor be swallowed by the token before.
+        token = self.added.get(index)
+        if opened == start and token is not None and not token.rstrip:
+            return reply, None
+        if start < fixed[piece][1]:
+            return (reply, None) if "!" <= text[start] <= "~" else None
+        return reply, piece
+
+    def _normalises_locally(self) -> bool:
+        """Whether a prompt's end is normalised alike whatever visible ASCII character follows it."""
+        normalizer = self.backend.normalizer
+        return normalizer is None or _is_local(json.loads(normalizer.__getstate__()))
+
+    def _finds_control_tokens(self) -> bool:
+        """Whether each control token is found wherever its text stands, and no two can overlap."""
+        for token, index in self.ids.items():
+            if self.backend.encode(f"a{token}a", add_special_tokens=False).ids.count(index) != 1:
+                return False
+        beginnings = {token[:size] for token in self.ids for size in range(1, len(token))}
+        return not any(token[size:] in beginnings for token in self.ids for size in range(1, len(token)))
+
+
+def _marked_role(message: Message) -> str | None:
+    """Role of a message that isn't trained on; None for one that holds more than a content."""
+    return f"{message['role']} untrained" if len(message) == 3 and message.get("train") is False else None
+
+
+def _is_local(normalizer: dict[str, Any]) -> bool:
+    """Whether a normalizer can be shown to look at no neighbours: NFC leaves visible ASCII and what precedes it be."""
+    if normalizer["type"] == "Sequence":
+        return all(map(_is_local, normalizer["normalizers"]))
+    if normalizer["type"] == "Replace":
+        return normalizer["pattern"] == {"String": " "}
+    return normalizer["type"] in {"NFC", "Prepend"}

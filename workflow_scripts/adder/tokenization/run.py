@@ -1,0 +1,321 @@
+"""Conversations to token ids and labels: loss on what the model has to write, its end-of-turn token included."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import AutoTokenizer
+
+from adder.core import parallel
+from adder.core.errors import UserError
+from adder.core.files import read_json, write_json
+from adder.core.length_summary import summarise
+from adder.core.progress import Progress
+from adder.tokenization.chat_template import adds_bos, choose_template
+from adder.tokenization.labels import IGNORED, Batch, Labeller
+from adder.tokenization.token_table import SCHEMA
+
+ROWS = 1024  # conversations handed to the tokenizer at a time, and rows of a record batch
+MOST_BATCHES = 8  # that a worker hands over at once
+ENOUGH = 4096  # rows that are worth another worker: starting one takes as long as a few hundred
+LISTED = 1000  # rejected rows that tokenize.json lists; all are counted
+EXAMPLES = 3
+EXAMPLE_TOKENS = 600
+COLUMNS = ["id", "source", "conversation", "digest"]
+SAID = {  # what a template that nobody asked for is made of
+    "chatml": "ChatML, whose tokens its vocabulary has",
+    "plain": "the plain one (### User: … ### Assistant: …)",
+}
+
+
+class Piece(NamedTuple):
+    """Rows of one row group of a Parquet file."""
+
+    group: int
+    start: int
+    stop: int
+
+
+class Shown(NamedTuple):
+    """A row to show, or to learn the end-of-turn token from."""
+
+    id: str
+    source: str
+    ids: np.ndarray
+    labels: np.ndarray
+    end: int  # where its last reply ends
+    has_reply: bool
+
+
+class Labelled(NamedTuple):
+    """What a worker made of a piece."""
+
+    batches: bytes  # Arrow IPC stream of SCHEMA
+    examples: int
+    tokens: int
+    labelled: int
+    cut: int
+    replies: np.ndarray  # int32, tokens of each reply
+    rejected: list[tuple[str, str, str]]  # id, reason, kind of reason
+    shown: list[Shown]
+    folds_reasoning: bool  # see ChatTemplate
+
+
+def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
+    """Tokenise train.parquet and heldout.parquet of the format stage with the model's chat template.
+
+    Writes `train.arrow` and `heldout.arrow` (tokens.SCHEMA), `tokenizer/` and `tokenize.json`.
+    Raises UserError when the tokenizer or template can't be used, or when no training conversation can.
+    """
+    model = inputs["model"] / "model"
+    tokenizer = load_tokenizer(model)
+    source = choose_template(tokenizer, settings["chat_template"])
+    labeller = Labeller(tokenizer, settings["loss_on"])
+    splits = {
+        split: _tokenize_split(labeller, inputs["format"] / f"{split}.parquet", out / f"{split}.arrow", split, progress)
+        for split in ("train", "heldout")
+    }
+    train = splits["train"]
+    if not train["counts"]["examples"]:
+        raise UserError(
+            f"no training conversation could be tokenised; {_most_frequent(train['reasons'])}. If that is "
+            "the template's fault, set tokenize.chat_template to a Jinja file that suits the model and the data"
+        )
+    reply = next((row for row in train["shown"] if row.has_reply), train["shown"][0])
+    stop = _end_of_turn(labeller, reply, _eos_ids(model))
+    if tokenizer.pad_token is None:
+        # Labels mask padding by position, never by id, so any token of the vocabulary will do: no resizing needed.
+        tokenizer.pad_token = tokenizer.eos_token or stop["token"]
+    tokenizer.save_pretrained(out / "tokenizer")
+    bos = _bos(tokenizer, reply.ids)
+    reasons = train["reasons"] + splits["heldout"]["reasons"]
+    details = {
+        "template": source,
+        "loss_on": settings["loss_on"],
+        "generation_blocks": labeller.finder.template.marks_generation,
+        "end_of_turn": stop,
+        "bos": bos,
+        "pad": {"token": tokenizer.pad_token, "id": tokenizer.pad_token_id},
+        "counts": {name: split["counts"] for name, split in splits.items()},
+        "reply_tokens": {name: summarise(split["replies"]) for name, split in splits.items()},
+        "examples": [_example(tokenizer, row) for row in _choose_examples(train["shown"])],
+        "rejected": [row for split in splits.values() for row in split["rejected"]][:LISTED],
+        "rejected_count": reasons.total(),
+        "rejected_by_reason": dict(reasons.most_common()),
+        "warnings": _warnings(tokenizer, source, settings["chat_template"], stop, bos, _eos_ids(model), train),
+    }
+    write_json(out / "tokenize.json", details)
+    for warning in details["warnings"]:
+        progress.say(f"warning: {warning}")
+    if reasons:
+        progress.say(f"{reasons.total():,} conversations left out; {_most_frequent(reasons)}")
+    return {"counts": details["counts"], "rejected": details["rejected_count"], "end_of_turn": stop["token"]}
+
+
+def load_tokenizer(folder: Path):
+    """Load the fast tokenizer of a model directory, ready to encode whole texts. Raises UserError if it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"can't load the model's tokenizer from {folder}: {error}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
+    # A tokenizer.json may carry the truncation and padding of whoever saved it; nothing may be cut silently.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _tokenize_split(labeller: Labeller, source: Path, target: Path, split: str, progress: Progress) -> dict:
+    """Write one split's tokens; return its counts, reply lengths, rejected rows, and rows to show."""
+    metadata = pq.read_metadata(source)
+    total = metadata.num_rows
+    workers = parallel.worker_count(total, ENOUGH)
+    done = 0
+    counts: Counter = Counter(examples=0, tokens=0, labelled=0, cut=0)
+    reasons: Counter = Counter()
+    replies, rejected, shown, folds_reasoning = [], [], [], False
+    with pa.ipc.new_file(target, SCHEMA) as writer:
+        pieces = list(_pieces(metadata, workers))
+        results = parallel.map_batches(lambda: Worker(labeller, source), pieces, workers)
+        for piece, result in zip(pieces, results, strict=True):
+            for batch in pa.ipc.open_stream(result.batches):
+                writer.write_batch(batch)
+            counts.update(examples=result.examples, tokens=result.tokens, labelled=result.labelled, cut=result.cut)
+            replies.append(result.replies)
+            reasons.update(kind for _, _, kind in result.rejected)
+            found = [{"id": row, "split": split, "reason": reason} for row, reason, _ in result.rejected]
+            rejected += found[: LISTED - len(rejected)]
+            shown = _choose_examples(shown + result.shown)
+            folds_reasoning |= result.folds_reasoning
+            done += piece.stop - piece.start
+            progress.line(f"{split}: {done:,} of {total:,} conversations")
+    return {
+        "counts": dict(counts), "replies": np.concatenate([np.zeros(0, np.int32), *replies]), "reasons": reasons,
+        "rejected": rejected, "shown": shown, "folds_reasoning": folds_reasoning,
+    }  # fmt: skip
+
+
+def _pieces(metadata: pq.FileMetaData, workers: int) -> Iterator[Piece]:
+    """The rows in pieces, several for each worker so that all end at much the same time.
+
+    Pieces are whole batches, so what is written doesn't depend on their size.
+    """
+    size = ROWS * min(MOST_BATCHES, max(1, metadata.num_rows // (4 * workers * ROWS)))
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        for start in range(0, rows, size):
+            yield Piece(group, start, min(start + size, rows))
+
+
+class Worker:
+    """Tokenises pieces of a Parquet file, which it reads by itself: only a few numbers and the tokens travel."""
+
+    def __init__(self, labeller: Labeller, source: Path):
+        self.labeller = labeller
+        self.file = pq.ParquetFile(source)
+        self._group: tuple[int, pa.Table] | None = None  # the row group read last, of which the next piece may be too
+
+    def __call__(self, piece: Piece) -> Labelled:
+        if self._group is None or self._group[0] != piece.group:
+            self._group = piece.group, self.file.read_row_group(piece.group, columns=COLUMNS, use_threads=False)
+        table = self._group[1].slice(piece.start, piece.stop - piece.start)
+        cut_before = self.labeller.cut
+        sink = pa.BufferOutputStream()
+        replies, rejected, shown = [], [], []
+        examples = tokens = labelled = 0
+        with pa.ipc.new_stream(sink, SCHEMA) as writer:
+            for start in range(0, table.num_rows, ROWS):
+                rows = table.slice(start, ROWS).combine_chunks()
+                names = rows.column("id")
+                conversations = [_parse(text) for text in rows.column("conversation").to_pylist()]
+                batch, reasons = self.labeller.label_batch(conversations)
+                rejected += [(names[row].as_py(), str(reason), reason.kind) for row, reason in reasons.items()]
+                if not len(batch.rows):
+                    continue
+                record = _record_batch(rows, batch)
+                writer.write_batch(record)
+                replies.append(batch.replies.astype(np.int32))
+                shown = _choose_examples(shown + _first_of_sources(rows, batch))
+                examples += len(batch.rows)
+                tokens += len(batch.ids)
+                labelled += int(np.asarray(record.column("labelled")).sum())
+        return Labelled(
+            sink.getvalue().to_pybytes(), examples, tokens, labelled, self.labeller.cut - cut_before,
+            np.concatenate([np.zeros(0, np.int32), *replies]), rejected, shown,
+            self.labeller.finder.template.folds_reasoning,
+        )  # fmt: skip
+
+
+def _parse(text: str) -> dict:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)  # whole numbers of more than 64 bits
+
+
+def _record_batch(rows: pa.Table, batch: Batch) -> pa.RecordBatch:
+    borders = np.concatenate([[0], np.cumsum(batch.lengths)])
+    carries = batch.labels != IGNORED
+    carries[borders[:-1]] = False  # nothing predicts an example's first token
+    kept = rows.take(pa.array(batch.rows)) if len(batch.rows) < rows.num_rows else rows
+    lists = [pa.ListArray.from_arrays(pa.array(borders, pa.int32()), values) for values in (batch.ids, batch.labels)]
+    columns = [
+        kept.column("id").combine_chunks(), *lists, pa.array(batch.lengths, pa.int32()),
+        pa.array(np.add.reduceat(carries, borders[:-1], dtype=np.int32)), kept.column("digest").combine_chunks(),
+    ]  # fmt: skip
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _first_of_sources(rows: pa.Table, batch: Batch) -> list[Shown]:
+    """The first usable row of each source, the first with a reply, and the first few of all."""
+    sources = rows.column("source").combine_chunks().take(pa.array(batch.rows)).dictionary_encode()
+    _, firsts = np.unique(np.asarray(sources.indices), return_index=True)
+    replying = np.flatnonzero(batch.counts)[:1]
+    numbers = sorted({*firsts.tolist(), *replying.tolist(), *range(min(EXAMPLES, len(sources)))})
+    found = []
+    for number in numbers:
+        one = batch.part(number, number + 1)
+        name = rows.column("id")[int(one.rows[0])].as_py()
+        found.append(Shown(name, sources[number].as_py(), one.ids, one.labels, int(one.ends[0]), bool(one.counts[0])))
+    return found
+
+
+def _choose_examples(rows: list[Shown]) -> list[Shown]:
+    """At most EXAMPLES rows in their order: the first of each source before the second of any, conversations first."""
+    seen: Counter = Counter()
+    ranked = []
+    for place, row in enumerate(sorted(rows, key=lambda row: not row.has_reply)):
+        ranked.append((seen[row.source], place, row))
+        seen[row.source] += 1
+    return [row for _, _, row in sorted(ranked, key=lambda item: item[:2])[:EXAMPLES]]
+
+
+def _eos_ids(model: Path) -> list[int]:
+    """Ids on which the model's generation stops: of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (model / name).exists():
+            found = read_json(model / name).get("eos_token_id")
+            if found is not None:
+                return found if isinstance(found, list) else [found]
+    return []
+
+
+def _end_of_turn(labeller: Labeller, row: Shown, eos_ids: list[int]) -> dict:
+    """Token to stop on: of the control tokens that end an example's last reply, the first that the model stops on."""
+    ending: list[int] = []
+    for index in row.ids[: row.end][::-1].tolist():
+        if index not in labeller.special_ids:
+            break
+        ending.insert(0, index)
+    stop = next((index for index in ending if index in eos_ids), ending[-1])
+    return {"token": labeller.tokenizer.convert_ids_to_tokens(stop), "id": stop}
+
+
+def _bos(tokenizer, ids: np.ndarray) -> dict:
+    written = tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id
+    return {"token": tokenizer.bos_token, "id": tokenizer.bos_token_id, "written": written}
+
+
+def _warnings(tokenizer, source: str, asked: str | None, stop: dict, bos: dict, eos_ids: list[int], train: dict):
+    found = []
+    if source in SAID and asked is None:
+        found.append(f"the model has no chat template, so it gets {SAID[source]}; tokenize.chat_template names another")
+    if train["folds_reasoning"]:
+        found.append("the chat template has no place for reasoning, so it stands in the reply, as <think>…</think>")
+    if stop["id"] not in eos_ids:
+        found.append(
+            f"replies end in {stop['token']} (id {stop['id']}), but the model's generation stops on {eos_ids}: "
+            "the merged model's generation_config must list it"
+        )
+    if adds_bos(tokenizer) and not bos["written"]:
+        found.append(
+            f"the tokenizer begins texts with {bos['token']}, but the chat template doesn't write it: conversations "
+            "are trained, and prompted, without it"
+        )
+    return found
+
+
+def _most_frequent(reasons: Counter) -> str:
+    if not reasons:
+        return "there is none"
+    (reason, count), *_ = reasons.most_common(1)
+    return f"{count:,} of them: {reason}"
+
+
+def _example(tokenizer, row: Shown) -> dict:
+    """One example token by token, as the report colours it; cut after EXAMPLE_TOKENS tokens."""
+    return {
+        "id": row.id,
+        "source": row.source,
+        "tokens": [
+            tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in row.ids[:EXAMPLE_TOKENS].tolist()
+        ],
+        "loss": [int(label != IGNORED) for label in row.labels[:EXAMPLE_TOKENS]],
+    }

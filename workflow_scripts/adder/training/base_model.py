@@ -1,0 +1,156 @@
+"""Loading the base model for training: in 16 or 32 bit, or quantised to NF4."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from adder.core import hardware
+from adder.core.choice import Choice
+from adder.kernels import packed_attention
+
+# Share of the free memory that the dequantised copy of an NF4 model may take.
+DEQUANTISED_SHARE = 0.5
+
+# Share of the matrices' numbers that may stay unquantised without a word: convolutions of a few taps do.
+LEFT_SHARE = 0.02
+
+
+def load(
+    folder: Path, method: str, dtype: str, device: str, in_shards: bool = False
+) -> tuple[PreTrainedModel, dict[str, Choice]]:
+    """Load the model in `folder` to be trained by `method` ("qlora", "lora" or "full") in compute dtype `dtype`.
+
+    Returns the model, with the attention for packed examples, and the choices made on the way. The weights of a
+    `full` training are fp32 (products run in `dtype` by autocast); frozen ones are kept in `dtype`. `in_shards`: the
+    model is to be sharded, and waits in main memory for that; NF4 weights stay packed.
+    """
+    compute = getattr(torch, dtype)
+    choices = {
+        "attention": packed_attention.choose(AutoConfig.from_pretrained(folder).get_text_config(), dtype, device)
+    }
+    options = {
+        "dtype": torch.float32 if method == "full" else compute,
+        "attn_implementation": choices["attention"].value,
+        "device_map": {"": torch.cuda.current_device() if device == "cuda" and not in_shards else "cpu"},
+    }
+    if method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    with _quantised_on(device) if method == "qlora" and in_shards else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model.config.use_cache = False
+    if method == "qlora":
+        keep_cpu_weights_intact(model)
+        choices |= left_unquantised(model, dtype)
+        choices["nf4_values"] = (
+            Choice("dequantised in each product", "processes send each other a layer's weights packed")
+            if in_shards
+            else choose_nf4_values(model, compute, device)
+        )
+        if choices["nf4_values"].value == "dequantised once":
+            hold_dequantised(model, compute)
+    return model, choices
+
+
+@contextmanager
+def _quantised_on(device: str) -> Iterator[None]:
+    """Let `device` quantise what is loaded into main memory, weight by weight: CPUs take minutes for 8 B numbers."""
+    from bitsandbytes.nn import Params4bit
+
+    quantise = Params4bit._quantize
+
+    def there_and_back(self: Params4bit, place: torch.device) -> Params4bit:
+        quantise(self, device)
+        self.data = self.data.to(place)
+        self.quant_state.to(place)
+        return self
+
+    Params4bit._quantize = there_and_back
+    try:
+        yield
+    finally:
+        Params4bit._quantize = quantise
+
+
+def keep_cpu_weights_intact(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking NF4 weights on CPUs with AVX512-BF16.
+
+    There a forward pass without gradients (an evaluation) repacks the weights in place, and every gradient after it is
+    garbage (seen with bitsandbytes 0.50.2). On other hardware the flag is off already.
+    """
+    for module in four_bit_layers(model).values():
+        module.support_avx512bf16_for_cpu = False
+
+
+def four_bit_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the model's bitsandbytes NF4 layers by name."""
+    import bitsandbytes
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+
+
+def left_unquantised(model: torch.nn.Module, dtype: str) -> dict[str, Choice]:
+    """{"nf4_weights": how much of the model NF4 misses, in percent}, where that is more than LEFT_SHARE; else {}.
+
+    bitsandbytes quantises linear layers. Of a mixture of experts transformers may hold all experts of a layer in one
+    tensor of three dimensions, which is none: such a model takes several times the memory that one expects of NF4.
+    """
+    packed = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model).values())
+    joined = {name: p for name, p in model.named_parameters() if p.dim() >= 3 and p.is_floating_point()}
+    left = sum(parameter.numel() for parameter in joined.values())
+    if left <= LEFT_SHARE * (packed + left):
+        return {}
+    size = sum(parameter.numel() * parameter.element_size() for parameter in joined.values())
+    reason = (
+        f"of the numbers in the layers' matrices {left / (packed + left):.0%} stay in {dtype} ({size / 1e9:.3g} GB, "
+        f"{size / left * 2:.0f} times what NF4 would take): this model holds its experts in tensors of three "
+        f"dimensions, such as {next(iter(joined))}, and bitsandbytes quantises linear layers only"
+    )
+    return {"nf4_weights": Choice(f"{packed / (packed + left):.0%} of the matrices", reason)}
+
+
+def choose_nf4_values(model: PreTrainedModel, dtype: torch.dtype, device: str) -> Choice:
+    """Choose whether NF4 weights are dequantised in every product or once: the same numbers, memory for time."""
+    numbers = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model).values())
+    needed = numbers * dtype.itemsize
+    free = hardware.free_memory(device)
+    figures = f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
+    if device == "cpu" and needed <= DEQUANTISED_SHARE * free:
+        return Choice("dequantised once", f"the dequantised values fit ({figures}) and save dequantising in each step")
+    why = "they would not leave room for the rest" if device == "cpu" else "on a GPU memory serves larger batches"
+    return Choice("dequantised in each product", f"holding the dequantised values would take {figures}; {why}")
+
+
+def hold_dequantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace each NF4 layer by a frozen linear layer that holds the layer's dequantised values in `dtype`.
+
+    The numbers are those that the NF4 layer computes with, so it is the same QLoRA, without dequantising in each
+    forward and backward pass.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, layer in four_bit_layers(model).items():
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = torch.nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+    forget_quantisation(model)
+
+
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """Let libraries treat a quantised model as the ordinary frozen one that it has been made into."""
+    for attribute in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,236 @@
+"""Which precision the frozen base's products have: 16 bits, or fp8 after a step on the user's own packs has tried it.
+
+`auto` takes fp8 only where all of these hold:
+- it can be had: `lacks` says what is missing;
+- it is faster: the hidden size is at least LEAST_WIDTH;
+- it changes little: over a few packs, before training, the loss is within LOSS_TOLERANCE of bf16's and the gradient of
+  the adapter points where bf16's does, with a cosine of at least LEAST_COSINE.
+Where `fp8` is set the same step is made, and what it finds is only said.
+
+The other side of the comparison is PEFT's own layers, which read the base's own weights: NF4 ones, dequantised in each
+product, or 16-bit ones. So fp8 weights and 16-bit copies of NF4 weights, two bytes a number either way, are never held
+at once: with an 8B model NF4's 6 GB and 14 GB in fp8, or in 16 bits if fp8 isn't taken. In both steps all layers
+recompute, so that a step takes little more (by count some 6 GB for 8,192 tokens). Where fp8 weights would take too much
+of the free memory they aren't made, and where a step runs out of it fp8 isn't taken.
+
+B is zero before training (by most initialisations), and with it the gradient of A, so it is B's that are compared.
+Both are made of the same activations and gradients of outputs: nothing that fp8 changes is missing from B's.
+"""
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from adder.core import hardware
+from adder.core.choice import Choice
+from adder.core.errors import UserError
+from adder.core.rng import undisturbed
+from adder.kernels.fused_lora import attach as folded_lora
+from adder.kernels.labelled_loss import mean_loss
+from adder.kernels.triton_utils import triton
+from adder.training.packed_dataset import PackedExamples
+from adder.training.preflight import as_in_training
+
+# Share of the free memory that weights in fp8 may take where fp8 is set; `auto` leaves as much room to activations as
+# it does beside 16-bit values (folded_lora.HELD_SHARE).
+FP8_SHARE = 0.6
+# Hidden size from which on fp8 is taken to be faster: what products gain grows with its square, what quantising and
+# adding LoRA's share cost grows with it, and small products wait for launches anyhow. At 4,096 a step takes three
+# quarters of its time in bf16 (README); 2,048 was not timed.
+LEAST_WIDTH = 2048
+# Nats a token: a hundredth more or less perplexity.
+LOSS_TOLERANCE = 0.01
+# At most 2 % of the square of the gradient in fp8 (1 - 0.99²) then points elsewhere than bf16's. The noise that the
+# choice of examples gives a gradient is as large as the gradient itself at the critical batch size, and larger below
+# it (McCandlish et al. 2018, arXiv:1812.06162).
+LEAST_COSINE = 0.99
+# Tokens of the packs that are tried, about: a second or two for an 8B model on an H100, by its speeds in training.
+TRIED_TOKENS = 8192
+
+
+def attach(
+    model: PeftModel, dtype: str, wanted: str, packs: PackedExamples, kept: Choice | None = None
+) -> dict[str, Choice]:
+    """Fold LoRA into the base's products (see folded_lora), in the precision that is set or found to be best.
+
+    `wanted`: train.frozen_products, "auto", "bf16" or "fp8". `kept`: what an earlier start of the same training chose,
+    which holds where it still can be had. Returns the choices `frozen_products`, "bf16" (the model's own 16 bits) or
+    "fp8", with the figures of the comparison as alternatives, and `lora_products`. The model's parameters and all
+    random numbers stay as they were. Raises UserError where fp8 is set and can't be had.
+    """
+    missing = lacks(model, dtype, folded_lora.HELD_SHARE if wanted == "auto" else FP8_SHARE)
+    if wanted == "fp8" and missing:
+        raise UserError(f"train.frozen_products: 'fp8' needs {missing}; use 'bf16' or 'auto'")
+    choice = None if missing else kept
+    against = _reason_against(model, wanted, missing)
+    if choice is None and against:
+        choice = Choice("bf16", against)
+    folded = folded_lora.attach_where_it_pays(model, dtype, choice.value if choice else "fp8")
+    if choice is None:
+        choice = _tried(model, wanted, packs, folded)
+        if choice.value == "bf16":
+            folded_lora.detach(model)
+            torch.cuda.empty_cache()  # what fp8 held is free for 16-bit values
+            folded = folded_lora.attach_where_it_pays(model, dtype, "bf16")
+    return {"frozen_products": choice, "lora_products": folded}
+
+
+def lacks(model: PeftModel, dtype: str, share: float) -> str | None:
+    """What fp8 products need and don't have here; None where they can be had.
+
+    `dtype`: of the other products. `share`: of the free memory that the weights in fp8 may take.
+    """
+    major, minor = torch.cuda.get_device_capability()
+    if major < 9:
+        return f"a GPU of compute capability 9.0 or later (Hopper); this one has {major}.{minor}"
+    if dtype != "bfloat16":
+        return f"train.compute_dtype: bfloat16, not {dtype}"
+    if triton is None:
+        return "Triton, which is not installed here"
+    layers = [m for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
+    bases = [layer.get_base_layer() for layer in layers]
+    needed = 2 * sum(base.in_features * base.out_features for base in bases if hasattr(base, "in_features"))
+    free = hardware.free_memory("cuda")
+    if needed > share * free:
+        return f"{needed / 2**30:.1f} GiB for the weights, at most {share:.0%} of the {free / 2**30:.1f} free"
+    return None
+
+
+def _reason_against(model: PeftModel, wanted: str, missing: str | None) -> str | None:
+    """Why fp8 isn't even tried; None where it is."""
+    if wanted == "bf16":
+        return "as set"
+    if missing:
+        return f"as train.compute_dtype says, since fp8 needs {missing}"
+    width = model.config.get_text_config().hidden_size
+    if wanted == "auto" and width < LEAST_WIDTH:
+        return f"products as small as these gain nothing in fp8: hidden size {width:,}, where {LEAST_WIDTH:,} is needed"
+    return None
+
+
+def _tried(model: PeftModel, wanted: str, packs: PackedExamples, folded: Choice) -> Choice:
+    """The choice after a step with the fp8 products that `folded` tells of."""
+    if folded.value != "folded, fp8":
+        return Choice("bf16", f"nothing here can be multiplied in fp8: {folded.reason}")
+    numbers = _some_packs(packs)
+    try:
+        found = parity(model, _batch(packs, numbers, model.device))
+    except torch.OutOfMemoryError:
+        why = "there was not enough memory to compare it with bf16"
+        return Choice("fp8", f"as set; {why}") if wanted == "fp8" else Choice("bf16", f"fp8 isn't taken: {why}")
+    within = is_within(found)
+    if wanted == "fp8":
+        verdict = "as set" if within else "as set, though it changes more than auto would allow"
+    else:
+        verdict = "faster, and it changes little" if within else "fp8 would be faster, but it changes too much"
+    value = "fp8" if within or wanted == "fp8" else "bf16"
+    return Choice(value, f"{verdict}: {_in_words(found, len(numbers))}", _rows(found, within))
+
+
+def is_within(found: dict) -> bool:
+    """Whether what `parity` found is within the tolerances."""
+    return abs(found["loss_difference"]) <= LOSS_TOLERANCE and found["gradient_cosine"] >= LEAST_COSINE
+
+
+def warnings(choice: Choice) -> list[str]:
+    """A sentence where products are in fp8 that no comparison found harmless, else nothing."""
+    fine = choice.value != "fp8" or any(row.get("within") for row in choice.alternatives)
+    return [] if fine else [f"train.frozen_products: fp8, {choice.reason}"]
+
+
+def _in_words(found: dict, packs: int) -> str:
+    which = "B (those of A are zero at first)" if found["compared"] == "B" else found["compared"]
+    return (
+        f"before training {packs} of the packs, {found['tokens']:,} tokens that carry loss, have a loss of "
+        f"{found['loss']:.4f} nats in fp8 and {found['reference_loss']:.4f} in bf16 "
+        f"({found['loss_difference']:+z.4f}, at most {LOSS_TOLERANCE} either way is allowed), and the gradients of "
+        f"{which} a cosine of {found['gradient_cosine']:.4f} to bf16's (at least {LEAST_COSINE})"
+    )
+
+
+def _rows(found: dict, within: bool) -> list[dict]:
+    """The comparison as a table: bf16, fp8, and what is allowed."""
+    shown = ("loss", "loss_difference", "gradient_cosine", "gradient_norm_ratio", "lowest_cosine", "lowest_layer")
+    share = abs(found["loss_difference"]) / found["reference_loss"]
+    return [
+        {"products": "bf16", "loss": found["reference_loss"]},
+        {"products": "fp8", **{name: found[name] for name in shown}, "loss_difference_share": share, "within": within},
+        {"products": "allowed", "loss_difference": LOSS_TOLERANCE, "gradient_cosine": LEAST_COSINE},
+    ]
+
+
+def _some_packs(packs: PackedExamples) -> list[int]:
+    """Numbers of packs of about TRIED_TOKENS tokens together, evenly spaced from the first on."""
+    sizes = [int(pack.sum()) for pack in packs.seq_lengths]
+    count = min(len(sizes), max(1, TRIED_TOKENS // max(sizes)))
+    return np.linspace(0, len(sizes) - 1, count).round().astype(int).tolist()
+
+
+def _batch(packs: PackedExamples, numbers: list[int], device: torch.device) -> dict:
+    """Packs as one row, as TRL's collator joins them in training."""
+    joined = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packs.pack(n) for n in numbers])
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in joined.items()}
+
+
+def parity(model: PeftModel, batch: dict) -> dict:
+    """Compare a step by the attached products with the same step by PEFT's own: does fp8 change where training goes?
+
+    batch: what `loss.labelled_losses` takes. Dropout is off and all layers recompute; nothing is stepped, no gradient
+    is left behind. Returns `tokens` (labelled), `loss` and `reference_loss` (mean nats), `loss_difference`,
+    `gradient_cosine` and `gradient_norm_ratio` over all LoRA gradients as one vector, `compared` ("B", or "A and B"
+    where A's are not all zero), and `lowest_cosine` among the kinds of layer with its name, `lowest_layer` (that of
+    k_proj in every layer together, say). Raises UserError where there is no gradient to compare.
+    """
+    loss, found = _step(model, batch)
+    with folded_lora.suspended(model):
+        reference, expected = _step(model, batch)
+    kinds: dict[str, list[str]] = {}
+    for name, gradient in expected.items():
+        if gradient.any():
+            kinds.setdefault(_kind(name), []).append(name)
+    if not kinds:
+        raise UserError(
+            "train.frozen_products: the packs give the adapter no gradient to compare fp8 with bf16 by, and nothing to "
+            "learn from; look at tokenize.loss_on, lengths.truncate and train.target_modules"
+        )
+    names = sum(kinds.values(), [])
+    cosines = {kind: _cosine(_vector(found, own), _vector(expected, own)) for kind, own in kinds.items()}
+    lowest = min(cosines, key=cosines.get)
+    whole, exact = _vector(found, names), _vector(expected, names)
+    return {
+        "tokens": int((batch["labels"][:, 1:] != -100).sum()),
+        "loss": loss,
+        "reference_loss": reference,
+        "loss_difference": loss - reference,
+        "gradient_cosine": _cosine(whole, exact),
+        "gradient_norm_ratio": (whole.norm() / exact.norm()).item(),
+        "compared": "B" if all("lora_B" in name for name in names) else "A and B",
+        "lowest_cosine": cosines[lowest],
+        "lowest_layer": lowest,
+    }
+
+
+def _step(model: PeftModel, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss and all LoRA gradients, fp32 by name."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
+    device = model.device.type
+    with undisturbed(), as_in_training(model, model.supports_gradient_checkpointing):
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = mean_loss(model.get_base_model(), batch)
+        gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
+    return loss.item(), {name: gradient.float() for name, gradient in zip(named, gradients, strict=True)}
+
+
+def _kind(name: str) -> str:
+    """ "model.layers.0.self_attn.q_proj.lora_A.default.weight" is of kind "q_proj"."""
+    return name.split(".lora_")[0].rpartition(".")[2]
+
+
+def _vector(gradients: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
+    return torch.cat([gradients[name].flatten() for name in names])
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a @ b / (a.norm() * b.norm())).item()

@@ -1,0 +1,348 @@
+"""The LoRA adapter: where its pairs go, how they begin, at which rates they learn, and how they are saved."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from adder.core.errors import UserError
+from adder.core.files import read_json, write_json
+from adder.training.best_weights import trained
+from adder.training.distributed import collectives, fsdp
+from adder.training.packed_dataset import IGNORED, PackedExamples
+
+# PEFT's value for each of ours. LoftQ's start is made here, for weights that are quantised already.
+STARTS = {"default": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "loftq": True, "eva": "eva"}
+# Starts that are not zero: what was learnt is the pair less its start.
+NONZERO_STARTS = ("pissa", "olora", "loftq")
+EVA_BATCHES = 32  # different batches that EVA looks at, again and again until its directions settle
+
+
+def add_adapter(model: torch.nn.Module, settings: dict) -> PeftModel:
+    """Put LoRA pairs on the modules that settings name, and make whole modules trainable; all of it in fp32.
+
+    Raises UserError for names that don't fit the model, and for what could be trained but not merged.
+    """
+    wanted, linear, dtype = settings["target_modules"], linear_names(model), model.dtype
+    _check_modules_to_save(model, settings)
+    try:
+        if isinstance(wanted, str) and wanted != "all-linear":
+            re.compile(wanted)
+        config = LoraConfig(
+            r=settings["lora_r"],
+            lora_alpha=settings["lora_alpha"],
+            lora_dropout=settings["lora_dropout"],
+            target_modules=linear if wanted == "all-linear" else wanted,
+            modules_to_save=list(settings["modules_to_save"]) or None,
+            # A model that stores one tensor for embedding and LM head must come out with one.
+            ensure_weight_tying=_trains_tied(model, settings["modules_to_save"]),
+            use_rslora=settings["use_rslora"],
+            use_dora=settings["use_dora"],
+            init_lora_weights=STARTS[settings["init_lora_weights"]],
+            task_type="CAUSAL_LM",
+        )
+        adapted = get_peft_model(model, config)
+    except (ValueError, re.error) as error:
+        reason = str(error).partition("(\n")[0]  # PEFT prints a module with all that is in it
+        raise UserError(
+            f"train.target_modules: {wanted} does not fit this model ({reason}); "
+            f"its linear layers are called {', '.join(linear)}"
+        ) from error
+    _check_mergeable(adapted, wanted, linear)
+    keep_fp32(adapted)
+    _keep_dtype_between_modules(adapted, dtype)
+    if settings["init_lora_weights"] == "loftq":
+        _start_from_quantisation_error(adapted)
+    if settings["init_lora_weights"] in NONZERO_STARTS:
+        adapted.start = {name: tuple(part.cpu().clone() for part in _pair(layer)) for name, layer in layers(adapted)}
+    return adapted
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Names (last part) of the model's linear layers, found by type, the LM head left out; sorted.
+
+    Left out too are names by which PEFT would adapt experts that the model holds in one tensor, as gate_proj in a
+    mixture of experts some of whose layers are dense: it takes such a name for the experts of all layers.
+    """
+    head = model.get_output_embeddings()
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    config = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in linear}))
+    convert_peft_config_for_transformers(config, model, None)
+    return sorted(config.target_modules)
+
+
+def layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """The modules that have a LoRA pair, by their names in the base model."""
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _pair(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+
+
+def _check_modules_to_save(model: torch.nn.Module, settings: dict) -> None:
+    head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    for wanted in settings["modules_to_save"]:
+        # PEFT takes any module whose name ends so.
+        found = [name for name in modules if name.endswith(wanted)]
+        if not found:
+            own = sorted({name.rpartition(".")[2] for name, m in modules.items() if _has_own_weight(m)})
+            raise UserError(
+                f"train.modules_to_save: {wanted} is no module of this model; its modules are called {', '.join(own)}"
+            )
+        for name in found:
+            inner = [m for m in modules[name].modules() if isinstance(m, torch.nn.Linear) and m is not head]
+            if settings["method"] == "qlora" and inner:
+                raise UserError(
+                    f"train.modules_to_save: {name} is quantised to NF4 by train.method: qlora, and 4-bit weights "
+                    "can't be trained whole; give it a LoRA pair (train.target_modules), or use train.method: lora"
+                )
+
+
+def _has_own_weight(module: torch.nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _trains_tied(model: torch.nn.Module, names: list[str]) -> bool:
+    """Whether a module to be trained whole is an embedding or LM head that share one tensor."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    return tied and any(m in ends for name, m in model.named_modules() if name.endswith(tuple(names) or ("\0",)))
+
+
+def _check_mergeable(model: PeftModel, wanted: str | list[str], linear: list[str]) -> None:
+    """Refuse before training what merge would refuse after it."""
+    config = model.peft_config["default"]
+    if config.target_parameters:
+        raise UserError(
+            f"train.target_modules: {wanted} would adapt {', '.join(sorted(config.target_parameters))}, a weight of "
+            "an expert or router that this model stores outside of a linear layer; merging it isn't supported. Name "
+            f"linear layers instead: {', '.join(linear)}"
+        )
+    adapted = [f".{name}" for name, _ in layers(model)]
+    for name in [] if isinstance(wanted, str) else wanted:
+        if not any(found.endswith(f".{name}") for found in adapted):  # PEFT is content where another name fits
+            raise UserError(
+                f"train.target_modules: {name} is no layer of this model that can be adapted; its linear layers are "
+                f"called {', '.join(linear)}"
+            )
+    head = model.get_output_embeddings()
+    for name, layer in layers(model):
+        if not isinstance(layer.get_base_layer(), torch.nn.Linear) and not _is_conv1d(layer.get_base_layer()):
+            raise UserError(
+                f"train.target_modules: {wanted} takes in {name}, which is no linear layer; embeddings are trained "
+                "whole (train.modules_to_save)"
+            )
+        if layer is head:
+            raise UserError(
+                f"train.target_modules: {wanted} takes in {name}, the LM head, whose loss is computed without going "
+                "through its pair; it can be trained whole (train.modules_to_save)"
+            )
+
+
+def _is_conv1d(module: torch.nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # GPT-2's linear layer
+
+
+def keep_fp32(model: torch.nn.Module) -> None:
+    """Hold everything that an adapter trains in fp32: in 16 bits small updates are lost to rounding.
+
+    PEFT leaves whole modules in the base's dtype, and TRL casts the pairs of a quantised model to bf16.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _keep_dtype_between_modules(model: PeftModel, dtype: torch.dtype) -> None:
+    """Let what is trained in fp32 give the base's `dtype`, in which attention kernels and the rest expect numbers.
+
+    Modules trained whole would give fp32, and so would DoRA on an NF4 layer under autocast.
+    """
+    if dtype == torch.float32:
+        return
+
+    def enter(module, inputs):
+        own = next(module.parameters()).dtype
+        return tuple(x.to(own) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+    def leave(_module, _inputs, output):
+        return output.to(dtype) if torch.is_tensor(output) else output
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for inner in module.modules_to_save.values():
+                inner.register_forward_pre_hook(enter)
+                inner.register_forward_hook(leave)
+        elif isinstance(module, LoraLayer) and len(module.lora_magnitude_vector):
+            module.register_forward_hook(leave)
+
+
+def _start_from_quantisation_error(model: PeftModel) -> None:
+    """Start each pair as the best rank-r approximation of what quantisation took from its weight (LoftQ).
+
+    Li et al. 2023, arXiv:2310.08659, with the quantised weight as it is (one step). As PEFT's
+    `replace_lora_weights_loftq`, but also where NF4 values are held dequantised, and divided by the pair's scale, which
+    PEFT leaves out: with lora_alpha / lora_r = 2 its start would be as far off as zero is.
+    """
+    folder = Path(model.get_base_model().name_or_path)
+    files = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            files |= dict.fromkeys(stored.keys(), file)
+    for name, layer in layers(model):
+        if f"{name}.weight" not in files:
+            raise UserError(f"train.init_lora_weights: loftq needs {name}.weight, which {folder} doesn't hold")
+        quantised = dequantize_module_weight(layer.get_base_layer()).data.float()
+        with safe_open(files[f"{name}.weight"], "pt") as stored:
+            error = stored.get_tensor(f"{name}.weight").to(quantised.device).float() - quantised
+        rank = layer.r["default"]
+        u, s, v = torch.linalg.svd(error, full_matrices=False)
+        root = s[:rank].sqrt()
+        a, b = _pair(layer)
+        a.copy_(root[:, None] * v[:rank])
+        b.copy_(u[:, :rank] * root / layer.scaling["default"])
+        if "default" in layer.lora_magnitude_vector:  # DoRA starts from the norm of base + pair
+            whole = quantised + layer.scaling["default"] * b @ a
+            layer.lora_magnitude_vector["default"].weight.data = whole.norm(dim=1)
+
+
+def initialise(model: PeftModel, packs: PackedExamples, settings: dict) -> None:
+    """Start the A matrices from the data where settings ask for it (EVA), else do nothing. Run before training.
+
+    EVA (Paischer et al. 2024, arXiv:2410.07170): the directions in which each layer's inputs at labelled positions vary
+    most, and more rank where they explain more. Raises UserError when there are too few labelled tokens for that.
+    """
+    if settings["init_lora_weights"] != "eva":
+        return
+    config = model.peft_config["default"]
+    needed = round(config.r * config.eva_config.rho)
+    batches = _eva_batches(packs, needed)
+    if not batches:
+        raise UserError(
+            f"train.init_lora_weights: eva needs {needed} labelled tokens for train.lora_r: {config.r}, and the "
+            "training examples have fewer"
+        )
+
+    def forward(peft_model, batch):
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        return peft_model.get_base_model().base_model(use_cache=False, **inputs)
+
+    initialize_lora_eva_weights(model, dataloader=batches, forward_fn=forward, show_progress_bar=False)
+    keep_fp32(model)  # PEFT makes a pair anew where the rank changes
+
+
+def _eva_batches(packs: PackedExamples, needed: int) -> list[dict]:
+    """The first packs, in batches of at least `needed` labelled tokens: the decomposition takes no smaller ones."""
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    batches, group, labelled = [], [], 0
+    for number in range(len(packs.seq_lengths)):
+        pack = {name: values.tolist() for name, values in packs.pack(number).items()}
+        group.append(pack)
+        labelled += sum(label != IGNORED for label in pack["labels"])
+        if labelled >= needed:
+            batches.append(collate(group))
+            group, labelled = [], 0
+        if len(batches) == EVA_BATCHES:
+            break
+    return batches
+
+
+def optimizer_groups(model: torch.nn.Module, settings: dict) -> list[dict] | None:
+    """Parameter groups of LoRA+ with the rate and weight decay of each; None where settings don't ask for it.
+
+    The B matrices learn at `lora_plus_ratio` times the learning rate, all else at the rate itself; vectors don't decay.
+    The first group has the rate that is set, since that is the one a trainer logs. Hayou et al. 2024, arXiv:2402.12354.
+    """
+    ratio = settings["lora_plus_ratio"]
+    if ratio is None:
+        return None
+    rate, groups = settings["learning_rate"], {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((".lora_B." in name, parameter.ndim < 2), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": rate * (ratio if is_b else 1),
+            "weight_decay": 0.0 if is_vector else settings["weight_decay"],
+        }
+        for (is_b, is_vector), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def create_optimizer(
+    model: torch.nn.Module, arguments: TrainingArguments, settings: dict
+) -> torch.optim.Optimizer | None:
+    """Return the trainer's kind of optimizer over `optimizer_groups`, for its `optimizers=`; None to leave it alone."""
+    groups = optimizer_groups(model, settings)
+    if groups is None:
+        return None
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return kind(groups, **options)
+
+
+def save(model: torch.nn.Module, inputs: dict[str, Path], out: Path, method: str) -> None:
+    """Write the adapter in PEFT's form (or the full model in 16 bit), the same bytes for the same weights.
+
+    The adapter is an ordinary one for the base as it was downloaded, whatever its pairs began with. To be called in
+    every process.
+    """
+    if method == "full":
+        model.to(torch.bfloat16)
+        state = trained(model) if fsdp.trains_shards(model) else None
+        if collectives.is_main():
+            model.save_pretrained(out / "model", state_dict=state)
+            AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer").save_pretrained(out / "model")
+        return
+    if not collectives.is_main():
+        return
+    source = read_json(inputs["model"] / "source.json")
+    config = model.peft_config["default"]
+    # Not the path of this machine's copy: an adapter is loaded elsewhere.
+    config.base_model_name_or_path, config.revision = source["source"], source["revision"]
+    model.save_pretrained(out / "adapter")
+    (out / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the merged model has a real one
+    if hasattr(model, "start"):
+        _subtract_start(out / "adapter", model.start)
+    path = out / "adapter" / "adapter_config.json"
+    stored = json.loads(path.read_text())
+    for name in ("target_modules", "modules_to_save"):  # sets, in an order of their own; a pattern is a string
+        stored[name] = sorted(stored[name]) if isinstance(stored[name], list) else stored[name]
+    write_json(path, stored)
+
+
+def _subtract_start(folder: Path, start: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Make pairs that began with B0 A0 into pairs for the original base, of twice the rank: B A - B0 A0.
+
+    PiSSA and OLoRA took B0 A0 out of the base's weights, and LoftQ's stands for what quantisation took out of them: in
+    each case base + B0 A0 is the original. As PEFT's `path_initial_model_for_weight_conversion`, which would drop
+    DoRA's magnitudes and whole modules, and doesn't know LoftQ.
+    """
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, (a, b) in start.items():
+        of_a, of_b = (f"base_model.model.{name}.lora_{kind}.weight" for kind in "AB")
+        tensors[of_a] = torch.cat([tensors[of_a], a.to(tensors[of_a].dtype)], dim=0)
+        tensors[of_b] = torch.cat([tensors[of_b], -b.to(tensors[of_b].dtype)], dim=1)
+    save_file(tensors, path, {"format": "pt"})
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    # The scale is alpha / r, with rank-stabilised LoRA alpha / sqrt(r): it must stay what it was.
+    config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
+    config |= {"r": 2 * config["r"], "init_lora_weights": True}
+    path.write_text(json.dumps(config))
