@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,23 @@ def read_table(path: Path) -> "pa.Table":
     import pyarrow.parquet as pq
 
     return pq.read_table(path)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write a file or folder to; it becomes `path` when the block ends without an error.
+
+    Whoever looks finds `path` whole or as it was before. What an error leaves behind is removed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:
