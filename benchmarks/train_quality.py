@@ -137,7 +137,7 @@ def trained_model(method: str, work: Path, out: Path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from adder.core import hardware
+    from adder.core import hardware, precision
 
     device = hardware.device()
     folder = out / "model" if method == "full" else work / "model" / "model"

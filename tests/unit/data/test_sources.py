@@ -15,6 +15,7 @@ import pytest
 
 import http_server
 import hub_server
+from adder.core import secrets
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl
 from adder.core.progress import Progress
