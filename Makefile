@@ -20,7 +20,12 @@ merged_model report all: $(VENV)/.ready
 	@$(BIN)/python workflow_scripts/check_config.py $(CONFIG)
 	$(SNAKEMAKE) $@ $(if $(CONFIG),--configfile $(CONFIG))
 
-$(VENV)/.ready: envs/requirements.lock
+# Adder itself is installed as it stands here, so an edit needs no new installation.
+$(VENV)/.ready: pyproject.toml $(VENV)/.libraries
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(VENV)/.libraries: envs/requirements.lock
 	@echo "Installing into $(VENV): two minutes or so, once"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Adder needs Python 3.11 or later; this is {sys.version}")'
 	@$(PYTHON) -m venv $(VENV)
