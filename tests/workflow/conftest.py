@@ -1,6 +1,7 @@
 """One finished tiny run that the workflow tests change things on."""
 
 import pytest
+
 from project import Project, write_rows
 
 

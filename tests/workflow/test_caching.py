@@ -7,6 +7,7 @@ import shutil
 import time
 
 import pytest
+
 from project import ROOT, write_rows
 
 ALL = {"model", "data", "format", "tokenize", "lengths", "train", "merge", "evaluate", "report"}

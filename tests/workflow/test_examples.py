@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from project import ROOT
 
 EXAMPLES = sorted((ROOT / "config" / "examples").glob("*.yaml"))

@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from project import Project, write_rows
 
 from adder.workflow.settings import merged
+from project import Project, write_rows
 
 GOOD = {"model": {"source": "model"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from project import Project
 
 from adder.core.files import digest_file, read_json
 from adder.workflow import lock
 from adder.workflow.settings import merged
+from project import Project
 
 LONG = {"train": {"epochs": 60, "learning_rate": 2e-3}}
 
