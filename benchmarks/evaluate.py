@@ -29,7 +29,6 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 SYSTEM = "Extract the ticket as JSON."
 TRAIN_ROWS = 620  # as in config/config.yaml: their lengths set the limit on new tokens

@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 SHAPES = {
     "135m": {"hidden": 576, "wide": 1536, "layers": 30, "heads": 9, "groups": 3, "vocabulary": 49152, "tied": True},

@@ -4,12 +4,10 @@ Plain TRL is SFTTrainer with PEFT, packing and everything else as it comes, on t
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 SNIPS = ROOT / "../shared/data/snips"
 PROMPT = "Turn the request into a function call."

@@ -4,14 +4,12 @@ import copy
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "workflow_scripts"), str(ROOT / "tests")]
 
 LENGTH = 2048
 MEANS = {"short_chat": 225, "long_document": 1500, "classification": 60}
@@ -196,6 +194,20 @@ def tokenizer_of(vocabulary: int):
     fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     fast.model_max_length = LENGTH
     return fast
+
+
+def write_tokens(path: Path, examples: list[list[int]]) -> None:
+    """Write a token table of examples whose every token carries loss."""
+    import pyarrow as pa
+
+    from adder.tokenization.token_table import SCHEMA
+
+    rows = [
+        {"id": f"rows:{n}", "input_ids": ids, "labels": ids, "tokens": len(ids), "labelled": len(ids) - 1, "digest": n}
+        for n, ids in enumerate(examples)
+    ]
+    with pa.ipc.new_file(str(path), SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), max_chunksize=5)
 
 
 def save(shape: dict, layers: int, folder: Path) -> None:

@@ -72,7 +72,6 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "workflow_scripts"), str(ROOT / "tests")]
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")
 # For each arm the (packs or rows a forward pass, gradient checkpointing) that are measured.
@@ -436,7 +435,6 @@ def measure_stage(arm: str, options, report) -> None:
     from adder.core.progress import Progress
     from adder.training import run as train
     from adder.workflow.settings import Train
-    from tiny import write_tokens
 
     ((micro, _),) = ARMS[arm]
     gpus = 2 if arm == "adder_stage_2gpus" else 1
@@ -454,9 +452,9 @@ def measure_stage(arm: str, options, report) -> None:
         lengths.append(pack)
         for n in pack:
             ids = speed_model.random_tokens(n, vocabulary, len(rows)).tolist()
-            rows.append({"id": f"rows:{len(rows)}", "input_ids": ids, "labels": ids})
-    write_tokens(inputs["tokenize"] / "train.arrow", rows)
-    write_tokens(inputs["tokenize"] / "heldout.arrow", rows[:2])
+            rows.append(ids)
+    speed_model.write_tokens(inputs["tokenize"] / "train.arrow", rows)
+    speed_model.write_tokens(inputs["tokenize"] / "heldout.arrow", rows[:2])
     table = {"rows": numbers, "starts": [[0] * len(pack) for pack in packs], "seq_lengths": lengths}
     schema = pa.schema([(name, pa.list_(pa.int32())) for name in table])
     write_table(inputs["lengths"] / "packs.parquet", pa.table(table, schema=schema))

@@ -18,9 +18,6 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in ("workflow_scripts", "tests"):
-    if str(ROOT / folder) not in sys.path:
-        sys.path.insert(0, str(ROOT / folder))
 
 PHASES = ("step", "checkpoint", "evaluation", "final save")
 STEPS = 24

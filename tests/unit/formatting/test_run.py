@@ -647,10 +647,9 @@ def test_a_column_of_few_rows_is_found_among_any_number_of_column_sets():
 PEAK = """
 import json, resource, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 from adder.formatting import run as format
 from adder.core.progress import Progress
-folder, settings = Path(sys.argv[2]), json.loads(sys.argv[3])
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 format.run(settings, {"data": folder / "data"}, folder / "format", Progress.silent())
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
@@ -668,7 +667,7 @@ def test_memory_stays_flat_however_many_rows(tmp_path):
                 file.write(json.dumps({"source": "s", "row": n, "split": None, "data": row}) + "\n")
         write_json(folder / "data/reading.json", {"s": {}})
         own = {**PLAIN, "heldout": {"share": 0.01, "size": None}}
-        command = [sys.executable, "-c", PEAK, str(ROOT / "workflow_scripts"), str(folder), json.dumps(own)]
+        command = [sys.executable, "-c", PEAK, str(folder), json.dumps(own)]
         done = subprocess.run(command, env={**os.environ, "ADDER_THREADS": "1"}, capture_output=True, check=True)
         peaks[count] = int(done.stdout)
     assert (peaks[120_000] - peaks[20_000]) / 100_000 < 250  # bytes a row, of 500 in the file

@@ -16,7 +16,6 @@ from adder.workflow import lock
 def test_a_second_one_is_refused_by_the_name_of_the_first_and_let_in_after_its_death(tmp_path):
     work = f"""
 import sys, time
-sys.path.insert(0, {str(Path(lock.__file__).parents[2])!r})
 from pathlib import Path
 from adder.workflow import lock
 held = lock.take(Path({str(tmp_path / "results")!r}))
@@ -39,9 +38,8 @@ time.sleep(60)
 
 def test_a_held_file_is_waited_for_and_never_had_by_two(tmp_path):
     """Each of four processes adds one to a number, 50 times; the file that they lock comes and goes meanwhile."""
-    work = f"""
+    work = """
 import sys
-sys.path.insert(0, {str(Path(lock.__file__).parents[2])!r})
 from pathlib import Path
 from adder.workflow import lock
 number = Path("number")

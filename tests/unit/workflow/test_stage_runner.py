@@ -206,9 +206,8 @@ def test_an_interrupted_stage_goes_on_only_from_a_checkpoint(module, tmp_path, c
         assert capfd.readouterr().err == f"{name}: interrupted; the same command {told}\n"
 
 
-ONE_OF_TWO = f"""
+ONE_OF_TWO = """
 import sys, time, types
-sys.path.insert(0, {str(Path(stage.__file__).parents[2])!r})
 from pathlib import Path
 from adder.workflow import stage_runner as stage
 
@@ -222,8 +221,8 @@ def run(settings, inputs, out, progress):
 sys.modules["adder.fake"] = types.ModuleType("adder.fake")
 sys.modules["adder.fake"].run = run
 stage.code_digest = lambda name: "code"
-runtime = {{"restore": sys.argv[1] == "restore"}}
-stage.execute("format", "adder.fake", {{"a": 1}}, {{}}, Path("results"), "k", Path("x.log"), runtime=runtime)
+runtime = {"restore": sys.argv[1] == "restore"}
+stage.execute("format", "adder.fake", {"a": 1}, {}, Path("results"), "k", Path("x.log"), runtime=runtime)
 """
 
 
@@ -276,9 +275,8 @@ def test_the_time_of_a_continued_stage_is_that_of_all_attempts(module, tmp_path,
 
 
 def test_an_attempt_is_counted_up_to_the_kill_that_it_could_not_hear(tmp_path):
-    work = f"""
+    work = """
 import sys, time
-sys.path.insert(0, {str(Path(attempt_times.__file__).parents[2])!r})
 from adder.workflow import attempt_times as attempts
 from pathlib import Path
 attempts.INTERVAL = 0.05
