@@ -6,15 +6,8 @@ min_version("9.0")
 
 
 include: "rules/common.smk"
-include: "rules/download.smk"
-include: "rules/format.smk"
-include: "rules/tokenize.smk"
-include: "rules/lengths.smk"
-include: "rules/train.smk"
-include: "rules/merge.smk"
-include: "rules/evaluate.smk"
-include: "rules/report.smk"
-include: "rules/gguf.smk"
+include: "rules/stages.smk"
+include: "rules/run.smk"
 include: "rules/compare.smk"
 
 

@@ -96,7 +96,7 @@ def trl_map(work: Path, rows: Path, count: int) -> float:
 def adder(work: Path, rows: Path, count: int, checked: bool = False, download: bool = False) -> float:
     """Seconds from rows to packs through the stages themselves; with `download` also from the file to rows."""
     from adder.core.progress import Progress
-    from adder.data import fetch as downloads
+    from adder.data import fetch_rows
     from adder.formatting import run as formatting
     from adder.packing import run as lengths
     from adder.tokenization import run as tokenize
@@ -109,7 +109,7 @@ def adder(work: Path, rows: Path, count: int, checked: bool = False, download: b
     source = {"sources": [{"path": str(rows)}]}
     sources = Data.model_validate(source).model_dump(mode="json")
     start = time.perf_counter()
-    downloads.run_data(sources | {"heldout": {"sources": None}}, {}, folders["data"], progress)
+    fetch_rows.run(sources | {"heldout": {"sources": None}}, {}, folders["data"], progress)
     if not download:
         start = time.perf_counter()
     heldout = Heldout(size=max(2, min(1000, count // 100))).model_dump(mode="json")
@@ -186,12 +186,12 @@ def compare(options) -> dict:
     """Run all arms; the figures as data.json has them."""
     from adder.core import hardware
     from adder.core.progress import Progress
-    from adder.data import fetch as download
+    from adder.data import fetch_model
 
     scratch = Path(tempfile.mkdtemp(dir=options.scratch))
     model = scratch / "model"
     model.mkdir()
-    download.run_model(
+    fetch_model.run(
         {"source": options.model, "revision": None, "sha256": None, "file": None}, {}, model, Progress.silent()
     )
     cores = hardware.available_cores()

@@ -39,7 +39,7 @@ SETTINGS = {"max_samples": None, "max_new_tokens": "auto", "batch_size": "auto"}
 def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
     """The folders of the stages before `evaluate`, made by the stages themselves."""
     from adder.core.progress import Progress
-    from adder.data import fetch as download
+    from adder.data import fetch_model, fetch_rows
     from adder.formatting import run as formatting
     from adder.tokenization import run as tokenize
     from adder.workflow.settings import Data, Format, Tokenize
@@ -49,10 +49,10 @@ def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
     for folder in folders.values():
         folder.mkdir()
     source = {"source": model, "revision": None, "sha256": None, "file": None}
-    download.run_model(source, {}, folders["model"], progress)
+    fetch_model.run(source, {}, folders["model"], progress)
     parts = [{"builtin": "tickets", "rows": n, "part": p} for n, p in ((TRAIN_ROWS, "train"), (count, "heldout"))]
     data = Data.model_validate({"sources": parts[:1], "heldout": {"sources": parts[1:]}}).model_dump(mode="json")
-    download.run_data(data, {}, folders["data"], progress)
+    fetch_rows.run(data, {}, folders["data"], progress)
     form = Format(system_prompt=SYSTEM).model_dump(mode="json") | {"heldout": data["heldout"]}
     formatting.run(form, folders, folders["format"], progress)
     tokenize.run(Tokenize().model_dump(mode="json"), folders, folders["tokenize"], progress)

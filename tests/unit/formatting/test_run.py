@@ -17,7 +17,7 @@ from adder.core import parallel
 from adder.core.errors import UserError
 from adder.core.files import digest_file, read_json, read_jsonl, read_table, write_json, write_jsonl
 from adder.core.progress import Progress
-from adder.data import fetch as download
+from adder.data import fetch_rows
 from adder.formatting import block_converter
 from adder.formatting import heldout_split as split
 from adder.formatting import run as format
@@ -686,7 +686,7 @@ def run_from_files(tmp_path, sources, heldout, tests=(), **changes):
     data = tmp_path / "data"
     data.mkdir()
     given = {"sources": sources, "heldout": {"sources": heldout}, "tests": list(tests)}
-    download.run_data(given, {}, data, Progress.silent())
+    fetch_rows.run(given, {}, data, Progress.silent())
     out = tmp_path / "format"
     out.mkdir()
     own = {**PLAIN, "heldout": dict.fromkeys(("share", "size", "group_by", "stratify_by")), **changes}

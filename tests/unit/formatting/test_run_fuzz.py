@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json
 from adder.core.progress import Progress
-from adder.data import fetch as download
+from adder.data import fetch_rows
 from adder.formatting import block_converter
 from adder.formatting import run as format
 from adder.formatting.messages import Rejected, why_not_json
@@ -218,7 +218,7 @@ def test_garbage_in_a_file_goes_through_both_stages(tmp_path_factory, lines):
         "tests": [],
     }
     try:
-        read = download.run_data(given, {}, folder, Progress.silent())
+        read = fetch_rows.run(given, {}, folder, Progress.silent())
     except UserError as error:
         assert "rows.jsonl" in str(error)
         return

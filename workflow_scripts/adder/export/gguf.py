@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
+from adder.export.gguf_architectures import refuse_unsupported, refused
 
 if TYPE_CHECKING:
     import gguf
@@ -25,15 +26,6 @@ if TYPE_CHECKING:
 
     from adder.export.gguf_vocabulary import Vocabulary
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-# Settings of YaRN that are llama.cpp's own defaults; others would need keys that not every reader of GGUF knows.
-YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "truncate": True}
 # What a checkpoint may hold that the model doesn't use.
 UNUSED_TENSORS = re.compile(r".*rotary_emb\.inv_freq")
 BLOCK = 32  # values that share a scale in Q8_0
@@ -90,25 +82,6 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     return facts
 
 
-def refuse_unsupported(config: dict) -> str:
-    """llama.cpp's name of the architecture of a config.json. Raises UserError with the reason for any other model."""
-    names = config.get("architectures") or [str(config.get("model_type"))]
-    if names[0] not in ARCHITECTURES:
-        raise _refused(f"its architecture is {names[0]}; can be: {', '.join(ARCHITECTURES)}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise _refused(f"its layers use {config['hidden_act']}, llama.cpp's use silu")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise _refused(f"its position embedding is scaled by {kind!r}; can be: {', '.join(ROPE_TYPES)}")
-    odd = [name for name, usual in YARN_DEFAULTS.items() if rope.get(name, usual) not in (usual, None)]
-    if kind == "yarn" and odd:
-        raise _refused(f"its YaRN scaling has {odd[0]}: {rope[odd[0]]}; only the usual {YARN_DEFAULTS[odd[0]]} can be")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _refused("only a part of each head is rotated by position")
-    return ARCHITECTURES[names[0]]
-
-
 def plan(model: Path, config, architecture: str, wanted: str) -> list[Tensor]:
     """Every tensor of the file, from the headers of the safetensors alone. Raises UserError for unknown ones."""
     import gguf
@@ -126,9 +99,9 @@ def plan(model: Path, config, architecture: str, wanted: str) -> list[Tensor]:
                     continue
                 name = names.get_name(source, try_suffixes=(".weight", ".bias"))
                 if name is None or re.sub(r"\d+", "#", name.rpartition(".")[0]) not in known:
-                    raise _refused(f"llama.cpp's {architecture} has no tensor for {source}")
+                    raise refused(f"llama.cpp's {architecture} has no tensor for {source}")
                 if architecture == "qwen3" and name.endswith(".bias"):
-                    raise _refused(f"llama.cpp's qwen3 has no bias, as {source} is")
+                    raise refused(f"llama.cpp's qwen3 has no bias, as {source} is")
                 shape = tuple(stored.get_slice(source).get_shape())
                 # llama.cpp rotates neighbouring rows of Llama's heads, transformers rows that are half a head apart.
                 part = name.split(".")[-2] if architecture == "llama" else ""
@@ -319,7 +292,7 @@ def _added_around(tokenizer) -> tuple[bool, bool]:
         for ends in (False, True):
             if full == [tokenizer.bos_token_id] * begins + plain + [tokenizer.eos_token_id] * ends:
                 return begins, ends
-    raise _refused(f"its tokenizer puts tokens around a text that GGUF has no words for: {full}, not {plain}")
+    raise refused(f"its tokenizer puts tokens around a text that GGUF has no words for: {full}, not {plain}")
 
 
 def _sha256(path: Path) -> str:
@@ -329,7 +302,3 @@ def _sha256(path: Path) -> str:
 
 def _head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _refused(reason: str) -> UserError:
-    return UserError(f"export.gguf: this model can't be written as GGUF: {reason}")

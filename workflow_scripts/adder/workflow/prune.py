@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from adder.workflow.stage_graph import CONTINUED, Stage
+from adder.workflow.stage_graph import Stage
 
 KINDS = ("stages", "cache")
 
@@ -19,7 +19,7 @@ def unneeded(results: Path, needed: dict[str, Stage]) -> list[Path]:
     keep = {results / folder for folder in needed}
     keep |= {results / "cache" / stage.name / _fingerprint(results / folder) for folder, stage in needed.items()}
     found = [path for kind in KINDS for path in (results / kind).glob("*/*") if path.is_dir() and path not in keep]
-    done = all((results / f / "stage.json").exists() for f, stage in needed.items() if stage.name in CONTINUED)
+    done = all((results / f / "stage.json").exists() for f, stage in needed.items() if stage.spec.continued)
     checkpoints = list((results / "checkpoints").glob("*"))
     return sorted(found + (checkpoints if done else []))
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from adder.workflow.settings import Config, EvaluationTask, Source, section_of
+from adder.data.stage import Source
+from adder.evaluation.tasks.stage import EvaluationTask
+from adder.workflow.settings import Config, section_of
 
 LISTED = {Source: "sources", EvaluationTask: "tasks"}
 BEGIN, END = "<!-- settings: begin (made by `make settings`) -->", "<!-- settings: end -->"

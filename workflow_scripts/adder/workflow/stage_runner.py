@@ -7,72 +7,92 @@ written last.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
+import inspect
 import logging
 import os
 import shutil
 import sys
 import time
 import traceback
+import typing
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from adder.core import hardware
 from adder.core.errors import UserError
+from adder.core.file_digests import canonical
 from adder.core.files import digest_file, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context, Runtime, StageSpec
 from adder.workflow import attempt_times, lock
 from adder.workflow.code_digest import code_digest
-from adder.workflow.settings import Runtime
-from adder.workflow.stage_graph import CONTINUED, canonical, reads
+from adder.workflow.library_versions import recorded_versions
+from adder.workflow.stage_graph import reads
+from adder.workflow.stages import SPECS
 
 RECORD = "stage.json"
-PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "lm-eval", "snakemake", "pyarrow")
 
 
-def execute(
-    stage: str,
-    module: str,
-    settings: dict,
-    inputs: dict[str, Path],
-    results: Path,
-    key: str,
-    log: Path,
-    function: str = "run",
-    runtime: dict | None = None,
-    identity: dict | None = None,
-) -> None:
-    """Run `<module>.<function>` into `results/stages/<stage>/<key>/`, or restore it where it is known.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One stage to run: `parameters` as stage_graph.Stage.parameters has them, `inputs` the parents' folders by name.
 
-    `inputs` maps the parents' names to their folders. `identity` stands for the settings where these name files of the
-    user's, by their digests. All output goes to the file `log`; the terminal shows progress and, for a mistake of the
-    user's, one message. Exits with status 1 on failure, leaving no folder behind. Where another process is at work on
-    the stage, such as a job whose Snakemake was killed, that one is waited for.
+    All output goes to the file `log`; the result to `results`/stages/<name>/<key>/.
     """
-    runtime = Runtime.model_validate(runtime or {}).model_dump()
-    os.environ["ADDER_DEVICE"] = runtime["device"]
-    threads = str(runtime["threads"])
-    os.environ["ADDER_THREADS"] = threads
-    # Snakemake sets these to the rule's threads, which `--cores 1` makes one: see hardware.use_threads.
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(hardware.available_cores()) if threads == "auto" else threads
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with _output_to(log) as terminal:
-        progress = Progress(stage, terminal)
+
+    spec: StageSpec
+    parameters: dict[str, Any]
+    inputs: dict[str, Path]
+    results: Path
+    key: str
+    log: Path
+    runtime: Runtime = dataclasses.field(default_factory=Runtime)
+
+    @property
+    def folder(self) -> Path:
+        """Where the finished stage stands."""
+        return self.results / "stages" / self.spec.name / self.key
+
+    def record(self) -> dict[str, Any]:
+        """What is known of the stage before it runs: settings, what it reads and is made of, and its fingerprint."""
+        record = {
+            "stage": self.spec.name,
+            "key": self.key,
+            "settings": self.parameters["settings"],
+            "identity": self.parameters["identity"],
+            "inputs": {name: input_digests(folder, reads(self.spec, name)) for name, folder in self.inputs.items()},
+            "code": code_digest(self.spec.run),
+        }
+        return record | {"fingerprint": fingerprint(record)}
+
+
+def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | None = None, **where: Any) -> None:
+    """Run the stage `name` into its folder, or restore it where it is known; `where`: as in Job.
+
+    The terminal shows progress and, for a mistake of the user's, one message. Exits with status 1 on failure, leaving
+    no folder behind. Where another process is at work on the stage, such as a job whose Snakemake was killed, that one
+    is waited for.
+    """
+    job = Job(SPECS[name], parameters, runtime=Runtime.model_validate(runtime or {}), **where)
+    # Snakemake sets these to the rule's threads, which `--cores 1` makes one: that means one job at a time, not a core.
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = str(hardware.threads(job.runtime.threads))
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with _output_to(job.log) as terminal:
+        progress = Progress(name, terminal)
 
         def busy(who: str) -> None:
             progress.say(f"{who} is still at work on this stage; waiting for it")
 
         try:
-            with lock.held(results / "stages" / stage / f".{key}.lock", busy) as waited:
+            with lock.held(job.folder.with_name(f".{job.key}.lock"), busy) as waited:
                 if not waited:
                     os.ftruncate(2, 0)  # the log of an earlier job; that of the process waited for stays
-                _restore_or_run(
-                    stage, module, function, settings, identity, inputs, results, key, runtime, progress, waited
-                )
+                _restore_or_run(job, progress, waited)
         except UserError as error:
             _tell_log(f"UserError: {error}\n")
             progress.say(f"cannot go on: {error}")
@@ -82,63 +102,91 @@ def execute(
             sys.exit(130)
         except Exception as error:
             _tell_log(traceback.format_exc())
-            progress.say(f"failed: {type(error).__name__}: {str(error)[:500]}\n{stage}: the whole story is in {log}")
+            text = f"failed: {type(error).__name__}: {str(error)[:500]}\n{name}: the whole story is in {job.log}"
+            progress.say(text)
             sys.exit(1)
 
 
-def _restore_or_run(
-    stage, module, function, settings, identity, inputs, results, key, runtime, progress, waited
-) -> None:
+def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
     start = time.monotonic()
-    record = {
-        "stage": stage,
-        "key": key,
-        "settings": settings,
-        "identity": identity,
-        "inputs": {name: input_digests(folder, reads(stage, name)) for name, folder in inputs.items()},
-        "code": code_digest(module),
-    }
-    record["fingerprint"] = fingerprint(record, function)
-    folder = results / "stages" / stage / key
-    kept = results / "cache" / stage / record["fingerprint"]
-    if runtime["restore"] and restore(kept, folder, key):
+    record = job.record()
+    kept = job.results / "cache" / job.spec.name / record["fingerprint"]
+    if job.runtime.restore and restore(kept, job.folder, job.key):
         progress.say(f"restored from an equal earlier result in {time.monotonic() - start:.1f} s")
         return
-    if waited and _fingerprint_of(folder) == record["fingerprint"]:
+    if waited and _fingerprint_of(job.folder) == record["fingerprint"]:
         progress.say("the other process has finished it")
         return
-    partial = folder.with_name(f".{key}.partial")
+    partial = job.folder.with_name(f".{job.key}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    checkpoints = results / "checkpoints" / record["fingerprint"]
-    spent = checkpoints.with_name(f"{checkpoints.name}.attempts.json")
-    arguments = {"checkpoints": checkpoints} if stage in CONTINUED else {}
-    if stage == "train":
-        arguments["runtime"] = runtime | {"results": str(results)}
+    checkpoints = job.results / "checkpoints" / record["fingerprint"] if job.spec.continued else None
     try:
-        run = getattr(importlib.import_module(module), function)
-        with attempt_times.counted(spent, start) if stage in CONTINUED else contextlib.nullcontext([]) as earlier:
-            record["summary"] = run(settings, inputs, partial, progress, **arguments)
+        with _attempts(checkpoints, start) as earlier:
+            context = Context(progress, job.runtime, job.results, checkpoints)
+            record["summary"] = run_stage(job.spec, record["settings"], job.inputs, partial, context)
             record["seconds"] = round(sum(earlier) + time.monotonic() - start, 3)
             if earlier:
                 record["attempts"] = len(earlier) + 1
             finish(partial, record)
-        _replace(partial, folder)
+        _replace(partial, job.folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(_next_start(stage, checkpoints)) from None
+            raise KeyboardInterrupt(_next_start(job.spec, checkpoints)) from None
         raise
-    link_tree(folder, kept)
-    if stage in CONTINUED:
+    link_tree(job.folder, kept)
+    if checkpoints is not None:
         shutil.rmtree(checkpoints, ignore_errors=True)
-        spent.unlink(missing_ok=True)
+        _attempts_file(checkpoints).unlink(missing_ok=True)
     made = f", in {record['attempts']} attempts" if earlier else ""
     progress.say(f"done in {_duration(record['seconds'])}{made}")
 
 
-def _next_start(stage: str, checkpoints: Path) -> str:
-    kept = stage in CONTINUED and any(checkpoints.glob(CONTINUED[stage]))
+def run_stage(
+    spec: StageSpec, settings: dict[str, Any], inputs: dict[str, Path], out: Path, context: Context
+) -> dict[str, Any]:
+    """Do a stage's work in this process, whatever is kept of it; write its files into the folder `out`.
+
+    settings: as JSON. inputs: the parents' folders by the name under which the stage reads them. Returns the stage's
+    summary, a few figures for its record.
+    """
+    run = importlib.import_module(spec.run).run
+    if "context" not in inspect.signature(run).parameters:
+        return run(*_as_before(spec, settings, inputs, out, context, run))
+    kind = typing.get_type_hints(run)["inputs"]
+    own = kind(**inputs) if dataclasses.is_dataclass(kind) else inputs
+    return run(spec.settings.model_validate(settings), own, out, context)
+
+
+def _as_before(spec, settings, inputs, out, context, run):
+    """Until every stage takes a Context."""
+    settings = dict(settings)
+    os.environ["ADDER_DEVICE"], os.environ["ADDER_THREADS"] = context.runtime.device, str(context.runtime.threads)
+    if spec.name == "format":
+        settings["heldout"] = {name: settings.pop(name) for name in ("share", "size", "group_by", "stratify_by")}
+    if spec.name == "data":
+        settings["heldout"] = {"sources": settings.pop("heldout_sources")}
+    if spec.name == "lengths":
+        settings["effective_batch"] = settings.pop("effective_batch_size")
+    more = [context.checkpoints] if spec.continued else []
+    if spec.name == "train":
+        more.append(context.runtime.model_dump() | {"results": str(context.results)})
+    return settings, inputs, out, context.progress, *more
+
+
+def _attempts(checkpoints: Path | None, start: float) -> contextlib.AbstractContextManager[list[float]]:
+    if checkpoints is None:
+        return contextlib.nullcontext([])
+    return attempt_times.counted(_attempts_file(checkpoints), start)
+
+
+def _attempts_file(checkpoints: Path) -> Path:
+    return checkpoints.with_name(f"{checkpoints.name}.attempts.json")
+
+
+def _next_start(spec: StageSpec, checkpoints: Path | None) -> str:
+    kept = checkpoints is not None and spec.continued and any(checkpoints.glob(spec.continued))
     return "goes on from its last checkpoint" if kept else "starts this stage anew"
 
 
@@ -147,14 +195,13 @@ def _fingerprint_of(folder: Path) -> str | None:
     return read_json(folder / RECORD)["fingerprint"] if (folder / RECORD).exists() else None
 
 
-def fingerprint(record: dict, function: str) -> str:
-    """Digest (32 hex digits) of what decides a stage's output: name, settings, code, content of what it reads."""
-    meaning = record["settings"] if record["identity"] is None else record["identity"]
-    parts = [record["stage"], function, meaning, record["code"], record["inputs"]]
+def fingerprint(record: dict[str, Any]) -> str:
+    """Digest (32 hex digits) of what decides a stage's output: name, settings or what stands for them, code, inputs."""
+    parts = [record["stage"], record["identity"], record["code"], record["inputs"]]
     return hashlib.blake2b(canonical(parts).encode(), digest_size=16).hexdigest()
 
 
-def input_digests(folder: Path, reads: tuple[str, ...]) -> dict[str, str]:
+def input_digests(folder: Path, wanted_paths: tuple[str, ...]) -> dict[str, str]:
     """Digests of the files below `folder` that a stage reads, by path, as its record has them.
 
     A file that was changed after its stage had finished is digested anew.
@@ -162,14 +209,17 @@ def input_digests(folder: Path, reads: tuple[str, ...]) -> dict[str, str]:
     outputs = read_json(folder / RECORD)["outputs"]
     digests = {}
     for path, known in outputs.items():
-        if any(path == wanted or (wanted.endswith("/") and path.startswith(wanted)) or not wanted for wanted in reads):
+        if any(
+            path == wanted or (wanted.endswith("/") and path.startswith(wanted)) or not wanted
+            for wanted in wanted_paths
+        ):
             stat = (folder / path).stat()
             same = [stat.st_size, stat.st_mtime_ns] == [known["bytes"], known["mtime_ns"]]
             digests[path] = known["digest"] if same else digest_file(folder / path)
     return digests
 
 
-def finish(folder: Path, record: dict) -> None:
+def finish(folder: Path, record: dict[str, Any]) -> None:
     """Write the record of a stage into its folder: settings, digests of inputs and outputs, versions, time, memory."""
     outputs = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -180,7 +230,7 @@ def finish(folder: Path, record: dict) -> None:
         "outputs": outputs,
         "restored": False,
         "peak_memory_bytes": _peak_memory(),
-        "versions": _versions(),
+        "versions": {"python": sys.version.split()[0], **recorded_versions()},
         "hardware": hardware.describe(),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -266,14 +316,6 @@ def _peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def _duration(seconds: float) -> str:

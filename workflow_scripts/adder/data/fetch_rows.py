@@ -1,41 +1,18 @@
-"""Stage "download": the base model as a directory of safetensors, and the raw rows of every source as JSON lines."""
+"""The stage "data": the raw rows of every source as JSON lines."""
 
 from pathlib import Path
 from typing import BinaryIO
 
 from adder.core.errors import UserError
-from adder.core.files import digest_file, write_json
-from adder.core.model_config import context_length
+from adder.core.files import write_json
 from adder.core.progress import Progress
-from adder.data import model_source, raw_rows, sources
+from adder.data import raw_rows, sources
 
 PROGRESS_EVERY = 10_000  # rows
 WRITE_BUFFER = 1 << 20  # bytes
 
 
-def run_model(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
-    """Write the base model to `out/model/` and where it came from to `out/source.json`.
-
-    settings: source, revision, sha256, file (see `model_source.fetch`). Returns the content of source.json without
-    the files' digests. Raises UserError for a source that can't be found, fetched, trusted or used.
-    """
-    folder = out / "model"
-    origin = model_source.fetch(settings, folder, progress)
-    model_source.refuse_unusable(folder, settings["source"])
-    progress.say("digesting the model's files")
-    source = {
-        "source": settings["source"],
-        **origin,
-        "files": {path.name: digest_file(path) for path in sorted(folder.iterdir())},
-        "parameters": model_source.count_parameters(folder),
-        "context_length": context_length(folder),
-    }
-    write_json(out / "source.json", source)
-    progress.say(f"{settings['source']}: {source['parameters'] / 1e6:,.1f} M parameters")
-    return {name: value for name, value in source.items() if name != "files"}
-
-
-def run_data(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
+def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
     """Write every source's rows to `out/rows.jsonl`, one entry a file to `out/sources.json`, and to `out/reading.json`
     how each file's rows are to be read.
 

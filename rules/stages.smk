@@ -1,0 +1,61 @@
+# What depends on what: one rule a stage, from its declaration (`stage.py` in the package of its name). A stage's folder
+# is results/stages/<stage>/<key>, where the key stands for its settings and those of all stages above it.
+
+
+def parents(spec):
+    """Input function: the records of a stage's parents, by the name under which it reads them."""
+
+    def records(wildcards):
+        stage = STAGES[f"stages/{spec.name}/{wildcards.key}"]
+        return {parent: f"{RESULTS}/{above.folder}/stage.json" for parent, above in stage.parents.items()}
+
+    return records
+
+
+def parameters(spec):
+    """Parameter function: what decides a stage's result, as text in which the order of the YAML's keys has no part."""
+    return lambda wildcards: STAGES[f"stages/{spec.name}/{wildcards.key}"].parameters()
+
+
+def memory(spec):
+    """Resource function: MB of main memory, by the size of the base model once that is known."""
+
+    def megabytes(wildcards):
+        run = RUN_OF[f"stages/{spec.name}/{wildcards.key}"]
+        return spec.memory.megabytes(stage_graph.parameter_count(RUNS[run], Path(RESULTS)))
+
+    return megabytes
+
+
+def code_of(module):
+    """The files of the package that a module is made of: an edit to one of them runs the stage anew."""
+    return [str(path) for path in closure(module)]
+
+
+for spec in SPECS.values():
+
+    rule:
+        name:
+            spec.rule
+        input:
+            unpack(parents(spec)),
+            code=code_of(spec.run),
+        output:
+            record=f"{RESULTS}/stages/{spec.name}/{{key}}/stage.json",
+        log:
+            f"{RESULTS}/logs/{spec.name}/{{key}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/{spec.name}/{{key}}.tsv"
+        localrule: spec.local
+        conda:
+            "../envs/adder.yaml"
+        threads: spec.threads or ALL_CORES
+        resources:
+            runtime=spec.minutes,
+            mem_mb=memory(spec),
+        params:
+            stage=parameters(spec),
+        message:
+            spec.message
+        script:
+            "../workflow_scripts/run_stage.py"

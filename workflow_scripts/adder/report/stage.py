@@ -1,0 +1,57 @@
+"""The stage "report": one page a run, the cards of data and model, the same figures as JSON."""
+
+from pydantic import Field
+
+from adder.core.section import Section
+from adder.core.stage_spec import Memory, StageSpec
+
+
+class Report(Section):
+    """The report."""
+
+    title: str | None = None
+    """Title of the report; the run's name without it."""
+    price_per_hour: float | None = Field(None, ge=0)
+    """What an hour of this machine costs; the report then states the run's price."""
+    currency: str = "EUR"
+    """Currency of that price."""
+
+
+class TaskLimit(Section):
+    """A task of the run, and how far its score may fall."""
+
+    task: str
+    max_drop: float | None
+
+
+class ResolvedSetting(Section):
+    """A setting that a run has use for: path, value, and whether that is the default, the file's or the run's own."""
+
+    key: str
+    value: object
+    origin: str
+
+
+class ReportSettings(Report):
+    """What the report is told of the run, beside what its stages left."""
+
+    run: str
+    """The run's name."""
+    tasks: list[TaskLimit]
+    """The tasks of `evaluate.tasks`, in order."""
+    resolved: list[ResolvedSetting]
+    """Every setting, but those of the machine."""
+    stages: dict[str, str]
+    """The keys of the run's stages, by the name under which the report knows them."""
+
+
+REPORT = StageSpec(
+    name="report",
+    rule="write_report",
+    run="adder.report.run",
+    settings=ReportSettings,
+    message="Writing the report",
+    reads={},  # everything of every stage of the run: see stage_graph
+    minutes=10,
+    memory=Memory(base_mb=1000),
+)

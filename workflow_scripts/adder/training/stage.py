@@ -1,0 +1,144 @@
+"""The stage "train": an adapter, or a full model, trained on the packs."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from adder.core.section import Auto, Section
+from adder.core.stage_spec import Memory, StageSpec
+
+LORA_KEYS = (
+    "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora",
+    "init_lora_weights", "lora_plus_ratio", "frozen_products",
+)  # fmt: skip
+
+
+class TrainChoices(Section):
+    """What decides a training."""
+
+    method: Literal["qlora", "lora", "full"] = "qlora"
+    """`qlora`: LoRA on a base quantised to NF4; `lora`: on the 16-bit base; `full`: every weight."""
+    epochs: float = Field(2.0, gt=0)
+    """Passes over the training examples."""
+    learning_rate: float = Field(1e-4, gt=0, lt=1)
+    """Peak learning rate."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0, lt=1)
+    """Where the cosine ends, as a share of the peak."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    """AdamW's weight decay."""
+    effective_batch_size: int = Field(16, ge=1)
+    """Examples an optimizer step, counted in examples also when they are packed."""
+    micro_batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
+    """Sequences (packs) a forward pass; `auto` takes the fastest number that fits, up to the effective batch."""
+    gradient_checkpointing: Auto | bool = "auto"
+    """Recompute activations in the backward pass to save memory; `auto` does it in some or all layers where that lets a
+    faster batch fit, or any."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    lora_r: int = Field(16, ge=1)
+    """LoRA rank."""
+    lora_alpha: float = Field(32, gt=0)
+    """LoRA scale: updates are multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout on the input of each LoRA pair."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get a LoRA pair: names, or a regular expression over their full names; `all-linear` finds them by
+    type: every linear layer but the LM head."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained whole beside the pairs, such as `lm_head`; they are saved with the adapter."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: updates are multiplied by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023,
+    arXiv:2312.03732)."""
+    use_dora: bool = False
+    """DoRA: magnitude and direction of each weight are trained apart (Liu et al. 2024, arXiv:2402.09353). Slower."""
+    init_lora_weights: Literal["default", "gaussian", "pissa", "olora", "loftq", "eva"] = "default"
+    """How the pairs begin: PEFT's own initialisations, some of which look at the weights or at the data."""
+    lora_plus_ratio: float | None = Field(None, ge=1, le=100)
+    """LoRA+: the B matrices learn at so many times the learning rate (Hayou et al. 2024, arXiv:2402.12354)."""
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """NEFTune: noise on the embeddings while training (Jain et al. 2023, arXiv:2310.05914); 5 is usual."""
+    loss: Literal["nll", "dft"] = "nll"
+    """`nll`: cross-entropy; `dft`: each token's loss weighted by its probability (Wu et al. 2025, arXiv:2508.05629)."""
+    seed: int = Field(42, ge=0)
+    """Seed of the initialisation, the order of examples and dropout."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of the matrix products; `auto` takes what this hardware computes fastest without loss of range."""
+    frozen_products: Literal["auto", "bf16", "fp8"] = "auto"
+    """Precision of the frozen base's products on a GPU. `fp8` (Hopper and later) is faster and coarser; a step on your
+    own packs shows by how much. `auto` takes it for hidden sizes from 2,048 on where that is next to nothing."""
+    eval_samples: int = Field(64, ge=0)
+    """Held-out examples for the evaluation loss while training; 0 for none."""
+    eval_times: int = Field(4, ge=1)
+    """How often to take it, evenly spread, the last time at the end."""
+    keep: Literal["last", "best"] = "last"
+    """Which adapter leaves the training: that of the last step, or of the evaluation that `best_by` likes best."""
+    best_by: Literal["loss", "exact_match"] = "loss"
+    """What an evaluation is judged by: the held-out loss, or exact matches among the sampled replies."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Stop after so many evaluations in a row that were no better than the best before."""
+    samples: int = Field(3, ge=0)
+    """Held-out prompts that the model replies to at each evaluation, beside the base's reply; 0 for none."""
+
+
+class Train(TrainChoices):
+    """Training."""
+
+    max_examples: int | None = Field(None, ge=1)
+    """Train on only so many of the training examples, spread over the data and the same ones every time."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.init_lora_weights == "loftq" and self.method != "qlora":
+            raise ValueError("init_lora_weights: loftq makes up for quantisation, so it needs method: qlora")
+        if self.init_lora_weights in ("pissa", "olora") and self.method == "qlora":
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights} changes the base's weights, so it needs method: lora"
+            )
+        if (self.keep == "best" or self.early_stopping) and not self.eval_samples:
+            raise ValueError("keep: best and early_stopping judge by evaluations, so they need eval_samples above 0")
+        if self.best_by == "exact_match" and not self.samples:
+            raise ValueError("best_by: exact_match counts sampled replies, so it needs samples above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_needs_lora(self) -> Self:
+        given = sorted(set(LORA_KEYS) & self.model_fields_set)
+        if self.method == "full" and given:
+            them = "them" if len(given) > 1 else "it"
+            raise ValueError(
+                f"method: full trains every weight, so {', '.join(given)} would have no effect; remove {them}"
+            )
+        return self
+
+
+class TrainSettings(TrainChoices):
+    """What decides the trained weights, beside the packs."""
+
+    reshuffle: bool
+    """Fill the packs anew in each epoch; see `lengths`."""
+
+
+TRAIN = StageSpec(
+    name="train",
+    rule="train_adapter",
+    run="adder.training.run",
+    settings=TrainSettings,
+    section="train",
+    takes={"reshuffle": "lengths.reshuffle"},
+    message="Training",
+    reads={
+        "lengths": ("packs.parquet",),
+        "tokenize": ("train.arrow", "heldout.arrow", "tokenizer/"),
+        "model": ("model/", "source.json"),
+    },
+    continued="checkpoint-*/seal.json",
+    shows={"train": "train.json", "plan": "plan.json", "curve": "metrics.jsonl", "sampled": "samples.jsonl"},
+    gpu=True,
+    threads=None,
+    minutes=1440,
+    memory=Memory(base_mb=8000, bytes_per_parameter=2.0),
+)

@@ -1,5 +1,0 @@
-"""Turn conversations into token ids, and labels where the assistant speaks."""
-
-from job import run
-
-run(snakemake, "tokenize", module="adder.tokenization.run")
