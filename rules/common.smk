@@ -16,10 +16,11 @@ if (HERE / "workflow_scripts").is_dir() and not Path(adder.__file__).is_relative
     found = Path(adder.__file__).parents[2]
     sys.exit(f"adder: this Snakefile is of {HERE}, the package that is installed of {found}: pip install -e {HERE}")
 
+from adder.core import file_lock
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import read_json
-from adder.workflow import config_file, library_versions, lock, stage_graph
+from adder.workflow import config_file, library_versions, stage_graph
 from adder.workflow import settings as adder_settings
 from adder.workflow.code_digest import closure
 from adder.workflow.stages import SPECS
@@ -107,7 +108,7 @@ def prepare():
     if not workflow.is_main_process:
         return
     with told_in_one_sentence():
-        LOCK.append(lock.take(Path(RESULTS)))
+        LOCK.append(file_lock.take(Path(RESULTS), "another Snakemake"))
     if RUNTIME.upgrades == "say":
         records = [(stage.spec, Path(RESULTS) / folder / "stage.json") for folder, stage in STAGES.items()]
         for sentence in library_versions.other_versions(records):

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from adder.core import file_lock
 from adder.core.errors import UserError
-from adder.workflow import config_file, lock, prune, settings, stage_graph
+from adder.workflow import config_file, prune, settings, stage_graph
 
 
 def needed_stages(files: list[str]) -> tuple[Path, dict[str, stage_graph.Stage]]:
@@ -37,11 +38,11 @@ def nobody_at_work(results: Path) -> Iterator[None]:
         raise UserError(f"{who} is still at work on {stage}; wait for it, or end it")
 
     with contextlib.ExitStack() as locks:
-        locks.enter_context(lock.take(results, "make prune"))
+        locks.enter_context(file_lock.take(results, "make prune"))
         # A job may outlive its Snakemake. Lock files that killed jobs have left are gone afterwards.
         for file in sorted(results.glob("stages/*/.*.lock")):
             stage = file.with_name(file.stem.removeprefix("."))
-            locks.enter_context(lock.held(file, functools.partial(busy, stage)))
+            locks.enter_context(file_lock.held(file, functools.partial(busy, stage)))
         yield
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from adder.core import file_lock
 from adder.core.files import digest_file, read_json
-from adder.workflow import lock
 from adder.workflow.settings import merged
 from project import Project
 
@@ -57,7 +57,7 @@ def test_a_workflow_killed_while_training_goes_on(project):
 @pytest.mark.parametrize("asked", [["-n"], ["--lint"], ["--dag"], ["--rulegraph"], ["--summary"], ["--list-rules"]])
 def test_what_only_reads_is_let_in_while_another_snakemake_writes(project, asked):
     other = {"train": {"seed": 7}}  # there is work to do
-    with lock.take(project.folder / "results"):
+    with file_lock.take(project.folder / "results", "another Snakemake"):
         project.snakemake(*asked, config=other)
         done = project.python("-m", "snakemake", "merged_model", "--cores", "1")
     assert done.returncode == 1 and "Traceback" not in done.stdout

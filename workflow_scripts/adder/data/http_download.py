@@ -4,8 +4,6 @@ No secret is kept or shown: a URL holds `${NAME}` where an environment variable 
 for the file, and taken out again of whatever the answer is.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from adder.core import file_lock
 from adder.core.errors import UserError
 from adder.core.files import sha256_file
 from adder.core.progress import Progress
@@ -57,9 +56,12 @@ def fetch(source: dict, where: str, progress: Progress) -> Path:
     if token and not by_http:
         raise UserError(f"{where}: `token_env` goes with http and https; {url} has credentials of another kind")
     target = _place(url, address)
-    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def busy(who: str) -> None:
+        progress.say(f"{who} is fetching {url}; waiting for it")
+
     try:
-        with _only_one(target):
+        with file_lock.held(_beside(target, ".lock"), busy):
             if sha256 and target.exists() and sha256_file(target) == sha256:
                 return target
             if by_http:
@@ -110,14 +112,6 @@ def _beside(target: Path, ending: str) -> Path:
 def _forget(target: Path) -> None:
     for path in (target, _beside(target, ".json"), _beside(target, ".part"), _beside(target, ".part.json")):
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _only_one(target: Path) -> Iterator[None]:
-    """Let one process at a time fetch this file; another waits, and finds it there."""
-    with _beside(target, ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 class _Partial:

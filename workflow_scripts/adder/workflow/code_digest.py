@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 LEFT_OUT = {
     "adder.core.choice": "carries a value and its reason; what chooses is elsewhere",
     "adder.core.errors": "names mistakes, which leave no result",
+    "adder.core.file_lock": "keeps two processes from the same file",
     "adder.core.hardware": "measures the machine; what dtype follows from it is in core.precision",
     "adder.core.parallel": "runs the same function over batches, with results in order",
     "adder.core.progress": "shows what is going on",

@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from adder.core import hardware
+from adder.core import file_lock, hardware
 from adder.core.errors import UserError
 from adder.core.file_digests import canonical
 from adder.core.files import digest_file, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context, Runtime, StageSpec
-from adder.workflow import attempt_times, lock
+from adder.workflow import attempt_times
 from adder.workflow.code_digest import code_digest
 from adder.workflow.library_versions import recorded_versions
 from adder.workflow.stage_graph import reads
@@ -89,7 +89,7 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
             progress.say(f"{who} is still at work on this stage; waiting for it")
 
         try:
-            with lock.held(job.folder.with_name(f".{job.key}.lock"), busy) as waited:
+            with file_lock.held(job.folder.with_name(f".{job.key}.lock"), busy) as waited:
                 if not waited:
                     os.ftruncate(2, 0)  # the log of an earlier job; that of the process waited for stays
                 _restore_or_run(job, progress, waited)

@@ -1,7 +1,7 @@
-"""One workflow at a time writes to the results, and one process at a time works on a stage.
+"""One process at a time: one workflow writes to the results, one job works on a stage, one fetches a file.
 
-Snakemake's own lock outlives a killed Snakemake and must be removed by hand (profiles/default turns it off); these are
-the kernel's, which drops them when their holder dies. In a locked file stands who has it.
+The locks are the kernel's, which drops them when their holder dies. (Snakemake's own lock outlives a killed Snakemake
+and must be removed by hand; profiles/default turns it off.) In a locked file stands who has it.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from adder.core.errors import UserError
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def take(results: Path, name: str = "another Snakemake") -> TextIO:
-    """Lock `results`/.lock for as long as the returned file is open. `name` is what this process is to others.
+def take(folder: Path, name: str) -> TextIO:
+    """Lock `folder`/.lock for as long as the returned file is open. `name` is what this process is to others.
 
     Raises UserError, which names the process that has it.
     """
-    results.mkdir(parents=True, exist_ok=True)
-    file = open(results / ".lock", "a+")  # not "w": until it is ours, what is in it is the other's
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")  # not "w": until it is ours, what is in it is the other's
     if not _lock(file):
         who = _holder(file)
         file.close()
-        raise UserError(f"{who} is writing to {results}/; wait for it, or end it")
+        raise UserError(f"{who} is writing to {folder}/; wait for it, or end it")
     _sign(file, name)
     return file
 
