@@ -17,7 +17,7 @@ APT := DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq -o Acquire::Retrie
 .PHONY: merged_model report all test browser lint settings prune lock clean
 
 merged_model report all: $(VENV)/.ready
-	@$(BIN)/python workflow_scripts/check_config.py $(CONFIG)
+	@$(BIN)/adder check --quiet $(CONFIG)
 	$(SNAKEMAKE) $@ $(if $(CONFIG),--configfile $(CONFIG))
 
 # Adder itself is installed as it stands here, so an edit needs no new installation.
@@ -55,13 +55,13 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 
-# Writes config/schema.json and the table in config/README.md from the settings' model.
+# Writes config/schema.json, the tables in config/README.md and what profiles/slurm asks for from the declarations.
 settings: $(VENV)/.ready
-	$(BIN)/python workflow_scripts/document_settings.py
+	$(BIN)/adder document
 
 # Lists stage folders that no configured run needs, and removes them when told to. CONFIG="a.yaml b.yaml" names more.
 prune: $(VENV)/.ready
-	$(BIN)/python workflow_scripts/prune.py $(CONFIG)
+	$(BIN)/adder prune $(CONFIG)
 
 # Resolves envs/*.in anew; run it in an empty VENV.
 lock:

@@ -82,6 +82,8 @@ with told_in_one_sentence(origin_of_configuration()):
     SETTINGS, RUNS = runs_of_configuration()
 RUNTIME = next(iter(SETTINGS.values())).runtime
 RESULTS = RUNTIME.results
+# Where that is, under the prefix that an importing workflow may give; Snakemake puts it before inputs and outputs only.
+PLACE = Path(str(workflow.modifier.modify_path(f"{RESULTS}/.lock"))).parent
 # Each stage once, by its folder, however many runs share it; and a run that it is of.
 STAGES = {
     folder: stage for stages in RUNS.values() for last in stages.values() for folder, stage in last.family().items()
@@ -108,9 +110,9 @@ def prepare():
     if not workflow.is_main_process:
         return
     with told_in_one_sentence():
-        LOCK.append(file_lock.take(Path(RESULTS), "another Snakemake"))
+        LOCK.append(file_lock.take(PLACE, "another Snakemake"))
     if RUNTIME.upgrades == "say":
-        records = [(stage.spec, Path(RESULTS) / folder / "stage.json") for folder, stage in STAGES.items()]
+        records = [(stage.spec, PLACE / folder / "stage.json") for folder, stage in STAGES.items()]
         for sentence in library_versions.other_versions(records):
             print(f"adder: {sentence} (runtime.upgrades: rerun would run it anew)", file=sys.stderr)
 

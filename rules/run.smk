@@ -37,7 +37,7 @@ def shown_in_report(page):
     def labels(wildcards):
         if page != "report.html":
             return {"run": wildcards.run, "page": page}
-        found = read_json(Path(f"{RESULTS}/{wildcards.run}/metrics.json"))["verdict"]
+        found = read_json(PLACE / wildcards.run / "metrics.json")["verdict"]
         base, tuned, difference, low, high = (
             f"{value:.4g}" for value in (found["base"], found["tuned"], found["difference"], *found["ci95"])
         )

@@ -22,7 +22,7 @@ def memory(spec):
 
     def megabytes(wildcards):
         run = RUN_OF[f"stages/{spec.name}/{wildcards.key}"]
-        return spec.memory.megabytes(stage_graph.parameter_count(RUNS[run], Path(RESULTS)))
+        return spec.memory.megabytes(stage_graph.parameter_count(RUNS[run], PLACE))
 
     return megabytes
 

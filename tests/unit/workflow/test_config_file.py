@@ -1,7 +1,5 @@
 """A file that is no configuration is refused in one sentence, with the line where YAML tells it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,6 @@ import pytest
 from adder.core.errors import UserError
 from adder.workflow import config_file
 
-CHECK = Path(__file__).resolve().parents[3] / "workflow_scripts" / "check_config.py"
 MISTAKES = {
     "model: {source: a/b\ndata: [": "my.yaml, line 2, column 5: not YAML: expected ',' or '}', but got ':'",
     "model:\n\tsource: a/b": "my.yaml, line 2, column 1: not YAML: found character '\\t' that cannot start any token",
@@ -59,10 +56,9 @@ def test_json_may_be_indented_with_tabs(tmp_path):
     assert config_file.read(tmp_path / "my.json") == {"train": {"epochs": 3, "name": "a\tb"}}
 
 
-def test_make_tells_it_before_snakemake_does(tmp_path):
-    (tmp_path / "good.yaml").write_text("train: {epochs: 3}")
-    options = {"cwd": tmp_path, "capture_output": True, "text": True}
-    assert subprocess.run([sys.executable, CHECK, "good.yaml"], **options).returncode == 0
-    done = subprocess.run([sys.executable, CHECK, "good.yaml", "none.yaml"], **options)
-    told = "adder: none.yaml: can't be read (No such file or directory); give a YAML file with settings\n"
-    assert (done.returncode, done.stderr) == (1, told)
+def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = "none.yaml: can't be read (No such file or directory); give a YAML file with settings"
+    with pytest.raises(UserError) as caught:
+        config_file.read("none.yaml")
+    assert str(caught.value) == told

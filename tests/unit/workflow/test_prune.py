@@ -1,55 +1,44 @@
-"""`make prune` lists what no configuration needs, and removes nothing while somebody writes to the results."""
+"""What no configured run needs is found, with the room that it takes; what one needs stays."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
-from adder.core import file_lock
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture
-def prune(tmp_path):
-    """Run `make prune` for a configuration with nobody at the keyboard; return its exit status and what it says."""
-    (tmp_path / "my.yaml").write_text("model: {source: a/b}\ndata: {sources: [{builtin: tickets, rows: 9}]}\n")
-    script = ROOT / "workflow_scripts" / "prune.py"
-
-    def run(*arguments: str) -> tuple[int, str]:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        done = subprocess.run([sys.executable, script, "my.yaml", *arguments], cwd=tmp_path, **streams)
-        return done.returncode, done.stdout
-
-    return run
+from adder.core.files import write_json
+from adder.workflow import prune
+from adder.workflow.stage_graph import Stage
+from adder.workflow.stage_runner import link_tree
+from adder.workflow.stages import SPECS
 
 
-def test_prune_refuses_while_a_snakemake_writes_or_a_job_that_outlived_one(tmp_path, prune):
-    unneeded = tmp_path / "results" / "stages" / "format" / ("0" * 12)
-    unneeded.mkdir(parents=True)
-    me = rf"\(process {os.getpid()} on .+\)"
-    with file_lock.take(tmp_path / "results", "another Snakemake"):
-        code, told = prune("--yes")
-    assert code == 1
-    assert re.fullmatch(rf"prune: another Snakemake {me} is writing to results/; wait for it, or end it\n", told)
-    with file_lock.held(unneeded.with_name(".abc.lock"), print):
-        code, told = prune("--yes")
-    assert code == 1
-    place = "results/stages/format/abc"
-    assert re.fullmatch(rf"prune: another process {me} is still at work on {place}; wait for it, or end it\n", told)
-    assert unneeded.exists()
-    left = unneeded.with_name(".killed.lock")
-    left.write_text("another process (process 1 on somewhere)")
-    assert prune("--yes")[0] == 0 and not unneeded.exists() and not left.exists()
+def finished(results: Path, name: str, key: str, fingerprint: str) -> Path:
+    """A finished stage's folder, whose files the cache has as well."""
+    folder = results / "stages" / name / key
+    folder.mkdir(parents=True)
+    (folder / "result.txt").write_text("a result")
+    write_json(folder / "stage.json", {"fingerprint": fingerprint})
+    link_tree(folder, results / "cache" / name / fingerprint)
+    return folder
 
 
-def test_prune_takes_nobody_there_for_a_no_and_makes_no_results(tmp_path, prune):
-    assert prune() == (0, "Nothing to prune: there is no results/.\n")
-    assert not (tmp_path / "results").exists()
-    unneeded = tmp_path / "results" / "stages" / "format" / ("0" * 12)
-    unneeded.mkdir(parents=True)
-    code, told = prune()
-    assert code == 0 and told.endswith("Remove them? [y/N] \nNothing was removed.\n") and unneeded.exists()
+def test_what_is_needed_stays(tmp_path):
+    needed = Stage(SPECS["format"], SPECS["format"].settings.model_construct(), {"a": 1})
+    kept = finished(tmp_path, "format", needed.key, "new")
+    old = finished(tmp_path, "format", "0" * 12, "old")
+    killed = tmp_path / "stages" / "format" / f".{needed.key}.partial"
+    killed.mkdir()
+    (tmp_path / "checkpoints" / "f" / "checkpoint-1").mkdir(parents=True)
+    write_json(tmp_path / "checkpoints" / "f.attempts.json", [1.5])
+    found = prune.unneeded(tmp_path, {needed.folder: needed})
+    checkpoints = [tmp_path / "checkpoints" / name for name in ("f", "f.attempts.json")]
+    assert found == sorted([old, tmp_path / "cache" / "format" / "old", killed, *checkpoints])
+    assert prune.freed_bytes([old]) == 0  # every file of it has a link in the cache
+    assert prune.freed_bytes(found) > len("a result")
+    prune.remove(found)
+    assert kept.exists() and not any(path.exists() for path in found)
+
+
+def test_checkpoints_stay_while_a_stage_that_continues_has_not_finished(tmp_path):
+    judge = Stage(SPECS["judge"], SPECS["judge"].settings.model_construct(), {"a": 1})
+    (tmp_path / "checkpoints" / "f").mkdir(parents=True)
+    assert prune.unneeded(tmp_path, {judge.folder: judge}) == []
+    finished(tmp_path, "judge", judge.key, "f")
+    assert prune.unneeded(tmp_path, {judge.folder: judge}) == [tmp_path / "checkpoints" / "f"]

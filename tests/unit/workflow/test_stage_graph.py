@@ -6,9 +6,11 @@ import json
 import pytest
 
 from adder.core.errors import UserError
-from adder.workflow import code_digest
+from adder.core.file_digests import FileDigests
+from adder.workflow import library_versions
 from adder.workflow.settings import load, merged, resolved
-from adder.workflow.stage_graph import READS, Digests, reads, refuse_impossible, stages_of_run
+from adder.workflow.stage_graph import Stage, refuse_impossible, stages_of_run
+from adder.workflow.stages import SPECS
 
 STAGES = [
     "model",
@@ -42,9 +44,13 @@ def project(tmp_path):
 def keys(project, change: dict | None = None, run: str = "default") -> dict[str, str]:
     base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
     config = merged(base, change or {})
-    digests = Digests(project / "digests.json")
-    stages = stages_of_run(run, load(config)[run], resolved(load(config)[run], config, run), project, digests)
-    return {name: stage.key for name, stage in stages.items()}
+    return {name: stage.key for name, stage in stages_of(project, config, run).items()}
+
+
+def stages_of(project, config: dict, run: str = "default") -> dict[str, Stage]:
+    settings = load(config)[run]
+    digests = FileDigests(project / "digests.json", project)
+    return stages_of_run(run, settings, resolved(settings, config, run), digests)
 
 
 def changed(before: dict, after: dict) -> list[str]:
@@ -98,18 +104,6 @@ def test_content_of_a_data_file_counts_and_its_time_stamp_does_not(project):
     assert changed(before, keys(project)) == BELOW["data"]
 
 
-def test_digests_are_remembered_by_size_and_time_stamp(project, monkeypatch):
-    keys(project)
-
-    def never(path):
-        raise AssertionError(f"{path} was read again")
-
-    monkeypatch.setattr("adder.workflow.stage_graph.digest_file", never)
-    keys(project)
-    remembered = json.loads((project / "digests.json").read_text())
-    assert [name.rpartition("/")[2] for name in remembered] == ["rows.jsonl"]
-
-
 def test_a_model_directory_counts_by_its_content(project):
     (project / "model").mkdir()
     (project / "model" / "config.json").write_text("{}")
@@ -130,17 +124,39 @@ def test_missing_files_are_named(project):
         keys(project, {"model": {"source": "./gone"}})
 
 
-def test_every_parent_says_what_is_read_of_it(project):
-    base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+def test_every_stage_reads_the_parents_that_its_declaration_names(project):
     (project / "task.yaml").write_text("task: mine\n")
-    run = load(merged(base, EVERYTHING))["default"]
-    stages = stages_of_run("default", run, [], project, Digests(project / "d.json"))
+    base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+    stages = stages_of(project, merged(base, EVERYTHING))
+    assert {stage.name for stage in stages.values()} == SPECS.keys()
     for name, stage in stages.items():
-        if name == "report":
-            assert set(stage.parents) == stages.keys() - {"report", "gguf"}
-        else:
-            assert set(stage.parents) == set(READS[stage.name])
-        assert all(reads(stage.name, parent) for parent in stage.parents)
+        wanted = stages.keys() - {"report", "gguf"} if name == "report" else stage.spec.reads.keys()
+        assert set(stage.parents) == set(wanted)
+    assert stages["evaluate_base"].parents["model"] is stages["model"]
+    assert stages["evaluate_tuned"].parents["model"] is stages["merge"]
+
+
+def test_settings_of_a_stage_survive_the_way_to_its_job(project):
+    """As JSON in Snakemake's parameters and back, for LoRA and for a full training, whose LoRA settings are unused."""
+    for change in (EVERYTHING, {"train": {"method": "full"}}):
+        (project / "task.yaml").write_text("task: mine\n")
+        base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+        for stage in stages_of(project, merged(base, change)).values():
+            sent = json.loads(stage.parameters())["settings"]
+            assert stage.spec.settings.model_validate(sent) == stage.settings
+
+
+def test_an_upgrade_reruns_what_it_can_change_where_that_is_asked_for(project, monkeypatch):
+    said = keys(project)
+    rerun = {"runtime": {"upgrades": "rerun"}}
+    before = keys(project, rerun)
+    assert set(changed(said, before)) == {"model", "tokenize", "lengths", "train", "merge", "evaluate_base",
+                                          "evaluate_tuned", "report"}  # fmt: skip
+    monkeypatch.setattr(library_versions, "version", lambda name: "9.9" if name == "peft" else "1.0")
+    assert keys(project) == said
+    one = keys(project, rerun)
+    monkeypatch.setattr(library_versions, "version", lambda name: "9.10" if name == "peft" else "1.0")
+    assert changed(one, keys(project, rerun)) == ["train", "merge", "evaluate_tuned", "report"]
 
 
 def test_tasks_and_judge_are_stages_of_their_own(project):
@@ -193,34 +209,12 @@ def test_what_is_done_with_the_model_changes_no_report(project):
     assert changed(keys(project), keys(project, {"export": {"hub": "me/mine", "gguf": "q8_0"}})) == []
 
 
-def test_closures_hold_what_a_stage_is_made_of():
-    names = {
-        module: {path.name for path in code_digest.closure(module)}
-        for module in ("train", "lengths", "evaluate", "report")
-    }
-    assert {"train.py", "batching.py", "base_model.py", "attention.py", "loss.py", "checkpoints.py"} <= names["train"]
-    assert "packing.py" in names["lengths"]
-    assert "report.html.jinja" in names["report"]
-    for module, files in names.items():
-        assert not files & {"settings.py", "plan.py", "stage.py", "progress.py"}, module
-    # Editing the packer must not evaluate the base anew, nor editing the report train anew.
-    assert "packing.py" not in names["evaluate"]
-    assert "report.py" not in names["train"] | names["lengths"] | names["evaluate"]
-
-
-def test_comments_docstrings_and_layout_are_not_code():
-    source = 'def f(x):\n    """Old."""\n    return x + 1\n'
-    same = '"""New module text."""\n\n\ndef f(\n    x,\n):\n    # a comment\n    return x + 1\n'
-    assert code_digest.normalised(source) == code_digest.normalised(same)
-    assert code_digest.normalised(source) != code_digest.normalised(source.replace("+ 1", "+ 2"))
-
-
 def test_a_gguf_file_that_cannot_be_written_is_refused_before_anything_runs(project):
     (project / "model").mkdir()
     (project / "model" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "n_positions": 1024}')
     config = {"model": {"source": "model"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
     for gguf, refused in (("off", False), ("q8_0", True)):
-        run = load(merged(config, {"export": {"gguf": gguf}}))["default"]
-        stages = stages_of_run("default", run, [], project, Digests(project / "d.json"))
+        asked = merged(config, {"export": {"gguf": gguf}})
+        run, stages = load(asked)["default"], stages_of(project, asked)
         with pytest.raises(UserError, match="GPT2LMHeadModel") if refused else contextlib.nullcontext():
             refuse_impossible("default", run, stages, project, project)

@@ -1,6 +1,7 @@
 """A stage's folder is whole or absent, and equal work is done once."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -15,31 +16,45 @@ import pytest
 
 from adder.core.errors import UserError
 from adder.core.files import write_json
-from adder.workflow import attempt_times, prune
-from adder.workflow import stage_runner as stage
+from adder.core.section import Section
+from adder.core.stage_spec import Context
+from adder.workflow import prune, stage_runner
 from adder.workflow.stage_graph import Stage
+
+
+class ToySettings(Section):
+    """Settings of the tests' stages."""
+
+    a: int
 
 
 @pytest.fixture
 def module(monkeypatch):
-    """A stage module of our own that counts its runs; `reads` of the stage `format` apply to it."""
+    """A stage's module that counts its runs, as that of the stages `format` and, continued where killed, `judge`."""
     fake = types.ModuleType("adder.fake")
     fake.runs, fake.error = 0, None
 
-    def run(settings, inputs, out, progress):
+    def run(settings: ToySettings, inputs: dict[str, Path], out: Path, context: Context) -> dict[str, int]:
         fake.runs += 1
         text = (inputs["data"] / "rows.jsonl").read_text() if "data" in inputs else ""
         (out / "inner").mkdir()
-        (out / "inner" / "result.txt").write_text(f"{settings['a']} {text}")
+        (out / "inner" / "result.txt").write_text(f"{settings.a} {text}")
         if fake.error:
             raise fake.error
         return {"lines": text.count("\n")}
 
     fake.run = run
     monkeypatch.setitem(sys.modules, "adder.fake", fake)
-    monkeypatch.setattr(stage, "code_digest", lambda name: fake.code)
+    monkeypatch.setattr(stage_runner, "code_digest", lambda name: fake.code)
+    for name in ("format", "judge", "train"):
+        spec = dataclasses.replace(stage_runner.SPECS[name], run="adder.fake", settings=ToySettings)
+        monkeypatch.setitem(stage_runner.SPECS, name, spec)
     fake.code = "code 1"
     return fake
+
+
+def needed_stage(name: str, a: int) -> Stage:
+    return Stage(stage_runner.SPECS[name], ToySettings(a=a), {"a": a})
 
 
 @pytest.fixture
@@ -48,27 +63,26 @@ def data(tmp_path) -> Path:
     folder.mkdir(parents=True)
     (folder / "rows.jsonl").write_text("row\n")
     (folder / "other.json").write_text("1")
-    stage.finish(folder, {"key": "d"})
+    stage_runner.finish(folder, {"key": "d"})
     return folder
 
 
-def execute(tmp_path, data, key="k", settings=None, **options):
-    results = tmp_path / "results"
-    stage.execute(
-        "format",
-        "adder.fake",
-        settings or {"a": 1},
-        {"data": data},
-        results,
-        key,
-        tmp_path / "logs" / "x.log",
+def execute(tmp_path, inputs, name="format", key="k", settings=None, identity=None, **options):
+    settings = settings or {"a": 1}
+    stage_runner.execute(
+        name,
+        {"settings": settings, "identity": identity or settings},
+        inputs=inputs,
+        results=tmp_path / "results",
+        key=key,
+        log=tmp_path / "logs" / "x.log",
         **options,
     )
-    return results / "stages" / "format" / key
+    return tmp_path / "results" / "stages" / name / key
 
 
 def test_a_finished_stage_says_what_it_did(module, tmp_path, data):
-    folder = execute(tmp_path, data)
+    folder = execute(tmp_path, {"data": data})
     assert (folder / "inner" / "result.txt").read_text() == "1 row\n"
     record = json.loads((folder / "stage.json").read_text())
     assert record["summary"] == {"lines": 1}
@@ -78,8 +92,8 @@ def test_a_finished_stage_says_what_it_did(module, tmp_path, data):
 
 
 def test_equal_work_is_restored_under_any_key(module, tmp_path, data, capfd):
-    first = execute(tmp_path, data)
-    second = execute(tmp_path, data, key="other")
+    first = execute(tmp_path, {"data": data})
+    second = execute(tmp_path, {"data": data}, key="other")
     assert module.runs == 1
     assert os.path.samefile(first / "inner" / "result.txt", second / "inner" / "result.txt")
     record = json.loads((second / "stage.json").read_text())
@@ -88,15 +102,15 @@ def test_equal_work_is_restored_under_any_key(module, tmp_path, data, capfd):
 
 
 def test_snakemake_removing_the_record_costs_nothing(module, tmp_path, data):
-    folder = execute(tmp_path, data)
+    folder = execute(tmp_path, {"data": data})
     (folder / "stage.json").unlink()
-    execute(tmp_path, data)
+    execute(tmp_path, {"data": data})
     assert module.runs == 1 and (folder / "stage.json").exists()
 
 
 @pytest.mark.parametrize("change", ["settings", "code", "input", "identity"])
 def test_other_work_is_done_anew(module, tmp_path, data, change):
-    execute(tmp_path, data, identity={"file": "digest 1"})
+    execute(tmp_path, {"data": data}, identity={"file": "digest 1"})
     settings, identity = {"a": 1}, {"file": "digest 1"}
     if change == "settings":
         settings, identity = {"a": 2}, None
@@ -106,27 +120,27 @@ def test_other_work_is_done_anew(module, tmp_path, data, change):
         module.code = "code 2"
     if change == "input":
         (data / "rows.jsonl").write_text("another row\n")  # changed after its stage had finished
-    execute(tmp_path, data, settings=settings, identity=identity)
+    execute(tmp_path, {"data": data}, settings=settings, identity=identity)
     assert module.runs == 2
 
 
 def test_a_file_that_is_not_read_does_not_matter(module, tmp_path, data):
-    execute(tmp_path, data)
+    execute(tmp_path, {"data": data})
     (data / "other.json").write_text("2")
-    execute(tmp_path, data)
+    execute(tmp_path, {"data": data})
     assert module.runs == 1
 
 
 def test_a_kept_result_that_was_written_to_is_not_restored(module, tmp_path, data):
-    folder = execute(tmp_path, data)
+    folder = execute(tmp_path, {"data": data})
     (folder / "inner" / "result.txt").write_text("edited by hand")
-    execute(tmp_path, data)
+    execute(tmp_path, {"data": data})
     assert module.runs == 2 and (folder / "inner" / "result.txt").read_text() == "1 row\n"
 
 
 def test_restoring_can_be_switched_off(module, tmp_path, data):
-    execute(tmp_path, data)
-    execute(tmp_path, data, runtime={"restore": False})
+    execute(tmp_path, {"data": data})
+    execute(tmp_path, {"data": data}, runtime={"restore": False})
     assert module.runs == 2
 
 
@@ -136,7 +150,7 @@ def test_restoring_can_be_switched_off(module, tmp_path, data):
 def test_a_failed_stage_leaves_nothing(module, tmp_path, data, error, capfd):
     module.error = error
     with pytest.raises(SystemExit):
-        execute(tmp_path, data)
+        execute(tmp_path, {"data": data})
     assert not (tmp_path / "results" / "stages" / "format" / "k").exists()
     assert not list((tmp_path / "results" / "stages" / "format").iterdir())
     shown = capfd.readouterr().err
@@ -152,14 +166,14 @@ def test_a_failed_stage_leaves_nothing(module, tmp_path, data, error, capfd):
 def test_output_goes_to_the_log_and_progress_to_the_terminal(module, tmp_path, data, capfd):
     run = module.run
 
-    def noisy(settings, inputs, out, progress):
+    def noisy(settings, inputs: dict[str, Path], out, context):
         os.write(1, b"a library's chatter\n")
         os.system("echo chatter of a child")
-        progress.say("half way")
-        return run(settings, inputs, out, progress)
+        context.progress.say("half way")
+        return run(settings, inputs, out, context)
 
     module.run = noisy
-    execute(tmp_path, data)
+    execute(tmp_path, {"data": data})
     shown = capfd.readouterr()
     assert "chatter" not in shown.out + shown.err and "format: half way" in shown.err
     log = (tmp_path / "logs" / "x.log").read_text()
@@ -169,7 +183,8 @@ def test_output_goes_to_the_log_and_progress_to_the_terminal(module, tmp_path, d
 def test_a_judge_that_fails_finds_its_judgements_again(module, tmp_path, capfd):
     seen = []
 
-    def run(settings, inputs, out, progress, checkpoints):
+    def run(settings, inputs: dict[str, Path], out, context):
+        checkpoints = context.checkpoints
         seen.append(sorted(path.name for path in checkpoints.glob("*")))
         checkpoints.mkdir(parents=True, exist_ok=True)
         (checkpoints / f"{len(seen)}.json").write_text("{}")
@@ -177,24 +192,24 @@ def test_a_judge_that_fails_finds_its_judgements_again(module, tmp_path, capfd):
             raise module.error
 
     module.run, module.error = run, UserError("no credit")
-    arguments = ("judge", "fake", {"a": 1}, {}, tmp_path / "results", "k", tmp_path / "logs" / "x.log")
-    needed = Stage("judge", {"a": 1})
+    needed = needed_stage("judge", 1)
     with pytest.raises(SystemExit):
-        stage.execute(*arguments)
+        execute(tmp_path, {}, "judge")
     assert prune.unneeded(tmp_path / "results", {needed.folder: needed}) == []
     module.error = None
-    stage.execute(*arguments)
+    execute(tmp_path, {}, "judge")
     assert seen == [[], ["1.json"]] and not list((tmp_path / "results" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(("name", "checkpoint"), [("train", "checkpoint-5/seal.json"), ("judge", "0a.json")])
 def test_an_interrupted_stage_goes_on_only_from_a_checkpoint(module, tmp_path, capfd, name, checkpoint):
-    def run(settings, inputs, out, progress, checkpoints, runtime=None):
+    def run(settings, inputs: dict[str, Path], out, context):
+        checkpoints = context.checkpoints
         # What isn't a checkpoint: a plan, and a checkpoint that isn't whole.
         (checkpoints / "checkpoint-9").mkdir(parents=True, exist_ok=True)
         if name == "train":
             write_json(checkpoints / "plan.json", {})
-        if settings["a"] == 2:
+        if settings.a == 2:
             (checkpoints / checkpoint).parent.mkdir(exist_ok=True)
             write_json(checkpoints / checkpoint, {})
         raise KeyboardInterrupt
@@ -202,27 +217,35 @@ def test_an_interrupted_stage_goes_on_only_from_a_checkpoint(module, tmp_path, c
     module.run = run
     for a, told in ((1, "starts this stage anew"), (2, "goes on from its last checkpoint")):
         with pytest.raises(SystemExit):
-            stage.execute(name, "fake", {"a": a}, {}, tmp_path / "results", "k", tmp_path / "logs" / "x.log")
+            execute(tmp_path, {}, name, settings={"a": a})
         assert capfd.readouterr().err == f"{name}: interrupted; the same command {told}\n"
 
 
 ONE_OF_TWO = """
 import sys, time, types
 from pathlib import Path
-from adder.workflow import stage_runner as stage
+import dataclasses
+from adder.core.section import Section
+from adder.workflow import stage_runner
 
-def run(settings, inputs, out, progress):
+class ToySettings(Section):
+    a: int
+
+def run(settings, inputs: dict, out, context):
     print("chatter", flush=True)
-    progress.say("computing")
+    context.progress.say("computing")
     while not Path("go on").exists():
         time.sleep(0.01)
     (out / "result.txt").write_text("1")
 
 sys.modules["adder.fake"] = types.ModuleType("adder.fake")
 sys.modules["adder.fake"].run = run
-stage.code_digest = lambda name: "code"
+stage_runner.code_digest = lambda name: "code"
+spec = dataclasses.replace(stage_runner.SPECS["format"], run="adder.fake", settings=ToySettings)
+stage_runner.SPECS["format"] = spec
+where = {"inputs": {}, "results": Path("results"), "key": "k", "log": Path("x.log")}
 runtime = {"restore": sys.argv[1] == "restore"}
-stage.execute("format", "adder.fake", {"a": 1}, {}, Path("results"), "k", Path("x.log"), runtime=runtime)
+stage_runner.execute("format", {"settings": {"a": 1}, "identity": {"a": 1}}, runtime, **where)
 """
 
 
@@ -255,64 +278,19 @@ def test_a_process_that_outlived_its_snakemake_is_waited_for(tmp_path, end):
 
 
 def test_the_time_of_a_continued_stage_is_that_of_all_attempts(module, tmp_path, capfd):
-    def run(settings, inputs, out, progress, checkpoints):
+    def run(settings, inputs: dict[str, Path], out, context):
         time.sleep(0.3)
         if module.error:
             raise module.error
 
     module.run = run
-    arguments = ("judge", "fake", {"a": 1}, {}, tmp_path / "results", "k", tmp_path / "logs" / "x.log")
     for error in (UserError("told to stop"), KeyboardInterrupt(), None):
         module.error = error
         with contextlib.suppress(SystemExit):
-            stage.execute(*arguments)
+            execute(tmp_path, {}, "judge")
     record = json.loads((tmp_path / "results" / "stages" / "judge" / "k" / "stage.json").read_text())
     assert record["attempts"] == 3 and 0.9 < record["seconds"] < 3
     assert f"done in {record['seconds']:.1f} s, in 3 attempts" in capfd.readouterr().err
-    stage.execute(*arguments, runtime={"restore": False})  # other work, which owes nothing to those
+    execute(tmp_path, {}, "judge", runtime={"restore": False})  # other work, which owes nothing to those
     record = json.loads((tmp_path / "results" / "stages" / "judge" / "k" / "stage.json").read_text())
     assert "attempts" not in record and record["seconds"] < 0.9
-
-
-def test_an_attempt_is_counted_up_to_the_kill_that_it_could_not_hear(tmp_path):
-    work = """
-import sys, time
-from adder.workflow import attempt_times as attempts
-from pathlib import Path
-attempts.INTERVAL = 0.05
-with attempts.counted(Path("spent.json"), time.monotonic()):
-    print("begun", flush=True)
-    time.sleep(60)
-"""
-    for number in (1, 2):
-        process = subprocess.Popen([sys.executable, "-c", work], cwd=tmp_path, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(0.5)
-        process.kill()
-        process.wait()
-        seconds = json.loads((tmp_path / "spent.json").read_text())
-        assert len(seconds) == number and all(0.2 < one < 5 for one in seconds)
-
-
-def test_an_account_that_cannot_be_read_is_none(tmp_path):
-    (tmp_path / "spent.json").write_text("[1.5, ")
-    with attempt_times.counted(tmp_path / "spent.json", time.monotonic()) as earlier:
-        assert earlier == []
-
-
-def test_prune_keeps_what_is_needed(module, tmp_path, data):
-    needed = Stage("format", {"a": 1})
-    folder = execute(tmp_path, data, key=needed.key)
-    old = execute(tmp_path, data, key="0" * 12, settings={"a": 2})
-    results = tmp_path / "results"
-    (results / "checkpoints" / "f" / "checkpoint-1").mkdir(parents=True)
-    write_json(results / "checkpoints" / "f" / "checkpoint-1" / "x.json", 1)
-    write_json(results / "checkpoints" / "f.attempts.json", [1.5])
-    found = prune.unneeded(results, {needed.folder: needed})
-    fingerprint = json.loads((old / "stage.json").read_text())["fingerprint"]
-    checkpoints = [results / "checkpoints" / name for name in ("f", "f.attempts.json")]
-    assert found == sorted([old, results / "cache" / "format" / fingerprint, data, *checkpoints])
-    assert prune.freed_bytes([old]) == 0  # every file of it has a link in the cache
-    assert prune.freed_bytes(found) > (old / "inner" / "result.txt").stat().st_size
-    prune.remove(found)
-    assert folder.exists() and not any(path.exists() for path in (old, data, *checkpoints))

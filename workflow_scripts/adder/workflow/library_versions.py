@@ -19,11 +19,10 @@ LIBRARIES = {
     "trl": "trl",
     "bitsandbytes": "bitsandbytes",
     "lm_eval": "lm-eval",
-    "datasets": "datasets",
 }
 # Which of them work inside others.
 BENEATH = {"transformers": ("tokenizers",), "peft": ("torch",), "trl": ("torch", "accelerate")}
-RECORDED = (*LIBRARIES.values(), "accelerate", "snakemake", "pyarrow")
+RECORDED = (*LIBRARIES.values(), "accelerate", "datasets", "pyarrow", "snakemake")
 
 
 @cache

@@ -3,6 +3,7 @@
 import json
 import re
 import types
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -11,9 +12,11 @@ from pydantic_core import PydanticUndefined
 from adder.data.stage import Source
 from adder.evaluation.tasks.stage import EvaluationTask
 from adder.workflow.settings import Config, section_of
+from adder.workflow.stages import SPECS
 
 LISTED = {Source: "sources", EvaluationTask: "tasks"}
 BEGIN, END = "<!-- settings: begin (made by `make settings`) -->", "<!-- settings: end -->"
+RESOURCES = "# From here on made by `make settings`, from the stages' declarations.\n"
 
 
 def schema() -> str:
@@ -24,6 +27,26 @@ def schema() -> str:
 def tables() -> str:
     """Return one Markdown table a section: setting, values, default, meaning."""
     return "\n\n".join(_section_tables(Config, "", set()))
+
+
+def documents(root: Path) -> dict[Path, str]:
+    """What the declarations say, by file below the project's directory `root`, as it should be."""
+    readme, profile = root / "config" / "README.md", root / "profiles" / "slurm" / "config.yaml"
+    return {
+        root / "config" / "schema.json": schema(),
+        readme: filled(readme.read_text()),
+        profile: profile.read_text().partition(RESOURCES)[0] + RESOURCES + cluster_resources(),
+    }
+
+
+def cluster_resources() -> str:
+    """What the stages ask a cluster for beyond their rules' own: a GPU and its partition, and cores."""
+    computing = [spec for spec in SPECS.values() if spec.threads is None and not spec.local]
+    threads = "".join(f"  {spec.rule}: 8\n" for spec in computing)
+    gpu = "".join(
+        f"  {spec.rule}:\n    slurm_partition: \"'gpu'\"\n    gpu: 1\n" for spec in SPECS.values() if spec.gpu
+    )
+    return f"set-threads:\n{threads}set-resources:\n{gpu}"
 
 
 def filled(page: str) -> str:

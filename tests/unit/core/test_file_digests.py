@@ -1,0 +1,72 @@
+"""Digests are of the content, and of large files no more often than needed."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from adder.core import file_digests
+from adder.core.errors import UserError
+from adder.core.file_digests import FileDigests, canonical
+
+
+@pytest.fixture
+def digests(tmp_path) -> FileDigests:
+    return FileDigests(tmp_path / "cache" / "digests.json", tmp_path)
+
+
+def test_equal_values_are_equal_text_whatever_the_order_of_keys():
+    assert canonical({"a": 1, "b": [2, "ü"]}) == canonical({"b": [2, "ü"], "a": 1}) == '{"a":1,"b":[2,"ü"]}'
+
+
+def test_a_file_is_read_once_while_it_stays_as_it_is(tmp_path, digests, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    before = digests.of(tmp_path / "rows.jsonl")
+
+    def never(path):
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr(file_digests, "digest_file", never)
+    assert FileDigests(digests.memory, tmp_path).of(tmp_path / "rows.jsonl") == before
+    assert [name.rpartition("/")[2] for name in json.loads(digests.memory.read_text())] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("how", ["copied over with its time stamp", "renamed into its place", "written in place"])
+def test_another_content_of_the_same_size_and_time_stamp_is_noticed(tmp_path, digests, how):
+    file, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    file.write_text("1111")
+    other.write_text("2222")
+    stamp = file.stat().st_mtime_ns
+    os.utime(other, ns=(stamp, stamp))
+    before = digests.of(file)
+    if how == "copied over with its time stamp":
+        shutil.copy2(other, file)
+    if how == "renamed into its place":
+        os.replace(other, file)
+    if how == "written in place":
+        file.write_text("2222")
+        os.utime(file, ns=(stamp, stamp))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (4, stamp)
+    assert digests.of(file) != before
+
+
+def test_a_folder_counts_by_names_and_content_of_its_files(tmp_path, digests):
+    (tmp_path / "a" / "inner").mkdir(parents=True)
+    (tmp_path / "a" / "inner" / "x").write_text("1")
+    before = digests.of(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert digests.of(tmp_path / "b") == before
+    (tmp_path / "b" / "inner" / "x").rename(tmp_path / "b" / "inner" / "y")
+    assert digests.of(tmp_path / "b") != before
+
+
+def test_a_memory_that_cannot_be_read_costs_no_more_than_time(tmp_path):
+    (tmp_path / "digests.json").write_text("{")
+    (tmp_path / "x").write_text("1")
+    assert len(FileDigests(tmp_path / "digests.json", tmp_path).of(tmp_path / "x")) == 40
+
+
+def test_a_file_that_is_not_there_is_named_with_its_setting(digests):
+    with pytest.raises(UserError, match=r"tokenize.chat_template: there is no file 'gone.jinja' \(looked for /"):
+        digests.of_named("gone.jinja", "tokenize.chat_template")

@@ -1,0 +1,84 @@
+"""What a stage is made of: no module of the package is forgotten, and none too many is in it."""
+
+import pytest
+
+from adder.workflow.code_digest import LEFT_OUT, PACKAGE, closure, code_digest, normalised
+from adder.workflow.stages import SPECS
+
+# What runs, shows or exports around the stages, and so is part of none of them.
+AROUND = ("adder.workflow.", "adder.report.comparison.", "adder.export.hub_push")
+
+
+def modules(name: str) -> set[str]:
+    """The modules that a stage's code is made of, by their dotted names."""
+    files = (path for path in closure(SPECS[name].run) if path.suffix == ".py")
+    return {".".join(["adder", *path.relative_to(PACKAGE).with_suffix("").parts]) for path in files}
+
+
+def every_module() -> set[str]:
+    files = (path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    return {".".join(["adder", *path.relative_to(PACKAGE).with_suffix("").parts]) for path in files}
+
+
+def test_every_module_is_part_of_a_stage_or_left_out_with_a_reason():
+    parts = set().union(*(modules(name) for name in SPECS))
+    rest = {name for name in every_module() - parts - LEFT_OUT.keys() if not name.startswith(AROUND)}
+    assert rest == set()
+    assert LEFT_OUT.keys() <= every_module() and not parts & LEFT_OUT.keys()
+    assert all(len(reason) > 10 for reason in LEFT_OUT.values())
+
+
+def test_what_decides_a_dtype_is_part_of_what_computes_in_it():
+    for name in ("train", "merge", "evaluate", "task"):
+        assert "adder.core.precision" in modules(name)
+        assert "adder.core.hardware" not in modules(name)
+
+
+def test_stages_are_apart():
+    """Editing the packer must not evaluate the base anew, nor editing the report train anew."""
+    assert "adder.packing.best_fit_decreasing" not in modules("evaluate")
+    assert "adder.report.run" not in modules("train") | modules("lengths") | modules("evaluate")
+    assert not {name for name in modules("train") if name.startswith(("adder.workflow", "adder.report"))}
+    assert not {name for name in modules("model") if "ticket" in name or "readers" in name}
+    assert not {name for name in modules("task") if name.startswith("adder.report")}
+
+
+def test_pages_are_made_of_their_templates():
+    assert "report.html.jinja" in {path.name for path in closure(SPECS["report"].run)}
+
+
+def test_comments_docstrings_layout_and_declarations_are_not_code():
+    source = '''
+"""Module."""
+class Settings(Section):
+    """A section."""
+    rate: float = 1.0
+    """Help on the rate."""
+TRAIN = StageSpec(name="train", message="Training", minutes=60)
+def f(x):
+    """Old."""
+    return x + 1
+'''
+    same = '''
+class Settings(Section):
+    rate: float = 1.0
+    """Other help."""
+
+
+TRAIN = StageSpec(name="train", message="Learning", minutes=90)
+
+
+def f(
+    x,
+):
+    # a comment
+    return x + 1
+'''
+    assert normalised(source) == normalised(same)
+    assert normalised(source) != normalised(source.replace("+ 1", "+ 2"))
+    assert normalised(source) != normalised(source.replace("float = 1.0", "float = 2.0"))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_digest_is_of_the_code_alone(name):
+    assert len(code_digest(SPECS[name].run)) == 32 and code_digest(SPECS[name].run) == code_digest(SPECS[name].run)

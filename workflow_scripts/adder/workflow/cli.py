@@ -1,0 +1,178 @@
+"""The command `adder`, for what isn't a workflow: check a configuration, prune results, run one stage by hand."""
+
+import argparse
+import contextlib
+import functools
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from adder.core import file_lock
+from adder.core.errors import UserError
+from adder.core.file_digests import FileDigests
+from adder.core.progress import Progress
+from adder.core.stage_spec import Context
+from adder.workflow import config_file, prune, settings_docs, stage_graph
+from adder.workflow.settings import Settings, load, merged, resolved
+from adder.workflow.stage_runner import run_stage
+
+DEFAULT_CONFIG = "config/config.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments` (default: the command line's) name; return its exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.command(parsed)
+    except UserError as error:
+        print(f"adder: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="adder", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, action: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=f"{text}.")
+        added.set_defaults(command=action)
+        return added
+
+    def takes_files(of: argparse.ArgumentParser, text: str) -> None:
+        of.add_argument("files", nargs="*", metavar="CONFIG.yaml", help=f"{text} (default: {DEFAULT_CONFIG})")
+
+    layers = "configurations, each laid over the ones before, as snakemake's --configfile takes them"
+    check = command("check", _check, "Look for mistakes in a configuration, and list its runs and stages")
+    takes_files(check, layers)
+    check.add_argument("--quiet", action="store_true", help="say nothing where nothing is wrong")
+    removal = command("prune", _prune, "List the stage folders that no run needs, and remove them")
+    takes_files(removal, "configurations whose runs need what is kept")
+    removal.add_argument("--yes", action="store_true", help="remove without asking")
+    one = command("stage", _stage, "Run one stage in this process, for debugging, on what its parents left")
+    one.add_argument("stage", help="the stage, as the report names it: train, evaluate_tuned, …")
+    takes_files(one, layers)
+    one.add_argument("--run", help="the run (default: the configuration's first)")
+    one.add_argument("--out", type=Path, default=Path("stage-by-hand"), help="where to write (default: %(default)s)")
+    docs = command("document", _document, "Write what follows from the declarations into config/, docs/ and profiles/")
+    docs.add_argument("--check", action="store_true", help="write nothing, and fail where something would change")
+    return parser
+
+
+def _layered(files: list[str]) -> dict[str, Any]:
+    return functools.reduce(merged, map(config_file.read, files or [DEFAULT_CONFIG]))
+
+
+def _graphs(config: dict[str, Any]) -> Iterator[tuple[str, Settings, dict[str, stage_graph.Stage]]]:
+    """Each run of a configuration with its settings and stages. Raises UserError as the workflow would."""
+    for run, settings in load(config).items():
+        results = Path(settings.runtime.results)
+        digests = FileDigests(results / "cache" / "digests.json", Path.cwd())
+        stages = stage_graph.stages_of_run(run, settings, resolved(settings, config, run), digests)
+        stage_graph.refuse_impossible(run, settings, stages, results, Path.cwd())
+        yield run, settings, stages
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    for run, settings, stages in _graphs(_layered(parsed.files)):
+        if parsed.quiet:
+            continue
+        results = Path(settings.runtime.results)
+        done = [name for name, stage in stages.items() if (results / stage.folder / "stage.json").exists()]
+        print(f"{run}: {len(stages)} stages, of which finished: {', '.join(done) or 'none'}")
+
+
+def _prune(parsed: argparse.Namespace) -> None:
+    files = parsed.files or [DEFAULT_CONFIG]
+    needed: dict[str, stage_graph.Stage] = {}
+    directories = set()
+    for file in files:
+        for _, settings, stages in _graphs(config_file.read(file)):
+            directories.add(settings.runtime.results)
+            for stage in stages.values():
+                needed |= stage.family()
+    if len(directories) != 1:
+        raise UserError(f"the configurations write to different directories: {', '.join(sorted(directories))}")
+    results = Path(directories.pop())
+    if not results.exists():
+        print(f"Nothing to prune: there is no {results}/.")
+        return
+    with _nobody_at_work(results):
+        _remove_unneeded(results, needed, files, ask=not parsed.yes)
+
+
+@contextlib.contextmanager
+def _nobody_at_work(results: Path) -> Iterator[None]:
+    """Keep everybody else from writing to `results`. Raises UserError, which names who does so already."""
+
+    def busy(stage: Path, who: str) -> None:
+        raise UserError(f"{who} is still at work on {stage}; wait for it, or end it")
+
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(file_lock.take(results, "adder prune"))
+        # A job may outlive its Snakemake. Lock files that killed jobs have left are gone afterwards.
+        for file in sorted(results.glob("stages/*/.*.lock")):
+            stage = file.with_name(file.stem.removeprefix("."))
+            locks.enter_context(file_lock.held(file, functools.partial(busy, stage)))
+        yield
+
+
+def _remove_unneeded(results: Path, needed: dict[str, stage_graph.Stage], files: list[str], ask: bool) -> None:
+    folders = prune.unneeded(results, needed)
+    if not folders:
+        print(f"Nothing to prune: every stage in {results}/ is needed by {', '.join(files)}.")
+        return
+    print("\n".join(map(str, folders)))
+    megabytes = prune.freed_bytes(folders) / 1e6
+    print(f"{len(folders)} folders, {megabytes:,.1f} MB, that no run of {', '.join(files)} needs.")
+    if not ask or _confirmed():
+        prune.remove(folders)
+        print("Removed.")
+    else:
+        print("Nothing was removed.")
+
+
+def _confirmed() -> bool:
+    try:
+        return input("Remove them? [y/N] ").strip().lower() in {"y", "yes"}
+    except EOFError:  # nobody there to answer
+        print()
+        return False
+
+
+def _stage(parsed: argparse.Namespace) -> None:
+    graphs = {run: (settings, stages) for run, settings, stages in _graphs(_layered(parsed.files))}
+    run = parsed.run or next(iter(graphs))
+    if run not in graphs:
+        raise UserError(f"--run {run}: there is no such run; there are {', '.join(graphs)}")
+    settings, stages = graphs[run]
+    if parsed.stage not in stages:
+        raise UserError(f"{parsed.stage}: run {run} has no such stage; it has {', '.join(stages)}")
+    stage, results = stages[parsed.stage], Path(settings.runtime.results)
+    inputs = {name: results / parent.folder for name, parent in stage.parents.items()}
+    missing = [name for name, folder in inputs.items() if not (folder / "stage.json").exists()]
+    if missing:
+        raise UserError(f"{parsed.stage}: not finished is what it reads, {', '.join(missing)}; run the workflow first")
+    if parsed.out.exists() and any(parsed.out.iterdir()):
+        raise UserError(f"--out {parsed.out}: has files in it already; name another folder")
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    checkpoints = parsed.out / "checkpoints" if stage.spec.continued else None
+    context = Context(Progress(stage.name), settings.runtime, results, checkpoints)
+    summary = run_stage(stage.spec, stage.settings.model_dump(mode="json"), inputs, parsed.out, context)
+    if checkpoints is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    print(f"{parsed.stage}: written to {parsed.out}/: {summary}")
+
+
+def _document(parsed: argparse.Namespace) -> None:
+    changed = [path for path, text in settings_docs.documents(Path.cwd()).items() if path.read_text() != text]
+    if parsed.check and changed:
+        raise UserError(f"{', '.join(map(str, changed))}: not as the declarations say; run `make settings`")
+    for path, text in settings_docs.documents(Path.cwd()).items():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
