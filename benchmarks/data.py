@@ -96,11 +96,13 @@ def trl_map(work: Path, rows: Path, count: int) -> float:
 def adder(work: Path, rows: Path, count: int, checked: bool = False, download: bool = False) -> float:
     """Seconds from rows to packs through the stages themselves; with `download` also from the file to rows."""
     from adder.core.progress import Progress
+    from adder.core.stage_spec import Context
     from adder.data import fetch_rows
     from adder.formatting import run as formatting
     from adder.packing import run as lengths
+    from adder.packing.stage import LengthsSettings
     from adder.tokenization import run as tokenize
-    from adder.workflow.settings import Data, Format, Heldout, Lengths, Tokenize
+    from adder.workflow.settings import Data, Format, Heldout, Tokenize
 
     progress = Progress.silent()
     folders = {name: work / name for name in ("data", "format", "tokenize", "lengths")}
@@ -118,9 +120,9 @@ def adder(work: Path, rows: Path, count: int, checked: bool = False, download: b
     formatting.run(settings, folders, folders["format"], progress)
     inputs = {**folders, "model": work / "model"}
     tokenize.run(Tokenize().model_dump(mode="json"), inputs, folders["tokenize"], progress)
-    settings = Lengths(max_seq_length=LENGTH, packing=True).model_dump(mode="json")
-    settings |= {"effective_batch": 16, "max_examples": None}
-    found = lengths.run(settings, inputs, folders["lengths"], progress)
+    choices = LengthsSettings(max_seq_length=LENGTH, packing=True, effective_batch_size=16, max_examples=None)
+    inputs = lengths.LengthsInputs(folders["tokenize"], work / "model")
+    found = lengths.run(choices, inputs, folders["lengths"], Context(progress))
     seconds = time.perf_counter() - start
     # Repeated questions overlap with the held-out ones among them, and are dropped where that is looked for.
     assert checked or found["examples"] >= 0.98 * count, found

@@ -35,11 +35,13 @@ def ticket_sources(train_rows: int) -> dict:
 def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt: str | None = None) -> dict:
     """Run download, format, tokenize and lengths into folders of `work`; return lengths.json. `model`: its source."""
     from adder.core.progress import Progress
+    from adder.core.stage_spec import Context
     from adder.data import fetch_model, fetch_rows
     from adder.formatting import run as formatting
     from adder.packing import run as lengths
+    from adder.packing.stage import LengthsSettings
     from adder.tokenization import run as tokenize
-    from adder.workflow.settings import Data, Format, Lengths, Model, Tokenize
+    from adder.workflow.settings import Data, Format, Model, Tokenize
 
     progress = Progress.silent()
     folders = {name: work / name for name in STAGES}
@@ -51,8 +53,9 @@ def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt:
     settings = Format(system_prompt=prompt).model_dump(mode="json") | {"heldout": data["heldout"]}
     formatting.run(settings, folders, folders["format"], progress)
     tokenize.run(Tokenize().model_dump(mode="json"), folders, folders["tokenize"], progress)
-    settings = Lengths().model_dump(mode="json") | {"effective_batch": effective_batch, "max_examples": None}
-    lengths.run(settings, folders, folders["lengths"], progress)
+    choices = LengthsSettings(effective_batch_size=effective_batch, max_examples=None)
+    inputs = lengths.LengthsInputs(folders["tokenize"], folders["model"])
+    lengths.run(choices, inputs, folders["lengths"], Context(progress))
     return json.loads((folders["lengths"] / "lengths.json").read_text())
 
 

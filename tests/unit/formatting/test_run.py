@@ -619,7 +619,7 @@ def test_several_workers_give_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(block_converter, "BLOCK", 4_000)
     how = {"near_duplicates": "drop", "overlap": "drop"}
     one = run(tmp_path / "one", rows, {"share": 0.1}, **how)
-    monkeypatch.setattr(parallel, "worker_count", lambda items, enough: 2)
+    monkeypatch.setattr(parallel, "worker_count", lambda items, enough, threads: 2)
     two = run(tmp_path / "two", rows, {"share": 0.1}, **how)
     assert one.card["near_duplicates"] and one.card["rejected"] == 3
     for name in FILES:

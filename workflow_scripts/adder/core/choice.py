@@ -1,17 +1,20 @@
 """An automatic choice with its reason: what the report prints beside every value that Adder picked by itself."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Value = TypeVar("Value")
+Alternative = TypeVar("Alternative")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A chosen value, the sentence that says why, and what else was weighed (one dict an alternative)."""
+class Choice(Generic[Value, Alternative]):
+    """A chosen value, the sentence that says why, and what else was weighed (one dictionary an alternative)."""
 
-    value: Any
+    value: Value
     reason: str
-    alternatives: list[dict] = field(default_factory=list)
+    alternatives: list[Alternative] = field(default_factory=list)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return the choice as JSON-able data."""
         return asdict(self)

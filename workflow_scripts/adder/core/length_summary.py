@@ -1,11 +1,26 @@
 """Lengths in a few numbers, the same way wherever they are shown."""
 
 from collections.abc import Sequence
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 
-def summarise(lengths: Sequence[int] | np.ndarray) -> dict:
+class LengthSummary(TypedDict):
+    """Count, minimum, mean, percentiles and maximum of lengths; of no lengths the count alone."""
+
+    count: int
+    min: NotRequired[int]
+    mean: NotRequired[float]
+    p50: NotRequired[int]
+    p90: NotRequired[int]
+    p95: NotRequired[int]
+    p99: NotRequired[int]
+    max: NotRequired[int]
+
+
+def summarise(lengths: Sequence[int] | npt.NDArray[Any]) -> LengthSummary:
     """Count, minimum, mean, percentiles and maximum of token counts.
 
     Percentiles are lengths that occur (the smallest length that at least that share of the examples doesn't exceed),
@@ -14,12 +29,14 @@ def summarise(lengths: Sequence[int] | np.ndarray) -> dict:
     values = np.asarray(lengths)
     if not len(values):
         return {"count": 0}
-    percentiles = (50, 90, 95, 99)
-    found = np.percentile(values, percentiles, method="inverted_cdf")
+    p50, p90, p95, p99 = (int(value) for value in np.percentile(values, (50, 90, 95, 99), method="inverted_cdf"))
     return {
         "count": len(values),
         "min": int(values.min()),
         "mean": round(float(values.mean()), 2),
-        **{f"p{p}": int(value) for p, value in zip(percentiles, found, strict=True)},
+        "p50": p50,
+        "p90": p90,
+        "p95": p95,
+        "p99": p99,
         "max": int(values.max()),
     }

@@ -6,16 +6,20 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, TypeVar
 
-from adder.core import hardware
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 AHEAD = 2  # batches a worker that are under way or waiting to be taken
 
 _function: Callable[[Any], Any]
 
 
-def map_batches(make: Callable[[], Callable[[Any], Any]], batches: Iterable[Any], workers: int) -> Iterator[Any]:
+def map_batches(
+    make: Callable[[], Callable[[Batch], Result]], batches: Iterable[Batch], workers: int
+) -> Iterator[Result]:
     """Yield `make()(batch)` for each batch in order; `make` runs once in each worker, which then keeps its function.
 
     At most AHEAD batches a worker are taken from `batches` before a result is taken: memory stays flat. With one worker
@@ -25,12 +29,10 @@ def map_batches(make: Callable[[], Callable[[Any], Any]], batches: Iterable[Any]
     if workers <= 1:
         yield from map(make(), batches)
         return
-    from concurrent.futures import ProcessPoolExecutor
-
     # Forked: workers start in milliseconds with everything imported. Nothing has started threads that hold a lock yet.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(make,)) as pool:
-        waiting: deque = deque()
+        waiting: deque[Future[Result]] = deque()
         try:
             for batch in batches:
                 waiting.append(pool.submit(_run, batch))
@@ -43,11 +45,14 @@ def map_batches(make: Callable[[], Callable[[Any], Any]], batches: Iterable[Any]
                 future.cancel()
 
 
-def worker_count(items: int, enough: int) -> int:
-    """Workers for so many items, of which each worker should have `enough`: one core is quicker for little work."""
+def worker_count(items: int, enough: int, threads: int) -> int:
+    """Workers for so many items, of which each worker should have `enough`: one core is quicker for little work.
+
+    `threads`: as many workers at most, as Context.threads has them.
+    """
     # Elsewhere processes start anew and would run Snakemake's job script a second time.
-    cores = hardware.threads() if sys.platform == "linux" else 1
-    return max(1, min(cores, items // max(1, enough)))
+    most = threads if sys.platform == "linux" else 1
+    return max(1, min(most, items // max(1, enough)))
 
 
 def _calm_collector() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import orjson
 
-from adder.core import parallel
+from adder.core import hardware, parallel
 from adder.core.progress import Progress
 from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, prompt_text
 from adder.formatting.minhash import HeldoutIndex, estimated_similarity, near_duplicates
@@ -63,7 +63,7 @@ def find_overlap(
         return overlaps
 
     training = ((part, np.flatnonzero(side[spool.slice(part)] == TRAIN)) for part in spool.parts())
-    workers = parallel.worker_count(len(side), OVERLAP_ENOUGH)
+    workers = parallel.worker_count(len(side), OVERLAP_ENOUGH, hardware.threads())
     rows, matches, shares, done = [], [], [], 0
     for part, found in enumerate(parallel.map_batches(make, training, workers)):
         start = int(spool.starts[part])

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from adder.core import parallel
+from adder.core import hardware, parallel
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json, write_jsonl
 from adder.core.progress import Progress
@@ -191,7 +191,7 @@ def _look(rows_path: Path, reading: dict, settings: dict, progress: Progress) ->
 
 def _over_blocks(make, rows_path: Path) -> Iterator:
     """The results over all blocks of rows.jsonl, in order."""
-    workers = parallel.worker_count(rows_path.stat().st_size, ENOUGH)
+    workers = parallel.worker_count(rows_path.stat().st_size, ENOUGH, hardware.threads())
     return parallel.map_batches(make, block_converter.blocks(rows_path), workers)
 
 

@@ -2,26 +2,31 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-Lengths = Sequence[int] | np.ndarray
+SEED = 42  # of the shuffled order of packs, and of the batches that packs are compared with
+
+Lengths = Sequence[int] | npt.NDArray[Any]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Packs:
     """Which examples stand in which pack: those of pack p are `order[borders[p]:borders[p + 1]]` (both int64)."""
 
-    order: np.ndarray
-    borders: np.ndarray
+    order: Integers
+    borders: Integers
 
     def __len__(self) -> int:
         return len(self.borders) - 1
 
-    def __getitem__(self, pack: int) -> np.ndarray:
+    def __getitem__(self, pack: int) -> Integers:
         return self.order[self.borders[pack] : self.borders[pack + 1]]
 
-    def take(self, packs: np.ndarray) -> "Packs":
+    def take(self, packs: Integers) -> "Packs":
         """The same packs in another order."""
         sizes = np.diff(self.borders)[packs]
         borders = np.concatenate([[0], np.cumsum(sizes)])
@@ -54,11 +59,11 @@ def best_fit_decreasing(lengths: Lengths, capacity: int) -> Packs:
     order = np.argsort(-lengths, kind="stable")
     distinct, counts = np.unique(lengths, return_counts=True)
     pack_of = np.empty(len(lengths), dtype=np.int64)  # of the examples in the order of `order`
-    by_room: dict[int, np.ndarray] = {}  # room left -> packs with exactly that room
+    by_room: dict[int, Integers] = {}  # room left -> packs with exactly that room
     rooms = 0  # the same keys as a bit set: bit r is set when by_room[r] has packs
     opened = done = 0
 
-    def put_back(packs: np.ndarray, room: int) -> None:
+    def keep(packs: Integers, room: int) -> None:
         nonlocal rooms
         if len(packs):
             by_room[room] = np.concatenate([by_room[room], packs]) if room in by_room else packs
@@ -83,9 +88,9 @@ def best_fit_decreasing(lengths: Lengths, capacity: int) -> Packs:
             pack_of[done : done + placed] = np.repeat(packs[:used], each)[:placed]
             done += placed
             partly = placed - (used - 1) * each  # examples in the last of them
-            put_back(packs[: used - 1], room - each * length)
-            put_back(packs[used - 1 : used], room - partly * length)
-            put_back(packs[used:], room)
+            keep(packs[: used - 1], room - each * length)
+            keep(packs[used - 1 : used], room - partly * length)
+            keep(packs[used:], room)
     by_pack = np.argsort(pack_of, kind="stable")
     return Packs(order[by_pack], np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=opened))]))
 
@@ -95,7 +100,7 @@ def waste(tokens: int, positions: int) -> float:
     return 1.0 - tokens / positions if positions else 0.0
 
 
-def batch_padded_positions(lengths: Lengths, batch_size: int, seed: int = 42) -> int:
+def batch_padded_positions(lengths: Lengths, batch_size: int, seed: int = SEED) -> int:
     """Positions that examples take in shuffled batches, each batch padded to its longest example: one epoch's worth."""
     shuffled = np.random.default_rng(seed).permutation(np.asarray(lengths, dtype=np.int64))
     if not len(shuffled):

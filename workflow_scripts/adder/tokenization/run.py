@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
-from adder.core import parallel
+from adder.core import hardware, parallel
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.length_summary import summarise
@@ -136,7 +136,7 @@ def _tokenize_split(labeller: Labeller, source: Path, target: Path, split: str, 
     """Write one split's tokens; return its counts, reply lengths, rejected rows, and rows to show."""
     metadata = pq.read_metadata(source)
     total = metadata.num_rows
-    workers = parallel.worker_count(total, ENOUGH)
+    workers = parallel.worker_count(total, ENOUGH, hardware.threads())
     done = 0
     counts: Counter = Counter(examples=0, tokens=0, labelled=0, cut=0)
     reasons: Counter = Counter()
