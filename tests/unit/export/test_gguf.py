@@ -9,7 +9,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,7 +16,6 @@ from transformers import (
     GgufConfig,
     LlamaConfig,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -25,16 +23,12 @@ from transformers import (
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context
 from adder.export import gguf as gguf_file
-from adder.export.gguf_vocabulary import LLAMA3_SPLIT, TEKKEN_SPLIT
+from adder.export.stage import GgufSettings
+from gguf_tokenizers import TEXTS, TOKENIZERS
 from tiny import CHATML, CORPUS, tiny_tokenizer
 
-TEXTS = [
-    "My order 48213 has not arrived, where is the parcel?",
-    "  Two  spaces,\ttabs\n\n\nand 1234567 DON'T we'll I'M naïve ÉCOLE x_y/z\r\n ",
-    "<|im_start|>user\nrefund of 19.99<|im_end|>\n<|im_start|>assistant\n",
-    "日本語 и русский, 🚀 emoji; HTTPServer2x  ",
-]
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -73,9 +67,10 @@ def save(folder: Path, kind=LlamaConfig, tokenizer=None, **changes) -> Path:
     return folder
 
 
-def convert(folder: Path, out: Path, wanted: str = "f32") -> dict:
+def convert(folder: Path, out: Path, wanted: str = "f32") -> gguf_file.GgufFacts:
     out.mkdir()
-    return gguf_file.run({"type": wanted}, {"merge": folder}, out, Progress.silent())
+    inputs = gguf_file.GgufInputs(merge=folder)
+    return gguf_file.run(GgufSettings.model_validate({"type": wanted}), inputs, out, Context(Progress.silent()))
 
 
 def read_back(out: Path):
@@ -184,123 +179,26 @@ def test_a_sliding_window_limits_the_context(tmp_path):
     assert facts["context_length"] == 128 and "sliding window" in facts["notes"][0]
 
 
-def gemma(folder):
-    edit(folder, architectures=["Gemma3ForCausalLM"])
-
-
-def gelu(folder):
-    edit(folder, hidden_act="gelu")
-
-
-def dynamic_rope(folder):
-    edit(folder, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-
-
-def odd_yarn(folder):
-    edit(folder, rope_parameters={**YARN, "beta_fast": 16})
-
-
-def half_rotated(folder):
-    edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
-
-
-def odd_tensor(folder):
+def test_a_tensor_that_llama_cpp_has_no_place_for_is_refused_before_anything_is_written(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    path = folder / "model" / "model.safetensors"
+    path = save(tmp_path / "merge") / "model" / "model.safetensors"
     save_file({**load_file(path), "model.layers.0.adapter.weight": torch.ones(2, 2)}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has no tensor for model\.layers\.0\.adapter\.weight"):
+        convert(tmp_path / "merge", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
-def edit(folder, **changes):
-    path = folder / "model" / "config.json"
-    write_json(path, {**read_json(path), **changes})
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (gemma, "its architecture is Gemma3ForCausalLM; can be: LlamaForCausalLM, Mistral"),
-        (gelu, "its layers use gelu"),
-        (dynamic_rope, "position embedding is scaled by 'dynamic'; can be: default, linear"),
-        (odd_yarn, "its YaRN scaling has beta_fast: 16"),
-        (half_rotated, "only a part of each head"),
-        (odd_tensor, r"has no tensor for model\.layers\.0\.adapter\.weight"),
-    ],
-)
-def test_models_that_gguf_has_no_words_for_are_refused_before_anything_is_written(tmp_path, damage, message):
-    folder = save(tmp_path / "merge")
-    damage(folder)
-    with pytest.raises(UserError, match=f"export.gguf: this model can't be written as GGUF: .*{message}"):
-        convert(folder, tmp_path / "out")
+@pytest.mark.parametrize("changes", [{"architectures": ["Gemma3ForCausalLM"]}, {"hidden_act": "gelu"}])
+def test_a_model_that_gguf_has_no_words_for_is_refused_before_anything_is_written(tmp_path, changes):
+    path = save(tmp_path / "merge") / "model" / "config.json"
+    write_json(path, read_json(path) | changes)
+    with pytest.raises(UserError, match="export.gguf: this model can't be written as GGUF"):
+        convert(tmp_path / "merge", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 # Tokens
-
-
-def byte_level(*steps, ignore_merges: bool = False, normalizer=None, bos: bool = False) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
-    tokenizer.normalizer = normalizer
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator((CORPUS + TEXTS) * 4, trainer)
-    tokenizer.add_tokens(["<think>"])
-    return finished(tokenizer, bos)
-
-
-def split(regex: str):
-    return pre_tokenizers.Split(Regex(regex), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
-
-
-def sentencepiece(*steps, normalizer=None) -> PreTrainedTokenizerFast:
-    """Like Llama 2's: byte fall-back, and for each piece all the merges that make it, in the pieces' order."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator((CORPUS + TEXTS[:1]) * 4, trainer)
-    state = json.loads(tokenizer.to_str())
-    vocabulary = state["model"]["vocab"]
-    ranked = dict.fromkeys(left + right for left, right in state["model"]["merges"])
-    cuts = [(piece[:cut], piece[cut:]) for piece in ranked for cut in range(1, len(piece))]
-    state["model"]["merges"] = [pair for pair in cuts if pair[0] in vocabulary and pair[1] in vocabulary]
-    controls = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in controls]
-    tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.pre_tokenizer, tokenizer.normalizer = (steps[0] if steps else None), normalizer
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return finished(tokenizer, True, bos_token="<s>", unk_token="<unk>")
-
-
-def finished(tokenizer: Tokenizer, bos: bool, bos_token: str = "<|endoftext|>", **names) -> PreTrainedTokenizerFast:
-    if bos:
-        ids = [(bos_token, tokenizer.token_to_id(bos_token))]
-        tokenizer.post_processor = processors.TemplateProcessing(f"{bos_token} $A", special_tokens=ids)
-    end = "<|im_end|>"
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos_token, eos_token=end, pad_token=end, **names
-    )
-    fast.chat_template = CHATML
-    return fast
-
-
-prepended = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-TOKENIZERS = {
-    "gpt-2": lambda: byte_level(pre_tokenizers.ByteLevel(False)),
-    "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)),
-    "llama-bpe": lambda: byte_level(*split(LLAMA3_SPLIT), ignore_merges=True, bos=True),
-    "qwen2": lambda: byte_level(*split(LLAMA3_SPLIT.replace("{1,3}", "")), normalizer=normalizers.NFC()),
-    "tekken": lambda: byte_level(*split(TEKKEN_SPLIT), bos=True),
-    "default": lambda: sentencepiece(normalizer=prepended),
-    "default, no space in front": lambda: sentencepiece(normalizer=normalizers.Replace(" ", "▁")),
-    "default, space in front of all": lambda: sentencepiece(pre_tokenizers.Metaspace("▁", "always", split=False)),
-    "default, space in front of the first": lambda: sentencepiece(pre_tokenizers.Metaspace("▁", "first", split=False)),
-}
 
 
 def fields(path: Path) -> dict:
@@ -308,7 +206,7 @@ def fields(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokenizers_are_recognised_by_what_they_do(tmp_path, name):
+def test_the_file_has_the_tokenizers_pieces_special_ids_and_template(tmp_path, name):
     tokenizer = TOKENIZERS[name]()
     folder = save(tmp_path / "merge", tokenizer=tokenizer, vocab_size=len(tokenizer) + 5)
     facts = convert(folder, tmp_path / "out")
@@ -346,41 +244,6 @@ def test_the_trained_end_of_turn_ends_replies_too(tmp_path):
     convert(folder, tmp_path / "out")
     said = fields(tmp_path / "out" / "model.gguf")
     assert (said["tokenizer.ggml.eos_token_id"], said["tokenizer.ggml.eot_token_id"]) == (2, 0)
-
-
-def unigram():
-    tokenizer = Tokenizer(models.Unigram([("<|im_start|>", 0.0), ("<|im_end|>", 0.0), ("a", -1.0)], 0))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>")
-
-
-def missing_merge():
-    """Of a piece that two merges make, only one is there."""
-    state = json.loads(sentencepiece(normalizer=prepended).backend_tokenizer.to_str())
-    merges = state["model"]["merges"]
-    made = ["".join(pair) for pair in merges]
-    del merges[next(number for number, piece in enumerate(made) if piece in made[:number])]
-    return finished(Tokenizer.from_str(json.dumps(state)), True, bos_token="<s>", unk_token="<unk>")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (unigram, "is of the type Unigram"),
-        (missing_merge, "doesn't merge .* which llama.cpp would"),
-        (lambda: byte_level(*split(r"\w+|\W+")), r"splits texts by .*\\w\+.* isn't known here"),
-        (lambda: byte_level(*split(LLAMA3_SPLIT)), "as llama-bpe but treats merges otherwise"),
-        (lambda: byte_level(pre_tokenizers.ByteLevel(True)), "begins with ByteLevel, which can't"),
-        (lambda: byte_level(pre_tokenizers.ByteLevel(False), normalizer=normalizers.Lowercase()), "Lowercase"),
-        (
-            lambda: sentencepiece(pre_tokenizers.Metaspace("▁", "first")),
-            "begins with Metaspace, which can't be written",
-        ),
-    ],
-)
-def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(tmp_path, make, message):
-    folder = save(tmp_path / "merge", tokenizer=make(), vocab_size=1000)
-    with pytest.raises(UserError, match=message):
-        convert(folder, tmp_path / "out")
 
 
 # llama.cpp itself, where its Python package is installed

@@ -13,16 +13,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context
 from adder.export.gguf_architectures import refuse_unsupported, refused
+from adder.export.stage import GgufSettings
 
 if TYPE_CHECKING:
     import gguf
     import numpy as np
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from adder.export.gguf_vocabulary import Vocabulary
 
@@ -45,44 +48,75 @@ class Tensor:
     heads: int | None  # of a query or key projection whose rows are reordered
 
 
-def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
+@dataclass(frozen=True)
+class GgufInputs:
+    """The folders that are read: `merge` has `model/`."""
+
+    merge: Path
+
+
+class TokenizerFacts(TypedDict):
+    """The tokenizer in llama.cpp's terms: its kind, its pre-tokenizer, its size."""
+
+    model: str
+    pre: str
+    tokens: int
+
+
+class GgufFacts(TypedDict):
+    """`gguf.json`: what the file is.
+
+    largest_error: of any value, as a share of what its type's rounding may do. notes: what llama.cpp does otherwise.
+    """
+
+    type: str
+    architecture: str
+    tensors: int
+    bytes: int
+    sha256: str
+    context_length: int
+    tokenizer: TokenizerFacts
+    largest_error: float
+    notes: list[str]
+
+
+def run(settings: GgufSettings, inputs: GgufInputs, out: Path, context: Context) -> GgufFacts:
     """Write `model.gguf` and `gguf.json` into `out`; return what gguf.json says.
 
-    settings: {type: f32, f16, bf16 or q8_0}. Reads `model/` of the merge stage. Raises UserError, before anything is
-    written, for a model that llama.cpp's format has no words for, and where the file that was written isn't the model.
+    Raises UserError, before anything is written, for a model that llama.cpp's format has no words for, and where the
+    file that was written isn't the model.
     """
     import gguf
     from transformers import AutoConfig, AutoTokenizer
 
     from adder.export.gguf_vocabulary import describe
 
-    model, path = inputs["merge"] / "model", out / "model.gguf"
+    model, path = inputs.merge / "model", out / "model.gguf"
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     architecture = refuse_unsupported(config.to_dict())
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     vocabulary = describe(json.loads(tokenizer.backend_tokenizer.to_str()), config.vocab_size)
-    planned = plan(model, config, architecture, settings["type"])
+    tensors = list_tensors(model, config, architecture, settings.type)
     writer = gguf.GGUFWriter(path, architecture)
-    add_config(writer, config, settings["type"])
+    add_config(writer, config, settings.type)
     add_tokenizer(writer, tokenizer, vocabulary, model)
-    write(writer, planned, rope_factors(config), progress)
-    worst = check(path, planned, progress)
-    facts = {
-        "type": settings["type"],
+    write(writer, tensors, rope_factors(config), context.progress)
+    facts: GgufFacts = {
+        "type": settings.type,
         "architecture": architecture,
-        "tensors": len(planned),
+        "tensors": len(tensors),
         "bytes": path.stat().st_size,
         "sha256": _sha256(path),
-        "context_length": context_of(config),
+        "context_length": context_in_llama_cpp(config),
         "tokenizer": {"model": vocabulary.model, "pre": vocabulary.pre, "tokens": len(vocabulary.tokens)},
-        "largest_error": worst,
+        "largest_error": check(path, tensors, context.progress),
         "notes": [*vocabulary.notes, *_notes(config)],
     }
     write_json(out / "gguf.json", facts)
     return facts
 
 
-def plan(model: Path, config, architecture: str, wanted: str) -> list[Tensor]:
+def list_tensors(model: Path, config: "PretrainedConfig", architecture: str, wanted: str) -> list[Tensor]:
     """Every tensor of the file, from the headers of the safetensors alone. Raises UserError for unknown ones."""
     import gguf
     from safetensors import safe_open
@@ -91,7 +125,7 @@ def plan(model: Path, config, architecture: str, wanted: str) -> list[Tensor]:
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     known = {gguf.TENSOR_NAMES[kind].replace("{bid}", "#") for kind in gguf.MODEL_TENSORS[arch]}
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    planned = []
+    found = []
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
             for source in sorted(stored.keys()):
@@ -105,18 +139,18 @@ def plan(model: Path, config, architecture: str, wanted: str) -> list[Tensor]:
                 shape = tuple(stored.get_slice(source).get_shape())
                 # llama.cpp rotates neighbouring rows of Llama's heads, transformers rows that are half a head apart.
                 part = name.split(".")[-2] if architecture == "llama" else ""
-                planned.append(Tensor(name, source, file, shape, _type(shape, wanted), heads.get(part)))
-    return planned
+                found.append(Tensor(name, source, file, shape, _type(shape, wanted), heads.get(part)))
+    return found
 
 
-def add_config(writer: "gguf.GGUFWriter", config, wanted: str) -> None:
+def add_config(writer: "gguf.GGUFWriter", config: "PretrainedConfig", wanted: str) -> None:
     """Add the model's sizes and its position embedding to the file's head."""
     import gguf
 
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if wanted == "f32" else f"MOSTLY_{wanted.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(context_of(config))
+    writer.add_context_length(context_in_llama_cpp(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -135,7 +169,9 @@ def add_config(writer: "gguf.GGUFWriter", config, wanted: str) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer, vocabulary: "Vocabulary", model: Path) -> None:
+def add_tokenizer(
+    writer: "gguf.GGUFWriter", tokenizer: "PreTrainedTokenizerBase", vocabulary: "Vocabulary", model: Path
+) -> None:
     """Add pieces, special ids and the chat template to the file's head.
 
     The reply ends at the tokenizer's end token or at the end of turn that the model was trained on, the first in
@@ -149,6 +185,7 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer, vocabulary: "Vocabulary"
         writer.add_token_merges(vocabulary.merges)
     if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
+    if vocabulary.space_prefix is not None:
         writer.add_add_space_prefix(vocabulary.space_prefix)
     ends = read_json(model / "generation_config.json")["eos_token_id"]
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
@@ -163,14 +200,14 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer, vocabulary: "Vocabulary"
         writer.add_chat_template(tokenizer.get_chat_template())
 
 
-def write(writer: "gguf.GGUFWriter", planned: list[Tensor], factors: "np.ndarray | None", progress: Progress) -> None:
+def write(writer: "gguf.GGUFWriter", tensors: list[Tensor], factors: "np.ndarray | None", progress: Progress) -> None:
     """Write head and tensors. Raises UserError where a value is too large for f16."""
     import gguf
     import numpy as np
 
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    for tensor in planned:
+    for tensor in tensors:
         kind = gguf.GGMLQuantizationType[tensor.type]
         # Shapes in bytes are what the writer takes for types that NumPy hasn't, and for the others alike.
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
@@ -180,8 +217,8 @@ def write(writer: "gguf.GGUFWriter", planned: list[Tensor], factors: "np.ndarray
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for number, (tensor, values) in enumerate(_values(planned), 1):
-        progress.line(f"writing tensor {number} of {len(planned)}")
+    for number, (tensor, values) in enumerate(_values(tensors), 1):
+        progress.line(f"writing tensor {number} of {len(tensors)}")
         if tensor.type == "F16" and (largest := max(values.max(), -values.min())) > HALF_LARGEST:
             raise UserError(
                 f"export.gguf: {tensor.source} has a value of {largest:,.0f}, above the largest of f16 "
@@ -191,7 +228,7 @@ def write(writer: "gguf.GGUFWriter", planned: list[Tensor], factors: "np.ndarray
     writer.close()
 
 
-def check(path: Path, planned: list[Tensor], progress: Progress) -> float:
+def check(path: Path, tensors: list[Tensor], progress: Progress) -> float:
     """Read the file back; return the largest error of any value as a share of what its rounding may do.
 
     Raises UserError where a tensor is missing, or differs by more than its type's rounding.
@@ -200,8 +237,8 @@ def check(path: Path, planned: list[Tensor], progress: Progress) -> float:
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     largest = 0.0
-    for number, (tensor, values) in enumerate(_values(planned), 1):
-        progress.line(f"checking tensor {number} of {len(planned)}")
+    for number, (tensor, values) in enumerate(_values(tensors), 1):
+        progress.line(f"checking tensor {number} of {len(tensors)}")
         found = stored.get(tensor.name)
         if found is None or found.tensor_type.name != tensor.type:
             raise UserError(f"{path}: {tensor.name} is missing, or isn't {tensor.type}")
@@ -217,7 +254,7 @@ def check(path: Path, planned: list[Tensor], progress: Progress) -> float:
     return largest
 
 
-def rope_factors(config) -> "np.ndarray | None":
+def rope_factors(config: "PretrainedConfig") -> "np.ndarray | None":
     """What llama.cpp divides each frequency of the position embedding by (float32, half a head), for Llama 3's scaling.
 
     The scaled frequencies are those that transformers computes with.
@@ -232,25 +269,26 @@ def rope_factors(config) -> "np.ndarray | None":
     return (config.rope_parameters["rope_theta"] ** -steps / scaled).float().numpy()
 
 
-def context_of(config) -> int:
+def context_in_llama_cpp(config: "PretrainedConfig") -> int:
     """Longest text in tokens: at most a sliding window, which llama.cpp hasn't for these models."""
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     return min(config.max_position_embeddings, window)
 
 
-def _notes(config) -> list[str]:
-    if context_of(config) == config.max_position_embeddings:
+def _notes(config: "PretrainedConfig") -> list[str]:
+    window = context_in_llama_cpp(config)
+    if window == config.max_position_embeddings:
         return []
-    return [f"cut to {context_of(config):,} tokens, the model's sliding window, which llama.cpp doesn't have for it"]
+    return [f"cut to {window:,} tokens, the model's sliding window, which llama.cpp doesn't have for it"]
 
 
-def _values(planned: list[Tensor]) -> Iterator[tuple[Tensor, "np.ndarray"]]:
+def _values(tensors: list[Tensor]) -> Iterator[tuple[Tensor, "np.ndarray"]]:
     """Each tensor with the model's values for it (float32), in llama.cpp's order of rows."""
     from safetensors import safe_open
 
-    for file, tensors in itertools.groupby(planned, key=lambda tensor: tensor.file):
+    for file, own in itertools.groupby(tensors, key=lambda tensor: tensor.file):
         with safe_open(file, "pt") as stored:
-            for tensor in tensors:
+            for tensor in own:
                 values = stored.get_tensor(tensor.source).float()
                 if tensor.heads:
                     halves = values.reshape(tensor.heads, 2, -1, *values.shape[1:])
@@ -285,7 +323,7 @@ def _share_of_limit(error: "np.ndarray", values: "np.ndarray", kind: str) -> flo
     return share if np.isfinite(share) else math.inf
 
 
-def _added_around(tokenizer) -> tuple[bool, bool]:
+def _added_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[bool, bool]:
     """Whether the tokenizer itself puts its first token before a text, and its end token behind it."""
     plain, full = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     for begins in (False, True):
@@ -300,5 +338,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _head_dim(config) -> int:
+def _head_dim(config: "PretrainedConfig") -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

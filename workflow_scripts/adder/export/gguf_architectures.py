@@ -1,5 +1,7 @@
 """Which models can be written as GGUF, by their config.json. Light to import: the workflow is parsed with it."""
 
+from typing import Any
+
 from adder.core.errors import UserError
 
 ARCHITECTURES = {
@@ -13,7 +15,7 @@ ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "truncate": True}
 
 
-def refuse_unsupported(config: dict) -> str:
+def refuse_unsupported(config: dict[str, Any]) -> str:
     """llama.cpp's name of the architecture of a config.json. Raises UserError with the reason for any other model."""
     names = config.get("architectures") or [str(config.get("model_type"))]
     if names[0] not in ARCHITECTURES:
@@ -33,4 +35,5 @@ def refuse_unsupported(config: dict) -> str:
 
 
 def refused(reason: str) -> UserError:
+    """The error for a model that llama.cpp's format has no words for."""
     return UserError(f"export.gguf: this model can't be written as GGUF: {reason}")

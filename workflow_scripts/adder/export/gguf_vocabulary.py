@@ -6,11 +6,13 @@ A tokenizer that neither describes is refused, for a model that reads other toke
 none; where a few texts are read otherwise, a note says which. All of it was compared with llama.cpp itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gguf import TokenType
 
-from adder.core.errors import UserError
+from adder.export.gguf_architectures import refused
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -49,26 +51,26 @@ class Vocabulary:
     model: str  # "gpt2" or "llama"
     pre: str
     tokens: list[str]
-    types: list[int]
+    types: Sequence[int]
     merges: list[str] | None = None
     scores: list[float] | None = None
     space_prefix: bool | None = None  # "llama" only: whether a text gets a space in front
     notes: list[str] = field(default_factory=list)  # what differs elsewhere, for people
 
 
-def describe(spec: dict, rows: int) -> Vocabulary:
+def describe(spec: dict[str, Any], rows: int) -> Vocabulary:
     """The vocabulary of a tokenizer given as tokenizer.json's content, for a model with `rows` embeddings.
 
     Raises UserError where GGUF has no words for it.
     """
     model = spec["model"]
     if model["type"] != "BPE":
-        raise _refused(f"its tokenizer is of the type {model['type']}; BPE can be written")
+        raise refused(f"its tokenizer is of the type {model['type']}; BPE can be written")
     added = {token["id"]: token for token in spec["added_tokens"]}
     pieces = {index: piece for piece, index in model["vocab"].items()}
     pieces |= {index: token["content"] for index, token in added.items()}
     if max(pieces) >= rows:
-        raise _refused(f"its tokenizer has the token {max(pieces)}, its embeddings have only {rows} rows")
+        raise refused(f"its tokenizer has the token {max(pieces)}, its embeddings have only {rows} rows")
     tokens = [pieces.get(index, f"[PAD{index}]") for index in range(rows)]
     types = [TokenType.NORMAL if index in pieces else TokenType.UNUSED for index in range(rows)]
     for index, token in added.items():
@@ -78,27 +80,27 @@ def describe(spec: dict, rows: int) -> Vocabulary:
     return _byte_level(spec, tokens, types)
 
 
-def _byte_level(spec: dict, tokens: list[str], types: list[int]) -> Vocabulary:
+def _byte_level(spec: dict[str, Any], tokens: list[str], types: list[TokenType]) -> Vocabulary:
     parts = _parts(spec["pre_tokenizer"], "pretokenizers")
     kinds = [part["type"] for part in parts]
     normalizers = [part["type"] for part in _parts(spec["normalizer"], "normalizers")]
     if kinds[-1:] != ["ByteLevel"] or parts[-1]["add_prefix_space"] or set(normalizers) - {"NFC"}:
-        raise _refused(f"its tokenizer begins with {', '.join([*normalizers, *kinds])}, which can't be written")
+        raise refused(f"its tokenizer begins with {', '.join([*normalizers, *kinds])}, which can't be written")
     split = " ".join(kinds)
     if kinds == ["Split", "ByteLevel"] and parts[0]["behavior"] == "Isolated" and not parts[0]["invert"]:
         split = parts[0]["pattern"].get("Regex", "")
     pre = SPLITS.get(split)
     if pre is None or parts[-1]["use_regex"] == (kinds[0] == "Split"):
-        raise _refused(f"its tokenizer splits texts by {split!r}, for which llama.cpp's name isn't known here")
+        raise refused(f"its tokenizer splits texts by {split!r}, for which llama.cpp's name isn't known here")
     if bool(spec["model"].get("ignore_merges")) != (pre in IGNORES_MERGES) and pre != "tekken":
-        raise _refused(f"its tokenizer splits texts as {pre} but treats merges otherwise (ignore_merges)")
+        raise refused(f"its tokenizer splits texts as {pre} but treats merges otherwise (ignore_merges)")
     merges = [" ".join(pair) for pair in _merges(spec)]
     notes = [NOTES["NFC"]] if normalizers else []
     notes += [NOTES[pre]] if pre in NOTES else []
     return Vocabulary("gpt2", pre, tokens, types, merges=merges, notes=notes)
 
 
-def _sentencepiece(spec: dict, tokens: list[str], types: list[int]) -> Vocabulary:
+def _sentencepiece(spec: dict[str, Any], tokens: list[str], types: list[TokenType]) -> Vocabulary:
     """Scores from the merges: what merges first scores highest, as in the SentencePiece model that merges come from."""
     ranks: dict[str, int] = {}
     pairs = _merges(spec)
@@ -110,7 +112,7 @@ def _sentencepiece(spec: dict, tokens: list[str], types: list[int]) -> Vocabular
         for cut in range(1, len(piece)):
             pair = (piece[:cut], piece[cut:])
             if pair[0] in vocabulary and pair[1] in vocabulary and pair not in known:
-                raise _refused(f"its tokenizer doesn't merge {pair[0]!r} and {pair[1]!r}, which llama.cpp would")
+                raise refused(f"its tokenizer doesn't merge {pair[0]!r} and {pair[1]!r}, which llama.cpp would")
     unknown = spec["model"]["unk_token"]
     scores = []
     for index, token in enumerate(tokens):
@@ -126,7 +128,7 @@ def _sentencepiece(spec: dict, tokens: list[str], types: list[int]) -> Vocabular
     return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=prefix, notes=notes)
 
 
-def _space_prefix(spec: dict) -> tuple[bool, list[str]]:
+def _space_prefix(spec: dict[str, Any]) -> tuple[bool, list[str]]:
     """Whether llama.cpp is to put a space before a text and after each control token."""
     normalizers = _parts(spec["normalizer"], "normalizers")
     before = _parts(spec["pre_tokenizer"], "pretokenizers")
@@ -138,18 +140,14 @@ def _space_prefix(spec: dict) -> tuple[bool, list[str]]:
     if steps == ["Metaspace"] and not before[0]["split"]:
         scheme = before[0]["prepend_scheme"]
         return scheme == "always", [NOTES[scheme]] if scheme in NOTES else []
-    raise _refused(f"its tokenizer begins with {', '.join(steps)}, which can't be written")
+    raise refused(f"its tokenizer begins with {', '.join(steps)}, which can't be written")
 
 
-def _merges(spec: dict) -> list[tuple[str, str]]:
-    pairs = spec["model"]["merges"]
-    return [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in pairs]
+def _merges(spec: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"])
+    return [(left, right) for left, right in pairs]
 
 
-def _parts(step: dict | None, name: str) -> list[dict]:
+def _parts(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     """A step of tokenizer.json as the list of steps that it consists of."""
     return [] if step is None else step[name] if step["type"] == "Sequence" else [step]
-
-
-def _refused(reason: str) -> UserError:
-    return UserError(f"export.gguf: this model can't be written as GGUF: {reason}")

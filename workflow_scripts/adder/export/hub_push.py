@@ -2,23 +2,32 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from adder.core.errors import UserError
 from adder.core.progress import Progress
 from adder.core.secrets import without_secrets
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 TITLE_LENGTH = 72  # characters of a commit's first line that are shown everywhere
 
 
-def push(folder: Path, repo: str, private: bool, message: str, progress: Progress) -> dict:
+class Upload(TypedDict):
+    """`pushed.json`: where a model is."""
+
+    repo: str
+    private: bool
+    url: str
+    commit: str
+
+
+def push(folder: Path, repo: str, private: bool, message: str, progress: Progress) -> Upload:
     """Upload all files of `folder` to the model repository `repo` (owner/name), made here where it isn't there.
 
     Weights that the repository has and the folder hasn't are removed by the same commit, so that no shard of an earlier
-    model stays. The token comes from the environment variable HF_TOKEN. Returns {"repo", "private", "url", "commit"}.
+    model stays. The token comes from the environment variable HF_TOKEN.
     Raises UserError: no token, one that may not write there, a name that isn't one, a public repository where a private
     one is asked for, a model card that the hub refuses, a hub that is out of reach.
     """
@@ -52,7 +61,7 @@ def push(folder: Path, repo: str, private: bool, message: str, progress: Progres
     return {"repo": repo, "private": private, "url": f"{api.endpoint}/{repo}", "commit": done.oid}
 
 
-def _operations(api: "HfApi", folder: Path, repo: str) -> list:
+def _operations(api: "HfApi", folder: Path, repo: str) -> "list[CommitOperationAdd | CommitOperationDelete]":
     """The additions of one commit, and the removal of weights of an earlier one."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -70,7 +79,12 @@ def _is_weights(name: str) -> bool:
 
 
 def _explain(error: Exception, repo: str, token: str) -> str:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of the HTTP library that it uses, whichever that is
+        OfflineModeIsEnabled,
+    )
 
     if isinstance(error, HFValidationError):
         return f"export.hub: {repo!r} is no name of a repository; it reads owner/name"
