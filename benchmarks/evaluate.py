@@ -82,9 +82,7 @@ def by_lm_eval(
         "doc_to_text": "question",
         "doc_to_target": "reference",
         "generation_kwargs": options | ({"max_gen_toks": limit} if limit else {}),
-        "process_results": lambda doc, found: {
-            "exact_match": metrics.score("json", doc["reference"], found[0])["exact_match"]
-        },
+        "process_results": lambda doc, found: {"exact_match": metrics.exact_match(doc["reference"], found[0], "json")},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     model = HFLM(pretrained=str(folder), dtype=dtype, device=device, batch_size=batch_size)
@@ -157,9 +155,7 @@ def compare(folder: Path, inputs: dict[str, Path], count: int, dtype: str, devic
     for name, run in arms.items():
         seconds, texts = run()
         first = first or texts
-        right = [
-            metrics.score("json", row["reference"], text)["exact_match"] for row, text in zip(rows, texts, strict=True)
-        ]
+        right = [metrics.exact_match(row["reference"], text, "json") for row, text in zip(rows, texts, strict=True)]
         results.append(
             {
                 "name": name,

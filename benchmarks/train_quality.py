@@ -151,7 +151,7 @@ def judge(model, tokenizer, work: Path, batch: int) -> dict:
     """Held-out loss, and a greedy reply to every held-out request with its scores."""
     import torch
 
-    from adder.evaluation import metrics
+    from adder.evaluation import reference_forms
     from adder.kernels.labelled_loss import labelled_losses
     from adder.tokenization.token_table import TokenTable
 
@@ -189,9 +189,9 @@ def judge(model, tokenizer, work: Path, batch: int) -> dict:
             replies = tokenizer.batch_decode(written, skip_special_tokens=True)
             references = tokenizer.batch_decode([reply for _, reply, _, _ in chosen], skip_special_tokens=True)
             for reference, reply in zip(references, replies, strict=True):
-                expected, found = metrics.parse_object(reference), metrics.parse_object(reply)
+                expected, found = reference_forms.parse_object(reference), reference_forms.parse_object(reply)
                 intent = found is not None and found.get("name") == expected["name"]
-                exact = metrics.score("json", reference, reply)["exact_match"]
+                exact = int(reference_forms.is_match("json", reference, reply))
                 rows.append({"exact_match": exact, "intent": int(intent), "reply": reply, "reference": reference})
             ids = padded([ids for _, _, ids, _ in chosen], stop, left=False)
             mask = padded([np.ones(len(ids)) for _, _, ids, _ in chosen], 0, left=False).long()

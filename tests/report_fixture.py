@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from adder.core.files import digest_file, write_json, write_jsonl
 from adder.core.intervals import proportion, ratio
 from adder.core.length_summary import summarise
-from adder.evaluation import metrics
+from adder.evaluation import json_fields
 from adder.formatting.minhash import near_duplicate_method, overlap_method
 
 HOSTILE = "<script>alert('adder')</script>\"'&"
@@ -647,10 +647,10 @@ def write_evaluate(
     }
     if json_replies:
         scores["json_valid"] = score([float(s["reply"].startswith("{")) for s in samples])
-        right, given, expected = zip(*(metrics.count_fields(s["fields"]) for s in samples), strict=True)
+        right, given, expected = zip(*(json_fields.count_fields(s["fields"]) for s in samples), strict=True)
         both = [a + b for a, b in zip(given, expected, strict=True)]
         scores["field_f1"] = ratio([2 * one for one in right], both)
-        scores["fields"] = metrics.field_table([s["fields"] for s in samples])
+        scores["fields"] = json_fields.field_table([s["fields"] for s in samples])
     else:
         scores |= {metric: score([s[metric] for s in samples]) for metric in ("rouge_l", "chrf")}
     facts = {

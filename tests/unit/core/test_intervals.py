@@ -319,14 +319,14 @@ def test_other_rows_are_refused(rows):
 
 def test_verdict_better_worse_and_which_way_is_better():
     low, high = np.zeros(200), np.array([1.0] * 170 + [0.0] * 30)
-    better = intervals.verdict("exact_match", low, high)
+    better = intervals.verdict("exact_match", low, high, name="exact match")
     assert better["verdict"] == "better" and better["needed_n"] is None
     assert better["difference"] == 0.85 and 0.79 < better["ci95"][0] < 0.85 < better["ci95"][1] < 0.91
     assert "exact match went up from 0.0 to 85.0 %, by 85.0 points" in better["sentence"]
     assert intervals.verdict("exact_match", high, low)["verdict"] == "worse"
     losses = np.linspace(1, 2, 50)
-    assert intervals.verdict("loss", losses, losses - 0.5)["verdict"] == "better"
-    assert intervals.verdict("loss", losses, losses + 0.5)["verdict"] == "worse"
+    assert intervals.verdict("loss", losses, losses - 0.5, better="lower")["verdict"] == "better"
+    assert intervals.verdict("loss", losses, losses + 0.5, better="lower")["verdict"] == "worse"
 
 
 def test_a_score_of_any_task():
@@ -342,10 +342,10 @@ def test_a_score_of_any_task():
     assert "questions would be needed" in unsure
 
 
-def test_scores_of_text_have_names():
-    values = np.linspace(0.1, 0.4, 40)
-    assert "ROUGE-L went up from 25.0 to 35.0 %" in intervals.verdict("rouge_l", values, values + 0.1)["sentence"]
-    assert "chrF went down" in intervals.verdict("chrf", values, values - 0.1)["sentence"]
+def test_a_unit_stands_behind_the_second_value():
+    values, how = np.linspace(1, 4, 40), {"unit": "nats per token", "better": "lower"}
+    found = intervals.verdict("loss", values, values + 0.1, name="held-out loss", **how)
+    assert "held-out loss went up from 2.500 to 2.600 nats per token, by 0.100 (95 %" in found["sentence"]
 
 
 def test_two_rows_are_never_enough():
@@ -362,5 +362,5 @@ def test_cannot_tell_says_how_many_rows_would_be_needed():
 
 
 def test_no_difference_at_all():
-    found = intervals.verdict("loss", [1.0, 2.0], [1.0, 2.0])
+    found = intervals.verdict("loss", [1.0, 2.0], [1.0, 2.0], name="held-out loss")
     assert found["verdict"] == "can't tell" and found["needed_n"] is None and "same held-out loss" in found["sentence"]

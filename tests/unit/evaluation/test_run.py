@@ -334,9 +334,7 @@ def by_simple_evaluate(folder, rows, stop, limit):
         "doc_to_text": "question",
         "doc_to_target": "answer",
         "generation_kwargs": {"until": [stop], "do_sample": False, "max_gen_toks": limit},
-        "process_results": lambda doc, found: {
-            "exact_match": metrics.score("json", doc["answer"], found[0])["exact_match"]
-        },
+        "process_results": lambda doc, found: {"exact_match": metrics.exact_match(doc["answer"], found[0], "json")},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     results = lm_eval.simple_evaluate(

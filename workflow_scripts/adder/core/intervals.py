@@ -17,17 +17,6 @@ SAME = 1 - 1e-9  # a draw with the very difference that was seen counts; sums of
 Z95 = 1.959963984540054  # standard normal quantile of 97.5 %
 Z_POWER = 0.8416212335729143  # of 80 %: how often a comparison of `needed_n` rows would find the difference
 
-# How a score is spoken of: its name, whether it is a share (shown in per cent), its unit, and which way is better.
-SCORES = {
-    "exact_match": ("exact match", True, "", "higher"),
-    "field_f1": ("field F1", True, "", "higher"),
-    "json_valid": ("the share of valid JSON", True, "", "higher"),
-    "rouge_l": ("ROUGE-L", True, "", "higher"),
-    "chrf": ("chrF", True, "", "higher"),
-    "loss": ("held-out loss", False, " nats per token", "lower"),
-    "perplexity": ("perplexity", False, "", "lower"),
-}
-
 
 def clusters_of(rows: Sequence[dict]) -> list[str] | None:
     """The group of each row of a samples.jsonl; None where rows belong to none, and for no rows."""
@@ -208,27 +197,23 @@ def verdict(
     *,
     name: str | None = None,
     is_share: bool | None = None,
-    better: str | None = None,
+    unit: str = "",
+    better: str = "higher",
     row: str = "held-out row",
     clusters: Sequence[Hashable] | None = None,
 ) -> dict:
     """Say whether the tuned model is "better", "worse", or one "can't tell".
 
-    `base` and `tuned`: one value a row, in the same order, whose means are the score `metric`. How the score is spoken
-    of is known for those of SCORES; for any other it is `name` (without one, `metric`), `is_share` (without it, whether
-    all values lie between 0 and 1) and `better` ("higher", or "lower"). `row`: what a row is called, in the singular.
+    `base` and `tuned`: one value a row, in the same order, whose means are the score `metric`. It is spoken of by
+    `name` (without one, `metric`), in per cent if it `is_share` (without it, if all values lie between 0 and 1), else
+    in `unit`; `better` is "higher" or "lower". `row`: what a row is called, in the singular.
     A difference counts when its 95 % interval leaves out 0 and p < 0.05. Otherwise `needed_n` is about how many rows
     would show a difference as large as this one in 80 % of tries (Miller 2024, section 5); None if there is none.
     Returns {verdict, metric, base, tuned, difference, ci95, n, groups (how many clusters, or None), p, needed_n,
     sentence}.
     """
-    known = SCORES.get(metric)
-    if known is None:
-        shares = all(0 <= value <= 1 for values in (base, tuned) for value in values)
-        known = (metric, shares, "", "higher")
-    name = known[0] if name is None else name
-    is_share = known[1] if is_share is None else is_share
-    better = known[3] if better is None else better
+    if is_share is None:
+        is_share = all(0 <= value <= 1 for values in (base, tuned) for value in values)
     base, tuned = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
     found = paired_difference(base, tuned, clusters)
     result = {
@@ -243,7 +228,7 @@ def verdict(
         "p": found["p"],
         "needed_n": None if is_sure(found) else needed_n(tuned - base, clusters),
     }
-    return {**result, "sentence": _sentence(result, name, is_share, known[2], row)}
+    return {**result, "sentence": _sentence(result, name or metric, is_share, unit, row)}
 
 
 def is_sure(difference: dict) -> bool:
@@ -283,7 +268,7 @@ def _sentence(result: dict, name: str, is_share: bool, unit: str, row: str) -> s
         return f"{value * scale:z.{digits}f}{suffix}"
 
     low, high = (shown(bound) for bound in result["ci95"])
-    suffix = " %" if is_share else unit
+    suffix = " %" if is_share else f" {unit}" if unit else ""
     rows = f"{n:,} {row}{'' if n == 1 else 's'}"
     if groups := result["groups"]:
         rows += f" in {groups:,} group{'' if groups == 1 else 's'}"

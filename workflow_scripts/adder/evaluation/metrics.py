@@ -1,31 +1,238 @@
-"""How right a reply is, by what the references look like: JSON objects, worked answers ("#### 42"), or plain text."""
+"""The registry of scores on the held-out rows. Light to import: the workflow is parsed with it.
 
-import json
-import re
-from collections.abc import Sequence
-from typing import Any
+A score is one decorated function. What the settings allow, what `auto` takes, the report's and the model card's words,
+and the tables in docs/ follow from it. The first paragraph of the function's docstring is what the report tells a
+reader who has never seen the score. The order here is the report's.
+
+To add one, write a function of reference and reply under `@reply_score`, and a test of it; heavy libraries are imported
+inside functions.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypedDict, TypeVar
 
 from adder.core.choice import Choice
 from adder.core.errors import UserError
-
-# The last line of a worked answer in GSM8K's form.
-FINAL_ANSWER = re.compile(r"####\s*(-?[\d.,]*\d)")
-
-
-def choose_kind(references: Sequence[str]) -> str:
-    """Return how to score: "json" if every reference is a JSON object, "final_answer" if every one ends in
-    "#### number", else "text"."""
-    if references and all(parse_object(text) is not None for text in references):
-        return "json"
-    if references and all(FINAL_ANSWER.search(text) for text in references):
-        return "final_answer"
-    return "text"
+from adder.evaluation import text_overlap_metrics
+from adder.evaluation.json_fields import FieldComparison, count_fields
+from adder.evaluation.reference_forms import FORMS, choose_kind, is_match, parse_object
 
 
-def choose_metrics(references: Sequence[str], wanted: str | list[str] = "auto") -> Choice:
-    """Choose how replies are scored: a list of exact_match, json, final_answer, rouge_l and chrf.
+class ScoredRow(TypedDict):
+    """What ratio scores are made from: a line of samples.jsonl."""
 
-    exact_match is always there; with json it compares objects, with final_answer the numbers behind "####". Raises
+    loss: float  # nats a labelled token, the row's mean
+    labelled_tokens: int
+    fields: dict[str, FieldComparison]  # only where the references are JSON objects
+
+
+class Parts(Protocol):
+    """Numerator and denominator of one row."""
+
+    def __call__(self, row: ScoredRow, /) -> tuple[float, float]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A score of a model on the held-out rows.
+
+    name: its key in scores.json and metrics.json, and, of a reply score, in samples.jsonl.
+    label: what tables call it.
+    spoken: what it is called within a sentence.
+    is_share: whether it is 0 to 1, which people see in per cent.
+    unit: what is counted, such as "nats per token"; empty for a share and for a bare number.
+    better: which way is better.
+    meaning: what it is, as a fragment of a sentence.
+    hub: what the Hugging Face hub calls it.
+    """
+
+    name: str
+    label: str
+    spoken: str
+    is_share: bool
+    unit: str
+    better: Literal["higher", "lower"]
+    meaning: str
+    hub: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyScore(Score):
+    """A share that each reply has by itself; the model's is their mean.
+
+    of_reply: (reference, reply) to 0 to 1.
+    zero_or_one: whether it is always one of the two, so that the mean is a proportion.
+    form: what references must be for it, a name of FORMS; None for anything.
+    auto: whether `auto` takes it where the references are free text.
+    """
+
+    of_reply: Callable[[str, str], float]
+    zero_or_one: bool
+    form: str | None
+    auto: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioScore(Score):
+    """A sum over the rows by another sum over the rows.
+
+    parts: numerator and denominator of a row.
+    of_replies: whether only rows with a reply have it; else plain texts have it too.
+    form: as of a ReplyScore.
+    exponential_of: the score that this one is e to the power of.
+    """
+
+    parts: Parts
+    of_replies: bool
+    form: str | None
+    exponential_of: str | None
+
+
+SCORES: dict[str, ReplyScore | RatioScore] = {}
+OfReply = TypeVar("OfReply", bound=Callable[[str, str], float])
+OfRow = TypeVar("OfRow", bound=Parts)
+
+
+def reply_score(
+    label: str,
+    *,
+    spoken: str | None = None,
+    hub: str | None = None,
+    zero_or_one: bool = False,
+    form: str | None = None,
+    auto: bool = False,
+) -> Callable[[OfReply], OfReply]:
+    """Register a function of (reference, reply) as a score that bears its name."""
+
+    def register(function: OfReply) -> OfReply:
+        name = function.__name__
+        SCORES[name] = ReplyScore(
+            name=name,
+            label=label,
+            spoken=spoken or label,
+            is_share=True,
+            unit="",
+            better="higher",
+            meaning=_meaning(function),
+            hub=hub or name,
+            of_reply=function,
+            zero_or_one=zero_or_one,
+            form=form,
+            auto=auto,
+        )
+        return function
+
+    return register
+
+
+def ratio_score(
+    label: str,
+    *,
+    spoken: str | None = None,
+    unit: str | None = None,
+    better: Literal["higher", "lower"] = "higher",
+    hub: str | None = None,
+    of_replies: bool = True,
+    form: str | None = None,
+    exponential_of: str | None = None,
+) -> Callable[[OfRow], OfRow]:
+    """Register a function of a row, to (numerator, denominator), as a score that bears its name.
+
+    Without a unit it is a share.
+    """
+
+    def register(function: OfRow) -> OfRow:
+        name = function.__name__
+        SCORES[name] = RatioScore(
+            name=name,
+            label=label,
+            spoken=spoken or label,
+            is_share=unit is None,
+            unit=unit or "",
+            better=better,
+            meaning=_meaning(function),
+            hub=hub or name,
+            parts=function,
+            of_replies=of_replies,
+            form=form,
+            exponential_of=exponential_of,
+        )
+        return function
+
+    return register
+
+
+def _meaning(function: Callable[..., object]) -> str:
+    """The first paragraph of a docstring, as a fragment of a sentence."""
+    text = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split()).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+@reply_score("Exact match", spoken="exact match", zero_or_one=True)
+def exact_match(reference: str, reply: str, kind: str = "text") -> int:
+    """Replies that say what their reference says: the same text, or of JSON the same data, of a worked answer the
+    same number.
+
+    1 or 0; `kind` is the form in which they are compared, a name of FORMS.
+    """
+    return int(is_match(kind, reference, reply))
+
+
+@ratio_score("Field F1", spoken="field F1", hub="f1", form="json")
+def field_f1(row: ScoredRow) -> tuple[float, float]:
+    """Values inside the JSON: harmonic mean of how many of the given ones are right and how many of the expected ones
+    were given.
+    """
+    right, found, expected = count_fields(row["fields"])
+    return 2 * right, found + expected
+
+
+@reply_score("Valid JSON", spoken="the share of valid JSON", zero_or_one=True, form="json")
+def json_valid(reference: str, reply: str) -> int:
+    """Replies that are a JSON object at all."""
+    return int(parse_object(reply) is not None)
+
+
+@reply_score("ROUGE-L", hub="rouge", auto=True)
+def rouge_l(reference: str, reply: str) -> float:
+    """Words that reply and reference have in common in the same order (F-measure, mean over replies)."""
+    return text_overlap_metrics.rouge_l(reference, reply)
+
+
+@reply_score("chrF", auto=True)
+def chrf(reference: str, reply: str) -> float:
+    """Letter sequences that reply and reference have in common (F2 score, mean over replies)."""
+    return text_overlap_metrics.chrf(reference, reply)
+
+
+@ratio_score("Held-out loss", spoken="held-out loss", unit="nats per token", better="lower", of_replies=False)
+def loss(row: ScoredRow) -> tuple[float, float]:
+    """How surprised the model is by a token of the references: the mean negative log-likelihood."""
+    return row["loss"] * row["labelled_tokens"], row["labelled_tokens"]
+
+
+@ratio_score("Perplexity", spoken="perplexity", unit="", better="lower", of_replies=False, exponential_of="loss")
+def perplexity(row: ScoredRow) -> tuple[float, float]:
+    """The same as a number of equally likely tokens to choose from: e to the power of the loss."""
+    return loss(row)
+
+
+def metric_names() -> tuple[str, ...]:
+    """The values of `evaluate.metrics`: reply scores for any reference, and forms that exact_match goes by."""
+    first, *others = _for_any_reference()
+    return first, *(name for name in FORMS if name != "text"), *others
+
+
+def _for_any_reference() -> list[str]:
+    return [name for name, score in SCORES.items() if isinstance(score, ReplyScore) and score.form is None]
+
+
+def choose_metrics(references: Sequence[str], wanted: Literal["auto"] | Sequence[str] = "auto") -> Choice:
+    """Choose how replies are scored: a list of `metric_names`.
+
+    exact_match is always there; with "json" it compares objects, with "final_answer" the numbers behind "####". Raises
     UserError where a metric is asked for that a reference has no form for.
     """
     if wanted == "auto":
@@ -34,142 +241,28 @@ def choose_metrics(references: Sequence[str], wanted: str | list[str] = "auto") 
             return Choice(["exact_match", "json"], "every reference is a JSON object")
         if kind == "final_answer":
             return Choice(["exact_match", "final_answer"], 'every reference ends in "#### number"')
-        return Choice(["exact_match", "rouge_l", "chrf"], "the references are free text")
-    for name, form, fits in (
-        ("json", "a JSON object", lambda text: parse_object(text) is not None),
-        ("final_answer", 'a text with "#### number"', FINAL_ANSWER.search),
-    ):
-        odd = next((text for text in references if not fits(text)), None) if name in wanted else None
+        for_text = [name for name, score in SCORES.items() if isinstance(score, ReplyScore) and score.auto]
+        return Choice(["exact_match", *for_text], "the references are free text")
+    for name in wanted:
+        odd = next((text for text in references if name in FORMS and FORMS[name].read(text) is None), None)
         if odd is not None:
             raise UserError(
-                f"evaluate.metrics: {name!r} needs {form} as each reference, but one is {odd[:80]!r}; leave it out"
+                f"evaluate.metrics: {name!r} needs {FORMS[name].words} as each reference, but one is {odd[:80]!r}; "
+                "leave it out"
             )
     return Choice(list(dict.fromkeys(["exact_match", *wanted])), "as set")
 
 
 def kind_of(metrics: Sequence[str]) -> str:
     """What exact_match compares under these metrics: "json", "final_answer" or "text"."""
-    return next((name for name in ("json", "final_answer") if name in metrics), "text")
+    return next((name for name in FORMS if name in metrics), "text")
 
 
-def score(kind: str, reference: str, reply: str) -> dict:
-    """Score one reply: {exact_match: 0/1}, and for "json" also json_valid 0/1 and `fields` as compare_fields has it.
-
-    "json": all fields equal, types included; the order of keys and white space don't matter. "final_answer": the same
-    number behind the last "####". "text": equal but for white space around.
-    """
-    if kind == "json":
-        expected, found = parse_object(reference), parse_object(reply)
-        return {
-            "exact_match": int(same(expected, found)),
-            "json_valid": int(found is not None),
-            "fields": compare_fields(expected, found),
-        }
-    if kind == "final_answer":
-        expected, found = final_answer(reference), final_answer(reply)
-        return {"exact_match": int(found is not None and expected == found)}
-    return {"exact_match": int(reference.strip() == reply.strip())}
-
-
-def parse_object(text: str) -> dict | None:
-    """The JSON object that `text` is, white space aside; None for anything else (NaN isn't JSON, nor is a fence)."""
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _refuse(name: str):
-    raise ValueError(f"{name} isn't JSON")
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equality of JSON values. JSON has one kind of number (20 is 20.0), but true isn't 1 and "20" isn't 20."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    numbers = (int, float)
-    if isinstance(a, numbers) and isinstance(b, numbers):
-        return isinstance(a, bool) == isinstance(b, bool) and a == b
-    return type(a) is type(b) and a == b
-
-
-def flatten(value: dict, prefix: str = "") -> dict[str, Any]:
-    """Fields of an object with those of nested objects under dotted names; a list or an empty object is one value."""
-    fields: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            fields |= flatten(inner, f"{prefix}{key}.")
-        else:
-            fields[prefix + key] = inner
-    return fields
-
-
-def compare_fields(expected: dict, found: dict | None) -> dict[str, dict]:
-    """Field by field, {name: {expected, found, correct}}; a field that is missing is None, as one that is null.
-
-    `found` is None for a reply that isn't a JSON object: then nothing is correct, not even a field left empty.
-    """
-    left, right = flatten(expected), flatten(found or {})
-    return {
-        name: {
-            "expected": left.get(name),
-            "found": right.get(name),
-            "correct": found is not None and same(left.get(name), right.get(name)),
-        }
-        for name in [*left, *(name for name in right if name not in left)]
-    }
-
-
-def count_fields(fields: dict[str, dict]) -> tuple[int, int, int]:
-    """(right, found, expected) values among the fields of one reply; null is the absence of a value on either side.
-
-    Summed over replies, right / found is the precision and right / expected the recall of slot filling.
-    """
-    values = fields.values()
-    found = sum(field["found"] is not None for field in values)
-    expected = sum(field["expected"] is not None for field in values)
-    right = sum(field["correct"] and field["expected"] is not None for field in values)
-    return right, found, expected
-
-
-def field_table(replies: Sequence[dict[str, dict]]) -> dict[str, dict]:
-    """{name: {precision, recall, f1, accuracy, n}} of each field that a reference has, over the replies' `fields`.
-
-    `n`: references with a value for it. `accuracy` is over the replies where reference or reply names the field, and
-    counts null where null was expected as right. A ratio without anything to divide by is None.
-    """
-    names = dict.fromkeys(name for fields in replies for name, field in fields.items() if _in_reference(field))
-    table = {}
-    for name in names:
-        own = [{name: fields[name]} for fields in replies if name in fields]
-        right, found, expected = (sum(counts) for counts in zip(*map(count_fields, own), strict=True))
-        table[name] = {
-            "precision": _share(right, found),
-            "recall": _share(right, expected),
-            "f1": _share(2 * right, found + expected),
-            "accuracy": _share(sum(fields[name]["correct"] for fields in own), len(own)),
-            "n": expected,
-        }
-    return table
-
-
-def _in_reference(field: dict) -> bool:
-    # A field that only a reply names has no expected value; so has one whose reference is null, which is then correct
-    # or holds a value. Made-up names would fill the table with a rambling model's inventions.
-    return field["expected"] is not None
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
-
-
-def final_answer(text: str) -> str | None:
-    """The number behind the last "####" without thousands commas and trailing zeros of a fraction, or None."""
-    found = FINAL_ANSWER.findall(text)
-    if not found:
-        return None
-    number = found[-1].replace(",", "").rstrip(".")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+def score_reply(metrics: Sequence[str], reference: str, reply: str) -> dict[str, float]:
+    """Score one reply, 0 to 1 each, by the chosen metrics (see `choose_metrics`)."""
+    kind = kind_of(metrics)
+    scores: dict[str, float] = {"exact_match": exact_match(reference, reply, kind)}
+    for name, score in SCORES.items():
+        if isinstance(score, ReplyScore) and name != "exact_match" and (name in metrics or score.form == kind):
+            scores[name] = score.of_reply(reference, reply)
+    return scores

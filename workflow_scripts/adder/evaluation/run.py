@@ -19,9 +19,11 @@ from adder.core.files import read_json, write_json, write_jsonl
 from adder.core.progress import Progress
 from adder.evaluation import generation as replies
 from adder.evaluation import metrics as scoring
-from adder.evaluation import speculative_decoding, text_overlap_metrics
+from adder.evaluation import speculative_decoding
 from adder.evaluation.heldout_loss import row_losses
+from adder.evaluation.json_fields import compare_fields, field_table
 from adder.evaluation.max_new_tokens import choose_max_new_tokens
+from adder.evaluation.reference_forms import parse_object
 from adder.tokenization.chat_template import ChatTemplate
 from adder.tokenization.token_table import TokenTable
 
@@ -66,7 +68,7 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
     }
     write_json(out / "scores.json", scores)
     write_jsonl(out / "samples.jsonl", samples)
-    summary = {name: score["value"] for name, score in scores["heldout"].items() if name in SUMMARY}
+    summary = {name: scores["heldout"][name]["value"] for name in SUMMARY if name in scores["heldout"]}
     progress.say(f"the {which} model: {', '.join(in_words(*item) for item in summary.items())}")
     return summary
 
@@ -248,14 +250,7 @@ def make_generator(model: PreTrainedModel, tokenizer, plan: Plan, backend: str, 
 
 def score_reply(metrics: list[str], reference: str, reply: str) -> dict[str, float]:
     """Scores of one reply, 0 to 1 each; what stands before the end of its reasoning isn't compared."""
-    own = answer(reply)
-    scores = scoring.score(scoring.kind_of(metrics), reference, own)
-    scores.pop("fields", None)
-    return scores | {
-        name: text_overlap_metrics.METRICS[name](reference, own)
-        for name in metrics
-        if name in text_overlap_metrics.METRICS
-    }
+    return scoring.score_reply(metrics, reference, answer(reply))
 
 
 def answer(reply: str) -> str:
@@ -308,29 +303,28 @@ def make_sample(row: dict, losses: torch.Tensor, written: dict | None, kind: str
     } | ({"group": row["group"]} if "group" in row else {})
     if written is None:
         return {**sample, "reply": None}
-    fields = scoring.score(kind, row["reference"], answer(written["reply"])) if kind == "json" else {}
-    return {**sample, **written, **fields}
+    if kind != "json":
+        return {**sample, **written}
+    expected, found = parse_object(row["reference"]), parse_object(answer(written["reply"]))
+    assert expected is not None  # else the kind were another one
+    return {**sample, **written, "fields": compare_fields(expected, found)}
 
 
 def summarise(samples: list[dict]) -> dict:
     """Each score with its interval: loss and perplexity a token, the rest a reply. Rows of a group count together."""
-    tokens = [sample["labelled_tokens"] for sample in samples]
-    losses = [sample["loss"] * sample["labelled_tokens"] for sample in samples]
-    loss = intervals.ratio(losses, tokens, intervals.clusters_of(samples))
-    scores = {"loss": loss, "perplexity": intervals.perplexity(loss)}
     asked = [sample for sample in samples if sample["reply"] is not None]
-    clusters = intervals.clusters_of(asked)
-    for name in ("exact_match", "json_valid"):
-        if asked and name in asked[0]:
-            scores[name] = intervals.proportion([sample[name] for sample in asked], clusters)
-    for name in text_overlap_metrics.METRICS:
-        if asked and name in asked[0]:
-            scores[name] = intervals.mean([sample[name] for sample in asked], clusters)
+    scores = {}
+    for name, score in scoring.SCORES.items():
+        rows = samples if isinstance(score, scoring.RatioScore) and not score.of_replies else asked
+        clusters = intervals.clusters_of(rows)
+        if isinstance(score, scoring.ReplyScore):
+            if rows and name in rows[0]:
+                average = intervals.proportion if score.zero_or_one else intervals.mean
+                scores[name] = average([row[name] for row in rows], clusters)
+        elif score.exponential_of:
+            scores[name] = intervals.perplexity(scores[score.exponential_of])
+        elif rows and (score.form is None or "fields" in rows[0]):
+            scores[name] = intervals.ratio(*zip(*map(score.parts, rows), strict=True), clusters)
     if asked and "fields" in asked[0]:
-        fields = [sample["fields"] for sample in asked]
-        counts = [scoring.count_fields(one) for one in fields]
-        scores["field_f1"] = intervals.ratio(
-            [2 * right for right, _, _ in counts], [found + expected for _, found, expected in counts], clusters
-        )
-        scores["fields"] = scoring.field_table(fields)
+        scores["fields"] = field_table([sample["fields"] for sample in asked])
     return scores

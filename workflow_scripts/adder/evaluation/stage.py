@@ -1,6 +1,6 @@
 """The stages "evaluate" and "judge": a model's loss and replies on the held-out rows, and what a judge says of them."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -8,7 +8,13 @@ from adder.core.file_digests import FileDigests
 from adder.core.secrets import refuse_secrets
 from adder.core.section import Auto, Section
 from adder.core.stage_spec import Memory, StageSpec
+from adder.evaluation.metrics import metric_names
 from adder.evaluation.tasks.stage import EvaluationTask
+
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[metric_names()]  # pydantic refuses any other name, and the JSON schema lists them
 
 
 class EvaluateSettings(Section):
@@ -20,7 +26,7 @@ class EvaluateSettings(Section):
     """Longest reply in tokens; `auto` is just above the longest training reply."""
     batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Replies generated at once."""
-    metrics: Auto | list[Literal["exact_match", "json", "final_answer", "rouge_l", "chrf"]] = "auto"
+    metrics: Auto | list[MetricName] = "auto"
     """How replies are scored; `auto` goes by what the references look like."""
     backend: Literal["auto", "hf", "vllm"] = "auto"
     """What generates: transformers, or vLLM; `auto` takes vLLM where it is installed and there is a GPU."""

@@ -1,10 +1,10 @@
 """The report's view of the evaluation: scores with their intervals, fields, tasks and the guard, a judge's verdict."""
 
 from adder.core.intervals import word
+from adder.evaluation.metrics import SCORES
 from adder.report import plots, regression_guard
 from adder.report.formatting import clip, gist, number, percent
 from adder.report.samples_section import mark, reference_text, turn_text
-from adder.report.scores import METRICS
 
 LONGEST_TEXT = 1500  # characters of a task's or judgement's text that are shown
 SHOWN_LOSSES = 4  # documents of a task at which the tuned model did worse
@@ -40,23 +40,23 @@ def cards(heldout: dict, verdict: dict) -> list[dict]:
     """One card a score: base, tuned, their difference and both intervals on one scale."""
     made = []
     for key, entry in heldout.items():
-        about, show = METRICS[key], shower(key)
-        share = about["kind"] == "share"
+        about, show = SCORES[key], shower(key)
+        share = about.is_share
         scores = [entry[who] for who in ("base", "tuned")]
         ends = [end for s in scores if s for end in (s["value"], *(s["ci95"] or [])) if end is not None]
         difference = entry["difference"]
-        label = f"{about['name']}: base and tuned with their 95 % confidence intervals"
+        label = f"{about.label}: base and tuned with their 95 % confidence intervals"
         axis = (lambda x: f"{x * 100:.0f} %") if share else number
         made.append({
             "key": key,
-            "name": about["name"],
-            "note": about.get("unit", ""),
+            "name": about.label,
+            "note": about.unit,
             "main": key == verdict["metric"],
             "base": scores[0] and show(scores[0]["value"]),
             "tuned": scores[1] and show(scores[1]["value"]),
             "difference": difference and change(difference["value"], share),
             "ci": bounds(difference, share),
-            "tone": tone(difference, about["better"] == "higher"),
+            "tone": tone(difference, about.better == "higher"),
             "plot": plots.interval(*scores, 1.0 if share else plots.ceiling(max(ends, default=1.0)), axis, label),
         })  # fmt: skip
     return made
@@ -64,7 +64,7 @@ def cards(heldout: dict, verdict: dict) -> list[dict]:
 
 def shower(metric: str):
     """How a held-out score is written: as a percentage or as a number."""
-    return percent if METRICS[metric]["kind"] == "share" else number
+    return percent if SCORES[metric].is_share else number
 
 
 def tone(difference: dict | None, higher_is_better: bool) -> str:
@@ -91,9 +91,9 @@ def score_rows(heldout: dict) -> list[dict]:
     """The held-out scores as rows of a table: what each means, both values, the difference, how sure, on how many."""
     rows = []
     for key, entry in heldout.items():
-        about, difference = METRICS[key], entry["difference"]
-        rows.append({"name": about["name"], "note": about["meaning"], "unit": about.get("unit", "")} | row_of(
-            entry, about["kind"] == "share", about["better"] == "higher", shower(key), difference
+        about, difference = SCORES[key], entry["difference"]
+        rows.append({"name": about.label, "note": about.meaning, "unit": about.unit} | row_of(
+            entry, about.is_share, about.better == "higher", shower(key), difference
         ))  # fmt: skip
     return rows
 

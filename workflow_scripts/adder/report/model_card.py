@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
+from adder.evaluation.metrics import SCORES
 from adder.report import facts as report_data
 from adder.report import regression_guard
 from adder.report.data_card import fenced, table, text
 from adder.report.evaluation_section import is_share, row_of, score_rows
 from adder.report.formatting import number, percent, sentence, setting
-from adder.report.scores import METRICS
 
 # The hub's identifiers of licences (huggingface.co/docs/hub/repositories-licenses); it refuses a card with another one.
 LICENSES = frozenset(
@@ -30,8 +30,6 @@ LICENSES = frozenset(
     other pddl postgresql unknown unlicense wtfpl zlib
     """.split()
 )
-# What the hub calls our scores, where it has a name for them.
-HUB_METRICS = {"field_f1": "f1", "rouge_l": "rouge"}
 # Settings that make the model what it is; those of the evaluation stand with the scores, the data in a table.
 MAKING = ("format", "tokenize", "lengths", "train", "merge")
 ADAPTERS = {"qlora": "LoRA on the base quantised to NF4", "lora": "LoRA", "full": "training of all weights"}
@@ -105,7 +103,7 @@ def _results(facts: dict, metrics: dict) -> list[dict]:
         "split": "heldout",
     }
     scores = [
-        {"type": HUB_METRICS.get(name, name), "value": entry["tuned"]["value"], "name": METRICS[name]["name"]}
+        {"type": SCORES[name].hub, "value": entry["tuned"]["value"], "name": SCORES[name].label}
         for name, entry in metrics["heldout"].items()
         if entry["tuned"] and entry["tuned"]["value"] is not None
     ]

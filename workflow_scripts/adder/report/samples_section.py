@@ -6,6 +6,7 @@ import re
 from functools import partial
 from typing import Any
 
+from adder.evaluation import metrics
 from adder.report import formatting
 from adder.report.data_section import call_text
 
@@ -13,9 +14,15 @@ LONGEST_TEXT = 4000  # characters of a text that are shown
 MOST_DIFFED = 1200  # words of a text that are compared: the comparison is quadratic
 clip = partial(formatting.clip, most=LONGEST_TEXT)
 UNLIKE = 0.5  # below this share of common words, marking differences would mark nearly everything
-# The scores that stand beside a reply.
-SCORES = (("rouge_l", "ROUGE-L", formatting.percent), ("chrf", "chrF", formatting.percent),
-          ("loss", "loss", formatting.number))  # fmt: skip
+# What stands beside a reply: the scores that it may have in part, and the loss.
+BESIDE = [
+    *(
+        (name, score.label, formatting.percent)
+        for name, score in metrics.SCORES.items()
+        if isinstance(score, metrics.ReplyScore) and not score.zero_or_one
+    ),
+    ("loss", "loss", formatting.number),
+]
 # Words, numbers and dates whole; spaces; any other sign by itself.
 WORD = re.compile(r"\w+(?:[.,:/\-]\w+)*|\s+|[^\w\s]")
 
@@ -53,7 +60,7 @@ def prepare(sample: dict, order: int, system: str | None) -> dict:
         marked, unlike = mark(tuned["reference"], row["reply"], bool(row["exact_match"]))
         replies[who] = {
             "right": bool(row["exact_match"]),
-            "scores": [f"{name} {show(row[key])}" for key, name, show in SCORES if row.get(key) is not None],
+            "scores": [f"{name} {show(row[key])}" for key, name, show in BESIDE if row.get(key) is not None],
             "marked": marked,
             "unlike": unlike,
         }

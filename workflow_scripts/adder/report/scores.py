@@ -7,42 +7,9 @@ import numpy as np
 from adder.core import intervals
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl
-from adder.evaluation import metrics
+from adder.evaluation.json_fields import count_fields
+from adder.evaluation.metrics import SCORES, RatioScore
 
-# The held-out scores, in the order in which the report shows them. `kind` says how a value is written: a share or a
-# number; `meaning` is for a reader who has never seen the score.
-METRICS: dict[str, dict] = {
-    "exact_match": {
-        "name": "Exact match", "kind": "share", "better": "higher",
-        "meaning": "replies that say what their reference says: the same text, or of JSON the same data, of a worked "
-        "answer the same number",
-    },
-    "field_f1": {
-        "name": "Field F1", "kind": "share", "better": "higher",
-        "meaning": "values inside the JSON: harmonic mean of how many of the given ones are right and how many of the "
-        "expected ones were given",
-    },
-    "json_valid": {
-        "name": "Valid JSON", "kind": "share", "better": "higher", "meaning": "replies that are a JSON object at all",
-    },
-    "rouge_l": {
-        "name": "ROUGE-L", "kind": "share", "better": "higher",
-        "meaning": "words that reply and reference have in common in the same order (F-measure, mean over replies)",
-    },
-    "chrf": {
-        "name": "chrF", "kind": "share", "better": "higher",
-        "meaning": "letter sequences that reply and reference have in common (F2 score, mean over replies)",
-    },
-    "loss": {
-        "name": "Held-out loss", "kind": "number", "better": "lower", "unit": "nats per token",
-        "meaning": "how surprised the model is by a token of the references: the mean negative log-likelihood",
-    },
-    "perplexity": {
-        "name": "Perplexity", "kind": "number", "better": "lower", "unit": "",
-        "meaning": "the same as a number of equally likely tokens to choose from: e to the power of the loss",
-    },
-}  # fmt: skip
-LOSSES = ("loss", "perplexity")  # which plain texts have too
 FIELD_SCORES = ("precision", "recall", "f1")
 
 
@@ -66,7 +33,7 @@ def compare(facts: dict) -> dict:
     """Each held-out score of base and tuned with its interval, and their difference, paired by row."""
     base, tuned = facts["evaluate_base"]["heldout"], facts["evaluate_tuned"]["heldout"]
     compared = {}
-    for metric in METRICS:
+    for metric in SCORES:
         if metric not in base and metric not in tuned:
             continue
         entry = {"base": shown(base.get(metric)), "tuned": shown(tuned.get(metric)), "difference": None}
@@ -106,7 +73,17 @@ def verdict(facts: dict, heldout: dict) -> dict:
     base, tuned = (per_row(metric, own) for own in rows)
     if base is None or tuned is None:
         raise UserError(f"report: the samples of base and tuned must each have {metric} to be compared")
-    return intervals.verdict(metric, base, tuned, clusters=intervals.clusters_of(rows[1]))
+    score = SCORES[metric]
+    return intervals.verdict(
+        metric,
+        base,
+        tuned,
+        name=score.spoken,
+        is_share=score.is_share,
+        unit=score.unit,
+        better=score.better,
+        clusters=intervals.clusters_of(rows[1]),
+    )
 
 
 def main_metric(heldout: dict) -> str:
@@ -117,7 +94,9 @@ def main_metric(heldout: dict) -> str:
 
 def scored(metric: str, samples: list[dict]) -> list[list[dict]]:
     """The samples of base and of tuned that have this score: plain texts have a loss, and no reply to judge."""
-    asked = [sample for sample in samples if metric in LOSSES or sample["tuned"]["reply"] is not None]
+    score = SCORES[metric]
+    of_texts = isinstance(score, RatioScore) and not score.of_replies
+    asked = [sample for sample in samples if of_texts or sample["tuned"]["reply"] is not None]
     return [[sample[who] for sample in asked] for who in ("base", "tuned")]
 
 
@@ -144,7 +123,7 @@ def field_parts(samples: list[dict], name: str | None = None) -> np.ndarray:
     """Numerators and denominators of FIELD_SCORES, of one field or of all: float64 (2, 3, rows)."""
     fields = [row["fields"] for row in samples]
     own = fields if name is None else [{name: found[name]} if name in found else {} for found in fields]
-    right, given, expected = np.array([metrics.count_fields(one) for one in own], dtype=float).T
+    right, given, expected = np.array([count_fields(one) for one in own], dtype=float).T
     return np.stack([[right, right, 2 * right], [given, expected, given + expected]])
 
 

@@ -1,11 +1,11 @@
 """What a reader should know beside the verdict, one line each: what speaks for it, against it, and what it cost."""
 
 from adder.core.intervals import word
+from adder.evaluation.metrics import SCORES
 from adder.report import regression_guard
 from adder.report.evaluation_section import is_share
 from adder.report.formatting import duration, number, percent
 from adder.report.provenance_section import money
-from adder.report.scores import METRICS
 
 WORST_FIRST = ("stop", "warning", "note")
 MARKS = {"bad": "✗", "unsure": "!", "good": "✓", "calm": ""}
@@ -36,9 +36,9 @@ def scores_line(verdict: dict, heldout: dict) -> dict | None:
     """What the other scores say, where the main one leaves it open or is contradicted. The perplexity is the loss."""
     found: dict[str, list[str]] = {"better": [], "worse": []}
     for name, entry in heldout.items():
-        told = word(entry["difference"], METRICS[name]["better"] == "higher")
+        told = word(entry["difference"], SCORES[name].better == "higher")
         if name not in (verdict["metric"], "perplexity") and told in found:
-            found[told].append(METRICS[name]["name"])
+            found[told].append(SCORES[name].label)
     against = found[{"better": "worse", "worse": "better"}.get(verdict["verdict"], "worse")]
     if not any(found.values()) or (verdict["verdict"] in found and not against):
         return None

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from adder.core.files import read_jsonl, write_jsonl
 from adder.core.progress import Progress
-from adder.evaluation import metrics
+from adder.evaluation.reference_forms import choose_kind, is_match
 from adder.tokenization.token_table import TokenTable
 from adder.training.distributed import collectives
 
@@ -51,7 +51,7 @@ class Sampler:
         known = list(read_jsonl(file)) if file.exists() else []
         self.rows = [row for row in known if row["step"] <= resumed_step]
         references = [self._text(prompt["reference"]) for prompt in prompts]
-        self.kind = metrics.choose_kind(references)
+        self.kind = choose_kind(references)
         self.limit = min(LONGEST, max((len(prompt["reference"]) for prompt in prompts), default=0) + MARGIN)
 
     def sample(self, model: torch.nn.Module, step: int) -> float | None:
@@ -71,7 +71,7 @@ class Sampler:
                         "prompt": self.tokenizer.decode(prompt["prompt"]),
                         "reference": reference,
                         "reply": reply,
-                        "exact_match": metrics.score(self.kind, reference, reply)["exact_match"],
+                        "exact_match": int(is_match(self.kind, reference, reply)),
                         "finished": len(ids) < self.limit,
                     }
                 )

@@ -20,7 +20,8 @@ import yaml
 from adder.core import intervals
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl
-from adder.report.scores import METRICS, per_row
+from adder.evaluation.metrics import SCORES
+from adder.report.scores import per_row
 
 # Settings that only say how things are called.
 NAMES = ("report.title",)
@@ -92,7 +93,7 @@ def main_metric(runs: Sequence[dict]) -> str:
 
     Raises UserError where the runs have no score in common.
     """
-    common = [metric for metric in METRICS if all(metric in run["scores"] for run in runs)]
+    common = [metric for metric in SCORES if all(metric in run["scores"] for run in runs)]
     if not common:
         raise UserError(
             "compare: the runs have no held-out score in common: "
@@ -121,7 +122,7 @@ def held_out(metric: str, path: Path) -> dict:
 
 def rank(runs: Sequence[dict], metric: str) -> list[dict]:
     """The runs, best first; of equals the cheaper one. Runs that fell too far in a guarded task come last."""
-    sign = -1 if METRICS[metric]["better"] == "higher" else 1
+    sign = -1 if SCORES[metric].better == "higher" else 1
     order = sorted(
         runs,
         key=lambda run: (refused(run), sign * run["score"]["value"], run["cost"]["seconds"], run["name"]),
@@ -243,7 +244,7 @@ def refused(run: dict) -> bool:
 
 def _scores(heldout: dict, who: str) -> dict[str, dict]:
     """The scores of base or tuned by metric; one that isn't finite can't be compared."""
-    found = {metric: heldout.get(metric, {}).get(who) for metric in METRICS}
+    found = {metric: heldout.get(metric, {}).get(who) for metric in SCORES}
     return {metric: score for metric, score in found.items() if score and score["value"] is not None}
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from adder.evaluation.metrics import SCORES
 from adder.report.comparison import facts as data
 from adder.report.comparison import plots
 from adder.report.comparison.sentences import advice, change, lower, money, sentence, shower, spent
 from adder.report.formatting import clip, number, percent, setting
 from adder.report.html_page import render
-from adder.report.scores import METRICS
 
 COLOURS = 8  # runs that have a colour of their own; further ones are grey
 MAX_AXES = 8  # settings that parallel coordinates show
@@ -40,7 +40,7 @@ def run(runs: dict[str, dict[str, Path]], out: Path) -> dict:
 
 def build_view(found: dict) -> dict:
     """Return everything that the template shows, by section."""
-    runs, metric = found["runs"], METRICS[found["metric"]]
+    runs, metric = found["runs"], SCORES[found["metric"]]
     best = runs[0]
     several = len(runs) > 1
     return {
@@ -50,7 +50,7 @@ def build_view(found: dict) -> dict:
         "sentence": sentence(found),
         "advice": advice(found),
         "several": several,
-        "metric": {"name": metric["name"], "better": metric["better"]},
+        "metric": {"name": metric.label, "better": metric.better},
         "paired": found["paired"],
         "legend": [{"run": place, "kind": kind(place), "name": run["name"]} for place, run in enumerate(runs)],
         "coloured": COLOURS,
@@ -64,11 +64,11 @@ def build_view(found: dict) -> dict:
 
 def about(found: dict) -> list[tuple[str, str]]:
     """The line under the title: what the runs are judged by and in what they differ."""
-    metric, keys = METRICS[found["metric"]], found["differing"]["set"]
+    metric, keys = SCORES[found["metric"]], found["differing"]["set"]
     held = f"the same {found['rows']:,}" if found["rows"] is not None else "not the same in all runs"
     named = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     return [
-        ("Judged by", lower(metric["name"]) + (f", {metric['unit']}" if metric.get("unit") else "")),
+        ("Judged by", lower(metric.label) + (f", {metric.unit}" if metric.unit else "")),
         ("Held-out rows", held),
         ("Settings that differ", named or "none"),
     ]
@@ -87,13 +87,13 @@ def tone(found: dict) -> str:
 def rows(found: dict) -> dict:
     """The table of runs: {settings: [(key, short name)], scores and tasks: [names], axis: its ends, priced, rows}."""
     runs, main = found["runs"], found["metric"]
-    others = [metric for metric in METRICS if metric != main and any(metric in run["scores"] for run in runs)]
+    others = [metric for metric in SCORES if metric != main and any(metric in run["scores"] for run in runs)]
     tasks = list(dict.fromkeys(task for run in runs for task in run["tasks"]))
     keys = found["differing"]["set"]
     ends = [end for run in runs for end in (run["score"]["ci95"] or [run["score"]["value"]])]
     room = (max(ends) - min(ends)) * 0.05 or abs(ends[0]) * 0.1 or 1.0
     low, high = max(0.0, min(ends) - room) if min(ends) >= 0 else min(ends) - room, max(ends) + room
-    if METRICS[main]["kind"] == "share":
+    if SCORES[main].is_share:
         high = min(1.0, high)
     show = shower(main)
     made = []
@@ -114,12 +114,12 @@ def rows(found: dict) -> dict:
             "settings": [_setting(one, key) for key in keys],
             "seconds": one["cost"]["seconds"], "price": money(one["cost"]), "price_value": one["cost"]["price"],
             "steps": one["steps"], "base": one["verdict"]["verdict"], "sentence": one["verdict"]["sentence"],
-            "base_by": "" if one["verdict"]["metric"] == main else METRICS[one["verdict"]["metric"]]["name"].lower(),
+            "base_by": "" if one["verdict"]["metric"] == main else SCORES[one["verdict"]["metric"]].label.lower(),
             "findings": findings(one),
         })  # fmt: skip
     return {
         "settings": [(key, key.rpartition(".")[2]) for key in keys],
-        "scores": [METRICS[metric]["name"] for metric in others],
+        "scores": [SCORES[metric].label for metric in others],
         "tasks": tasks,
         "axis": (show(low), show(high)),
         "priced": any(row["price"] for row in made),
@@ -192,20 +192,20 @@ def parallel(found: dict) -> dict | None:
         {"name": key.rpartition(".")[2], "values": [data.value_of(run, key) for run in runs], "flip": False}
         for key in keys[:MAX_AXES]
     ]
-    flip = METRICS[metric]["better"] == "lower"
-    scale = 100 if METRICS[metric]["kind"] == "share" else 1
+    flip = SCORES[metric].better == "lower"
+    scale = 100 if SCORES[metric].is_share else 1
     values = [scale * run["score"]["value"] for run in runs]
-    axes.append({"name": METRICS[metric]["name"] + (", %" if scale == 100 else ""), "values": values, "flip": flip})
+    axes.append({"name": SCORES[metric].label + (", %" if scale == 100 else ""), "values": values, "flip": flip})
     show = shower(metric)
     lines = [
         {
             "name": run["name"], "kind": kind(place), "run": place,
-            "title": f"{METRICS[metric]['name']} {show(run['score']['value'])}; "
+            "title": f"{SCORES[metric].label} {show(run['score']['value'])}; "
             + ", ".join(f"{key.rpartition('.')[2]} {_short(data.value_of(run, key), 30)}" for key in keys[:MAX_AXES]),
         }
         for place, run in enumerate(runs)
     ]  # fmt: skip
-    label = f"Parallel coordinates of {', '.join(keys[:MAX_AXES])} and {METRICS[metric]['name']}"
+    label = f"Parallel coordinates of {', '.join(keys[:MAX_AXES])} and {SCORES[metric].label}"
     return {"plot": plots.parallel(axes, lines, label), "left_out": keys[MAX_AXES:]}
 
 
@@ -223,15 +223,15 @@ def cost_plot(found: dict) -> dict | None:
         {
             "name": run["name"], "kind": kind(place), "run": place, "y": run["score"]["value"],
             "x": run["cost"]["price"] if priced else run["cost"]["seconds"] / per, "ci95": run["score"]["ci95"],
-            "title": f"{METRICS[metric]['name']} {show(run['score']['value'])}, {spent(run['cost'])}",
+            "title": f"{SCORES[metric].label} {show(run['score']['value'])}, {spent(run['cost'])}",
         }
         for place, run in enumerate(runs)
     ]  # fmt: skip
     x_name = f"price, {currencies.pop()}" if priced else f"time of all stages, {unit}"
-    label = f"{METRICS[metric]['name']} of every run against its cost"
+    label = f"{SCORES[metric].label} of every run against its cost"
     # The axis needs no more digits than its ticks have.
-    axis = partial(percent, digits=0) if METRICS[metric]["kind"] == "share" else number
-    return {"plot": plots.scatter(points, x_name, axis, label, METRICS[metric]["better"] == "lower")}
+    axis = partial(percent, digits=0) if SCORES[metric].is_share else number
+    return {"plot": plots.scatter(points, x_name, axis, label, SCORES[metric].better == "lower")}
 
 
 def chosen(found: dict) -> dict | None:
@@ -245,7 +245,7 @@ def chosen(found: dict) -> dict | None:
 def table(found: dict) -> str:
     """The comparison as CSV, a row a run: full precision, an empty cell where there is nothing to say."""
     runs, main, keys = found["runs"], found["metric"], found["differing"]["set"] + found["differing"]["chosen"]
-    metrics = [metric for metric in METRICS if any(metric in run["scores"] for run in runs)]
+    metrics = [metric for metric in SCORES if any(metric in run["scores"] for run in runs)]
     tasks = list(dict.fromkeys(task for run in runs for task in run["tasks"]))
     made = []
     for one in runs:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from adder.evaluation.metrics import SCORES
 from adder.report.comparison.facts import refused
 from adder.report.formatting import NO_BREAK, duration, number, percent
-from adder.report.scores import METRICS
 
 
 def sentence(found: dict) -> str:
@@ -24,7 +24,7 @@ def advice(found: dict) -> list[str]:
     if verdict["tied"]:
         said += _equals(found)
     elif verdict["word"] == "can't tell":
-        score = "highest" if METRICS[found["metric"]]["better"] == "higher" else "lowest"
+        score = "highest" if SCORES[found["metric"]].better == "higher" else "lowest"
         said.append(f"{best['name']} has the {score} score of them, so take it if nothing else decides.")
         if verdict["needed_n"]:
             rows = float(f"{verdict['needed_n']:.1e}")  # more digits would pretend to a precision that it hasn't
@@ -54,12 +54,12 @@ def listed(names: Sequence[str]) -> str:
 
 def shower(metric: str) -> Callable[[float | None], str]:
     """How a score is written: shares in per cent."""
-    return percent if METRICS[metric]["kind"] == "share" else number
+    return percent if SCORES[metric].is_share else number
 
 
 def change(value: float, metric: str, unit: bool = True, signed: bool = True) -> str:
     """A difference of scores; of shares in percentage points."""
-    share = METRICS[metric]["kind"] == "share"
+    share = SCORES[metric].is_share
     value = (round(100 * value, 1) if share else value) + 0.0  # no minus before a zero
     text = (f"{value:.1f}" if share else number(value)).replace("-", "−")
     return ("+" if signed and value > 0 else "") + text + (f"{NO_BREAK}points" if share and unit else "")
@@ -84,13 +84,13 @@ def _sure(found: dict) -> str:
     """The best run is better than all others by more than chance."""
     metric, best, others = found["metric"], found["runs"][0], found["runs"][1:]
     next_best = next((run for run in others if not refused(run)), None)
-    score = f"its {lower(METRICS[metric]['name'])} of {shower(metric)(best['score']['value'])}"
+    score = f"its {lower(SCORES[metric].label)} of {shower(metric)(best['score']['value'])}"
     if next_best is None:
         return f"Use {best['name']}, with {score}: all others lost more than they may in a guarded task."
     difference = next_best["against_best"]
     ends = [change(end, metric, unit=False, signed=False) for end in sorted(map(abs, difference["ci95"]))]
     by = change(abs(difference["value"]), metric, signed=False)
-    side = "above" if METRICS[metric]["better"] == "higher" else "below"
+    side = "above" if SCORES[metric].better == "higher" else "below"
     name = f"the next, {next_best['name']}" if len(others) > 1 else next_best["name"]
     how = f"{by} {side} that of {name} (95 % interval {ends[0]} to {ends[1]})"
     if not difference["paired"]:
@@ -103,12 +103,12 @@ def _unsure(found: dict) -> str:
     """The best can't be told from its rivals."""
     metric, runs, rivals = found["metric"], {run["name"]: run for run in found["runs"]}, found["verdict"]["rivals"]
     best, nearest = runs[found["verdict"]["run"]], runs[rivals[0]]
-    own = f"{lower(METRICS[metric]['name'])} is {shower(metric)(best['score']['value'])}"
+    own = f"{lower(SCORES[metric].label)} is {shower(metric)(best['score']['value'])}"
     if found["verdict"]["same_model"] == rivals:
         return f"{listed([best['name'], *rivals])} are one and the same model: {own}, {_on_rows(found)}."
     scores = " and ".join(shower(metric)(run["score"]["value"]) for run in (best, nearest))
     of_which = f" for {nearest['name']}" if len(rivals) > 1 else ""
-    which = f"{lower(METRICS[metric]['name'])} is {scores}{of_which}"
+    which = f"{lower(SCORES[metric].label)} is {scores}{of_which}"
     if found["verdict"]["tied"]:
         which = f"{own} for {listed([best['name'], *found['verdict']['tied']])} alike"
     doubt = _doubt(nearest["against_best"], metric, len(runs))
@@ -123,7 +123,7 @@ def _doubt(difference: dict, metric: str, runs: int) -> str:
         return "there are no scores row by row to say how large a difference chance makes"
     low, high = (-end for end in reversed(difference["ci95"]))
     if low <= 0 <= high:
-        unit = " points" if METRICS[metric]["kind"] == "share" else ""
+        unit = " points" if SCORES[metric].is_share else ""
         ends = f"{change(low, metric, unit=False)} to {change(high, metric, unit=False)}{unit}"
         return f"the 95 % interval of the difference, {ends}, leaves it open"
     return f"among {runs} runs a difference as small as this could come up by chance"
