@@ -353,7 +353,7 @@ def by_simple_evaluate(folder, rows, stop, limit):
 @pytest.mark.parametrize("taught", [False, True])
 def test_replies_and_score_are_those_of_lm_evals_default_path(tmp_path, tiny_model_dir, monkeypatch, loop, taught):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(evaluate.hardware, "compute_dtype", lambda device: Choice("float32", "for this test"))
+    monkeypatch.setattr(evaluate.precision, "compute_dtype", lambda device: Choice("float32", "for this test"))
     inputs = make_inputs(tmp_path / "in", tiny_model_dir, conversations()[:3])
     if taught:
         teach(inputs, conversations()[1]["messages"][-1]["content"])

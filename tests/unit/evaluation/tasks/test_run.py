@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
+from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json, write_jsonl
 from adder.core.progress import Progress
@@ -120,7 +121,7 @@ def own_tasks(tmp_path):
 @pytest.fixture
 def in_fp32(monkeypatch):
     """Scores to compare need one arithmetic."""
-    monkeypatch.setattr(tasks.hardware, "compute_dtype", lambda device: tasks.hardware.Choice("float32", "as set"))
+    monkeypatch.setattr(tasks.precision, "compute_dtype", lambda device: Choice("float32", "as set"))
 
 
 def run(inputs, out, **settings):
