@@ -221,10 +221,10 @@ def loss_function(model, arm: str):
 
     def by_adder(batch: dict) -> torch.Tensor:
         """The package's own."""
-        from adder.kernels.lm_head_loss import frozen_head_losses
+        from adder.kernels.lm_head_loss import frozen_lm_head_losses
 
         hidden, target = hidden_and_target(batch)
-        return frozen_head_losses(hidden, bare.lm_head.weight, None, target).mean()
+        return frozen_lm_head_losses(hidden, bare.lm_head.weight, None, target).mean()
 
     if arm == "padded_script":
         return by_transformers

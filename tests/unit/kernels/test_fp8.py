@@ -12,7 +12,7 @@ import torch
 
 from adder.kernels import fp8
 from adder.kernels.fused_lora import attach, autograd_functions
-from adder.kernels.rope import rotate
+from adder.kernels.rope import apply_rope
 from fp8_cases import SHAPE, cosine
 from fused_lora_cases import FAMILIES, LENGTHS, batch_of, errors, family, on_gpu, step, with_adapter, worst_error
 
@@ -26,7 +26,7 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_quantised_rows_use_the_whole_range():
     x = torch.randn(9, 200) * torch.logspace(-8, 8, 9)[:, None]
     rows = fp8.quantise(x)
-    assert rows.values.float().abs().amax(-1).eq(fp8.LARGEST).all()
+    assert rows.values.float().abs().amax(-1).eq(fp8.FP8_MAX).all()
     assert (rows.dequantised() - x).norm(dim=-1).div(x.norm(dim=-1)).max() < 0.035
     assert torch.equal(fp8.quantise(torch.zeros(2, 16)).dequantised(), torch.zeros(2, 16))
 
@@ -37,7 +37,7 @@ def test_a_product_is_off_by_two_roundings(direction):
     side = getattr(fp8.Fp8Weight(weight), direction)
     matrix = weight if direction == "forward" else weight.t()
     x = torch.randn(50, matrix.shape[1])
-    assert off(fp8.product(fp8.quantise(x), side, torch.float32), x @ matrix.t()) < TWO_ROUNDINGS
+    assert off(fp8.matmul(fp8.quantise(x), side, torch.float32), x @ matrix.t()) < TWO_ROUNDINGS
 
 
 def test_weights_take_two_bytes_a_number():
@@ -71,10 +71,10 @@ def test_lora_s_own_share_is_not_in_fp8():
     assert worst_error(found, expected) < 1e-4
 
 
-def launches_of_gated_rows(monkeypatch) -> list:
-    """A list that grows by one with each forward pass of an MLP that gated_rows makes."""
-    calls, run = [], autograd_functions.gated_rows
-    monkeypatch.setattr(autograd_functions, "gated_rows", lambda *args: calls.append(1) or run(*args))
+def launches_of_lora_swiglu_fp8(monkeypatch) -> list:
+    """A list that grows by one with each forward pass of an MLP that lora_swiglu_fp8 makes."""
+    calls, run = [], autograd_functions.lora_swiglu_fp8
+    monkeypatch.setattr(autograd_functions, "lora_swiglu_fp8", lambda *args: calls.append(1) or run(*args))
     return calls
 
 
@@ -87,10 +87,10 @@ def test_an_mlp_without_the_share_in_gate_up_is_the_same(modules, monkeypatch):
     """To fp32 rounding, and what that moves across a boundary of fp8's."""
     model = with_adapter(family("Llama", **SHAPE, mlp_bias=True), target_modules=modules)
     attach.attach(model, products="fp8")
-    batch, calls = batch_of(9, 23), launches_of_gated_rows(monkeypatch)
+    batch, calls = batch_of(9, 23), launches_of_lora_swiglu_fp8(monkeypatch)
     found = step(model, batch)
     assert len(calls) == 2
-    monkeypatch.setattr(autograd_functions, "WIDEST_RANK", -1)
+    monkeypatch.setattr(autograd_functions, "MAX_FUSED_RANK", -1)
     expected = step(model, batch)
     assert len(calls) == 2
     assert found[0] == pytest.approx(expected[0], rel=1e-4) and worst_error(found[1], expected[1]) < 5e-3
@@ -100,7 +100,7 @@ def test_an_mlp_without_the_share_in_gate_up_is_the_same(modules, monkeypatch):
 def test_an_mlp_beyond_the_kernel_takes_several(changes, monkeypatch):
     model = with_adapter(family("Llama", **SHAPE), **changes).train()
     attach.attach(model, products="fp8")
-    calls = launches_of_gated_rows(monkeypatch)
+    calls = launches_of_lora_swiglu_fp8(monkeypatch)
     step(model, batch_of(9, 23))
     assert not calls
     model.eval()
@@ -118,11 +118,11 @@ def test_queries_and_keys_turned_by_the_launch_that_adds_are_the_same(name, laun
 
     def in_two(y, low_rank, b, bias, cos, sin, size, turned):
         calls.append(1)
-        fp8.add_low_rank(y, low_rank, b, None, bias)
+        fp8.add_lora(y, low_rank, b, None, bias)
         heads = y.unflatten(1, (-1, size))[:, :turned]
-        rotate(heads, cos, sin)
+        apply_rope(heads, cos, sin)
 
-    monkeypatch.setattr(autograd_functions, "add_low_rank_and_rotate", in_two)
+    monkeypatch.setattr(autograd_functions, "add_lora_and_rope", in_two)
     expected = step(model, batch)
     assert len(calls) == launches
     assert found[0] == pytest.approx(expected[0], rel=1e-4) and worst_error(found[1], expected[1]) < 5e-3
@@ -219,18 +219,18 @@ def test_fp8_on_a_gpu_is_its_reference(name):
 
 def test_remembered_values_serve_what_they_were_made_of_alone():
     x, rows = torch.randn(4, 32), object()
-    fp8.remember(x, rows)
-    assert fp8.quantised(x.view(2, 2, 32).view(4, 32)) is rows  # as autograd hands it on
-    assert fp8.quantised(x) is not rows  # only once
-    fp8.remember(x, rows)
-    assert fp8.quantised(x.clone()) is not rows
-    fp8.remember(x, rows)
+    fp8.cache_fp8(x, rows)
+    assert fp8.quantise_cached(x.view(2, 2, 32).view(4, 32)) is rows  # as autograd hands it on
+    assert fp8.quantise_cached(x) is not rows  # only once
+    fp8.cache_fp8(x, rows)
+    assert fp8.quantise_cached(x.clone()) is not rows
+    fp8.cache_fp8(x, rows)
     x += 1
-    assert fp8.quantised(x) is not rows
-    fp8.remember(x, rows)
-    assert fp8.quantised(x[:2]) is not rows and fp8.quantised(x) is not rows
-    fp8.remember(x.clone(), rows)  # which is gone at once, and x may come to lie where it lay
-    assert fp8.quantised(x) is not rows
+    assert fp8.quantise_cached(x) is not rows
+    fp8.cache_fp8(x, rows)
+    assert fp8.quantise_cached(x[:2]) is not rows and fp8.quantise_cached(x) is not rows
+    fp8.cache_fp8(x.clone(), rows)  # which is gone at once, and x may come to lie where it lay
+    assert fp8.quantise_cached(x) is not rows
 
 
 def test_gradients_are_quantised_where_they_are_written(monkeypatch):

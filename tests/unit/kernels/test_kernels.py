@@ -44,7 +44,7 @@ def test_norm_kernels(dtype, size, plus_one):
     for residual in (None, random(*size, dtype=dtype)):
         grad = random(*size, dtype=dtype, gap=48)
         exact_grad = grad.float()
-        found, rows = rmsnorm.rms_norm_backward(grad, x, weight, inverse, plus_one, residual, quantised=True)
+        found, rows = rmsnorm.rms_norm_backward(grad, x, weight, inverse, plus_one, residual, with_fp8=True)
         wide = None if residual is None else residual.float()
         expected, _ = rmsnorm.rms_norm_backward_reference(
             exact_grad, x.float(), weight.float(), inverse, plus_one, wide
@@ -72,15 +72,15 @@ def test_gated_kernels(dtype, size, activation, ranks, dropout):
     (rows, width), (down, *others) = size, ranks
     gate_up = random(rows, 2 * width, dtype=dtype) * 2
     out, exact = random(*size, dtype=dtype, gap=48), torch.empty(*size, device=DEVICE)
-    swiglu.gated_into(gate_up, activation, out)
-    swiglu.gated_into_reference(gate_up.float(), activation, exact)
+    swiglu.swiglu_into(gate_up, activation, out)
+    swiglu.swiglu_into_reference(gate_up.float(), activation, exact)
     assert off(out, exact) < ROUNDING[dtype]
     pair = (random(rows, down, dtype=dtype, gap=5), random(down, width, dtype=dtype)) if down else None
     low_rank = [random(rows, rank, dtype=dtype, gap=9) if rank else None for rank in others]
     grad = random(*size, dtype=dtype, gap=48)
     arguments = (grad, activation, pair, *low_rank, dropout)
-    expected, thin = swiglu.gated_backward_reference(gate_up.float(), *arguments)
-    found, thin_found = swiglu.gated_backward(gate_up, *arguments)
+    expected, thin = swiglu.swiglu_backward_reference(gate_up.float(), *arguments)
+    found, thin_found = swiglu.swiglu_backward(gate_up, *arguments)
     assert off(found, expected) < ROUNDING[dtype]
     for name, matrix in vars(thin).items():
         if matrix is None:
@@ -89,11 +89,11 @@ def test_gated_kernels(dtype, size, activation, ranks, dropout):
             assert off(getattr(thin_found, name), matrix) < ROUNDING[dtype], name
 
 
-def left_out_of(rows, width, gate, up, biased, dtype) -> tuple[list, swiglu.LeftOut]:
+def left_out_of(rows, width, gate, up, biased, dtype) -> tuple[list, swiglu.DeferredLora]:
     """x·Aᵀ of gate and up, and what gate_up lacks: B as it stands in a group's matrix, beside another's columns."""
     low_rank = [random(rows, rank, dtype=dtype, gap=9) if rank else None for rank in (gate, up)]
     b = [random(width, rank, dtype=dtype, gap=7) if rank else None for rank in (gate, up)]
-    return low_rank, swiglu.LeftOut(*b, random(2 * width, dtype=dtype) if biased else None)
+    return low_rank, swiglu.DeferredLora(*b, random(2 * width, dtype=dtype) if biased else None)
 
 
 left_out = pytest.mark.parametrize(
@@ -111,15 +111,15 @@ left_out = pytest.mark.parametrize(
 @product_types
 @pytest.mark.parametrize("size", SIZES)
 @left_out
-def test_gated_rows_kernel(dtype, size, activation, ranks, biased):
+def test_lora_swiglu_fp8_kernel(dtype, size, activation, ranks, biased):
     """The errors of three roundings: of gate_up, of what comes of it, of its product."""
     (rows, width), (down, *others) = size, ranks
     gate_up, a = random(rows, 2 * width, dtype=dtype), random(down, width, dtype=dtype)
     low_rank, lacking = left_out_of(*size, *others, biased, dtype)
-    found, low_found = swiglu.gated_rows(gate_up, activation, *low_rank, lacking, a)
-    _, exact = swiglu.gated_rows_reference(gate_up.float(), activation, *low_rank, lacking, a)
+    found, low_found = swiglu.lora_swiglu_fp8(gate_up, activation, *low_rank, lacking, a)
+    _, exact = swiglu.lora_swiglu_fp8_reference(gate_up.float(), activation, *low_rank, lacking, a)
     assert low_found.shape == (rows, down) and (not down or off(low_found, exact) < 2 * ROUNDING[dtype])
-    expected, _ = swiglu.gated_rows_reference(gate_up, activation, *low_rank, lacking, a)
+    expected, _ = swiglu.lora_swiglu_fp8_reference(gate_up, activation, *low_rank, lacking, a)
     assert off(found.scales, expected.scales) < ROUNDING[dtype]
     assert torch.isfinite(found.values.float()).all()
     if not triton_utils.INTERPRETED:  # see assert_same_fp8
@@ -138,8 +138,8 @@ def test_gated_backward_kernel_adds_what_gate_up_lacks(dtype, size, activation, 
     low_rank, lacking = left_out_of(*size, *others, biased, dtype)
     pair = (random(rows, down, dtype=dtype), random(down, width, dtype=dtype)) if down else None
     arguments = (grad, activation, pair, *low_rank, None, lacking)
-    expected, thin = swiglu.gated_backward_reference(gate_up.float(), *arguments)
-    found, thin_found = swiglu.gated_backward(gate_up, *arguments)
+    expected, thin = swiglu.swiglu_backward_reference(gate_up.float(), *arguments)
+    found, thin_found = swiglu.swiglu_backward(gate_up, *arguments)
     assert off(found, expected) < 2 * ROUNDING[dtype]
     for name, matrix in vars(thin).items():
         assert (matrix is None) == (getattr(thin_found, name) is None)
@@ -159,9 +159,9 @@ def test_forward_and_backward_have_the_same_hidden_numbers(dtype, activation, ra
     gate_up, grad = random(rows, 2 * width, dtype=dtype), random(rows, width, dtype=dtype)
     low_rank, lacking = left_out_of(rows, width, rank, rank, True, dtype)
     one = torch.eye(64, dtype=dtype, device=DEVICE)
-    found, hidden = swiglu.gated_rows(gate_up, activation, *low_rank, lacking, one)
+    found, hidden = swiglu.lora_swiglu_fp8(gate_up, activation, *low_rank, lacking, one)
     pair = (one[:rows, :16].contiguous(), random(16, width, dtype=dtype))
-    _, thin = swiglu.gated_backward(gate_up, grad, activation, pair, *low_rank, None, lacking)
+    _, thin = swiglu.swiglu_backward(gate_up, grad, activation, pair, *low_rank, None, lacking)
     difference = (hidden.float() - thin.down_a[:rows]).abs()
     assert (difference <= 2 * torch.finfo(dtype).eps * hidden.float().abs()).all()
     assert (difference > 0).float().mean() < 0.02
@@ -176,8 +176,8 @@ def test_rotary_kernel(dtype, heads, size):
     angles = torch.randn(13, size // 2, device=DEVICE).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     exact = source.float()
-    rope.rotate_reference(exact, cos.float(), sin.float())
-    rope.rotate(source, cos, sin)
+    rope.apply_rope_reference(exact, cos.float(), sin.float())
+    rope.apply_rope(source, cos, sin)
     assert off(source, exact) < ROUNDING[dtype]
 
 
@@ -193,15 +193,15 @@ def test_turning_back_kernel(dtype, heads, groups, size, turned):
     angles = torch.randn(13, size // 2, device=DEVICE).repeat(1, 2)
     tables = (angles.cos().to(dtype), angles.sin().to(dtype)) if turned else (None, None)
     wide = [None if table is None else table.float() for table in tables]
-    exact, _ = rope.turn_back_reference(tuple(x.float() for x in (query, key, value)), *wide)
-    found, rows = rope.turn_back((query, key, value), *tables, quantised=True)
+    exact, _ = rope.rope_backward_reference(tuple(x.float() for x in (query, key, value)), *wide)
+    found, rows = rope.rope_backward((query, key, value), *tables, with_fp8=True)
     assert off(found, exact) < ROUNDING[dtype]
     assert_same_fp8(rows, fp8.quantise_reference(found))
-    plain, rows = rope.turn_back((query, key, value), *tables)
+    plain, rows = rope.rope_backward((query, key, value), *tables)
     assert rows is None and torch.equal(plain, found)
     if turned:
         both = plain[:, : (heads + groups) * size].unflatten(1, (-1, size))
-        rope.rotate(both, *tables)
+        rope.apply_rope(both, *tables)
         assert off(both, torch.cat([query, key], 1).float()) < 2 * ROUNDING[dtype]
 
 
@@ -216,10 +216,10 @@ def test_low_rank_and_rotary_kernel(dtype, heads, turned, size, rank, biased):
     angles = torch.randn(39, size // 2, device=DEVICE).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     exact = y.float()
-    rope.add_low_rank_and_rotate_reference(exact, low_rank, b, bias, cos, sin, size, turned)
+    rope.add_lora_and_rope_reference(exact, low_rank, b, bias, cos, sin, size, turned)
     plain = y.float()
-    fp8.add_low_rank_reference(plain, low_rank, b, None, bias)
-    rope.add_low_rank_and_rotate(y, low_rank, b, bias, cos, sin, size, turned)
+    fp8.add_lora_reference(plain, low_rank, b, None, bias)
+    rope.add_lora_and_rope(y, low_rank, b, bias, cos, sin, size, turned)
     assert off(y, exact) < ROUNDING[dtype]
     values = slice(turned * size, None)
     assert turned == heads or off(y[:, values], plain[:, values]) < ROUNDING[dtype]
@@ -236,15 +236,15 @@ def test_dropout_kernels(dtype, size, rank):
     x, a = random(*size, dtype=dtype, gap=64), random(rank, width, dtype=dtype)
     grad = random(rows, rank, dtype=dtype, gap=8)
     out, exact = random(rows, rank, dtype=dtype, gap=3), torch.empty(rows, rank, device=DEVICE)
-    dropout_kernels.dropped_product(x, a, seed, p, out)
-    dropout_kernels.dropped_product_reference(x.float(), a.float(), seed, p, exact)
+    dropout_kernels.dropout_matmul(x, a, seed, p, out)
+    dropout_kernels.dropout_matmul_reference(x.float(), a.float(), seed, p, exact)
     assert off(out, exact) < ROUNDING[dtype]
-    expected = dropout_kernels.dropped_weight_grad_reference(grad.float(), x.float(), seed, p)
-    assert off(dropout_kernels.dropped_weight_grad(grad, x, seed, p), expected) < 1e-5
+    expected = dropout_kernels.dropout_matmul_grad_a_reference(grad.float(), x.float(), seed, p)
+    assert off(dropout_kernels.dropout_matmul_grad_a(grad, x, seed, p), expected) < 1e-5
     total = random(*size, dtype=dtype, gap=64)
     exact = total.float()
-    dropout_kernels.add_dropped_input_grad_reference(exact, grad.float(), a.float(), seed, p)
-    dropout_kernels.add_dropped_input_grad(total, grad, a, seed, p)
+    dropout_kernels.add_dropout_matmul_grad_x_reference(exact, grad.float(), a.float(), seed, p)
+    dropout_kernels.add_dropout_matmul_grad_x(total, grad, a, seed, p)
     assert off(total, exact) < ROUNDING[dtype]
 
 
@@ -262,7 +262,7 @@ def test_dequantisation_kernel(dtype, nested, kind):
     assert off(out, dequantize_4bit(packed, state)) <= (ROUNDING[dtype] if triton_utils.INTERPRETED else 0)
 
 
-def assert_same_fp8(found: fp8.Fp8Rows, expected: fp8.Fp8Rows) -> None:
+def assert_same_fp8(found: fp8.RowwiseFp8, expected: fp8.RowwiseFp8) -> None:
     """Scales within fp32's rounding; of the values one in a thousand, near the middle of two, may be the other one."""
     assert off(found.scales, expected.scales) < 1e-6
     assert torch.isfinite(found.values.float()).all()
@@ -282,7 +282,7 @@ def test_fp8_kernel(dtype, size):
     found = fp8.quantise(x)
     assert_same_fp8(found, fp8.quantise_reference(x))
     if not triton_utils.INTERPRETED:
-        assert found.values.float().abs().amax(-1).eq(fp8.LARGEST).all()
+        assert found.values.float().abs().amax(-1).eq(fp8.FP8_MAX).all()
     assert not fp8.quantise(torch.zeros_like(x)).values.float().any()
 
 
@@ -293,7 +293,7 @@ def test_fp8_kernel(dtype, size):
 )
 def test_kernel_that_quantises_and_multiplies(dtype, size, rank):
     x, b = random(*size, dtype=dtype), random(size[1], rank, dtype=dtype, gap=8)
-    found, product = fp8.quantise_and_multiply(x, x.float().abs().amax(-1), b)
+    found, product = fp8.quantise_and_matmul(x, x.float().abs().amax(-1), b)
     assert_same_fp8(found, fp8.quantise_reference(x))
     assert product.shape == (size[0], rank) and product.dtype == dtype
     assert not rank or off(product, x.float() @ b.float()) < ROUNDING[dtype]
@@ -314,12 +314,12 @@ def test_kernels_that_quantise_write_the_fp8_of_what_they_write(dtype, size):
     x, weight = random(*size, dtype=dtype), random(size[1], dtype=dtype)
     plain, out = torch.empty_like(x), random(*size, dtype=dtype, gap=48)
     rmsnorm.rms_norm_into(x, weight, 1e-5, False, plain)
-    _, found = rmsnorm.rms_norm_into(x, weight, 1e-5, False, out, quantised=True)
+    _, found = rmsnorm.rms_norm_into(x, weight, 1e-5, False, out, with_fp8=True)
     assert torch.equal(out, plain)
     assert_same_fp8(found, fp8.quantise_reference(out))
     gate_up = random(size[0], 2 * size[1], dtype=dtype)
-    swiglu.gated_into(gate_up, "silu", plain)
-    found = swiglu.gated_into(gate_up, "silu", out, quantised=True)
+    swiglu.swiglu_into(gate_up, "silu", plain)
+    found = swiglu.swiglu_into(gate_up, "silu", out, with_fp8=True)
     assert torch.equal(out, plain)
     assert_same_fp8(found, fp8.quantise_reference(out))
 
@@ -333,8 +333,8 @@ def test_low_rank_kernel(dtype, rows, width, rank, more):
     low_rank, b = random(rows, rank, dtype=dtype, gap=5), random(width, rank, dtype=dtype, gap=9)
     options = (residual, bias) if more else (None, None)
     exact = y.float()
-    fp8.add_low_rank_reference(exact, low_rank, b, *options)
-    fp8.add_low_rank(y, low_rank, b, *options)
+    fp8.add_lora_reference(exact, low_rank, b, *options)
+    fp8.add_lora(y, low_rank, b, *options)
     assert off(y, exact) < ROUNDING[dtype]
 
 
@@ -348,4 +348,4 @@ def test_fp8_product(tokens, outputs, inputs):
     weight = fp8.Fp8Weight(random(outputs, inputs, dtype=torch.bfloat16))
     for side, width in ((weight.forward, inputs), (weight.backward, outputs)):
         rows = fp8.quantise(random(tokens, width, dtype=torch.bfloat16))
-        assert off(fp8.product(rows, side, torch.bfloat16), fp8.product_reference(rows, side)) < 6e-3
+        assert off(fp8.matmul(rows, side, torch.bfloat16), fp8.matmul_reference(rows, side)) < 6e-3

@@ -21,13 +21,13 @@ def reference(hidden, weight, bias, target, weights):
 @pytest.mark.parametrize("bias", [False, True])
 def test_losses_and_gradients_are_torch_s(monkeypatch, tokens, bias):
     """Weighted token by token, as DFT weights them; in chunks of 128."""
-    monkeypatch.setattr(lm_head_loss, "LOGITS", 128 * 97)
+    monkeypatch.setattr(lm_head_loss, "CHUNK_LOGITS", 128 * 97)
     hidden, weight = torch.randn(tokens, 24), torch.randn(97, 24)
     shift = torch.randn(97) if bias else None
     target, weights = torch.randint(97, (tokens,)), torch.rand(tokens)
     expected, expected_grad = reference(hidden, weight, shift, target, weights)
     hidden.requires_grad_()
-    losses = lm_head_loss.frozen_head_losses(hidden, weight, shift, target)
+    losses = lm_head_loss.frozen_lm_head_losses(hidden, weight, shift, target)
     (losses * weights).sum().backward()
     assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(hidden.grad, expected_grad, rtol=1e-4, atol=1e-5)
@@ -36,7 +36,7 @@ def test_losses_and_gradients_are_torch_s(monkeypatch, tokens, bias):
 def test_an_evaluation_makes_no_gradient():
     hidden, weight = torch.randn(9, 24, requires_grad=True), torch.randn(50, 24)
     with torch.no_grad():
-        losses = lm_head_loss.frozen_head_losses(hidden, weight, None, torch.randint(50, (9,)))
+        losses = lm_head_loss.frozen_lm_head_losses(hidden, weight, None, torch.randint(50, (9,)))
     assert not losses.requires_grad
 
 
@@ -45,19 +45,19 @@ def test_chunks_cover_every_token_once():
         chunks = lm_head_loss._chunks(tokens, vocabulary)
         numbers = [i for chunk in chunks for i in range(chunk.start, chunk.stop)]
         assert numbers == list(range(tokens))
-        assert all(chunk.stop - chunk.start <= max(128, lm_head_loss.LOGITS // vocabulary) for chunk in chunks)
+        assert all(chunk.stop - chunk.start <= max(128, lm_head_loss.CHUNK_LOGITS // vocabulary) for chunk in chunks)
 
 
 def test_where_it_applies(monkeypatch):
     head, hidden = torch.nn.Linear(8, 16), torch.randn(2, 8)
     assert (
-        not lm_head_loss.applies(head.requires_grad_(False), hidden) or triton_utils.INTERPRETED
+        not lm_head_loss.can_fuse(head.requires_grad_(False), hidden) or triton_utils.INTERPRETED
     )  # no kernels on a CPU
     monkeypatch.setattr(lm_head_loss, "runs_kernels", lambda tensor: True)
-    assert lm_head_loss.applies(head, hidden)
-    assert not lm_head_loss.applies(head, hidden.half())
-    assert not lm_head_loss.applies(head.requires_grad_(True), hidden)
-    assert not lm_head_loss.applies(torch.nn.Sequential(head), hidden)
+    assert lm_head_loss.can_fuse(head, hidden)
+    assert not lm_head_loss.can_fuse(head, hidden.half())
+    assert not lm_head_loss.can_fuse(head.requires_grad_(True), hidden)
+    assert not lm_head_loss.can_fuse(torch.nn.Sequential(head), hidden)
 
 
 @kernel
@@ -88,8 +88,8 @@ def test_head_loss_on_a_gpu(dtype):
     hidden.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    losses = lm_head_loss.frozen_head_losses(hidden, weight, None, target)
+    losses = lm_head_loss.frozen_lm_head_losses(hidden, weight, None, target)
     (losses * weights).sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < 2 * 2 * lm_head_loss.LOGITS + 2**26
+    assert torch.cuda.max_memory_allocated() - before < 2 * 2 * lm_head_loss.CHUNK_LOGITS + 2**26
     assert off(losses.detach(), exact) < 1.3 * off(usual, exact) + 1e-4
     assert off(hidden.grad, exact_grad) < 1.3 * off(usual_grad, exact_grad) + 1e-3

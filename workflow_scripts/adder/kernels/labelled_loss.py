@@ -43,8 +43,8 @@ def own_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> torch.
     mask = target != -100
     hidden, target = hidden[:, :-1][mask], target[mask]
     head = model.get_output_embeddings()
-    if lm_head_loss.applies(head, hidden):
-        return lm_head_loss.frozen_head_losses(hidden, head.weight, head.bias, target)
+    if lm_head_loss.can_fuse(head, hidden):
+        return lm_head_loss.frozen_lm_head_losses(hidden, head.weight, head.bias, target)
     parts = [
         torch.nn.functional.cross_entropy(head(h).float(), t, reduction="none")
         for h, t in zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from adder.kernels.triton_utils import Tile, jit, tl, width_of
+from adder.kernels.triton_utils import Tile, jit, next_power_of_2, tl
 
 
 def tiles_for(size: int) -> tuple[Tile, Tile, Tile]:
@@ -46,7 +46,7 @@ class PackedAttention(torch.autograd.Function):
         sums = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
         tile, *ctx.tiles = tiles_for(size)
         ctx.arguments, ctx.listed = _arguments(query, key, value, scale, window, cap), listed
-        table = listed(heads // key.shape[1], tile.rows, False)
+        table = listed(heads // key.shape[1], tile.block_m, False)
         _launch(_forward, tile, key.shape[1], table, (query, key, value, out, sums), ctx.arguments)
         ctx.save_for_backward(query, key, value, out, sums)
         return out
@@ -60,10 +60,10 @@ class PackedAttention(torch.autograd.Function):
         grad = grad.contiguous()
         d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
         shares = torch.empty_like(sums)
-        table = ctx.listed(query.shape[1] // groups, for_query.rows, False)
+        table = ctx.listed(query.shape[1] // groups, for_query.block_m, False)
         tensors = (query, key, value, out, sums, shares, grad, d_query)
         _launch(_to_queries, for_query, groups, table, tensors, ctx.arguments)
-        table = ctx.listed(1, for_key.columns, True)
+        table = ctx.listed(1, for_key.block_n, True)
         tensors = (query, key, value, sums, shares, grad, d_key, d_value)
         _launch(_to_keys, for_key, groups, table, tensors, ctx.arguments)
         return d_query, d_key, d_value, None, None, None, None
@@ -73,14 +73,14 @@ def _arguments(query, key, value, scale: float, window: int | None, cap: float |
     """What every kernel takes between its tensors and its tile: strides, numbers, and what it is compiled for."""
     heads, size = query.shape[1:]
     strides = (n for x in (query, key, value) for n in x.stride()[:2])
-    constants = (heads, heads // key.shape[1], size, width_of(size), window is not None, cap is not None)
+    constants = (heads, heads // key.shape[1], size, next_power_of_2(size), window is not None, cap is not None)
     return *strides, scale, window or 0, cap or 0.0, *constants
 
 
 def _launch(kernel, tile: Tile, groups: int, table: torch.Tensor, tensors: tuple, arguments: tuple) -> None:
     """A program for each block of `table` and each key-value head."""
     kernel[(len(table), groups)](
-        *tensors, table, *arguments, tile.rows, tile.columns, num_warps=tile.warps, num_stages=tile.stages
+        *tensors, table, *arguments, tile.block_m, tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages
     )
 
 
@@ -104,7 +104,7 @@ def block_list(ends: torch.Tensor, tokens: int, rows: int, block: int, first_is_
 
 
 @jit
-def _scores(product, scale, cap, CAP: tl.constexpr):
+def _scores(product: tl.tensor, scale: tl.tensor, cap: tl.tensor, CAP: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Scores in base 2, from the products of queries and keys; and the slope that a cap gives them."""
     slope = 1.0
     if CAP:
@@ -117,7 +117,7 @@ def _scores(product, scale, cap, CAP: tl.constexpr):
 
 
 @jit
-def _seen(distance, window, WINDOW: tl.constexpr):
+def _seen(distance: tl.tensor, window: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
     """Whether a token sees a key that stands `distance` tokens before it."""
     seen = distance >= 0
     if WINDOW:
@@ -126,7 +126,18 @@ def _seen(distance, window, WINDOW: tl.constexpr):
 
 
 @jit
-def _soften(product, seen, v, most, total, acc, scale, cap, MASKED: tl.constexpr, CAP: tl.constexpr):
+def _soften(
+    product: tl.tensor,
+    seen: tl.tensor,
+    v: tl.tensor,
+    most: tl.tensor,
+    total: tl.tensor,
+    acc: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    MASKED: tl.constexpr,
+    CAP: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """One block of the running softmax: the rows' highest score, the sums of weights and of weighted values."""
     if MASKED or CAP:
         score, _ = _scores(product, scale, cap, CAP)
@@ -145,21 +156,21 @@ def _soften(product, seen, v, most, total, acc, scale, cap, MASKED: tl.constexpr
 
 @jit
 def _forward(
-    Q,
-    K,
-    V,
-    OUT,
-    SUMS,
-    TABLE,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    scale,
-    window,
-    cap,
+    Q: tl.tensor,
+    K: tl.tensor,
+    V: tl.tensor,
+    OUT: tl.tensor,
+    SUMS: tl.tensor,
+    TABLE: tl.tensor,
+    q_token: tl.tensor,
+    q_head: tl.tensor,
+    k_token: tl.tensor,
+    k_head: tl.tensor,
+    v_token: tl.tensor,
+    v_head: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
+    cap: tl.tensor,
     HEADS: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
@@ -168,7 +179,7 @@ def _forward(
     CAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-):
+) -> None:
     tile = tl.program_id(0)
     group = tl.program_id(1)
     begin = tl.load(TABLE + tile * 3).to(tl.int64)
@@ -215,24 +226,24 @@ def _forward(
 
 @jit
 def _to_queries(
-    Q,
-    K,
-    V,
-    OUT,
-    SUMS,
-    SHARES,
-    GRAD,
-    D_QUERY,
-    TABLE,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    scale,
-    window,
-    cap,
+    Q: tl.tensor,
+    K: tl.tensor,
+    V: tl.tensor,
+    OUT: tl.tensor,
+    SUMS: tl.tensor,
+    SHARES: tl.tensor,
+    GRAD: tl.tensor,
+    D_QUERY: tl.tensor,
+    TABLE: tl.tensor,
+    q_token: tl.tensor,
+    q_head: tl.tensor,
+    k_token: tl.tensor,
+    k_head: tl.tensor,
+    v_token: tl.tensor,
+    v_head: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
+    cap: tl.tensor,
     HEADS: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
@@ -241,7 +252,7 @@ def _to_queries(
     CAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-):
+) -> None:
     # Also writes SHARES, the sum of gradient · output of each row, which the gradient to keys needs next.
     tile = tl.program_id(0)
     group = tl.program_id(1)
@@ -287,24 +298,24 @@ def _to_queries(
 
 @jit
 def _to_keys(
-    Q,
-    K,
-    V,
-    SUMS,
-    SHARES,
-    GRAD,
-    D_KEY,
-    D_VALUE,
-    TABLE,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    scale,
-    window,
-    cap,
+    Q: tl.tensor,
+    K: tl.tensor,
+    V: tl.tensor,
+    SUMS: tl.tensor,
+    SHARES: tl.tensor,
+    GRAD: tl.tensor,
+    D_KEY: tl.tensor,
+    D_VALUE: tl.tensor,
+    TABLE: tl.tensor,
+    q_token: tl.tensor,
+    q_head: tl.tensor,
+    k_token: tl.tensor,
+    k_head: tl.tensor,
+    v_token: tl.tensor,
+    v_head: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
+    cap: tl.tensor,
     HEADS: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
@@ -313,7 +324,7 @@ def _to_keys(
     CAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-):
+) -> None:
     tile = tl.program_id(0)
     group = tl.program_id(1)
     begin = tl.load(TABLE + tile * 3).to(tl.int64)

@@ -7,29 +7,43 @@ device. With TRITON_INTERPRET=1 in the environment Triton's interpreter runs the
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch without CUDA comes without it
-    triton = tl = None
+if TYPE_CHECKING:
+    # Triton is untyped, and not installed where torch has no CUDA: type checkers see the same on every machine.
+    class _Untyped(type):
+        def __getattr__(cls, name: str) -> Any: ...
+
+    class tl(metaclass=_Untyped):  # noqa: N801, the name by which everyone imports triton.language
+        """triton.language."""
+
+        constexpr: TypeAlias = Any
+        tensor: TypeAlias = Any  # a block of values or pointers, or one of either
+
+    triton: Any = None
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # torch without CUDA comes without it
+        triton = tl = None
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Tile(NamedTuple):
-    """What a program of a kernel takes at a time, and with how many warps and stages of prefetching."""
+    """The block of a matrix that a program of a kernel computes at a time, and how Triton is to compile that."""
 
-    rows: int
-    columns: int
-    warps: int
-    stages: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
-def jit(function):
+def jit(function: Callable[..., Any]) -> Any:
     """triton.jit, where there is Triton; a seed of 1, or one that 16 divides, does not make it compile anew."""
     return triton.jit(function, do_not_specialize=("seed", "threshold")) if triton is not None else function
 
@@ -39,11 +53,11 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or INTERPRETED
 
 
-def width_of(number: int, least: int = 16) -> int:
-    """The next power of two, at least `least`: what Triton's tiles and matrix instructions ask for."""
-    return max(least, 1 << (number - 1).bit_length())
+def next_power_of_2(n: int, minimum: int = 16) -> int:
+    """The next power of two, at least `minimum`: what Triton's blocks and matrix instructions ask for."""
+    return max(minimum, 1 << (n - 1).bit_length())
 
 
-def warps_for(width: int) -> int:
-    """Warps of a program that holds a row of so many numbers."""
-    return 4 if width <= 1024 else 8 if width <= 8192 else 16
+def num_warps_for(row_width: int) -> int:
+    """Warps of a program that holds a row of so many values."""
+    return 4 if row_width <= 1024 else 8 if row_width <= 8192 else 16

@@ -183,7 +183,7 @@ class _Maker:
         if self.in_fp8:  # only now: what was compared above has 16-bit products' exactness
             for group in item.groups:
                 if not group.use_fp8():
-                    self.reasons[f"fp8 products need sizes that {fp8.STEP} divides"] += 1
+                    self.reasons[f"fp8 products need sizes that {fp8.SIZE_MULTIPLE} divides"] += 1
 
     def _parts(self, parent: torch.nn.Module, *names: str) -> list[Part]:
         parts = [part_of(parent, name, self.dtype) for name in names]

@@ -13,11 +13,11 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from adder.kernels.fp8 import Fp8Rows, remember
+from adder.kernels.fp8 import RowwiseFp8, cache_fp8
 from adder.kernels.fused_lora.weights import Group
 from adder.kernels.rmsnorm import rms_norm_backward, rms_norm_into
-from adder.kernels.rope import add_low_rank_and_rotate, rotate, turn_back
-from adder.kernels.swiglu import WIDEST_RANK, LeftOut, gated_backward, gated_into, gated_rows
+from adder.kernels.rope import add_lora_and_rope, apply_rope, rope_backward
+from adder.kernels.swiglu import MAX_FUSED_RANK, DeferredLora, lora_swiglu_fp8, swiglu_backward, swiglu_into
 
 
 @dataclass
@@ -28,7 +28,9 @@ class Norm:
     eps: float
     plus_one: bool
 
-    def into(self, x: torch.Tensor, out: torch.Tensor, quantised: bool = False) -> tuple[torch.Tensor, Fp8Rows | None]:
+    def into(
+        self, x: torch.Tensor, out: torch.Tensor, quantised: bool = False
+    ) -> tuple[torch.Tensor, RowwiseFp8 | None]:
         """As rms_norm_into."""
         return rms_norm_into(x, self.module.weight, self.eps, self.plus_one, out, quantised)
 
@@ -36,7 +38,7 @@ class Norm:
         """As rms_norm_backward; fp8 values are remembered for the step before, whose outputs' gradient this is."""
         result, rows = rms_norm_backward(grad, x, self.module.weight, inverse, self.plus_one, residual, quantised)
         if rows is not None:
-            remember(result, rows)
+            cache_fp8(result, rows)
         return result
 
 
@@ -81,12 +83,12 @@ class AttentionInput(Function):
         keys_end = group.parts[1].rows.stop
         if group.fp8 is not None and cos is not None:
             y, low_rank = group.bare_product(buffer, seeds, rows)
-            add_low_rank_and_rotate(y, low_rank, group.b, group.bias, cos, sin, size, keys_end // size)
+            add_lora_and_rope(y, low_rank, group.b, group.bias, cos, sin, size, keys_end // size)
         else:
             y, low_rank = group.product(buffer, seeds, rows=rows)
             if cos is not None:
                 turned = y[:, :keys_end].unflatten(1, (-1, size))
-                rotate(turned, cos, sin)
+                apply_rope(turned, cos, sin)
         query, key, value = (y[:, part.rows].unflatten(1, (-1, size)) for part in group.parts)
         ctx.save_for_backward(x, inverse, low_rank, cos, sin)
         ctx.norm, ctx.group, ctx.seeds = norm, group, seeds
@@ -98,7 +100,7 @@ class AttentionInput(Function):
         x, inverse, low_rank, cos, sin = ctx.saved_tensors
         group = ctx.group
         in_fp8 = group.fp8 is not None
-        grad, rows = turn_back((d_query, d_key, d_value), cos, sin, in_fp8)
+        grad, rows = rope_backward((d_query, d_key, d_value), cos, sin, in_fp8)
         if ctx.needs_input_grad[0]:
             dx, d_low_rank = group.input_grads(grad, together=True, rows=rows)
             group.add_input_grad(dx, d_low_rank, ctx.seeds, ctx.p)
@@ -133,13 +135,13 @@ class GatedMLP(Function):
             del buffer
             second.follow()
             thin = (low_rank[:, part.ranks] if part.layers else None for part in first.parts)
-            rows, hidden_low_rank = gated_rows(gate_up, activation, *thin, _left_out(first), second.a)
+            rows, hidden_low_rank = lora_swiglu_fp8(gate_up, activation, *thin, _left_out(first), second.a)
             y = second.fp8_product(rows, hidden_low_rank, residual)
         else:
             gate_up, low_rank = first.product(buffer, ctx.seeds[0], rows=rows)
             del buffer
             hidden = second.buffer(x.shape[0])
-            rows = gated_into(gate_up, activation, hidden[:, : second.inputs], second.fp8 is not None)
+            rows = swiglu_into(gate_up, activation, hidden[:, : second.inputs], second.fp8 is not None)
             y, hidden_low_rank = second.product(hidden, ctx.seeds[1], residual, rows)
         ctx.save_for_backward(x, inverse, low_rank, gate_up, hidden_low_rank)
         ctx.norm, ctx.activation, ctx.groups = norm, activation, (first, second)
@@ -153,18 +155,18 @@ class GatedMLP(Function):
         grad = grad.contiguous()
         d_hidden, d_hidden_low_rank = second.input_grads(grad, together=True)
         (gate, up), (down,) = first.parts, second.parts
-        d_gate_up, thin = gated_backward(
+        d_gate_up, thin = swiglu_backward(
             gate_up,
             d_hidden,
             ctx.activation,
             (d_hidden_low_rank[:, down.ranks], second.a[down.ranks]) if down.layers else None,
             *(low_rank[:, part.ranks] if part.layers else None for part in (gate, up)),
             dropout=(hidden_seeds[0], hidden_p[0]) if hidden_seeds is not None else None,
-            left_out=_left_out(first) if ctx.fused else None,
+            deferred=_left_out(first) if ctx.fused else None,
         )
         down_grads = second.parameter_grads([thin.down_a], second.b_grads(grad, hidden_low_rank))
         del d_hidden, d_hidden_low_rank
-        dx, d_low_rank = first.input_grads(d_gate_up, together=ctx.norm is not None, largest=thin.largest)
+        dx, d_low_rank = first.input_grads(d_gate_up, together=ctx.norm is not None, largest=thin.amax)
         first.add_input_grad(dx, d_low_rank, seeds, p)
         if ctx.norm is None:
             result, normed = dx, x
@@ -178,9 +180,9 @@ def _fuses(first: Group, second: Group, hidden_seeds: list[int] | None) -> bool:
     """Whether gated_rows can stand between an MLP's products, so that gate_up stays what the fp8 product gave."""
     ranks = [second.rank, *(part.ranks.stop - part.ranks.start for part in first.parts)]
     in_fp8 = first.fp8 is not None and second.fp8 is not None
-    return in_fp8 and hidden_seeds is None and max(ranks) <= WIDEST_RANK
+    return in_fp8 and hidden_seeds is None and max(ranks) <= MAX_FUSED_RANK
 
 
-def _left_out(first: Group) -> LeftOut:
+def _left_out(first: Group) -> DeferredLora:
     """What gate and up lack as bare products."""
-    return LeftOut(*(first.b[part.rows, part.ranks] if part.layers else None for part in first.parts), first.bias)
+    return DeferredLora(*(first.b[part.rows, part.ranks] if part.layers else None for part in first.parts), first.bias)

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adder.kernels import fp8
-from adder.kernels.dropout import add_dropped_input_grad, dropped_product, dropped_weight_grad
+from adder.kernels.dropout import add_dropout_matmul_grad_x, dropout_matmul, dropout_matmul_grad_a
 from adder.kernels.nf4 import dequantise_into
 
 # Rows of matrices begin at multiples of this many numbers, 256 bytes in 16 bit: half a per cent of a step on an H100
@@ -181,7 +181,7 @@ class Group:
 
     def use_fp8(self) -> bool:
         """Hold W in fp8 in place of 16 bit; return False, and do nothing, where the sizes don't suit fp8 products."""
-        if self.inputs % fp8.STEP or self.outputs % fp8.STEP:
+        if self.inputs % fp8.SIZE_MULTIPLE or self.outputs % fp8.SIZE_MULTIPLE:
             return False
         self.fp8 = fp8.Fp8Weight(self.matrix()[:, : self.inputs])
         if self.held is not None:
@@ -258,7 +258,7 @@ class Group:
             out.zero_()
             for part, seed in zip(self.parts, seeds, strict=True):
                 if part.layers:
-                    dropped_product(x, self.a[part.ranks], seed, part.dropout, out[:, part.ranks])
+                    dropout_matmul(x, self.a[part.ranks], seed, part.dropout, out[:, part.ranks])
         elif self.rank:
             torch.mm(x, self.a.t(), out=out)
 
@@ -267,7 +267,7 @@ class Group:
         buffer: torch.Tensor,
         seeds: list[int] | None,
         residual: torch.Tensor | None = None,
-        rows: fp8.Fp8Rows | None = None,
+        rows: fp8.RowwiseFp8 | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """From [x | ?] return the layers' outputs, (tokens, outputs), plus `residual`; and x·Aᵀ, (tokens, rank).
 
@@ -275,7 +275,7 @@ class Group:
         """
         if self.fp8 is not None:
             y, low_rank = self.bare_product(buffer, seeds, rows)
-            fp8.add_low_rank(y, low_rank, self.b, residual, self.bias)
+            fp8.add_lora(y, low_rank, self.b, residual, self.bias)
             return y, low_rank
         low_rank = buffer[:, self.inputs :]
         self.low_rank_into(buffer[:, : self.inputs], seeds, low_rank)
@@ -304,25 +304,25 @@ class Group:
         return self.product(buffer, seeds, residual)
 
     def bare_product(
-        self, buffer: torch.Tensor, seeds: list[int] | None, rows: fp8.Fp8Rows | None = None
+        self, buffer: torch.Tensor, seeds: list[int] | None, rows: fp8.RowwiseFp8 | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As product, in fp8, but for the pairs' share and the bias: left to who reads the outputs next."""
         x = buffer[:, : self.inputs]
         self.low_rank_into(x, seeds, buffer[:, self.inputs :])
-        y = fp8.product(rows or fp8.quantise(x), self.fp8.forward, self.dtype)
+        y = fp8.matmul(rows or fp8.quantise(x), self.fp8.forward, self.dtype)
         return y, buffer[:, self.inputs :].contiguous()
 
-    def fp8_product(self, rows: fp8.Fp8Rows, low_rank: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    def fp8_product(self, rows: fp8.RowwiseFp8, low_rank: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """As product, from x in fp8 and x·Aᵀ, (tokens, rank)."""
-        y = fp8.product(rows, self.fp8.forward, self.dtype)
-        fp8.add_low_rank(y, low_rank, self.b, residual, self.bias)
+        y = fp8.matmul(rows, self.fp8.forward, self.dtype)
+        fp8.add_lora(y, low_rank, self.b, residual, self.bias)
         return y
 
     def input_grads(
         self,
         grad: torch.Tensor,
         together: bool,
-        rows: fp8.Fp8Rows | None = None,
+        rows: fp8.RowwiseFp8 | None = None,
         largest: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """From the outputs' gradient return dx, (tokens, inputs), without the adapters' share, and d(x·Aᵀ).
@@ -332,10 +332,10 @@ class Group:
         """
         if self.fp8 is not None:
             if largest is not None:
-                rows, low_rank = fp8.quantise_and_multiply(grad, largest, self.b)
+                rows, low_rank = fp8.quantise_and_matmul(grad, largest, self.b)
             else:
-                rows, low_rank = rows or fp8.quantised(grad), self.low_rank_grad(grad)
-            return fp8.product(rows, self.fp8.backward, self.dtype), low_rank
+                rows, low_rank = rows or fp8.quantise_cached(grad), self.low_rank_grad(grad)
+            return fp8.matmul(rows, self.fp8.backward, self.dtype), low_rank
         if together:
             both = torch.empty(grad.shape[0], self.stride, dtype=grad.dtype, device=grad.device)[:, : self.width]
             torch.mm(grad, self.matrix(), out=both)
@@ -352,7 +352,7 @@ class Group:
             dx.addmm_(low_rank, self.a)
         for part, seed, drop in zip(self.parts, seeds or [], p, strict=False):
             if part.layers:
-                add_dropped_input_grad(dx, low_rank[:, part.ranks], self.a[part.ranks], seed, drop)
+                add_dropout_matmul_grad_x(dx, low_rank[:, part.ranks], self.a[part.ranks], seed, drop)
 
     def a_grads(
         self, low_rank_grad: torch.Tensor, x: torch.Tensor, seeds: list[int] | None, p: list[float]
@@ -367,7 +367,7 @@ class Group:
             elif seeds is None:
                 grads.append(whole[part.ranks])
             else:
-                grads.append(dropped_weight_grad(low_rank_grad[:, part.ranks], x, seeds[i], p[i]))
+                grads.append(dropout_matmul_grad_a(low_rank_grad[:, part.ranks], x, seeds[i], p[i]))
         return grads
 
     def b_grads(self, grad: torch.Tensor, low_rank: torch.Tensor) -> list[torch.Tensor | None]:
