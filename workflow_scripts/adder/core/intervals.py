@@ -6,9 +6,11 @@ rows that belong together are drawn together (section 2.2). docs/evaluation.md s
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 SEED = 20_241_100
@@ -17,41 +19,73 @@ SAME = 1 - 1e-9  # a draw with the very difference that was seen counts; sums of
 Z95 = 1.959963984540054  # standard normal quantile of 97.5 %
 Z_POWER = 0.8416212335729143  # of 80 %: how often a comparison of `needed_n` rows would find the difference
 
+Values = Sequence[float] | NDArray[np.floating]
+Word = Literal["better", "worse", "can't tell"]
 
-def clusters_of(rows: Sequence[dict]) -> list[str] | None:
+
+class Estimate(TypedDict):
+    """A figure with its 95 % interval, the rows that it is of, and its standard error."""
+
+    value: float
+    ci95: list[float]
+    n: int
+    stderr: float
+
+
+class Difference(Estimate):
+    """A difference between two models, with the p of there being none."""
+
+    p: float
+
+
+class Verdict(TypedDict):
+    """What `verdict` returns."""
+
+    verdict: Word
+    metric: str
+    base: float
+    tuned: float
+    difference: float
+    ci95: list[float]
+    n: int
+    groups: int | None
+    p: float
+    needed_n: int | None
+    sentence: str
+
+
+def clusters_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """The group of each row of a samples.jsonl; None where rows belong to none, and for no rows."""
     return [row["group"] for row in rows] if rows and "group" in rows[0] else None
 
 
-def proportion(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict:
+def proportion(values: Values, clusters: Sequence[Hashable] | None = None) -> Estimate:
     """The share of ones among zeros and ones, with its Wilson 95 % interval: {value, ci95, n, stderr}.
 
     Source: E. B. Wilson, JASA 22 (1927) 209. Unlike value +- 1.96 standard errors it stays within 0 to 1 and has a
     width at 0 of n and n of n. Rows in `clusters` (see `ratio`) count as `effective_n` of them. Raises ValueError
     without rows.
     """
-    values = np.asarray(values, dtype=float)
-    rows = len(values)
+    ones = np.asarray(values, dtype=float)
+    rows = len(ones)
     if rows < 1:
         raise ValueError("a proportion of no rows")
-    p = float(values.mean())
-    n = rows if clusters is None else effective_n(values, clusters)
+    p = float(ones.mean())
+    n = rows if clusters is None else effective_n(ones, clusters)
     middle = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     low = 0.0 if p == 0 else max(0.0, middle - half)
     high = 1.0 if p == 1 else min(1.0, middle + half)
-    stderr = math.sqrt(p * (1 - p) / rows) if clusters is None else standard_error(values, clusters)
+    stderr = math.sqrt(p * (1 - p) / rows) if clusters is None else standard_error(ones, clusters)
     return {"value": p, "ci95": [low, high], "n": rows, "stderr": stderr}
 
 
-def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict:
+def mean(values: Values, clusters: Sequence[Hashable] | None = None) -> Estimate:
     """A mean with its bootstrap 95 % interval: {value, ci95, n, stderr}; `clusters` as `ratio` has it."""
     return ratio(values, np.ones(len(values)), clusters)
 
 
-def ratio(
-    numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[Hashable] | None = None
-) -> dict:
+def ratio(numerators: Values, denominators: Values, clusters: Sequence[Hashable] | None = None) -> Estimate:
     """sum(numerators) / sum(denominators) with its bootstrap 95 % interval over rows: {value, ci95, n, stderr}.
 
     A row is drawn as a whole, so that tokens of one reply, which are alike, don't count as independent (a cluster
@@ -76,7 +110,7 @@ def ratio(
     }
 
 
-def perplexity(loss: dict) -> dict:
+def perplexity(loss: Estimate) -> Estimate:
     """Perplexity of a loss in nats that `ratio` returned: value and interval are its exponentials (delta method)."""
     value = _exp(loss["value"])
     return {
@@ -119,9 +153,7 @@ def effective_n(values: np.ndarray, clusters: Sequence[Hashable]) -> float:
     return found * (_t95(rows - 1) / _t95(len(sizes) - 1)) ** 2
 
 
-def paired_difference(
-    base: Sequence[float], tuned: Sequence[float], clusters: Sequence[Hashable] | None = None
-) -> dict:
+def paired_difference(base: Values, tuned: Values, clusters: Sequence[Hashable] | None = None) -> Difference:
     """Mean of tuned - base over the same rows in the same order: {value, ci95, n, stderr, p}.
 
     Scores of 0 and 1 get the interval of A. Agresti and Y. Min, Statistics in Medicine 24 (2005) 729 (half a pair is
@@ -130,13 +162,13 @@ def paired_difference(
     `clusters` (see `ratio`) are drawn and flipped together; zeros and ones count as `effective_n` pairs. Raises
     ValueError when the two don't have the same rows.
     """
-    base, tuned = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
-    if base.shape != tuned.shape or base.ndim != 1 or not len(base):
-        raise ValueError(f"a paired comparison needs the same rows twice, got {base.shape} and {tuned.shape}")
-    difference = tuned - base
+    before, after = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
+    if before.shape != after.shape or before.ndim != 1 or not len(before):
+        raise ValueError(f"a paired comparison needs the same rows twice, got {before.shape} and {after.shape}")
+    difference = after - before
     n, stderr = len(difference), standard_error(difference, clusters)
     together = difference if clusters is None else _sums_by_cluster(difference[None, :], clusters)[0]
-    if not (np.isin(base, (0, 1)).all() and np.isin(tuned, (0, 1)).all()):
+    if not (np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all()):
         return {**mean(difference, clusters), "stderr": stderr, "p": _sign_flip_p(together)}
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     part = 1.0 if clusters is None else effective_n(difference, clusters) / n
@@ -150,7 +182,7 @@ def paired_ratio_differences(
     tuned: np.ndarray,
     clusters: Sequence[Hashable] | None = None,
     transform: Callable[[np.ndarray], np.ndarray] = np.positive,
-) -> list[dict]:
+) -> list[Difference]:
     """tuned - base of scores that are ratios of sums over rows, such as an F1: for each {value, ci95, n, stderr, p}.
 
     `base` and `tuned`: float (2, scores, rows), each row's numerators and denominators, of the same rows in the same
@@ -192,8 +224,8 @@ def paired_ratio_differences(
 
 def verdict(
     metric: str,
-    base: Sequence[float],
-    tuned: Sequence[float],
+    base: Values,
+    tuned: Values,
     *,
     name: str | None = None,
     is_share: bool | None = None,
@@ -201,7 +233,7 @@ def verdict(
     better: str = "higher",
     row: str = "held-out row",
     clusters: Sequence[Hashable] | None = None,
-) -> dict:
+) -> Verdict:
     """Say whether the tuned model is "better", "worse", or one "can't tell".
 
     `base` and `tuned`: one value a row, in the same order, whose means are the score `metric`. It is spoken of by
@@ -214,31 +246,32 @@ def verdict(
     """
     if is_share is None:
         is_share = all(0 <= value <= 1 for values in (base, tuned) for value in values)
-    base, tuned = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
-    found = paired_difference(base, tuned, clusters)
-    result = {
+    before, after = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
+    found = paired_difference(before, after, clusters)
+    result: Verdict = {
         "verdict": word(found, better == "higher"),
         "metric": metric,
-        "base": float(base.mean()),
-        "tuned": float(tuned.mean()),
+        "base": float(before.mean()),
+        "tuned": float(after.mean()),
         "difference": found["value"],
         "ci95": found["ci95"],
         "n": found["n"],
         "groups": None if clusters is None else len(set(clusters)),
         "p": found["p"],
-        "needed_n": None if is_sure(found) else needed_n(tuned - base, clusters),
+        "needed_n": None if is_sure(found) else needed_n(after - before, clusters),
+        "sentence": "",
     }
     return {**result, "sentence": _sentence(result, name or metric, is_share, unit, row)}
 
 
-def is_sure(difference: dict) -> bool:
+def is_sure(difference: Difference) -> bool:
     """Whether a difference, {ci95, p, …}, counts: its interval leaves out 0, and p < 0.05. A bound that is no number
     (None in files) leaves out nothing."""
     low, high = difference["ci95"]
     return None not in (low, high) and (low > 0 or high < 0) and difference["p"] < 0.05
 
 
-def word(difference: dict | None, higher_is_better: bool) -> str:
+def word(difference: Difference | None, higher_is_better: bool) -> Word:
     """A difference in a word: "better", "worse" or "can't tell", as where there is none."""
     if difference is None or not is_sure(difference):
         return "can't tell"
@@ -260,7 +293,7 @@ def needed_n(difference: np.ndarray, clusters: Sequence[Hashable] | None = None)
     return max(math.ceil(max(by_power, by_sign) * rows), rows + 1)
 
 
-def _sentence(result: dict, name: str, is_share: bool, unit: str, row: str) -> str:
+def _sentence(result: Verdict, name: str, is_share: bool, unit: str, row: str) -> str:
     base, tuned, n = result["base"], result["tuned"], result["n"]
     scale, digits = (100, 1) if is_share else (1, 3)
 

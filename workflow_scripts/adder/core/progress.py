@@ -1,5 +1,6 @@
 """Progress for people: one line that updates itself on a terminal, a line now and then where output is a file."""
 
+import io
 import shutil
 import sys
 import time
@@ -22,9 +23,7 @@ class Progress:
     @classmethod
     def silent(cls) -> "Progress":
         """A progress that shows nothing, for tests and notebooks."""
-        progress = cls()
-        progress.line = progress.say = lambda text, **_: None
-        return progress
+        return cls(stream=io.StringIO())
 
     def line(self, text: str, last: bool = False) -> None:
         """Show `text` as the current status; it replaces the line before it. `last` always shows and keeps it."""

@@ -13,7 +13,7 @@ def undisturbed() -> Iterator[None]:
     """Whatever is drawn inside, Python's, numpy's and torch's generators go on as if nothing had been."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    before_cuda = torch.cuda.get_rng_state_all() if cuda else None
+    before_cuda = torch.cuda.get_rng_state_all() if cuda else []
     try:
         yield
     finally:

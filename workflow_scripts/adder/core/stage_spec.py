@@ -38,9 +38,9 @@ class Runtime(Section):
     upgrades: Literal["say", "rerun"] = "say"
     """What to do where finished stages were made with other versions of the libraries that can change numbers (torch,
     transformers, peft, trl and others) than those installed: say so at the start, or run these stages anew."""
-    checkpoints: int = Field(10, ge=0)
+    checkpoints: int = Field(default=10, ge=0)
     """How many checkpoints a training run writes, evenly spread; a killed run continues from the last one."""
-    save_total_limit: int = Field(2, ge=2)
+    save_total_limit: int = Field(default=2, ge=2)
     """How many of them are kept at a time, the one before the newest among them."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=["tensorboard"])
     """Where curves go while training, besides the report. TensorBoard's files are in `results/tensorboard/`; the others

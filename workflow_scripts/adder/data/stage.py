@@ -34,7 +34,7 @@ class ModelSettings(Section):
     `wheel:NAME==VERSION` for a PyPI wheel that holds a `.gguf` file."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; the commit it stands for is pinned in the output."""
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected SHA-256 of the `.gguf` file or the wheel; anything else is refused."""
     file: str | None = None
     """Which `.gguf` file to take, where the source holds several."""
@@ -57,7 +57,7 @@ class Source(Section):
     """Configuration (subset) of `hub`, where it has several."""
     split: str | None = None
     """Split of `hub`; `train` without it."""
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected SHA-256 of the one file at `path` or `url`; anything else is refused."""
     token_env: str | None = None
     """Name of the environment variable that holds the token for `url`, sent as `Authorization: Bearer`."""
@@ -71,17 +71,17 @@ class Source(Section):
     """What a row is; `auto` goes by its columns. `preference` trains on the `chosen` reply; `text` on all of a text."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the row format's columns in this source, where they differ: `{question: problem, answer: solution}`."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Take only the first so many rows."""
-    sample: int | None = Field(None, ge=1)
+    sample: int | None = Field(default=None, ge=1)
     """Take so many rows, spread over the source and the same ones every time."""
-    weight: float = Field(1.0, gt=0, le=100)
+    weight: float = Field(default=1.0, gt=0, le=100)
     """How often each training row of the source is used an epoch: 2 for twice, 0.5 for a fixed half of the rows."""
     license: str | None = None
     """Licence of the data, for the model card; a hub data set states its own."""
     builtin: Literal["tickets"] | None = None
     """`tickets`: the data set that Adder writes itself, customer messages and the JSON tickets they stand for."""
-    rows: int | None = Field(None, ge=1)
+    rows: int | None = Field(default=None, ge=1)
     """How many rows the built-in generator writes."""
     part: Literal["train", "heldout"] = "train"
     """Which part of its vocabulary the built-in generator uses; held-out names, products and phrasings are its own."""
@@ -106,11 +106,11 @@ class Source(Section):
 class Heldout(Section):
     """Rows that are never trained on and decide the verdict. One of share, size, sources; else a tenth of the rows."""
 
-    share: float | None = Field(None, gt=0, lt=1)
+    share: float | None = Field(default=None, gt=0, lt=1)
     """Share of the rows to hold out, chosen by a hash of the prompt: a row stays where it is when others are added."""
-    size: int | None = Field(None, ge=1)
+    size: int | None = Field(default=None, ge=1)
     """Number of rows to hold out, those with the smallest hashes: an added row can displace one of them at most."""
-    sources: list[Source] | None = Field(None, min_length=1)
+    sources: list[Source] | None = Field(default=None, min_length=1)
     """Held-out rows from sources of their own; training rows that stand among them are dropped."""
     group_by: str | None = None
     """Column whose rows stay together: one conversation or author never stands on both sides. Intervals take each of

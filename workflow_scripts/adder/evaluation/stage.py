@@ -20,7 +20,7 @@ else:
 class EvaluateSettings(Section):
     """What decides a model's scores on the held-out rows."""
 
-    max_samples: int | None = Field(None, ge=2)
+    max_samples: int | None = Field(default=None, ge=2)
     """Evaluate only so many held-out rows."""
     max_new_tokens: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Longest reply in tokens; `auto` is just above the longest training reply."""
@@ -41,9 +41,9 @@ class JudgeSettings(Section):
     """Name of the judging model."""
     api_key_env: str | None = "OPENAI_API_KEY"
     """Environment variable that holds the key; `null` for none."""
-    max_samples: int = Field(50, ge=2)
+    max_samples: int = Field(default=50, ge=2)
     """How many held-out prompts it judges."""
-    criteria: str | None = Field(None, min_length=1)
+    criteria: str | None = Field(default=None, min_length=1)
     """What a good reply is, in your words."""
 
 

@@ -16,7 +16,7 @@ class Export(Section):
 
     gguf: Literal["off", "f32", "f16", "bf16", "q8_0"] = "off"
     """Write `model.gguf` in this precision, for llama.cpp and Ollama."""
-    hub: str | None = Field(None, pattern="^[^/\\s]+/[^/\\s]+$")
+    hub: str | None = Field(default=None, pattern="^[^/\\s]+/[^/\\s]+$")
     """Repository of the Hugging Face hub (`owner/name`) that `snakemake --cores 1 push` uploads the merged model to."""
     private: bool = True
     """Make the repository private where it isn't there yet."""

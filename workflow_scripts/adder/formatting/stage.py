@@ -11,19 +11,19 @@ from adder.core.stage_spec import Memory, StageSpec
 class Format(Section):
     """Rows to conversations, and which of them are worth training on."""
 
-    system_prompt: str | None = Field(None, min_length=1)
+    system_prompt: str | None = Field(default=None, min_length=1)
     """System message for conversations that have none."""
-    max_rejected: float = Field(0.1, ge=0, le=1)
+    max_rejected: float = Field(default=0.1, ge=0, le=1)
     """Share of unusable rows above which the run stops."""
     drop_duplicates: bool = True
     """Drop rows that repeat an earlier one, whatever their case and spacing."""
     near_duplicates: Literal["report", "drop", "off"] = "report"
     """What to do with training rows that nearly repeat an earlier one, found by MinHash."""
-    near_duplicate_similarity: float = Field(0.8, gt=0, le=1)
+    near_duplicate_similarity: float = Field(default=0.8, gt=0, le=1)
     """Share of their three-word sequences (Jaccard) from which two rows are near-duplicates."""
     overlap: Literal["drop", "report", "off"] = "drop"
     """What to do with training rows whose prompt overlaps with a held-out or test prompt, found by 8-word sequences."""
-    overlap_share: float = Field(0.5, gt=0, le=1)
+    overlap_share: float = Field(default=0.5, gt=0, le=1)
     """Share of the held-out prompt's words, above which that counts (Lambert et al. 2024, arXiv:2411.15124)."""
 
 

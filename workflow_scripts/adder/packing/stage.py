@@ -20,7 +20,7 @@ class PackingChoices(Section):
     """What becomes of longer examples: dropped, cut at the end, cut at the start, or split into several."""
     packing: Auto | bool = "auto"
     """Put several examples into one sequence, none of which sees another. `auto` compares the padding either way."""
-    keep_whole: float = Field(0.99, gt=0, le=1)
+    keep_whole: float = Field(default=0.99, gt=0, le=1)
     """Share of the examples that an `auto` length must keep whole."""
 
 

@@ -11,7 +11,7 @@ class Report(Section):
 
     title: str | None = None
     """Title of the report; the run's name without it."""
-    price_per_hour: float | None = Field(None, ge=0)
+    price_per_hour: float | None = Field(default=None, ge=0)
     """What an hour of this machine costs; the report then states the run's price."""
     currency: str = "EUR"
     """Currency of that price."""

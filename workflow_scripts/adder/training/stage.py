@@ -18,32 +18,32 @@ class TrainChoices(Section):
 
     method: Literal["qlora", "lora", "full"] = "qlora"
     """`qlora`: LoRA on a base quantised to NF4; `lora`: on the 16-bit base; `full`: every weight."""
-    epochs: float = Field(2.0, gt=0)
+    epochs: float = Field(default=2.0, gt=0)
     """Passes over the training examples."""
-    learning_rate: float = Field(1e-4, gt=0, lt=1)
+    learning_rate: float = Field(default=1e-4, gt=0, lt=1)
     """Peak learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    min_lr_ratio: float = Field(0.0, ge=0, lt=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Where the cosine ends, as a share of the peak."""
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from zero."""
-    weight_decay: float = Field(0.01, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0, lt=1)
     """AdamW's weight decay."""
-    effective_batch_size: int = Field(16, ge=1)
+    effective_batch_size: int = Field(default=16, ge=1)
     """Examples an optimizer step, counted in examples also when they are packed."""
     micro_batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Sequences (packs) a forward pass; `auto` takes the fastest number that fits, up to the effective batch."""
     gradient_checkpointing: Auto | bool = "auto"
     """Recompute activations in the backward pass to save memory; `auto` does it in some or all layers where that lets a
     faster batch fit, or any."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    lora_r: int = Field(16, ge=1)
+    lora_r: int = Field(default=16, ge=1)
     """LoRA rank."""
-    lora_alpha: float = Field(32, gt=0)
+    lora_alpha: float = Field(default=32, gt=0)
     """LoRA scale: updates are multiplied by lora_alpha / lora_r."""
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout on the input of each LoRA pair."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get a LoRA pair: names, or a regular expression over their full names; `all-linear` finds them by
@@ -57,37 +57,37 @@ class TrainChoices(Section):
     """DoRA: magnitude and direction of each weight are trained apart (Liu et al. 2024, arXiv:2402.09353). Slower."""
     init_lora_weights: Literal["default", "gaussian", "pissa", "olora", "loftq", "eva"] = "default"
     """How the pairs begin: PEFT's own initialisations, some of which look at the weights or at the data."""
-    lora_plus_ratio: float | None = Field(None, ge=1, le=100)
+    lora_plus_ratio: float | None = Field(default=None, ge=1, le=100)
     """LoRA+: the B matrices learn at so many times the learning rate (Hayou et al. 2024, arXiv:2402.12354)."""
-    neftune_noise_alpha: float | None = Field(None, gt=0)
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
     """NEFTune: noise on the embeddings while training (Jain et al. 2023, arXiv:2310.05914); 5 is usual."""
     loss: Literal["nll", "dft"] = "nll"
     """`nll`: cross-entropy; `dft`: each token's loss weighted by its probability (Wu et al. 2025, arXiv:2508.05629)."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
     """Seed of the initialisation, the order of examples and dropout."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the matrix products; `auto` takes what this hardware computes fastest without loss of range."""
     frozen_products: Literal["auto", "bf16", "fp8"] = "auto"
     """Precision of the frozen base's products on a GPU. `fp8` (Hopper and later) is faster and coarser; a step on your
     own packs shows by how much. `auto` takes it for hidden sizes from 2,048 on where that is next to nothing."""
-    eval_samples: int = Field(64, ge=0)
+    eval_samples: int = Field(default=64, ge=0)
     """Held-out examples for the evaluation loss while training; 0 for none."""
-    eval_times: int = Field(4, ge=1)
+    eval_times: int = Field(default=4, ge=1)
     """How often to take it, evenly spread, the last time at the end."""
     keep: Literal["last", "best"] = "last"
     """Which adapter leaves the training: that of the last step, or of the evaluation that `best_by` likes best."""
     best_by: Literal["loss", "exact_match"] = "loss"
     """What an evaluation is judged by: the held-out loss, or exact matches among the sampled replies."""
-    early_stopping: int | None = Field(None, ge=1)
+    early_stopping: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations in a row that were no better than the best before."""
-    samples: int = Field(3, ge=0)
+    samples: int = Field(default=3, ge=0)
     """Held-out prompts that the model replies to at each evaluation, beside the base's reply; 0 for none."""
 
 
 class Train(TrainChoices):
     """Training."""
 
-    max_examples: int | None = Field(None, ge=1)
+    max_examples: int | None = Field(default=None, ge=1)
     """Train on only so many of the training examples, spread over the data and the same ones every time."""
 
     @model_validator(mode="after")

@@ -66,7 +66,7 @@ def normalised(source: str) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            node.body = [statement for statement in body if not _computes_nothing(statement)] or [ast.Pass()]
+            body[:] = [statement for statement in body if not _computes_nothing(statement)] or [ast.Pass()]
     return ast.dump(tree)
 
 

@@ -5,6 +5,7 @@
 
 import copy
 import difflib
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -136,15 +137,15 @@ def _name_problems(name: Any) -> list[str]:
     return [f"runs.{text}: a run's name is a directory's name; letters, digits, '-', '_' and '.' are allowed"]
 
 
-def _sentences(errors: list[dict], base: dict, override: dict, run: str) -> list[str]:
+def _sentences(errors: Sequence[Mapping[str, Any]], base: dict, override: dict, run: str) -> list[str]:
     """One line a mistake. Pydantic reports each branch of a union ("auto" or a number) apart: they are one mistake."""
-    by_path: dict[tuple, list[dict]] = {}
+    by_path: dict[tuple, list[Mapping[str, Any]]] = {}
     for error in errors:
         by_path.setdefault(tuple(part for part in error["loc"] if not _is_type_name(part)), []).append(error)
     return [_sentence(list(path), group, base, override, run) for path, group in by_path.items()]
 
 
-def _sentence(path: list, errors: list[dict], base: dict, override: dict, run: str) -> str:
+def _sentence(path: list[Any], errors: list[Mapping[str, Any]], base: dict, override: dict, run: str) -> str:
     """The key's path, what is wrong, what was found, the nearest valid name."""
     error = errors[0]
     names = [str(part) for part in path]
@@ -160,8 +161,7 @@ def _sentence(path: list, errors: list[dict], base: dict, override: dict, run: s
         return f"{where}: unknown setting; {hint}"
     if error["type"] == "missing":
         return f"{where}: must be set"
-    if error["type"] == "model_type":
-        section = _section(path)
+    if error["type"] == "model_type" and (section := _section(path)):
         return f"{where}: has settings of its own ({', '.join(section.model_fields)}), found {error.get('input')!r}"
     message = " or ".join(one["msg"].removeprefix("Value error, ") for one in errors)
     message = message.replace("or Input should be", "or").replace("Input should be", "should be")

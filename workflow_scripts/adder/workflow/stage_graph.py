@@ -54,7 +54,7 @@ class Stage:
 
     def family(self) -> dict[str, "Stage"]:
         """Return this stage and all above it, by folder."""
-        found = {self.folder: self}
+        found: dict[str, Stage] = {self.folder: self}
         for parent in self.parents.values():
             found |= parent.family()
         return found

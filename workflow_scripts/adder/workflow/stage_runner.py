@@ -154,8 +154,8 @@ def run_stage(
     run = importlib.import_module(spec.run).run
     if "context" not in inspect.signature(run).parameters:
         return run(*_as_before(spec, settings, inputs, out, context, run))
-    kind = typing.get_type_hints(run)["inputs"]
-    own = kind(**inputs) if dataclasses.is_dataclass(kind) else inputs
+    inputs_type: Any = typing.get_type_hints(run)["inputs"]
+    own = inputs_type(**inputs) if isinstance(inputs_type, type) else inputs  # the report takes the mapping itself
     return run(spec.settings.model_validate(settings), own, out, context)
 
 

@@ -17,11 +17,11 @@ class TaskSettings(Section):
     """Name of one of lm-eval's tasks, such as `gsm8k`, `ifeval` or `mmlu`."""
     path: str | None = None
     """A task of your own: a YAML file in lm-eval's format."""
-    data: dict[str, str] | None = Field(None, min_length=1)
+    data: dict[str, str] | None = Field(default=None, min_length=1)
     """Local files by split (`{test: data/test.jsonl}`) in place of the data set that the task fetches."""
-    num_fewshot: int | None = Field(None, ge=0)
+    num_fewshot: int | None = Field(default=None, ge=0)
     """Examples in the prompt; the task's own number without it."""
-    limit: int | None = Field(None, ge=2)
+    limit: int | None = Field(default=None, ge=2)
     """Only the first so many of its questions."""
     chat_template: bool = True
     """Ask through the model's chat template."""
@@ -38,7 +38,7 @@ class TaskSettings(Section):
 class EvaluationTask(TaskSettings):
     """A task of lm-eval's, or one of your own in its format, before and after training."""
 
-    max_drop: float | None = Field(None, ge=0, le=1)
+    max_drop: float | None = Field(default=None, ge=0, le=1)
     """Regression guard: the run fails if the score falls by more than this from base to tuned."""
 
 
