@@ -7,14 +7,19 @@ TORCH_INDEX ?=
 CONFIG ?=
 # Tests at a time: each computes on one core.
 WORKERS ?= 2
+# Which tests: files, folders or names, as pytest takes them.
+TESTS ?=
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --cores 1
+PACKAGE := workflow_scripts/adder
+# Those that are installed here. A name that only says where to find another one, as pyenv's do, doesn't count.
+PYTHONS = $(foreach minor,11 12 13,$(shell python3.$(minor) -c 'print("3.$(minor)")' 2> /dev/null))
 
 # Any of these serves the tests of the pages.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 APT := DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
 
-.PHONY: merged_model report all test browser lint settings prune lock clean
+.PHONY: merged_model report all test pytest test-avx2 test-all-pythons browser lint settings prune lock clean
 
 merged_model report all: $(VENV)/.ready
 	@$(BIN)/adder check --quiet $(CONFIG)
@@ -37,8 +42,27 @@ $(VENV)/.ready-dev: envs/requirements-dev.lock $(VENV)/.ready
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-test: lint browser
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+test: lint pytest
+
+# Measures how much of the package the tests run; tests/conftest.py says it at the end, .cache/coverage.json has the
+# lines. Left out is what torch compiles: there the measuring is in its way on Python 3.11. What runs in processes that
+# tests start isn't counted.
+pytest: $(VENV)/.ready-dev browser
+	@mkdir -p .cache
+	$(BIN)/python -m slipcover --source $(PACKAGE) --omit $(PACKAGE)/kernels/packed_attention.py \
+		--json --out .cache/coverage.json -m pytest --numprocesses $(WORKERS) --dist loadfile $(TESTS)
+
+# As on a machine that has AVX2 alone.
+test-avx2:
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(MAKE) pytest
+
+# With another Python, in an environment of its own: `make test-python3.13`.
+test-python3.%:
+	$(MAKE) pytest PYTHON=python3.$* VENV=.venv-python3.$*
+
+test-all-pythons:
+	@echo "Pythons here: $(PYTHONS)"
+	set -e; for python in $(PYTHONS); do $(MAKE) test-python$$python; done
 
 # Where there is none and Debian's can't be had, those tests are skipped; nothing else needs it.
 browser:
@@ -67,9 +91,9 @@ prune: $(VENV)/.ready
 lock:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r envs/requirements.in
-	$(BIN)/pip freeze --exclude pip --exclude setuptools | sed 's/+cpu//' > envs/requirements.lock
+	$(BIN)/pip freeze --exclude pip --exclude setuptools --exclude adder-finetune | sed 's/+cpu//' > envs/requirements.lock
 	$(BIN)/pip install --quiet -r envs/requirements-dev.in
-	$(BIN)/pip freeze --exclude pip --exclude setuptools | sed 's/+cpu//' > envs/requirements-dev.lock
+	$(BIN)/pip freeze --exclude pip --exclude setuptools --exclude adder-finetune | sed 's/+cpu//' > envs/requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-python3.* .cache .pytest_cache .ruff_cache .hypothesis

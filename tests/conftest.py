@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -27,6 +28,15 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how much of the package the tests ran, where slipcover measures it in several processes (`make test`)."""
+    measured = Path(os.environ.get("SLIPCOVER_COVERAGE_DIR", "")) / "merged.json"
+    if measured.exists():
+        summary = json.loads(measured.read_text())["summary"]
+        lines = summary["covered_lines"] + summary["missing_lines"]
+        terminalreporter.write_line(f"coverage: {summary['percent_covered']:.1f} % of the package's {lines:,} lines")
 
 
 @pytest.fixture(scope="session")
