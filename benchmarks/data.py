@@ -102,7 +102,8 @@ def adder(work: Path, rows: Path, count: int, checked: bool = False, download: b
     from adder.packing import run as lengths
     from adder.packing.stage import LengthsSettings
     from adder.tokenization import run as tokenize
-    from adder.workflow.settings import Data, Format, Heldout, Tokenize
+    from adder.tokenization.stage import TokenizeSettings
+    from adder.workflow.settings import Data, Format, Heldout
 
     progress = Progress.silent()
     folders = {name: work / name for name in ("data", "format", "tokenize", "lengths")}
@@ -118,8 +119,8 @@ def adder(work: Path, rows: Path, count: int, checked: bool = False, download: b
     off = {} if checked else {"near_duplicates": "off", "overlap": "off"}
     settings = Format(**off).model_dump(mode="json") | {"heldout": heldout}
     formatting.run(settings, folders, folders["format"], progress)
-    inputs = {**folders, "model": work / "model"}
-    tokenize.run(Tokenize().model_dump(mode="json"), inputs, folders["tokenize"], progress)
+    inputs = tokenize.TokenizeInputs(folders["format"], work / "model")
+    tokenize.run(TokenizeSettings(), inputs, folders["tokenize"], Context(progress))
     choices = LengthsSettings(max_seq_length=LENGTH, packing=True, effective_batch_size=16, max_examples=None)
     inputs = lengths.LengthsInputs(folders["tokenize"], work / "model")
     found = lengths.run(choices, inputs, folders["lengths"], Context(progress))

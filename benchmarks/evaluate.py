@@ -39,10 +39,12 @@ SETTINGS = {"max_samples": None, "max_new_tokens": "auto", "batch_size": "auto"}
 def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
     """The folders of the stages before `evaluate`, made by the stages themselves."""
     from adder.core.progress import Progress
+    from adder.core.stage_spec import Context
     from adder.data import fetch_model, fetch_rows
     from adder.formatting import run as formatting
     from adder.tokenization import run as tokenize
-    from adder.workflow.settings import Data, Format, Tokenize
+    from adder.tokenization.stage import TokenizeSettings
+    from adder.workflow.settings import Data, Format
 
     progress = Progress.silent()
     folders = {name: work / name for name in ("model", "data", "format", "tokenize")}
@@ -55,7 +57,8 @@ def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
     fetch_rows.run(data, {}, folders["data"], progress)
     form = Format(system_prompt=SYSTEM).model_dump(mode="json") | {"heldout": data["heldout"]}
     formatting.run(form, folders, folders["format"], progress)
-    tokenize.run(Tokenize().model_dump(mode="json"), folders, folders["tokenize"], progress)
+    inputs = tokenize.TokenizeInputs(folders["format"], folders["model"])
+    tokenize.run(TokenizeSettings(), inputs, folders["tokenize"], Context(progress))
     return folders
 
 

@@ -41,7 +41,8 @@ def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt:
     from adder.packing import run as lengths
     from adder.packing.stage import LengthsSettings
     from adder.tokenization import run as tokenize
-    from adder.workflow.settings import Data, Format, Model, Tokenize
+    from adder.tokenization.stage import TokenizeSettings
+    from adder.workflow.settings import Data, Format, Model
 
     progress = Progress.silent()
     folders = {name: work / name for name in STAGES}
@@ -52,7 +53,8 @@ def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt:
     fetch_rows.run(data, {}, folders["data"], progress)
     settings = Format(system_prompt=prompt).model_dump(mode="json") | {"heldout": data["heldout"]}
     formatting.run(settings, folders, folders["format"], progress)
-    tokenize.run(Tokenize().model_dump(mode="json"), folders, folders["tokenize"], progress)
+    inputs = tokenize.TokenizeInputs(folders["format"], folders["model"])
+    tokenize.run(TokenizeSettings(), inputs, folders["tokenize"], Context(progress))
     choices = LengthsSettings(effective_batch_size=effective_batch, max_examples=None)
     inputs = lengths.LengthsInputs(folders["tokenize"], folders["model"])
     lengths.run(choices, inputs, folders["lengths"], Context(progress))

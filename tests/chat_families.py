@@ -3,11 +3,11 @@
 import json
 from dataclasses import dataclass
 
-import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adder.tokenization.chat_template import DATE, NAMED, ChatTemplate, UnusableRow
+from adder.core.labels import IGNORE_INDEX
+from adder.tokenization.chat_template import NAMED, ChatTemplate, UnusableRow
 from tiny import tiny_tokenizer
 
 CHATML_DEFAULT_SYSTEM = """\
@@ -353,22 +353,10 @@ def label(labeller, messages, tools=None):
 
 
 def labelled_text(tokenizer, labels):
-    return tokenizer.decode(labels[labels != -100], clean_up_tokenization_spaces=False)
+    return tokenizer.decode(labels[labels != IGNORE_INDEX], clean_up_tokenization_spaces=False)
 
 
 def prompt_ids(tokenizer, messages, tools=None):
     """What apply_chat_template gives a model to go on from; messages in the form that the template takes."""
     taken = [ChatTemplate(tokenizer).taken(message) for message in messages]
     return tokenizer.apply_chat_template(taken, tools=tools, add_generation_prompt=True, return_dict=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stopped_clock():
-    """Let apply_chat_template write the date that the stage writes."""
-
-    class Clock:
-        now = staticmethod(lambda: DATE)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
-        yield

@@ -16,10 +16,13 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, read_table, write_json, write_table
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context
 from adder.evaluation import generation as replies
 from adder.evaluation import heldout_loss, metrics, speculative_decoding
 from adder.evaluation import run as evaluate
+from adder.tokenization.run import TokenizeInputs
 from adder.tokenization.run import run as tokenize
+from adder.tokenization.stage import TokenizeSettings
 from tiny import save_tiny_model, write_conversations
 
 SYSTEM = {"role": "system", "content": "Turn the message into JSON."}
@@ -46,7 +49,8 @@ def make_inputs(folder, base, rows=None):
     (inputs["model"] / "model").symlink_to(base)
     for split, own in (("train", conversations()), ("heldout", rows)):
         write_conversations(inputs["format"] / f"{split}.parquet", own)
-    tokenize({"chat_template": None, "loss_on": "assistant"}, inputs, inputs["tokenize"], Progress.silent())
+    read = TokenizeInputs(inputs["format"], inputs["model"])
+    tokenize(TokenizeSettings(), read, inputs["tokenize"], Context(Progress.silent()))
     return inputs
 
 

@@ -1,9 +1,11 @@
+"""Which chat template is used, and the forms in which conversations are given to it."""
+
 import pytest
 
 from adder.core.errors import UserError
 from adder.tokenization.chat_template import NAMED, ChatTemplate, choose_template
 from adder.tokenization.labels import Labeller
-from adder.workflow.settings import NAMED_TEMPLATES
+from adder.tokenization.stage import NAMED_TEMPLATES
 from chat_families import (
     FAMILIES,
     bos_adding,
@@ -11,14 +13,11 @@ from chat_families import (
     label,
     labelled_text,
     sentencepiece_like_tokenizer,
-    stopped_clock,  # noqa: F401
-)  # fmt: skip
+)
+from conversation_cases import (
+    CONVERSATIONS,
+)
 from tiny import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def labellers():
-    return {name: Labeller(family.tokenizer()) for name, family in FAMILIES.items()}
 
 
 def test_the_date_does_not_change_what_is_written(labellers):
@@ -86,3 +85,17 @@ def test_a_template_from_a_file_is_used_or_refused_with_its_name(tmp_path):
     choose_template(tokenizer, str(path))
     with pytest.raises(UserError, match="line 2"):
         Labeller(tokenizer)
+
+
+def test_contents_are_given_as_parts_where_a_template_needs_them():
+    labeller = Labeller(FAMILIES["parts"].tokenizer())
+    assert not labeller.finder.template.takes_text
+    assert all(Labeller(FAMILIES[name].tokenizer()).finder.template.takes_text for name in FAMILIES if name != "parts")
+
+
+def test_reasoning_without_a_place_in_the_template_is_written_into_the_reply():
+    labeller = Labeller(FAMILIES["chatml"].tokenizer())
+    assert not labeller.finder.template.folds_reasoning
+    ids, labels, _ = label(labeller, CONVERSATIONS["reasoning"][:2])
+    assert labelled_text(labeller.tokenizer, labels) == "<think>\nI saw it.\n</think>\n\nHere, I think.<|im_end|>"
+    assert labeller.finder.template.folds_reasoning

@@ -1,10 +1,17 @@
 """Where in a rendered conversation each reply stands, found from the chat template itself."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from adder.tokenization.chat_template import ChatTemplate, Message, Span, UnusableRow, special_tokens
+from transformers import PreTrainedTokenizerFast
+
+from adder.formatting.conversation import Message, ToolCall
+from adder.tokenization.chat_template import ChatTemplate, Span, UnusableRow, special_tokens
+from adder.tokenization.stage import LossOn
+
+Tools = list[dict[str, Any]]
 
 NO_END = "the chat template writes no end-of-turn token after a reply: the model couldn't learn to stop"
 
@@ -18,7 +25,7 @@ class Rendered:
     masked: list[Span]  # replies marked train: false, where everything else carries loss
 
 
-class ReplyFinder:
+class AssistantSpanFinder:
     """Finds the replies of a conversation in the text that the template makes of it.
 
     What a reply's span covers: everything from the end of the generation prompt, that is, all that the model has to
@@ -29,7 +36,7 @@ class ReplyFinder:
     `loss_on` as in the settings: "assistant", "last" or "all".
     """
 
-    def __init__(self, tokenizer, loss_on: str = "assistant"):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, loss_on: LossOn = "assistant") -> None:
         self.template = ChatTemplate(tokenizer)
         self.loss_on = loss_on
         self.special_ids = special_tokens(tokenizer)
@@ -40,7 +47,7 @@ class ReplyFinder:
         self._ending: list[str] | None = None  # the special tokens after a conversation's last reply
         self.turn_ends: dict[str, bool] = {}  # tokens behind tool calls, and whether they end the turn
 
-    def find(self, messages: list[Message], tools: list[dict] | None = None) -> Rendered:
+    def find(self, messages: list[Message], tools: Tools | None = None) -> Rendered:
         """Render a conversation and find the replies to train on.
 
         Raises UnusableRow, with a reason that a person can act on, for a conversation that the template refuses or of
@@ -77,14 +84,13 @@ class ReplyFinder:
             raise UnusableRow(f"nothing to train on: {which} marked train: false")
         return wanted, [turn for turn in turns if turn not in wanted] if self.loss_on == "all" else []
 
-    def _refuse_control_tokens(self, messages: list[Message], tools: list[dict] | None) -> None:
+    def _refuse_control_tokens(self, messages: list[Message], tools: Tools | None) -> None:
         # A typed "<|im_end|>" would end the turn. Generation reads it that way as well, so there is no right encoding.
         for number, message in enumerate(messages, 1):
             self._refuse_in(message["content"], f"message {number} ({message['role']})")
             for key in ("reasoning_content", "tool_calls", "name"):
-                if key in message:
-                    for text in _strings(message[key]):
-                        self._refuse_in(text, f"message {number} ({message['role']})")
+                for text in _strings(message.get(key)):
+                    self._refuse_in(text, f"message {number} ({message['role']})")
         for text in _strings(tools or []):
             self._refuse_in(text, "the list of tools")
 
@@ -97,13 +103,14 @@ class ReplyFinder:
                     "a text holds what the tokenizer reads as a control token",
                 )
 
-    def _check_inputs(self, messages: list[Message], tools: list[dict] | None, text: str) -> None:
+    def _check_inputs(self, messages: list[Message], tools: Tools | None, text: str) -> None:
         """Raise UnusableRow if the template leaves out a message that isn't a reply, or the tools."""
         for number, message in enumerate(messages):
             content = message["content"].strip()
             if message["role"] == "assistant" or content in text:
                 continue
-            other = [*messages[:number], {**message, "content": "X" + content}, *messages[number + 1 :]]
+            changed: Message = {**message, "content": "X" + content}
+            other = [*messages[:number], changed, *messages[number + 1 :]]
             if self.template.render(other, tools=tools) == text:
                 raise UnusableRow(
                     f"the chat template leaves out message {number + 1} ({message['role']})",
@@ -112,8 +119,8 @@ class ReplyFinder:
         if tools and any(_name(tool) not in text for tool in tools):
             raise UnusableRow("the chat template has no place for the list of tools")
 
-    def whole_tokens(self, text: str) -> int:
-        """Length of the text through its last whole special token, 0 without one."""
+    def through_last_special(self, text: str) -> int:
+        """Length of the text through its last special token, 0 without one."""
         return max((match.end() for match in self.special.finditer(text)), default=0)
 
     def turn_end(self, found: "_Conversation", turn: int, end: int) -> int:
@@ -139,7 +146,9 @@ class ReplyFinder:
             kept += len(token)
         return kept
 
-    def _marked_spans(self, messages, tools, turns: list[int]) -> tuple[str, dict[int, Span]]:
+    def _marked_spans(
+        self, messages: list[Message], tools: Tools | None, turns: list[int]
+    ) -> tuple[str, dict[int, Span]]:
         """Spans of a template's own {% generation %} blocks, without the generation prompt, through the end of turn."""
         text, blocks = self.template.render_blocks(messages, tools)
         found = _Conversation(self, messages, tools, text)
@@ -178,13 +187,13 @@ class ReplyFinder:
         if turn == len(found.messages) - 1:
             raise found.other_prompt(prompt, text)
         header = found.header(turn)
-        return self.whole_tokens(header[: _common_prefix(header, text[start:end])])
+        return self.through_last_special(header[: _common_prefix(header, text[start:end])])
 
 
 class _Conversation:
     """One rendered conversation, and what comparing it with renderings of variants of it tells."""
 
-    def __init__(self, finder: ReplyFinder, messages: list[Message], tools: list[dict] | None, text: str):
+    def __init__(self, finder: AssistantSpanFinder, messages: list[Message], tools: Tools | None, text: str) -> None:
         self.finder, self.messages, self.tools, self.text = finder, messages, tools, text
 
     def through(self, turn: int) -> "_Conversation":
@@ -211,19 +220,19 @@ class _Conversation:
         """Span of one reply, by the prompt that generation would see and by the reply's own text."""
         message, text = self.messages[turn], self.text
         content, prompt = message["content"], self.prompt(turn)
-        agrees = prompt is not None and text.startswith(prompt)
-        if not agrees and turn == len(self.messages) - 1 and prompt is not None:
+        own = prompt if prompt is not None and text.startswith(prompt) else None
+        if own is None and turn == len(self.messages) - 1 and prompt is not None:
             self.around(turn)  # may know better why: text written twice, or not at all
             raise self.other_prompt(prompt, text)
-        if agrees and len(message) - ("train" in message) == 2:
+        if own is not None and len(message) - ("train" in message) == 2:
             for reply in (content, content.strip()):
-                end = len(prompt) + len(reply)
-                if text.startswith(reply, len(prompt)) and self.finder.special_run.match(text, end):
-                    return len(prompt), self.finder.turn_end(self, turn, end)
+                end = len(own) + len(reply)
+                if text.startswith(reply, len(own)) and self.finder.special_run.match(text, end):
+                    return len(own), self.finder.turn_end(self, turn, end)
         before, after = self.around(turn)
         if not text.endswith(after):
             raise UnusableRow("the chat template writes other turns differently depending on a reply's text")
-        start = len(prompt) if agrees else self._start(turn, prompt, before)
+        start = self._start(turn, prompt, before) if own is None else len(own)
         end = len(text) - len(after)
         self.check(turn, text[start:end], "the chat template leaves out")
         if message.get("tool_calls"):
@@ -234,7 +243,7 @@ class _Conversation:
 
     def other_prompt(self, prompt: str, text: str) -> UnusableRow:
         """The reason to refuse a reply before which the text isn't the generation prompt."""
-        start = self.finder.whole_tokens(prompt[: _common_prefix(prompt, text)])
+        start = self.finder.through_last_special(prompt[: _common_prefix(prompt, text)])
         reason = (
             f"the chat template's generation prompt goes on with {prompt[start : start + 40]!r}, where the finished "
             f"conversation has {text[start : start + 40]!r}: the model would be trained on another prompt than it is "
@@ -250,13 +259,13 @@ class _Conversation:
         marker = "REPLY0REPLY"
         while any(marker in text for text in _strings(self.messages)):
             marker = marker.replace("0", "00")
-        if message.get("tool_calls"):
-            calls = [_other_call(call, marker) for call in message["tool_calls"]]
+        other: Message = {**message, "content": marker}
+        called = message.get("tool_calls")
+        if called:
+            calls = [_other_call(call, marker) for call in called]
             other = {**message, "tool_calls": calls, "content": marker if message["content"].strip() else ""}
-        else:
-            other = {**message, "content": marker}
         rendered = self._variant([*self.messages[:turn], other, *self.messages[turn + 1 :]]).text
-        if message.get("tool_calls"):
+        if called:
             if marker not in rendered:
                 raise UnusableRow("the chat template leaves out a tool call")
             before = _common_prefix(self.text, rendered)
@@ -302,16 +311,17 @@ class _Conversation:
             alone = self.through(turn).around(turn)[1]
             shared = after[: _common_prefix(after, alone)]
         else:
-            call = self.messages[turn]["tool_calls"][-1]
-            result = {"role": "tool", "content": "0", "name": call["function"]["name"]}
-            result |= {"tool_call_id": call["id"]} if "id" in call else {}
+            call = self.messages[turn].get("tool_calls", [])[-1]
+            result: Message = {"role": "tool", "content": "0", "name": call["function"]["name"]}
+            if "id" in call:
+                result["tool_call_id"] = call["id"]
             try:
                 onward = self._variant([*self.messages, result]).around(turn)[1]
             except UnusableRow:
                 onward = after
             shared = after[: _common_prefix(after, onward)]
             shared = shared if self.finder.special.search(shared) else after
-        end = self.finder.whole_tokens(shared)
+        end = self.finder.through_last_special(shared)
         if not end:
             raise UnusableRow(NO_END)
         return end
@@ -321,9 +331,10 @@ class _Conversation:
         closer, ends = self.finder.special.findall(written)[-1], self.finder.turn_ends
         if closer not in ends:
             message = self.messages[turn]
-            calls = [*message["tool_calls"], message["tool_calls"][-1]]
+            calls = message.get("tool_calls", [])
+            repeated: Message = {**message, "tool_calls": [*calls, calls[-1]]}
             try:
-                more = self._variant([*self.messages[:turn], {**message, "tool_calls": calls}]).text
+                more = self._variant([*self.messages[:turn], repeated]).text
             except UnusableRow:
                 more = ""  # a template that allows one call only
             ends[closer] = more.count(closer) <= self.through(turn).text.count(closer)
@@ -351,16 +362,17 @@ class _Conversation:
             raise UnusableRow(f"{complaint} a reply's reasoning")
 
 
-def _other_call(call: dict, marker: str) -> dict:
+def _other_call(call: ToolCall, marker: str) -> ToolCall:
+    """The call with other arguments, to see where they are written."""
     # The name stays: some templates write it beside the call's result as well.
     return {**call, "function": {**call["function"], "arguments": {marker: marker}}}
 
 
-def _name(tool: dict) -> str:
+def _name(tool: dict[str, Any]) -> str:
     return str(tool.get("function", tool).get("name", ""))
 
 
-def _strings(value: Any):
+def _strings(value: Any) -> Iterator[str]:
     """Every text within a value made of dictionaries and lists, their keys included."""
     if isinstance(value, str):
         yield value

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import product
@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.runtime import Context
+from transformers import PreTrainedTokenizerFast
 
 # Private in transformers, but what apply_chat_template itself renders with: the public function can't be given a clock.
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from adder.core.errors import UserError
 
-Message = dict[str, Any]
-Span = tuple[int, int]
+# A message of formatting.conversation, or one in the form that a template takes.
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
+Tools = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]  # first character, and the one behind the last
 
 # Templates that write today's date (Llama 3.x and others) get this one, the date that Llama's own template falls back
 # to: a stage's output must not depend on the day it ran.
@@ -47,12 +52,12 @@ class UnusableRow(Exception):
     `kind` is the reason without what is particular to the row, for counting.
     """
 
-    def __init__(self, reason: str, kind: str | None = None):
+    def __init__(self, reason: str, kind: str | None = None) -> None:
         super().__init__(reason)
         self.kind = kind or reason
 
 
-def choose_template(tokenizer, chat_template: str | None) -> str:
+def choose_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> str:
     """Give `tokenizer` the template to use and return where it came from: "own", "file", or the name of one of NAMED.
 
     `chat_template` is a name of NAMED or a file. A model without a template of its own gets ChatML if its vocabulary
@@ -85,12 +90,12 @@ def choose_template(tokenizer, chat_template: str | None) -> str:
     return name
 
 
-def adds_bos(tokenizer) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer puts its beginning-of-text token before a plain text."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def special_tokens(tokenizer) -> dict[str, int]:
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Text -> id of every token that the tokenizer treats as a control token wherever its text appears."""
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
@@ -107,7 +112,7 @@ class ChatTemplate:
     template knows none of these keys, reasoning is written before the answer as <think>...</think>.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         source = tokenizer.get_chat_template()
         try:
             self.compiled = _compile_jinja_template(source)
@@ -129,10 +134,10 @@ class ChatTemplate:
 
     @property
     def folds_reasoning(self) -> bool:
-        """Whether a reasoning was met that the template has no key for."""
+        """Whether reasoning was met that the template has no key for."""
         return "" in self._reasoning_keys.values()
 
-    def render(self, messages: list[Message], prompt: bool = False, tools: list[dict] | None = None) -> str:
+    def render(self, messages: Messages, prompt: bool = False, tools: Tools | None = None) -> str:
         """Text of the conversation; with `prompt`, as the model sees it when the next reply is its own to write.
 
         Raises UnusableRow when the template refuses the conversation.
@@ -141,22 +146,24 @@ class ChatTemplate:
         with _refusals():
             return self.render_taken(taken, prompt, tools)
 
-    def render_taken(self, messages: list[Message], prompt: bool = False, tools: list[dict] | None = None) -> str:
+    def render_taken(self, messages: Messages, prompt: bool = False, tools: Tools | None = None) -> str:
         """The same for messages that are already in the form the template takes; raises whatever the template does."""
         return "".join(self.compiled.root_render_func(self._fresh_context(messages, prompt, tools)))
 
-    def render_blocks(self, messages: list[Message], tools: list[dict] | None = None) -> tuple[str, list[Span]]:
+    def render_blocks(self, messages: Messages, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """Text of the conversation and the character spans of the template's {% generation %} blocks."""
         parts: list[str] = []
         blocks: list[Span] = []
         taken = [self.taken(message) for message in messages]
-        with _refusals(), self.compiled.environment.activate_tracker(parts, blocks):
+        # Of the extension that transformers compiles templates with.
+        tracker = self.compiled.environment.activate_tracker  # pyright: ignore[reportAttributeAccessIssue]
+        with _refusals(), tracker(parts, blocks):
             context = self._fresh_context(taken, False, tools)
             for part in self.compiled.root_render_func(context):
                 parts.append(part)
         return "".join(parts), blocks
 
-    def _fresh_context(self, messages: list[Message], prompt: bool, tools: list[dict] | None):
+    def _fresh_context(self, messages: Messages, prompt: bool, tools: Tools | None) -> Context:
         self._context.vars.clear()
         self._context.exported_vars.clear()
         self._context.parent.update(messages=messages, tools=tools or None, add_generation_prompt=prompt)
@@ -190,7 +197,7 @@ class ChatTemplate:
             taken["content"] = [{"type": "text", "text": taken["content"] or ""}]
         return taken
 
-    def _writes(self, messages: list[Message], *texts: str) -> bool:
+    def _writes(self, messages: Messages, *texts: str) -> bool:
         """Whether the template renders a conversation with all of `texts` in it."""
         try:
             written = self.render(messages)
@@ -231,7 +238,8 @@ def _call() -> Message:
     return {**_reply(""), "tool_calls": [{"type": "function", "id": "probe0001", "function": function}]}
 
 
-def _with_text_arguments(call: dict) -> dict:
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with its arguments as JSON text."""
     function = call["function"]
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 

@@ -1,13 +1,13 @@
-"""The short way to a conversation's labels, for templates that write contents between fixed texts, as nearly all do.
+"""The fast path to a conversation's labels, for templates that write contents between fixed texts, as nearly all do.
 
-Conversations of one shape (the same roles in the same order) are then the same fixed pieces around other contents. The
-pieces and the replies' places in them are learnt from the first conversation of a shape, which goes the long way. Each
+Conversations of one layout (the same roles in the same order) are then the same fixed pieces around other contents. The
+pieces and the replies' places in them are learnt from the first conversation of a layout, on the slow path. Each
 further one is rendered once and compared with its contents put between the pieces: if the texts are equal, so are the
 replies' places, and no generation prompt has to be rendered. In the ids, control tokens are landmarks: as the contents
 hold none, the k-th one of the text is the k-th one of the ids, and a reply begins so many tokens behind one and ends
 with another. No offsets are needed, which makes the tokenizer itself quicker.
 
-Whatever differs from that by a single character or token is left to the long way.
+Whatever differs from that by a single character or token is left to the slow path, `AssistantSpanFinder`.
 """
 
 import json
@@ -17,11 +17,19 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast
 
-from adder.tokenization.assistant_spans import Rendered, ReplyFinder
-from adder.tokenization.chat_template import Message, Span, UnusableRow
+from adder.formatting.conversation import Conversation, Message
+from adder.tokenization.assistant_spans import AssistantSpanFinder, Rendered
+from adder.tokenization.chat_template import Span, UnusableRow
 
-ATTEMPTS = 3  # conversations of a shape to learn from before it is left to the long way for good
+Integers = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int32]
+Key = tuple[str | None, ...]  # roles; None makes a conversation unfit
+Trim = Callable[[str], str]
+
+ATTEMPTS = 3  # conversations of a layout to learn from before it is left to the slow path for good
 PAD = " \n"  # white space around a marker shows whether the template trims contents
 
 
@@ -30,20 +38,20 @@ class Reply:
     """Where a reply stands among the control tokens of the text."""
 
     opener: int  # number of the control token before it
-    tail: np.ndarray  # int32, ids between that one and the reply: the end of the generation prompt
+    tail: Tokens  # int32, ids between that one and the reply: the end of the generation prompt
     closer: int  # number of the control token that ends it
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
-    """What the conversations of one shape have in common."""
+class Layout:
+    """What the conversations of one layout have in common."""
 
     head: str  # the text before the last control token of the first piece, such as a system turn of the template's own
     head_ids: list[int]
     parts: list[str]  # fixed pieces at even places; contents go to the odd ones
     order: list[int]  # which message's content goes to which odd place
-    trims: list[Callable[[str], str]] | None  # what the template does to each message's content
-    control_ids: np.ndarray  # int32, the control tokens of the text
+    trims: list[Trim] | None  # what the template does to each message's content
+    control_ids: Tokens  # int32, the control tokens of the text
     replies: list[Reply]
     trained: list[int]  # messages that the replies are
     answers: list[int]  # all replies, those that aren't trained on included
@@ -52,17 +60,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Spliced:
-    """A conversation put together from its shape's pieces."""
+    """A conversation put together from its layout's pieces."""
 
     text: str  # without the head
-    shape: Shape
+    layout: Layout
     replies: str  # contents of the replies, to look for characters that have no tokens
 
 
-class Shapes:
-    """The shapes met so far."""
+class FastPath:
+    """The layouts met so far, and conversations by them."""
 
-    def __init__(self, finder: ReplyFinder, tokenizer):
+    def __init__(self, finder: AssistantSpanFinder, tokenizer: PreTrainedTokenizerFast) -> None:
         self.finder = finder
         self.backend = tokenizer.backend_tokenizer
         self.added = tokenizer.added_tokens_decoder
@@ -71,39 +79,41 @@ class Shapes:
         self.is_control = np.zeros(1 + max([self.backend.get_vocab_size(), *self.ids.values()]), dtype=bool)
         self.is_control[list(self.ids.values())] = True
         self.usable = finder.template.takes_text and self._normalises_locally() and self._finds_control_tokens()
-        self._shapes: dict[tuple, Shape | int] = {}  # a number: failed attempts to learn it
+        self._layouts: dict[Key, Layout | int] = {}  # a number: failed attempts to learn it
 
-    def splice(self, conversation: dict) -> Spliced | None:
-        """The conversation put together from its shape's pieces, or None where the long way has to be gone."""
+    def splice(self, conversation: Conversation) -> Spliced | None:
+        """The conversation put together from its layout's pieces, or None where only the slow path will do."""
         if not self.usable or len(conversation) != 1 or "messages" not in conversation:
             return None
         messages = conversation["messages"]
         key = tuple([message["role"] if len(message) == 2 else _marked_role(message) for message in messages])
-        shape = self._shapes.get(key, 0)
-        if isinstance(shape, int):
-            shape = self._try_to_learn(key, messages, shape)
-            if shape is None:
+        layout = self._layouts.get(key, 0)
+        if isinstance(layout, int):
+            layout = self._try_to_learn(key, messages, layout)
+            if layout is None:
                 return None
         contents = [message["content"] for message in messages]
-        if shape.trims:
-            contents = [trim(content) for trim, content in zip(shape.trims, contents, strict=True)]
-        parts = shape.parts.copy()
-        parts[1::2] = [contents[number] for number in shape.order]
+        if layout.trims:
+            contents = [trim(content) for trim, content in zip(layout.trims, contents, strict=True)]
+        parts = layout.parts.copy()
+        parts[1::2] = [contents[number] for number in layout.order]
         text = "".join(parts)
         try:
             if self.finder.template.render_taken(messages) != text:
                 return None
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError):
             return None
-        for number in shape.visible:
+        for number in layout.visible:
             if not "!" <= contents[number][:1] <= "~":
                 return None
-        for number in shape.answers:
+        for number in layout.answers:
             if not contents[number].strip():
                 return None
-        return Spliced(text[len(shape.head) :], shape, "".join([contents[number] for number in shape.trained]))
+        return Spliced(text[len(layout.head) :], layout, "".join([contents[number] for number in layout.trained]))
 
-    def locate(self, ids: np.ndarray, lengths: np.ndarray, shapes: list[Shape]) -> tuple[np.ndarray, ...]:
+    def locate(
+        self, ids: Tokens, lengths: Integers, layouts: list[Layout]
+    ) -> tuple[npt.NDArray[np.bool_], Integers, Integers, Integers]:
         """Find the replies in the ids (int32) of many conversations, given as one row and the length of each.
 
         Returns which conversations are sure (bool (n,)), how many replies each has (int64 (n,)), and start and end of
@@ -113,20 +123,20 @@ class Shapes:
         places = np.flatnonzero(self.is_control[ids])
         firsts = np.searchsorted(places, borders)
         found = np.diff(firsts)
-        sure = np.zeros(len(shapes), dtype=bool)
-        counts = np.array([len(shape.replies) for shape in shapes], dtype=np.int64)
+        sure = np.zeros(len(layouts), dtype=bool)
+        counts = np.array([len(layout.replies) for layout in layouts], dtype=np.int64)
         at = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         starts, ends = np.zeros((2, at[-1]), dtype=np.int64)
         groups: dict[int, list[int]] = {}
-        for number, shape in enumerate(shapes):
-            groups.setdefault(id(shape), []).append(number)
+        for number, layout in enumerate(layouts):
+            groups.setdefault(id(layout), []).append(number)
         for members in groups.values():
-            shape = shapes[members[0]]
+            layout = layouts[members[0]]
             rows = np.array(members)
-            rows = rows[found[rows] == len(shape.control_ids)]
-            controls = places[firsts[rows][:, None] + np.arange(len(shape.control_ids))]
-            right = (ids[controls] == shape.control_ids).all(axis=1)
-            for number, reply in enumerate(shape.replies):
+            rows = rows[found[rows] == len(layout.control_ids)]
+            controls = places[firsts[rows][:, None] + np.arange(len(layout.control_ids))]
+            right = (ids[controls] == layout.control_ids).all(axis=1)
+            for number, reply in enumerate(layout.replies):
                 start, end = controls[:, reply.opener] + 1 + len(reply.tail), controls[:, reply.closer]
                 right &= start <= end
                 tail = np.minimum(start[:, None] - np.arange(len(reply.tail), 0, -1), len(ids) - 1)
@@ -137,19 +147,19 @@ class Shapes:
         kept = np.repeat(sure, counts)
         return sure, counts[sure], starts[kept], ends[kept]
 
-    def _try_to_learn(self, key: tuple, messages: list[Message], failed: int) -> Shape | None:
+    def _try_to_learn(self, key: Key, messages: list[Message], failed: int) -> Layout | None:
         if failed >= ATTEMPTS or None in key:
             return None
         try:
             rendered = self.finder.find(messages)
-            shape = self._learn(messages, rendered)
+            layout = self._learn(messages, rendered)
         except UnusableRow:
             return None
-        self._shapes[key] = shape or failed + 1
-        return shape
+        self._layouts[key] = layout or failed + 1
+        return layout
 
-    def _learn(self, messages: list[Message], rendered: Rendered) -> Shape | None:
-        """The shape of a conversation of which the long way knows the replies; None if it has none that is simple."""
+    def _learn(self, messages: list[Message], rendered: Rendered) -> Layout | None:
+        """The layout of a conversation whose replies the slow path has found; None if it has none that is simple."""
         pieces, order, trims = self._pieces(messages)
         if pieces is None or rendered.masked:
             return None
@@ -170,7 +180,7 @@ class Shapes:
             for match in self.finder.special.finditer(rendered.text[start:end])
         ]
         if [index for _, _, index in controls[:2]] == [self.bos] * 2:
-            return None  # written twice, which the long way refuses
+            return None  # written twice, which the slow path refuses
         replies, visible = [], []
         for span in rendered.spans:
             found = self._place(rendered.text, span, fixed, controls)
@@ -186,11 +196,11 @@ class Shapes:
         head, head_ids = self._head(rendered.text, first)
         control_ids = np.array([index for _, _, index in controls], dtype=np.int32)
         plain = all(trim is str for trim in trims)
-        return Shape(
+        return Layout(
             head, head_ids, parts, order, None if plain else trims, control_ids, replies, trained, answers, visible
         )
 
-    def _pieces(self, messages: list[Message]) -> tuple[list[str] | None, list[int], list[Callable[[str], str]]]:
+    def _pieces(self, messages: list[Message]) -> tuple[list[str] | None, list[int], list[Trim]]:
         """Fixed pieces of a conversation's text, the order of the contents between them, and how each is trimmed."""
         markers = [f"CONTENT{number}CONTENT" for number in range(len(messages))]
         marked = [{**m, "content": PAD + marker + PAD[::-1]} for m, marker in zip(messages, markers, strict=True)]
@@ -198,7 +208,7 @@ class Shapes:
         if any(text.count(marker) != 1 for marker in markers):
             return None, [], []
         order = sorted(range(len(messages)), key=lambda number: text.index(markers[number]))
-        trims: list[Callable[[str], str]] = [str] * len(messages)
+        trims: list[Trim] = [str] * len(messages)
         pieces = []
         for number in order:
             piece, text = text.split(markers[number])
@@ -216,7 +226,7 @@ class Shapes:
         return (text[:end], head) if head + rest == whole else ("", [])
 
     def _place(
-        self, text: str, span: Span, fixed: list[Span], controls: list[tuple]
+        self, text: str, span: Span, fixed: list[Span], controls: list[tuple[int, int, int]]
     ) -> tuple[Reply, int | None] | None:
         """A reply's place among the control tokens, and the odd place whose content must begin visibly, if any."""
         start, end = span

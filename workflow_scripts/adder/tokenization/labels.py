@@ -1,7 +1,7 @@
 """Conversations to token ids and labels, a batch at a time.
 
-Most conversations of a data set have one shape and go the short way of `shapes.py`; the others, and whatever the short
-way isn't sure of, go the long way here. Both give the same ids and labels.
+Most conversations of a data set have one layout and take the fast path of `fast_path.py`; the others, and whatever that
+isn't sure of, take the slow path here. Both give the same ids and labels.
 """
 
 from bisect import bisect_left
@@ -9,22 +9,30 @@ from dataclasses import dataclass, fields
 from itertools import chain, pairwise
 
 import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerFast
 
-from adder.tokenization.assistant_spans import Rendered, ReplyFinder
+from adder.core.labels import IGNORE_INDEX
+from adder.formatting.conversation import Conversation
+from adder.tokenization.assistant_spans import AssistantSpanFinder, Rendered
 from adder.tokenization.chat_template import Span, UnusableRow, adds_bos
-from adder.tokenization.fast_path import Shapes
+from adder.tokenization.fast_path import FastPath
+from adder.tokenization.stage import LossOn
 
-IGNORED = -100  # label of a token that carries no loss, as torch's cross entropy has it
+Integers = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int32]
+
 TAIL_KEPT = 256  # characters: longer prompt ends are one conversation's own text, and remembering them helps nobody
-UNWRITABLE = "a reply holds characters that the tokenizer has no tokens for"
+NO_TOKENS = "a reply holds characters that the tokenizer has no tokens for"
 
 
 @dataclass(frozen=True)
 class Example:
     """One conversation's tokens."""
 
-    ids: np.ndarray  # int32 (n,)
-    labels: np.ndarray  # int32 (n,), not shifted
+    ids: Tokens  # (n,)
+    labels: Tokens  # (n,), not shifted
     replies: list[int]  # tokens of each reply that is trained on, its end-of-turn token included
 
 
@@ -32,13 +40,13 @@ class Example:
 class Batch:
     """The tokens of several conversations in one row."""
 
-    rows: np.ndarray  # int64 (n,), which conversations these are, ascending
-    ids: np.ndarray  # int32 (tokens,)
-    labels: np.ndarray  # int32 (tokens,), not shifted
-    lengths: np.ndarray  # int64 (n,), tokens of each
-    ends: np.ndarray  # int64 (n,), where the last reply that is trained on ends; a plain text's own end
-    counts: np.ndarray  # int64 (n,), replies of each that are trained on
-    replies: np.ndarray  # int64, tokens of each reply, its end-of-turn token included
+    rows: Integers  # (n,), which conversations these are, ascending
+    ids: Tokens  # (tokens,)
+    labels: Tokens  # (tokens,), not shifted
+    lengths: Integers  # (n,), tokens of each
+    ends: Integers  # (n,), where the last reply that is trained on ends; a plain text's own end
+    counts: Integers  # (n,), replies of each that are trained on
+    replies: Integers  # tokens of each reply, its end-of-turn token included
 
     def part(self, first: int, last: int) -> "Batch":
         """Some of the conversations."""
@@ -65,60 +73,66 @@ class Labeller:
     on all of it. It may hold control tokens: such texts were written with some template already.
     """
 
-    def __init__(self, tokenizer, loss_on: str = "assistant", short_way: bool = True):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, loss_on: LossOn = "assistant", fast_path: bool = True
+    ) -> None:
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
         self.loss_on = loss_on
-        self.finder = ReplyFinder(tokenizer, loss_on)
+        self.finder = AssistantSpanFinder(tokenizer, loss_on)
         self.special_ids = frozenset(self.finder.special_ids.values())
-        self.shapes = Shapes(self.finder, tokenizer) if short_way else None
+        self.fast_path = FastPath(self.finder, tokenizer) if fast_path else None
         self.cut = 0  # conversations encoded in pieces so far
-        self._atoms = frozenset(tokenizer.added_tokens_decoder)  # matched before all else: what follows is independent
+        # Matched before all else, so that what follows is independent of what stands before.
+        self._added_ids = frozenset(tokenizer.added_tokens_decoder)
         self._tails: dict[str, list[int]] = {}
         self._newline = self.backend.encode("\n", add_special_tokens=False).ids
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._lone_bos = bos if bos != eos else None
         self._text_bos = bos if adds_bos(tokenizer) else None
-        self._writable: set[str] = set()  # characters already found to have tokens
-        self._writable_ascii = b""
+        self._known: set[str] = set()  # characters already found to have tokens
+        self._known_ascii = b""
 
-    def label(self, conversations: list[dict]) -> list[Example | UnusableRow]:
+    def label(self, conversations: list[Conversation]) -> list[Example | UnusableRow]:
         """For each conversation ({"messages", "tools"} or {"text"}), its tokens, or why it can't be used."""
         batch, rejected = self.label_batch(conversations)
-        results: list = [rejected.get(row) for row in range(len(conversations))]
+        found: dict[int, Example | UnusableRow] = dict(rejected)
         for number, row in enumerate(batch.rows.tolist()):
             one = batch.part(number, number + 1)
-            results[row] = Example(one.ids, one.labels, one.replies.tolist())
-        return results
+            found[row] = Example(one.ids, one.labels, one.replies.tolist())
+        return [found[row] for row in range(len(conversations))]
 
-    def label_batch(self, conversations: list[dict]) -> tuple[Batch, dict[int, UnusableRow]]:
+    def label_batch(self, conversations: list[Conversation]) -> tuple[Batch, dict[int, UnusableRow]]:
         """The tokens of all conversations that can be used, and why the others can't, by number."""
-        short = self._short_way(conversations) if self.shapes else _joined([])
-        if len(short.rows) == len(conversations):
-            return short, {}
-        taken = set(short.rows.tolist())
+        fast = self.take_fast_path(conversations)
+        if len(fast.rows) == len(conversations):
+            return fast, {}
+        taken = set(fast.rows.tolist())
         remaining = [row for row in range(len(conversations)) if row not in taken]
-        long, rejected = self._long_way(conversations, remaining)
-        if not len(short.rows):
-            return long, rejected
+        slow, rejected = self._take_slow_path(conversations, remaining)
+        if not len(fast.rows):
+            return slow, rejected
         parts, done = [], 0
-        for number, place in enumerate(np.searchsorted(short.rows, long.rows).tolist()):
-            parts += [short.part(done, place), long.part(number, number + 1)]
+        for number, place in enumerate(np.searchsorted(fast.rows, slow.rows).tolist()):
+            parts += [fast.part(done, place), slow.part(number, number + 1)]
             done = place
-        return _joined([*parts, short.part(done, len(short.rows))]), rejected
+        return _joined([*parts, fast.part(done, len(fast.rows))]), rejected
 
-    def _short_way(self, conversations: list[dict]) -> Batch:
-        found = [(row, self.shapes.splice(conversation)) for row, conversation in enumerate(conversations)]
-        found = [(row, spliced) for row, spliced in found if spliced is not None]
-        lost = self._lost("".join([spliced.replies for _, spliced in found]))
+    def take_fast_path(self, conversations: list[Conversation]) -> Batch:
+        """The tokens of those conversations whose layout is known and of which nothing is in doubt."""
+        if self.fast_path is None:
+            return _joined([])
+        tried = [(row, self.fast_path.splice(conversation)) for row, conversation in enumerate(conversations)]
+        found = [(row, spliced) for row, spliced in tried if spliced is not None]
+        lost = self._characters_lost("".join([spliced.replies for _, spliced in found]))
         if lost:
             found = [(row, spliced) for row, spliced in found if lost.isdisjoint(spliced.replies)]
         if not found:
             return _joined([])
         encodings = self.backend.encode_batch_fast([spliced.text for _, spliced in found], add_special_tokens=False)
         pairs = zip(found, encodings, strict=True)
-        ids, lengths = _flat([spliced.shape.head_ids + encoding.ids for (_, spliced), encoding in pairs])
-        sure, counts, starts, ends = self.shapes.locate(ids, lengths, [spliced.shape for _, spliced in found])
+        ids, lengths = _flat([spliced.layout.head_ids + encoding.ids for (_, spliced), encoding in pairs])
+        sure, counts, starts, ends = self.fast_path.locate(ids, lengths, [spliced.layout for _, spliced in found])
         rows = np.array([row for row, _ in found], dtype=np.int64)
         if not sure.all():
             ids = ids[np.repeat(sure, lengths)]
@@ -130,20 +144,24 @@ class Labeller:
             change = np.zeros(len(ids) + 1, dtype=np.int8)
             np.add.at(change, at + starts, 1)
             np.add.at(change, at + ends, -1)
-            labels = np.where(np.cumsum(change[:-1], dtype=np.int8), ids, np.int32(IGNORED))
+            labels = np.where(np.cumsum(change[:-1], dtype=np.int8), ids, np.int32(IGNORE_INDEX))
         last = np.cumsum(counts) - 1
         return Batch(rows, ids, labels, lengths, ends[last], counts, ends - starts)
 
-    def _long_way(self, conversations: list[dict], rows: list[int]) -> tuple[Batch, dict[int, UnusableRow]]:
+    def _take_slow_path(
+        self, conversations: list[Conversation], rows: list[int]
+    ) -> tuple[Batch, dict[int, UnusableRow]]:
         rendered: dict[int, Rendered] = {}
         examples: dict[int, Batch] = {}
         rejected: dict[int, UnusableRow] = {}
         for row in rows:
+            conversation = conversations[row]
+            text = conversation.get("text")
             try:
-                if "text" in conversations[row]:
-                    examples[row] = self._label_text(row, conversations[row]["text"])
+                if text is not None:
+                    examples[row] = self._label_text(row, text)
                 else:
-                    rendered[row] = self.finder.find(conversations[row]["messages"], conversations[row].get("tools"))
+                    rendered[row] = self.finder.find(conversation.get("messages", []), conversation.get("tools"))
             except UnusableRow as reason:
                 rejected[row] = reason
         texts = [found.text for found in rendered.values()]
@@ -158,7 +176,7 @@ class Labeller:
     def _label_text(self, row: int, text: str) -> Batch:
         if not text.strip():
             raise UnusableRow("empty text")
-        self._refuse_lost(text, "the text holds characters that the tokenizer has no tokens for")
+        self._refuse_characters_lost(text, "the text holds characters that the tokenizer has no tokens for")
         ids = self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
         if self._text_bos is not None and ids[:2] == [self._text_bos] * 2:
             del ids[0]  # the text brought its own
@@ -170,12 +188,13 @@ class Labeller:
 
     def _text_end(self) -> int:
         """Id of the token that ends a plain text: end of text, or else what ends a reply."""
-        if self.tokenizer.eos_token_id is not None:
-            return self.tokenizer.eos_token_id
+        end = self.tokenizer.eos_token_id
+        if isinstance(end, int):
+            return end
         rendered = self.finder.find([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         return self.finder.special_ids[self.finder.special.findall(rendered.text)[-1]]
 
-    def _label_one(self, row: int, rendered: Rendered, encoding) -> Batch:
+    def _label_one(self, row: int, rendered: Rendered, encoding: Encoding) -> Batch:
         text, spans = rendered.text, rendered.spans
         ids, offsets = encoding.ids, encoding.offsets
         both = [*spans, *rendered.masked]
@@ -184,7 +203,7 @@ class Labeller:
             self.cut += 1
             ids, offsets = self._encode_pieces(text, cuts)
         array = np.array(ids, dtype=np.int32)
-        labels = array.copy() if self.loss_on == "all" else np.full(len(ids), IGNORED, dtype=np.int32)
+        labels = array.copy() if self.loss_on == "all" else np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
         replies = []
         last = 0
         for start, end in spans:
@@ -193,7 +212,7 @@ class Labeller:
             labels[first:last] = array[first:last]
             replies.append(last - first)
         for start, end in rendered.masked:
-            labels[bisect_left(offsets, (start,)) : bisect_left(offsets, (end,))] = IGNORED
+            labels[bisect_left(offsets, (start,)) : bisect_left(offsets, (end,))] = IGNORE_INDEX
         if self._lone_bos is not None and ids[:2] == [self._lone_bos] * 2:
             raise UnusableRow("the chat template writes the beginning-of-text token twice")
         return _one(row, array, labels, last, replies)
@@ -210,7 +229,7 @@ class Labeller:
         if offsets[border - 1][1] > at:
             return False
         first = border - 1
-        while first and ids[first] not in self._atoms:
+        while first and ids[first] not in self._added_ids:
             first -= 1
         tail = text[offsets[first][0] if first else 0 : at]
         expected = self._tails.get(tail)
@@ -238,49 +257,55 @@ class Labeller:
     def _check_reply(self, ids: list[int], reply: str, exact: bool) -> None:
         if not ids or ids[-1] not in self.special_ids:
             raise UnusableRow("the end-of-turn token after a reply isn't one token of the vocabulary")
-        self._refuse_lost(reply, UNWRITABLE)
+        self._refuse_characters_lost(reply, NO_TOKENS)
         if exact:
             decoded = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             if decoded != reply:
                 raise UnusableRow("a reply's first token can't be told from the prompt's last one")
 
-    def _refuse_lost(self, text: str, kind: str) -> None:
-        lost = sorted(self._lost(text))
+    def _refuse_characters_lost(self, text: str, kind: str) -> None:
+        lost = sorted(self._characters_lost(text))
         if lost:
             shown = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in lost[:3])
             raise UnusableRow(f"{kind}: {shown}", kind)
 
-    def _lost(self, text: str) -> set[str]:
+    def _characters_lost(self, text: str) -> set[str]:
         """Characters of the text that the tokenizer would drop or replace."""
-        if not self._writable_ascii:
-            self._writable_ascii = bytes(code for code in range(128) if self._can_write(chr(code)))
-        rest = text.encode().translate(None, self._writable_ascii)
-        return {char for char in set(rest.decode()) - self._writable if not self._can_write(char)}
+        if not self._known_ascii:
+            self._known_ascii = bytes(code for code in range(128) if self._has_tokens(chr(code)))
+        rest = text.encode().translate(None, self._known_ascii)
+        return {char for char in set(rest.decode()) - self._known if not self._has_tokens(char)}
 
-    def _can_write(self, char: str) -> bool:
+    def _has_tokens(self, char: str) -> bool:
         # Byte-level vocabularies may lack rare bytes (SmolLM2's lacks 0xF1): the tokenizer drops those silently.
         ids = self.backend.encode("x" + char, add_special_tokens=False).ids
         decoded = self.backend.decode(ids, skip_special_tokens=False)
         known = self.tokenizer.unk_token_id is None or self.tokenizer.unk_token_id not in ids
         if known and decoded != "x" and ("\ufffd" not in decoded or char == "\ufffd"):
-            self._writable.add(char)
+            self._known.add(char)
             return True
         return False
 
 
-def _flat(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _flat(lists: list[list[int]]) -> tuple[Tokens, Integers]:
     """Ids of all lists in one row (int32), and the length of each."""
     lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
     return np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=lengths.sum()), lengths
 
 
-def _one(row: int, ids: np.ndarray, labels: np.ndarray, end: int, replies: list[int]) -> Batch:
-    numbers = (np.array(values, dtype=np.int64) for values in ([row], [len(ids)], [end], [len(replies)], replies))
-    rows, lengths, ends, counts, replies = numbers
-    return Batch(rows, ids, labels, lengths, ends, counts, replies)
+def _one(row: int, ids: Tokens, labels: Tokens, end: int, replies: list[int]) -> Batch:
+    """The batch of one conversation."""
+
+    def integers(*values: int) -> Integers:
+        return np.array(values, dtype=np.int64)
+
+    return Batch(
+        integers(row), ids, labels, integers(len(ids)), integers(end), integers(len(replies)), integers(*replies)
+    )
 
 
 def _joined(parts: list[Batch]) -> Batch:
+    """The batches as one."""
     empty = _one(0, np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), 0, []).part(0, 0)
     names = [field.name for field in fields(Batch)]
     return Batch(*(np.concatenate([getattr(part, name) for part in [empty, *parts]]) for name in names))

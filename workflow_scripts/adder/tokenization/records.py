@@ -1,8 +1,9 @@
 """What the stage "tokenize" leaves for later stages and the report: tokenize.json."""
 
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from adder.core.length_summary import LengthSummary
+from adder.tokenization.stage import LossOn
 
 
 class Token(TypedDict):
@@ -54,7 +55,7 @@ class TokenizeRecord(TypedDict):
     """
 
     template: str
-    loss_on: Literal["assistant", "last", "all"]
+    loss_on: LossOn
     generation_blocks: bool
     end_of_turn: Token
     bos: BosToken

@@ -3,22 +3,35 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adder.core import hardware, parallel
+from adder.core import parallel
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
+from adder.core.labels import IGNORE_INDEX
 from adder.core.length_summary import summarise
-from adder.core.progress import Progress
+from adder.core.stage_spec import Context
+from adder.formatting.conversation import Conversation
 from adder.tokenization.chat_template import adds_bos, choose_template
-from adder.tokenization.labels import IGNORED, Batch, Labeller
+from adder.tokenization.labels import Batch, Labeller
+from adder.tokenization.records import (
+    BosToken,
+    RejectedConversation,
+    SplitCounts,
+    Token,
+    TokenizedExample,
+    TokenizeRecord,
+)
+from adder.tokenization.stage import TokenizeSettings
 from adder.tokenization.token_table import SCHEMA
 
 ROWS = 1024  # conversations handed to the tokenizer at a time, and rows of a record batch
@@ -28,7 +41,7 @@ LISTED = 1000  # rejected rows that tokenize.json lists; all are counted
 EXAMPLES = 3
 EXAMPLE_TOKENS = 600
 COLUMNS = ["id", "source", "conversation", "digest"]
-SAID = {  # what a template that nobody asked for is made of
+FALLBACKS = {  # what the template of a model without one of its own is, in words
     "chatml": "ChatML, whose tokens its vocabulary has",
     "plain": "the plain one (### User: … ### Assistant: …)",
 }
@@ -47,8 +60,8 @@ class Shown(NamedTuple):
 
     id: str
     source: str
-    ids: np.ndarray
-    labels: np.ndarray
+    ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
     end: int  # where its last reply ends
     has_reply: bool
 
@@ -61,64 +74,91 @@ class Labelled(NamedTuple):
     tokens: int
     labelled: int
     cut: int
-    replies: np.ndarray  # int32, tokens of each reply
+    replies: npt.NDArray[np.int32]  # tokens of each reply
     rejected: list[tuple[str, str, str]]  # id, reason, kind of reason
     shown: list[Shown]
     folds_reasoning: bool  # see ChatTemplate
 
 
-def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
+@dataclass(frozen=True)
+class Split:
+    """What became of the conversations of one split."""
+
+    counts: SplitCounts
+    replies: npt.NDArray[np.int32]  # tokens of each reply
+    reasons: Counter[str]  # why conversations were left out, and how many
+    rejected: list[RejectedConversation]  # the first LISTED of them
+    shown: list[Shown]
+    folds_reasoning: bool  # see ChatTemplate
+
+
+@dataclass(frozen=True)
+class TokenizeInputs:
+    """Folders of the stages that are read."""
+
+    format: Path
+    model: Path
+
+
+class TokenizeSummary(TypedDict):
+    """A few figures for the stage's record."""
+
+    counts: dict[str, SplitCounts]
+    rejected: int
+    end_of_turn: str
+
+
+def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: Context) -> TokenizeSummary:
     """Tokenise train.parquet and heldout.parquet of the format stage with the model's chat template.
 
-    Writes `train.arrow` and `heldout.arrow` (tokens.SCHEMA), `tokenizer/` and `tokenize.json`.
+    Writes `train.arrow` and `heldout.arrow` (token_table.SCHEMA), `tokenizer/` and `tokenize.json` (TokenizeRecord).
     Raises UserError when the tokenizer or template can't be used, or when no training conversation can.
     """
-    model = inputs["model"] / "model"
+    model = inputs.model / "model"
     tokenizer = load_tokenizer(model)
-    source = choose_template(tokenizer, settings["chat_template"])
-    labeller = Labeller(tokenizer, settings["loss_on"])
-    splits = {
-        split: _tokenize_split(labeller, inputs["format"] / f"{split}.parquet", out / f"{split}.arrow", split, progress)
-        for split in ("train", "heldout")
-    }
-    train = splits["train"]
-    if not train["counts"]["examples"]:
+    source = choose_template(tokenizer, settings.chat_template)
+    labeller = Labeller(tokenizer, settings.loss_on)
+    train, heldout = (
+        _tokenize_split(labeller, inputs.format / f"{name}.parquet", out / f"{name}.arrow", context)
+        for name in ("train", "heldout")
+    )
+    if not train.counts["examples"]:
         raise UserError(
-            f"no training conversation could be tokenised; {_most_frequent(train['reasons'])}. If that is "
+            f"no training conversation could be tokenised; {_most_frequent(train.reasons)}. If that is "
             "the template's fault, set tokenize.chat_template to a Jinja file that suits the model and the data"
         )
-    reply = next((row for row in train["shown"] if row.has_reply), train["shown"][0])
+    reply = next((row for row in train.shown if row.has_reply), train.shown[0])
     stop = _end_of_turn(labeller, reply, _eos_ids(model))
     if tokenizer.pad_token is None:
         # Labels mask padding by position, never by id, so any token of the vocabulary will do: no resizing needed.
         tokenizer.pad_token = tokenizer.eos_token or stop["token"]
     tokenizer.save_pretrained(out / "tokenizer")
-    bos = _bos(tokenizer, reply.ids)
-    reasons = train["reasons"] + splits["heldout"]["reasons"]
-    details = {
+    reasons = train.reasons + heldout.reasons
+    record: TokenizeRecord = {
         "template": source,
-        "loss_on": settings["loss_on"],
+        "loss_on": settings.loss_on,
         "generation_blocks": labeller.finder.template.marks_generation,
         "end_of_turn": stop,
-        "bos": bos,
-        "pad": {"token": tokenizer.pad_token, "id": tokenizer.pad_token_id},
-        "counts": {name: split["counts"] for name, split in splits.items()},
-        "reply_tokens": {name: summarise(split["replies"]) for name, split in splits.items()},
-        "examples": [_example(tokenizer, row) for row in _choose_examples(train["shown"])],
-        "rejected": [row for split in splits.values() for row in split["rejected"]][:LISTED],
+        "bos": _bos(tokenizer, reply.ids),
+        "pad": cast("Token", {"token": tokenizer.pad_token, "id": tokenizer.pad_token_id}),
+        "counts": {"train": train.counts, "heldout": heldout.counts},
+        "reply_tokens": {"train": summarise(train.replies), "heldout": summarise(heldout.replies)},
+        "examples": [_example(tokenizer, row) for row in _choose_examples(train.shown)],
+        "rejected": [*train.rejected, *heldout.rejected][:LISTED],
         "rejected_count": reasons.total(),
         "rejected_by_reason": dict(reasons.most_common()),
-        "warnings": _warnings(tokenizer, source, settings["chat_template"], stop, bos, _eos_ids(model), train),
+        "warnings": [],
     }
-    write_json(out / "tokenize.json", details)
-    for warning in details["warnings"]:
-        progress.say(f"warning: {warning}")
+    record["warnings"] = _warnings(tokenizer, record, settings.chat_template, _eos_ids(model), train.folds_reasoning)
+    write_json(out / "tokenize.json", record)
+    for warning in record["warnings"]:
+        context.progress.say(f"warning: {warning}")
     if reasons:
-        progress.say(f"{reasons.total():,} conversations left out; {_most_frequent(reasons)}")
-    return {"counts": details["counts"], "rejected": details["rejected_count"], "end_of_turn": stop["token"]}
+        context.progress.say(f"{reasons.total():,} conversations left out; {_most_frequent(reasons)}")
+    return {"counts": record["counts"], "rejected": record["rejected_count"], "end_of_turn": stop["token"]}
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a model directory, ready to encode whole texts. Raises UserError if it has none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -132,34 +172,38 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def _tokenize_split(labeller: Labeller, source: Path, target: Path, split: str, progress: Progress) -> dict:
-    """Write one split's tokens; return its counts, reply lengths, rejected rows, and rows to show."""
+def _tokenize_split(labeller: Labeller, source: Path, target: Path, context: Context) -> Split:
+    """Write one split's tokens, of `source` (Parquet) into `target` (Arrow IPC file of SCHEMA)."""
     metadata = pq.read_metadata(source)
-    total = metadata.num_rows
-    workers = parallel.worker_count(total, ENOUGH, hardware.threads())
+    total, name = metadata.num_rows, source.stem
+    workers = parallel.worker_count(total, ENOUGH, context.threads)
     done = 0
-    counts: Counter = Counter(examples=0, tokens=0, labelled=0, cut=0)
-    reasons: Counter = Counter()
-    replies, rejected, shown, folds_reasoning = [], [], [], False
+    counts: SplitCounts = {"examples": 0, "tokens": 0, "labelled": 0, "cut": 0}
+    reasons: Counter[str] = Counter()
+    replies, folds_reasoning = [np.zeros(0, np.int32)], False
+    rejected: list[RejectedConversation] = []
+    shown: list[Shown] = []
     with pa.ipc.new_file(target, SCHEMA) as writer:
         pieces = list(_pieces(metadata, workers))
         results = parallel.map_batches(lambda: Worker(labeller, source), pieces, workers)
         for piece, result in zip(pieces, results, strict=True):
             for batch in pa.ipc.open_stream(result.batches):
                 writer.write_batch(batch)
-            counts.update(examples=result.examples, tokens=result.tokens, labelled=result.labelled, cut=result.cut)
+            counts["examples"] += result.examples
+            counts["tokens"] += result.tokens
+            counts["labelled"] += result.labelled
+            counts["cut"] += result.cut
             replies.append(result.replies)
             reasons.update(kind for _, _, kind in result.rejected)
-            found = [{"id": row, "split": split, "reason": reason} for row, reason, _ in result.rejected]
+            found: list[RejectedConversation] = [
+                {"id": row, "split": name, "reason": reason} for row, reason, _ in result.rejected
+            ]
             rejected += found[: LISTED - len(rejected)]
             shown = _choose_examples(shown + result.shown)
             folds_reasoning |= result.folds_reasoning
             done += piece.stop - piece.start
-            progress.line(f"{split}: {done:,} of {total:,} conversations")
-    return {
-        "counts": dict(counts), "replies": np.concatenate([np.zeros(0, np.int32), *replies]), "reasons": reasons,
-        "rejected": rejected, "shown": shown, "folds_reasoning": folds_reasoning,
-    }  # fmt: skip
+            context.progress.line(f"{name}: {done:,} of {total:,} conversations")
+    return Split(counts, np.concatenate(replies), reasons, rejected, shown, folds_reasoning)
 
 
 def _pieces(metadata: pq.FileMetaData, workers: int) -> Iterator[Piece]:
@@ -177,7 +221,7 @@ def _pieces(metadata: pq.FileMetaData, workers: int) -> Iterator[Piece]:
 class Worker:
     """Tokenises pieces of a Parquet file, which it reads by itself: only a few numbers and the tokens travel."""
 
-    def __init__(self, labeller: Labeller, source: Path):
+    def __init__(self, labeller: Labeller, source: Path) -> None:
         self.labeller = labeller
         self.file = pq.ParquetFile(source)
         self._group: tuple[int, pa.Table] | None = None  # the row group read last, of which the next piece may be too
@@ -188,7 +232,9 @@ class Worker:
         table = self._group[1].slice(piece.start, piece.stop - piece.start)
         cut_before = self.labeller.cut
         sink = pa.BufferOutputStream()
-        replies, rejected, shown = [], [], []
+        replies = [np.zeros(0, np.int32)]
+        rejected: list[tuple[str, str, str]] = []
+        shown: list[Shown] = []
         examples = tokens = labelled = 0
         with pa.ipc.new_stream(sink, SCHEMA) as writer:
             for start in range(0, table.num_rows, ROWS):
@@ -208,12 +254,12 @@ class Worker:
                 labelled += int(np.asarray(record.column("labelled")).sum())
         return Labelled(
             sink.getvalue().to_pybytes(), examples, tokens, labelled, self.labeller.cut - cut_before,
-            np.concatenate([np.zeros(0, np.int32), *replies]), rejected, shown,
+            np.concatenate(replies), rejected, shown,
             self.labeller.finder.template.folds_reasoning,
         )  # fmt: skip
 
 
-def _parse(text: str) -> dict:
+def _parse(text: str) -> Conversation:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -221,8 +267,9 @@ def _parse(text: str) -> dict:
 
 
 def _record_batch(rows: pa.Table, batch: Batch) -> pa.RecordBatch:
+    """A batch as rows of SCHEMA; `rows`: those of the Parquet file that it was made of."""
     borders = np.concatenate([[0], np.cumsum(batch.lengths)])
-    carries = batch.labels != IGNORED
+    carries = batch.labels != IGNORE_INDEX
     carries[borders[:-1]] = False  # nothing predicts an example's first token
     kept = rows.take(pa.array(batch.rows)) if len(batch.rows) < rows.num_rows else rows
     lists = [pa.ListArray.from_arrays(pa.array(borders, pa.int32()), values) for values in (batch.ids, batch.labels)]
@@ -249,8 +296,8 @@ def _first_of_sources(rows: pa.Table, batch: Batch) -> list[Shown]:
 
 def _choose_examples(rows: list[Shown]) -> list[Shown]:
     """At most EXAMPLES rows in their order: the first of each source before the second of any, conversations first."""
-    seen: Counter = Counter()
-    ranked = []
+    seen: Counter[str] = Counter()
+    ranked: list[tuple[int, int, Shown]] = []
     for place, row in enumerate(sorted(rows, key=lambda row: not row.has_reply)):
         ranked.append((seen[row.source], place, row))
         seen[row.source] += 1
@@ -267,7 +314,7 @@ def _eos_ids(model: Path) -> list[int]:
     return []
 
 
-def _end_of_turn(labeller: Labeller, row: Shown, eos_ids: list[int]) -> dict:
+def _end_of_turn(labeller: Labeller, row: Shown, eos_ids: list[int]) -> Token:
     """Token to stop on: of the control tokens that end an example's last reply, the first that the model stops on."""
     ending: list[int] = []
     for index in row.ids[: row.end][::-1].tolist():
@@ -275,19 +322,30 @@ def _end_of_turn(labeller: Labeller, row: Shown, eos_ids: list[int]) -> dict:
             break
         ending.insert(0, index)
     stop = next((index for index in ending if index in eos_ids), ending[-1])
-    return {"token": labeller.tokenizer.convert_ids_to_tokens(stop), "id": stop}
+    return cast("Token", {"token": labeller.tokenizer.convert_ids_to_tokens(stop), "id": stop})
 
 
-def _bos(tokenizer, ids: np.ndarray) -> dict:
-    written = tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id
-    return {"token": tokenizer.bos_token, "id": tokenizer.bos_token_id, "written": written}
+def _bos(tokenizer: PreTrainedTokenizerFast, ids: npt.NDArray[np.int32]) -> BosToken:
+    """The beginning-of-text token, and whether an example's `ids` begin with it."""
+    token, index = cast("str | None", tokenizer.bos_token), cast("int | None", tokenizer.bos_token_id)
+    return {"token": token, "id": index, "written": index is not None and int(ids[0]) == index}
 
 
-def _warnings(tokenizer, source: str, asked: str | None, stop: dict, bos: dict, eos_ids: list[int], train: dict):
+def _warnings(
+    tokenizer: PreTrainedTokenizerFast,
+    record: TokenizeRecord,
+    asked: str | None,
+    eos_ids: list[int],
+    folds_reasoning: bool,
+) -> list[str]:
+    """What a person should know of the template. `asked`: the one that the settings name, if they do."""
     found = []
-    if source in SAID and asked is None:
-        found.append(f"the model has no chat template, so it gets {SAID[source]}; tokenize.chat_template names another")
-    if train["folds_reasoning"]:
+    source, stop, bos = record["template"], record["end_of_turn"], record["bos"]
+    if source in FALLBACKS and asked is None:
+        found.append(
+            f"the model has no chat template, so it gets {FALLBACKS[source]}; tokenize.chat_template names another"
+        )
+    if folds_reasoning:
         found.append("the chat template has no place for reasoning, so it stands in the reply, as <think>…</think>")
     if stop["id"] not in eos_ids:
         found.append(
@@ -302,20 +360,21 @@ def _warnings(tokenizer, source: str, asked: str | None, stop: dict, bos: dict, 
     return found
 
 
-def _most_frequent(reasons: Counter) -> str:
+def _most_frequent(reasons: Counter[str]) -> str:
     if not reasons:
         return "there is none"
     (reason, count), *_ = reasons.most_common(1)
     return f"{count:,} of them: {reason}"
 
 
-def _example(tokenizer, row: Shown) -> dict:
+def _example(tokenizer: PreTrainedTokenizerFast, row: Shown) -> TokenizedExample:
     """One example token by token, as the report colours it; cut after EXAMPLE_TOKENS tokens."""
     return {
         "id": row.id,
         "source": row.source,
         "tokens": [
-            tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in row.ids[:EXAMPLE_TOKENS].tolist()
+            cast("str", tokenizer.decode([index], clean_up_tokenization_spaces=False))
+            for index in row.ids[:EXAMPLE_TOKENS].tolist()
         ],
-        "loss": [int(label != IGNORED) for label in row.labels[:EXAMPLE_TOKENS]],
+        "loss": [int(label != IGNORE_INDEX) for label in row.labels[:EXAMPLE_TOKENS]],
     }

@@ -6,6 +6,7 @@ from adder.core.file_digests import FileDigests
 from adder.core.section import Section
 from adder.core.stage_spec import Memory, StageSpec
 
+LossOn = Literal["assistant", "last", "all"]
 NAMED_TEMPLATES = ("chatml", "plain")  # chat templates of Adder's own, in chat_template.py
 
 
@@ -14,7 +15,7 @@ class TokenizeSettings(Section):
 
     chat_template: str | None = None
     """A Jinja file, or the name of one of Adder's templates (`chatml`, `plain`), instead of the model's own."""
-    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    loss_on: LossOn = "assistant"
     """Which tokens carry loss: all replies, the last reply of each conversation, or everything."""
 
 

@@ -1,0 +1,93 @@
+"""The fast path gives what the slow path gives."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from adder.tokenization.chat_template import UnusableRow
+from adder.tokenization.labels import Labeller
+from chat_families import (
+    FAMILIES,
+    SPACED,
+    Family,
+    conversation,
+    lacking_bytes,
+    rstrip_tokenizer,
+    sentencepiece_like_tokenizer,
+)
+from conversation_cases import (
+    TEXT,
+)
+from tiny import tiny_tokenizer
+
+
+def phi3():
+    template = FAMILIES["phi"].template
+    return rstrip_tokenizer(template, "<|assistant|>"), rstrip_tokenizer(template, "<|end|>")
+
+
+TOKENIZERS = {name: family.tokenizer() for name, family in FAMILIES.items()}
+TOKENIZERS |= {"phi3_prompt": phi3()[0], "phi3_end": phi3()[1]}
+# Reply and prompt join in one token (" is"), or in one control token.
+TOKENIZERS["spaced"] = Family(SPACED).tokenizer()
+TOKENIZERS["longer"] = Family(FAMILIES["cohere"].template, (*FAMILIES["cohere"].tokens, "<|resp|>1")).tokenizer()
+TOKENIZERS["lacks_bytes"] = lacking_bytes(FAMILIES["chatml"].template)
+TOKENIZERS["sentencepiece"] = sentencepiece_like_tokenizer(FAMILIES["mistral"].template)
+
+
+@st.composite
+def batches(draw):
+    """Conversations of a few layouts, so that all but the first of each have one to go by."""
+    found = []
+    for _ in range(draw(st.integers(2, 6))):
+        turns = draw(st.integers(1, 2))
+        text = st.one_of(TEXT, st.sampled_from(["is four", "1 is", "é"]))
+        contents = draw(st.lists(text, min_size=2 * turns, max_size=2 * turns))
+        messages = conversation(*contents, system=draw(st.none() | TEXT))
+        if draw(st.integers(0, 4)) == 0:
+            messages[-1]["train"] = False
+        found.append({"messages": messages})
+    return found
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_fast_path_gives_what_the_slow_path_gives(name, loss_on):
+    fast, slow = (Labeller(TOKENIZERS[name], loss_on, fast_path) for fast_path in (True, False))
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(batches())
+    def check(conversations):
+        for one, other in zip(fast.label(conversations), slow.label(conversations), strict=True):
+            if isinstance(other, UnusableRow):
+                assert str(one) == str(other)
+                continue
+            assert np.array_equal(one.ids, other.ids) and np.array_equal(one.labels, other.labels)
+            assert one.replies == other.replies
+
+    check()
+
+
+USUAL = sorted({*FAMILIES} - {"vicuna", "plain", "parts", "qwen_think"})
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_the_usual_templates_go_thetake_fast_path(name):
+    labeller = Labeller(TOKENIZERS[name])
+    conversations = [
+        {"messages": conversation(f"Where is {number}?", "Here é.", "Sure?", "Yes.")} for number in range(9)
+    ]
+    assert len(labeller.take_fast_path(conversations).rows) == 9
+
+
+def test_a_template_that_looks_at_contents_takes_the_slow_path():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content'] +", "('Calm: ' if 'please' in message['content'] else '') + message['content'] +"
+    )
+    labeller = Labeller(tokenizer)
+    conversations = [{"messages": conversation(text, "Yes.")} for text in ("a?", "b, please?", "c?")]
+    assert labeller.take_fast_path(conversations).rows.tolist() == [0, 2]
+    texts = [tokenizer.decode(found.ids) for found in labeller.label(conversations)]
+    assert "Calm: b, please?" in texts[1] and "Calm" not in texts[0] + texts[2]

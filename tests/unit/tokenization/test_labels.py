@@ -1,0 +1,195 @@
+"""Token ids and labels: loss on replies and their ends of turn; before them stands the prompt that generation sees."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from adder.core.labels import IGNORE_INDEX
+from adder.tokenization.chat_template import UnusableRow, choose_template
+from adder.tokenization.labels import Labeller
+from adder.tokenization.run import load_tokenizer
+from chat_families import (
+    FAMILIES,
+    VICUNA,
+    bos_adding,
+    conversation,
+    label,
+    labelled_text,
+    prompt_ids,
+    rstrip_tokenizer,
+    sentencepiece_like_tokenizer,
+)
+from conversation_cases import (
+    conversations,
+    expected_replies,
+    holds_control_token,
+    usable,
+)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen_think"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=conversations())
+def test_labelled_tokens_are_the_replies_and_their_ends_of_turn(labellers, name, messages):
+    labeller, family = labellers[name], FAMILIES[name]
+    result = label(labeller, messages)
+    if holds_control_token(labeller, messages):
+        assert "reads as a control token" in result
+        return
+    assume(all(message["content"].strip() for message in messages))
+    assert not isinstance(result, str), result
+    ids, labels, replies = result
+    assert np.array_equal(labels[labels != IGNORE_INDEX], ids[labels != IGNORE_INDEX])
+    assert labelled_text(labeller.tokenizer, labels) == expected_replies(family, messages)
+    assert sum(replies) == (labels != IGNORE_INDEX).sum()
+    assert len(replies) == sum(message["role"] == "assistant" for message in messages)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=conversations())
+def test_tokens_before_a_reply_are_the_prompt_that_generation_is_given(labellers, name, messages):
+    labeller, family = labellers[name], FAMILIES[name]
+    assume(usable(labeller, messages) and not any("</think>" in message["content"] for message in messages))
+    cut_before = labeller.cut
+    ids, labels, _ = label(labeller, messages)
+    bears_loss = np.append(labels != IGNORE_INDEX, False)
+    starts = np.flatnonzero(bears_loss[:-1] & ~np.insert(bears_loss[:-2], 0, False))
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(starts) == len(turns)
+    if labeller.cut > cut_before:
+        starts, turns = starts[:1], turns[:1]  # cuts stay in the later turns' history
+    elif family.rewrites:
+        starts, turns = starts[-1:], turns[-1:]  # only the last prompt is still written as it was
+    for start, turn in zip(starts, turns, strict=True):
+        assert ids[:start].tolist() == prompt_ids(labeller.tokenizer, messages[:turn])
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vicuna"])
+def test_the_whole_text_is_tokenised_as_apply_chat_template_does(labellers, name):
+    messages = conversation("Where is it?", "On its way.", "Sure?", "Yes 🎉", system="Be brief.")
+    ids = label(labellers[name], messages)[0]
+    taken = [labellers[name].finder.template.taken(message) for message in messages]
+    expected = labellers[name].tokenizer.apply_chat_template(taken, return_dict=False)
+    assert ids.tolist() == expected
+
+
+def test_the_newline_after_the_end_of_turn_bears_no_loss(labellers):
+    labeller = labellers["chatml"]
+    ids, labels, _ = label(labeller, conversation("Hi", "Hello", "Bye", "Ciao"))
+    newline = labeller.backend.encode("\n", add_special_tokens=False).ids
+    assert ids[-1:].tolist() == newline and labels[-1] == IGNORE_INDEX
+    assert labels[-2] == labeller.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "mistral"])
+def test_bos_stands_exactly_once(labellers, name):
+    labeller = labellers[name]
+    ids = label(labeller, conversation("Hi", "Hello", "Bye", "Ciao", system="Be brief."))[0]
+    assert ids[0] == labeller.tokenizer.bos_token_id and (ids == ids[0]).sum() == 1
+
+
+def test_a_template_that_writes_bos_twice_is_refused():
+    tokenizer = FAMILIES["llama3"].tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert "twice" in label(Labeller(tokenizer), conversation("Hi", "Hello"))
+
+
+def test_unusable_rows_stay_apart_from_the_usable_ones_around_them(labellers):
+    turns = (["a?"], ["b?", "B."], ["c?", ""], ["d?", "\nD."], ["e?", "E."])
+    results = labellers["chatml"].label([{"messages": conversation(*contents)} for contents in turns])
+    assert [isinstance(result, UnusableRow) for result in results] == [True, False, True, False, False]
+    written = [labelled_text(labellers["chatml"].tokenizer, results[number].labels) for number in (1, 3, 4)]
+    assert written == ["B.<|im_end|>", "\nD.<|im_end|>", "E.<|im_end|>"]
+
+
+def test_a_token_that_straddles_the_prompts_end_is_cut():
+    vicuna = (FAMILIES["vicuna"].tokenizer(), "is four."), (sentencepiece_like_tokenizer(VICUNA), "Yes it is.")
+    for tokenizer, reply in vicuna:
+        labeller = Labeller(tokenizer)
+        messages = conversation("Where is the kettle?", reply)
+        whole = tokenizer.apply_chat_template(messages, return_dict=False)
+        prompt = prompt_ids(tokenizer, messages[:1])
+        assert whole[: len(prompt)] != prompt  # else this tests nothing: " Yes" must be one token
+        ids, labels, _ = label(labeller, messages)
+        assert ids[: len(prompt)].tolist() == prompt and (labels[: len(prompt)] == IGNORE_INDEX).all()
+        assert labelled_text(tokenizer, labels) == reply + "</s>"
+        assert labeller.cut == 1
+
+
+def test_a_control_token_that_swallows_white_space_leaves_the_replys_own():
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    tokenizer = rstrip_tokenizer(template, "<|assistant|>")
+    for reply in ("A.", "\n  A."):
+        messages = conversation("a?", reply)
+        ids, labels, _ = label(Labeller(tokenizer), messages)
+        prompt = prompt_ids(tokenizer, messages[:1])
+        assert ids[: len(prompt)].tolist() == prompt
+        assert labelled_text(tokenizer, labels) == reply + "<|im_end|>"
+
+
+def test_characters_without_tokens_are_refused_not_dropped():
+    tokenizer = sentencepiece_like_tokenizer(VICUNA)
+    assert "é" in labelled_text(tokenizer, label(Labeller(tokenizer), conversation("a?", "né 🎉"))[1])
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["byte_fallback"] = False
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), unk_token="<unk>", eos_token="</s>"
+    )
+    bare.chat_template = "{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}"
+    assert "'é' (U+00E9)" in label(Labeller(bare), conversation("a?", "né 🎉"))
+    assert not isinstance(label(Labeller(bare), conversation("é?", "ne")), str)  # the prompt is only read
+
+
+def test_plain_texts_carry_loss_on_all_of_them_and_end(labellers):
+    labeller = labellers["chatml"]
+    found = labeller.label([{"text": "My order has arrived."}, {"messages": conversation("a?", "A.")}, {"text": " "}])
+    assert labeller.tokenizer.decode(found[0].ids) == "My order has arrived.<|im_end|>"
+    assert np.array_equal(found[0].ids, found[0].labels) and found[0].replies == []
+    assert labelled_text(labeller.tokenizer, found[1].labels) == "A.<|im_end|>"
+    assert str(found[2]) == "empty text"
+
+
+def test_plain_texts_begin_once_and_end_once():
+    tokenizer = bos_adding(sentencepiece_like_tokenizer(None))
+    choose_template(tokenizer, None)
+    texts = ["Yes it is.", "<s>Yes it is.", "Yes it is.</s>"]
+    for found in Labeller(tokenizer).label([{"text": text} for text in texts]):
+        assert (found.ids == tokenizer.bos_token_id).sum() == (found.ids == tokenizer.eos_token_id).sum() == 1
+        assert found.ids[0] == tokenizer.bos_token_id and found.ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.slow
+def test_the_embedded_models_tokenizer(embedded_model_dir):
+
+    tokenizer = load_tokenizer(embedded_model_dir)
+    assert choose_template(tokenizer, None) == "own"
+    labeller = Labeller(tokenizer)
+
+    @settings(max_examples=80, deadline=None)
+    @given(conversations())
+    def check(messages):
+        assume(usable(labeller, messages))
+        cut_before = labeller.cut
+        result = label(labeller, messages)
+        if isinstance(result, str):  # its vocabulary lacks a few control characters and what lies beyond U+40000
+            assert "has no tokens for" in result
+            replies = "".join(message["content"] for message in messages if message["role"] == "assistant")
+            assert any(ord(char) < 32 or ord(char) >= 0x40000 for char in replies)
+            return
+        assert labelled_text(tokenizer, result[1]) == expected_replies(FAMILIES["chatml"], messages)
+        # "assistant\n" and a reply's own first newline are one token: cut there, earlier turns keep their cut.
+        first = next(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
+        for turn in (first, len(messages) - 1) if labeller.cut == cut_before else (first,):
+            prompt = prompt_ids(tokenizer, messages[:turn])
+            assert result[0][: len(prompt)].tolist() == prompt
+            assert result[1][len(prompt) - 1] == IGNORE_INDEX != result[1][len(prompt)]
+
+    check()
