@@ -11,14 +11,6 @@ include: "rules/run.smk"
 include: "rules/compare.smk"
 
 
-localrules:
-    merged_model,
-    report,
-    compare,
-    push,
-    all,
-
-
 onsuccess:
     for run in RUNS:
         if (Path(RESULTS) / run / "report.html").exists():

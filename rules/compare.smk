@@ -1,5 +1,4 @@
-localrules:
-    compare_runs,
+# All runs on one page and in one table.
 
 
 rule compare_runs:
@@ -21,6 +20,7 @@ rule compare_runs:
         ),
     log:
         f"{RESULTS}/logs/compare.log",
+    localrule: True
     conda:
         "../envs/adder.yaml"
     params:

@@ -1,12 +1,6 @@
 # What people look at, results/<run>/: a run's model and pages, its guard, its upload.
 
 
-localrules:
-    link_run,
-    check_guard,
-    push_run,
-
-
 report: "captions/workflow.rst"
 
 
@@ -58,6 +52,7 @@ rule link_run:
         model=f"{RESULTS}/{{run}}/merged_model/config.json",
     log:
         f"{RESULTS}/logs/link/{{run}}.log",
+    localrule: True
     conda:
         "../envs/adder.yaml"
     params:
@@ -76,6 +71,7 @@ rule check_guard:
         f"{RESULTS}/{{run}}/guard.json",
     log:
         f"{RESULTS}/logs/guard/{{run}}.log",
+    localrule: True
     conda:
         "../envs/adder.yaml"
     message:
@@ -91,6 +87,7 @@ rule push_run:
         f"{RESULTS}/{{run}}/pushed.json",
     log:
         f"{RESULTS}/logs/push/{{run}}.log",
+    localrule: True
     conda:
         "../envs/adder.yaml"
     params:

@@ -86,21 +86,23 @@ def test_the_results_are_locked_in_a_module_too(imported):
     assert "is writing to tuning/results/; wait for it, or end it" in str(caught.value)
 
 
-def test_as_a_module_from_a_git_source(imported, config, tmp_path):
-    """Snakemake fetches the Snakefiles and scripts; the package is the installed one."""
-    repository, inside = tmp_path / "repository", tmp_path / "repository" / "adder"
-    inside.mkdir(
-        parents=True
-    )  # at the root of a local repository, Snakemake 9.27 doesn't find what a Snakefile includes
+def test_as_a_module_from_github(imported, config, tmp_path, monkeypatch):
+    """Snakemake fetches the Snakefiles and scripts; the package is the installed one. Git takes a repository here."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
     for name in ("Snakefile", "rules", "workflow_scripts", "envs"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, inside / name)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, repository / name)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "-m", "All"]):
         subprocess.run([*git, *command], cwd=repository, check=True)
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.file://{repository}.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/somebody/adder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "importer"
     folder.mkdir()
     shutil.copytree(imported[0] / "tuning" / "results" / "cache", folder / "results" / "cache")
-    source = repr(f"git+file://{inside}/Snakefile@main")
+    source = 'github("somebody/adder", path="Snakefile", branch="main")'
     (folder / "Snakefile").write_text(IMPORTED.format(source=source, prefix="", below=""))
     (folder / "my.yaml").write_text(yaml.safe_dump({"tuning": config}))
     said = snakemake(folder, "--configfile", "my.yaml")
