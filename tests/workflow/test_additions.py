@@ -4,12 +4,14 @@ CONTRIBUTING.md walks through the same additions. The number of files is part of
 """
 
 import json
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from project import Project, write_rows
+from project import ROOT, Project, write_rows
 
 STAGE = '''"""The stage "vocabulary": how many different words the training rows have."""
 
@@ -68,6 +70,9 @@ class Addition:
         self.project = Project(folder, config)
         self.package = folder / "workflow_scripts" / "adder"
         write_rows(folder / "rows.jsonl", 20)
+        shutil.copytree(ROOT / "docs", folder / "docs")
+        shutil.copy2(ROOT / "config" / "README.md", folder / "config" / "README.md")
+        shutil.copy2(ROOT / "config" / "schema.json", folder / "config" / "schema.json")
         (folder / ".gitignore").write_text("__pycache__/\n/results/\n.snakemake/\nconfig/\nstage-by-hand/\n")
         self.git("init", "-q")
         self.git("add", ".")
@@ -89,8 +94,9 @@ class Addition:
         path.write_text(path.read_text().replace(anchor, text + anchor))
 
     def touched(self) -> int:
-        """How many files the addition has written or changed."""
-        return len(self.git("status", "--porcelain", "--untracked-files=all").splitlines())
+        """How many files the addition has written or changed, beside generated documentation."""
+        lines = self.git("status", "--porcelain", "--untracked-files=all").splitlines()
+        return len([line for line in lines if line[3:].startswith("workflow_scripts/")])
 
     def adder(self, *arguments: str) -> str:
         """Run the command `adder` of the copy; it must succeed."""
@@ -122,8 +128,30 @@ def test_a_stage_is_five_files(addition):
     folder = addition.project.folder / "results" / "stages" / "vocabulary" / key_of(addition, "vocabulary")
     assert json.loads((folder / "vocabulary.json").read_text())["words"] > 20
     # A setting of its own reruns it, and it alone.
-    planned = addition.project.planned({"vocabulary": {"lower_case": False}})
-    assert planned["vocabulary"] == 1
+    target = addition.project.snakemake("merged_model", "-n", config={"vocabulary": {"lower_case": False}})
+    assert re.search(r"^count_vocabulary +1$", target, flags=re.MULTILINE)
+    assert not re.search(r"^download_data ", target, flags=re.MULTILINE)
+
+
+SCORE = '''@reply_score("First word", spoken="the share of right first words", zero_or_one=True)
+def first_word(reference: str, reply: str) -> int:
+    """Replies that begin with the word that their reference begins with."""
+    return int(reply.split()[:1] == reference.split()[:1])
+
+
+'''
+
+
+def test_a_score_is_one_file(addition):
+    addition.edit("evaluation/metrics.py", "def metric_names()", SCORE)
+    assert addition.touched() == 1
+    addition.project.configure({"evaluate": {"metrics": ["first_word"]}})
+    addition.adder("check")
+    addition.adder("document")
+    documented = (addition.project.folder / "config" / "README.md").read_text()
+    assert "`first_word`" in documented
+    code = "from adder.evaluation.metrics import *; print(score_reply(['exact_match', 'first_word'], 'a b', 'a c'))"
+    assert addition.project.python("-c", code).stdout == "{'exact_match': 0, 'first_word': 1}\n"
 
 
 def key_of(addition: Addition, name: str) -> str:
