@@ -102,7 +102,7 @@ def by_static_flex(module, *tensors, **options):
     """FlexAttention compiled for this length alone."""
     usual, packed_attention._compiled_flex = packed_attention._compiled_flex, lambda: static_flex
     try:
-        return packed_attention.FUNCTIONS[packed_attention.FLEX](module, *tensors, **options)
+        return packed_attention.ATTENTION_FUNCTIONS[packed_attention.FLEX](module, *tensors, **options)
     finally:
         packed_attention._compiled_flex = usual
 
@@ -113,10 +113,10 @@ def by_kernel(name: str) -> Callable:
     def way(module, query, *tensors, **options):
         if name == packed_attention.FA2 and packed_attention._flash_attn() is None:
             raise ModuleNotFoundError("flash-attn isn't installed")
-        problem = packed_attention._beyond(name, query.shape[-1], options["softcap"], 0.0)
+        problem = packed_attention._unsupported(name, query.shape[-1], options["softcap"], 0.0)
         if problem:
             raise NotImplementedError(problem)
-        return packed_attention.FUNCTIONS[name](module, query, *tensors, **options)
+        return packed_attention.ATTENTION_FUNCTIONS[name](module, query, *tensors, **options)
 
     return way
 
@@ -231,7 +231,7 @@ def measure_case(shape: dict, workload: str, micro_batch: int, dtype: str, deadl
     return case
 
 
-MASKS = {"blocks": packed_attention.block_mask, "dense": dense}
+MASKS = {"blocks": packed_attention.flex_block_mask, "dense": dense}
 
 
 def main() -> None:

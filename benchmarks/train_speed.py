@@ -160,7 +160,7 @@ def build(arm: str, shape: dict, layers: int):
         )
     kernel = OTHER_ATTENTION.get(arm)
     if kernel is None or kernel == packed_attention.VARLEN and speed_model.device() == "cpu":
-        kernel = packed_attention.choose(LlamaConfig(**shape), "bfloat16", speed_model.device()).value
+        kernel = packed_attention.choose_attention(LlamaConfig(**shape), "bfloat16", speed_model.device()).value
     model = speed_model.base_model(shape, layers, kernel)
     if arm == "adder_trl_head":
         from trl.trainer.utils import add_fused_lm_head

@@ -153,8 +153,8 @@ def shape(**changes) -> SimpleNamespace:
         ({}, "adder_triton adder_varlen adder_fa2 adder_flex", "adder_segments", "isn't here"),
         ({"head_dim": 20}, "", "adder_triton", "Adder's kernel"),
         ({"head_dim": 20}, "adder_triton", "adder_flex", "isn't here"),
-        ({"head_dim": 512}, "", "adder_segments", "512 numbers"),
-        ({"head_dim": None, "hidden_size": 36}, "", "adder_segments", "9 numbers"),
+        ({"head_dim": 512}, "", "adder_segments", "head size is 512"),
+        ({"head_dim": None, "hidden_size": 36}, "", "adder_segments", "head size is 9"),
         ({"attn_logit_softcapping": 50.0}, "", "adder_triton", "Adder's kernel"),
         ({"attn_logit_softcapping": 50.0}, "adder_triton", "adder_fa2", "isn't here"),
         ({"attn_logit_softcapping": 50.0}, "adder_triton adder_fa2", "adder_flex", "isn't here"),
@@ -163,7 +163,7 @@ def shape(**changes) -> SimpleNamespace:
     ],
 )
 def test_the_first_kernel_that_fits_is_chosen_with_the_reason_why_not_another(changes, missing, name, word):
-    choice = packed_attention.choose(
+    choice = packed_attention.choose_attention(
         shape(**changes), "bfloat16", "cuda", lambda kernel, *_: "it isn't here" if kernel in missing.split() else None
     )
     assert choice.value == name and word in choice.reason
@@ -199,8 +199,8 @@ def test_a_kernel_is_used_where_a_small_pack_shows_that_it_is_right(monkeypatch,
     monkeypatch.setattr(packed_attention, "_flash_attn", lambda: "there")
     monkeypatch.setattr(packed_attention, "_varlen_attn", lambda: "there")
     monkeypatch.setattr(packed_attention, "triton", "there")
-    monkeypatch.setattr(packed_attention, "error_on_trial", tried)
-    choice = packed_attention.choose(shape(), dtype, "cuda")
+    monkeypatch.setattr(packed_attention, "trial_error", tried)
+    choice = packed_attention.choose_attention(shape(), dtype, "cuda")
     assert choice.value == name and word in choice.reason
 
 
@@ -213,15 +213,17 @@ def test_the_trial_finds_what_a_kernel_leaves_out(monkeypatch):
     """bf16 example by example comes to a third of the bound, as kernels do; each omission is beyond it."""
     config = shape(attn_logit_softcapping=50.0, sliding_window=4096)
     for names, right in (((), True), (("cu_seq_lens_q",), False), (("sliding_window",), False), (("softcap",), False)):
-        monkeypatch.setitem(packed_attention.FUNCTIONS, "made_up", without(*names))
+        monkeypatch.setitem(packed_attention.ATTENTION_FUNCTIONS, "made_up", without(*names))
         before = torch.random.get_rng_state()
-        error = packed_attention.error_on_trial("made_up", config, torch.bfloat16, "cpu")
-        assert (error < packed_attention.TRUSTED / 2) if right else (error > packed_attention.TRUSTED), (names, error)
+        error = packed_attention.trial_error("made_up", config, torch.bfloat16, "cpu")
+        assert (
+            (error < packed_attention.MAX_TRIAL_ERROR / 2) if right else (error > packed_attention.MAX_TRIAL_ERROR)
+        ), (names, error)
         assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_a_cpu_computes_example_by_example():
-    choice = packed_attention.choose(shape(), "bfloat16", "cpu")
+    choice = packed_attention.choose_attention(shape(), "bfloat16", "cpu")
     assert choice.value == "adder_segments" and not choice.alternatives
 
 
@@ -230,9 +232,9 @@ def test_blocks_hold_what_the_mask_says(window):
     """Every pair of blocks: listed as partial where some see some, as full where all see all, as neither elsewhere."""
     lengths = (9, 200, 3, 300, 127, 1, 260)
     tokens, ends = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    mask = packed_attention.block_mask(ends, tokens, window)
+    mask = packed_attention.flex_block_mask(ends, tokens, window)
     wide = mask.shape[-1]
-    assert wide % packed_attention.BLOCK == 0 and 0 <= wide - tokens < packed_attention.BLOCK
+    assert wide % packed_attention.FLEX_BLOCK == 0 and 0 <= wide - tokens < packed_attention.FLEX_BLOCK
     example = torch.tensor(
         [i for i, n in enumerate(lengths) for _ in range(n)] + [100 + i for i in range(wide - tokens)]
     )
@@ -240,14 +242,14 @@ def test_blocks_hold_what_the_mask_says(window):
     far = at[:, None] - at
     expected = (example[:, None] == example) & (far >= 0) & (far < (window or wide))
     assert torch.equal(flex.create_mask(mask.mask_mod, 1, 1, wide, wide, device="cpu")[0, 0], expected)
-    count = wide // packed_attention.BLOCK
-    seen = expected.view(count, packed_attention.BLOCK, count, packed_attention.BLOCK).sum((1, 3))
+    count = wide // packed_attention.FLEX_BLOCK
+    seen = expected.view(count, packed_attention.FLEX_BLOCK, count, packed_attention.FLEX_BLOCK).sum((1, 3))
     partial, full = torch.zeros(count, count, dtype=torch.bool), torch.zeros(count, count, dtype=torch.bool)
     lists = [(partial, mask.kv_num_blocks, mask.kv_indices), (full, mask.full_kv_num_blocks, mask.full_kv_indices)]
     for dense, numbers, indices in lists:
         for row in range(count):
             dense[row, indices[0, 0, row, : numbers[0, 0, row]].long()] = True
-    assert torch.equal(full, seen == packed_attention.BLOCK**2)
+    assert torch.equal(full, seen == packed_attention.FLEX_BLOCK**2)
     assert torch.equal(partial, (seen > 0) & ~full)
 
 
@@ -261,7 +263,7 @@ def test_flex_attention_is_attention_example_by_example(monkeypatch, window, cap
     options = {"cu_seq_lens_q": ends, "max_length_q": 167, "sliding_window": window, "softcap": cap, "scaling": 0.3}
     with torch.no_grad():
         expected = packed_attention.segment_attention(None, query, key, value, None, **options)[0]
-        found = packed_attention.FUNCTIONS["adder_flex"](None, query, key, value, None, **options)[0]
+        found = packed_attention.ATTENTION_FUNCTIONS["adder_flex"](None, query, key, value, None, **options)[0]
     assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
 
 
@@ -270,7 +272,7 @@ def test_every_block_of_every_example_is_listed_once_the_longest_first(rows, blo
     """Against a plain loop over the examples; places that are left over come last and say so."""
     lengths = (9, 200, 3, 300, 127, 1, 64)
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    table = packed_attention_triton.block_list(ends, sum(lengths), rows, block, first_is_longest)
+    table = packed_attention_triton.block_schedule(ends, sum(lengths), rows, block, first_is_longest)
     assert table.dtype == torch.int32 and table.shape[1] == 3
     counts = [-(-n * rows // block) for n in lengths]
     expected = {
@@ -316,7 +318,7 @@ def test_packed_attention_by_kernels_is_attention_example_by_example(dtype, head
 
     def results(kernel: str, kind: torch.dtype) -> list[torch.Tensor]:
         leaves = [x.requires_grad_() for x in wide.to(kind).transpose(1, 2).split([heads, groups, groups], 1)]
-        out = packed_attention.FUNCTIONS[kernel](None, *leaves, None, **options)[0]
+        out = packed_attention.ATTENTION_FUNCTIONS[kernel](None, *leaves, None, **options)[0]
         return [out, *torch.autograd.grad(out, leaves, gradient.to(kind))]
 
     found, exact = results("adder_triton", dtype), results("adder_segments", torch.float32)
@@ -329,13 +331,13 @@ def test_packed_attention_by_kernels_is_attention_example_by_example(dtype, head
 def test_layers_share_what_a_batch_needs_once_and_the_next_batch_has_its_own():
     ends, made = torch.tensor([0, 2, 5]), []
     for _ in range(2):
-        packed_attention._once(ends, "sizes", lambda: made.append(1))
-    packed_attention._once(ends, "blocks", lambda: made.append(1))
-    packed_attention._once(ends.clone(), "sizes", lambda: made.append(1))
+        packed_attention._cached_for_batch(ends, "sizes", lambda: made.append(1))
+    packed_attention._cached_for_batch(ends, "blocks", lambda: made.append(1))
+    packed_attention._cached_for_batch(ends.clone(), "sizes", lambda: made.append(1))
     assert len(made) == 3
-    kept = len(packed_attention._KEPT)
+    kept = len(packed_attention._BATCH_CACHE)
     del ends
-    assert len(packed_attention._KEPT) == kept - 1
+    assert len(packed_attention._BATCH_CACHE) == kept - 1
 
 
 def test_attention_sinks_are_refused():
@@ -365,7 +367,7 @@ def test_the_kernels_get_window_and_cap(monkeypatch):
     options = {"cu_seq_lens_q": ends, "max_length_q": 3}
     for window in (None, 4):
         packed_attention.varlen_attention(None, q, q, q, None, **options, sliding_window=window)
-    by_flash = packed_attention.FUNCTIONS["adder_fa2"]
+    by_flash = packed_attention.ATTENTION_FUNCTIONS["adder_fa2"]
     by_flash(None, q, q, q, None, **options)
     out, _ = by_flash(None, q, q, q, None, **options, sliding_window=4, softcap=50.0, dropout=0.1)
     assert seen == [(-1, 0), (3, 0), (-1, 0, 0.0, 0.0), (3, 0, 50.0, 0.1)]
@@ -429,5 +431,5 @@ def test_a_card_from_ampere_on_serves_plain_and_capped_scores_and_odd_heads():
         pytest.skip("needs compute capability 8.0")
     for changes in ({"head_dim": 128}, {"head_dim": 256, "attn_logit_softcapping": 50.0}, {"head_dim": 100}):
         for dtype in ("bfloat16", "float16"):
-            choice = packed_attention.choose(shape(**changes, sliding_window=4096), dtype, "cuda")
+            choice = packed_attention.choose_attention(shape(**changes, sliding_window=4096), dtype, "cuda")
             assert choice.value == "adder_triton", choice

@@ -104,7 +104,11 @@ def test_an_8b_model_is_planned_for_a_smaller_card_and_stays_within_it(cap, giga
     """16 GB as on a T4: fp16, example by example, PEFT's products. Steps over other shapes stay below the limit."""
     cap(min(gigabytes, torch.cuda.mem_get_info()[1] / 1e9))
     t4 = gigabytes == 16
-    kernel = packed_attention.SEGMENTS if t4 else packed_attention.choose(LlamaConfig(**SHAPE), dtype, "cuda").value
+    kernel = (
+        packed_attention.SEGMENTS
+        if t4
+        else packed_attention.choose_attention(LlamaConfig(**SHAPE), dtype, "cuda").value
+    )
     model = lora.add_adapter(llama_8b(getattr(torch, dtype), kernel), settings())
     products = "PEFT" if t4 else attach.attach_where_it_pays(model, dtype).reason
     torch.cuda.empty_cache()
@@ -141,7 +145,7 @@ def middling(dtype: str, **shape) -> torch.nn.Module:
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "max_position_embeddings": 8192}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8000}
     config = LlamaConfig(**{**sizes, **heads, **shape}, use_cache=False)
-    config._attn_implementation = packed_attention.choose(config, dtype, "cuda").value
+    config._attn_implementation = packed_attention.choose_attention(config, dtype, "cuda").value
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     return lora.add_adapter(model, settings(method="lora"))

@@ -4,8 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adder.core.progress import Progress
-from adder.kernels.labelled_logits import labelled_logits
-from adder.kernels.labelled_loss import has_plain_head, labelled_losses
+from adder.kernels.labelled_loss import has_plain_head, labelled_logits, labelled_losses
 
 IGNORED = -100
 LOSS_TOKENS = 4096  # positions of one batch, padding included

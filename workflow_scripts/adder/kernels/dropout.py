@@ -73,7 +73,8 @@ def dropout_matmul(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, out: t
 
 def dropout_matmul_reference(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, out: torch.Tensor) -> None:
     """As dropout_matmul."""
-    mask = dropout_mask(seed, *x.shape, p, x.device)
+    rows, width = x.shape
+    mask = dropout_mask(seed, rows, width, p, x.device)
     out.copy_((x.float() * mask) @ a.float().t() / (1 - p))
 
 
@@ -111,7 +112,8 @@ def dropout_matmul_grad_a(grad: torch.Tensor, x: torch.Tensor, seed: int, p: flo
 
 def dropout_matmul_grad_a_reference(grad: torch.Tensor, x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
     """As dropout_matmul_grad_a."""
-    mask = dropout_mask(seed, *x.shape, p, x.device)
+    rows, width = x.shape
+    mask = dropout_mask(seed, rows, width, p, x.device)
     return grad.float().t() @ (x.float() * mask) / (1 - p)
 
 
@@ -146,7 +148,8 @@ def add_dropout_matmul_grad_x_reference(
     total: torch.Tensor, grad: torch.Tensor, a: torch.Tensor, seed: int, p: float
 ) -> None:
     """As add_dropout_matmul_grad_x."""
-    mask = dropout_mask(seed, *total.shape, p, total.device)
+    rows, width = total.shape
+    mask = dropout_mask(seed, rows, width, p, total.device)
     total.copy_(total.float() + mask * (grad.float() @ a.float()) / (1 - p))
 
 

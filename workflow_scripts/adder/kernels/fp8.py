@@ -144,7 +144,7 @@ def matmul(x: RowwiseFp8, weight: RowwiseFp8, dtype: torch.dtype) -> torch.Tenso
     """x · weightᵀ in `dtype` (on a GPU bf16 alone). x: (tokens, K); weight: (N, K); 16 divides K and N."""
     if not x.values.is_cuda:
         return matmul_reference(x, weight).to(dtype)
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]  the only fp8 matmul with rowwise scales
         x.values,
         weight.values.t(),
         scale_a=x.scales,

@@ -1,12 +1,16 @@
-"""Cross-entropy over labelled positions only: the LM head never sees the others."""
+"""Cross-entropy and logits at labelled positions only: the LM head never sees the others."""
+
+import inspect
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from adder.core.labels import IGNORE_INDEX
 from adder.kernels import lm_head_loss
 
 # Positions whose logits are computed at once: bounds the memory of the logits to this many rows of the vocabulary.
-CHUNK = 1024
+CHUNK_POSITIONS = 1024
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
@@ -16,43 +20,49 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return all(getattr(config, name, None) is None for name in names)
 
 
-def serves_training(model: PreTrainedModel) -> bool:
+def supports_training(model: PreTrainedModel) -> bool:
     """Whether to train by labelled_losses: a plain head, and on a GPU a frozen one, where no logits are kept.
 
     TRL's own fused head does the rest: it computes the logits again in the backward pass.
     """
-    frozen = not any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
+    frozen = not any(parameter.requires_grad for parameter in _lm_head(model).parameters())
     return has_plain_head(model) and (model.device.type == "cpu" or frozen)
 
 
-def labelled_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> torch.Tensor:
+def _lm_head(model: PreTrainedModel) -> Any:
+    """The model's output embeddings, nearly always a torch.nn.Linear."""
+    return model.get_output_embeddings()
+
+
+def labelled_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """Return the loss in nats (fp32) at each labelled position, in order, shape (labelled positions,).
 
-    `labels`: (batch, tokens) int64, -100 where there is no loss; position i is predicted from position i - 1.
+    `labels`: (batch, tokens) int64, IGNORE_INDEX where there is no loss; position i is predicted from position i - 1.
     `inputs`: what the model's backbone takes. The cache is off: with it, packed examples would see each other.
     """
-    if hasattr(model, "sharded_losses"):  # which bring the weights together first: see sharding.shard
-        return model.sharded_losses(labels, **inputs)
-    return own_losses(model, labels, **inputs)
+    sharded_losses = getattr(model, "sharded_losses", None)
+    if sharded_losses is not None:  # which gathers the weights first: see training.distributed.fsdp
+        return sharded_losses(labels, **inputs)
+    return unsharded_losses(model, labels, **inputs)
 
 
-def own_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs) -> torch.Tensor:
-    """As labelled_losses, from weights that are whole."""
+def unsharded_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """As labelled_losses, from weights that are all here."""
     hidden = model.base_model(use_cache=False, **inputs).last_hidden_state
     target = labels[:, 1:]
-    mask = target != -100
+    mask = target != IGNORE_INDEX
     hidden, target = hidden[:, :-1][mask], target[mask]
-    head = model.get_output_embeddings()
+    head = _lm_head(model)
     if lm_head_loss.can_fuse(head, hidden):
         return lm_head_loss.frozen_lm_head_losses(hidden, head.weight, head.bias, target)
     parts = [
         torch.nn.functional.cross_entropy(head(h).float(), t, reduction="none")
-        for h, t in zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)
+        for h, t in zip(hidden.split(CHUNK_POSITIONS), target.split(CHUNK_POSITIONS), strict=True)
     ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def mean_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
+def mean_loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """Mean loss (nats) over the labelled positions of `batch`, by the model's own forward where its head is not plain.
 
     model: the bare one. batch: what labelled_losses takes.
@@ -68,3 +78,20 @@ def dft(losses: torch.Tensor) -> torch.Tensor:
     Dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629), as TRL's `loss_type="dft"`. `losses`: nats a token.
     """
     return losses * torch.exp(-losses.detach())
+
+
+def labelled_logits(model: torch.nn.Module, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one example; return the logits (fp32) that predict its labelled tokens, and those tokens' ids.
+
+    As the model itself computes them, capped or scaled where it does that. Shapes (labelled, vocabulary) and
+    (labelled,), on the model's device. A label of IGNORE_INDEX carries no loss; position i is predicted from position
+    i - 1. The LM head sees no other position where the model offers that.
+    """
+    device = next(model.parameters()).device
+    target = torch.tensor(labels, device=device)[1:]
+    positions = torch.nonzero(target != IGNORE_INDEX)[:, 0]
+    inner: Any = getattr(model, "get_base_model", lambda: model)()  # of a PEFT model
+    keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    options = {"logits_to_keep": positions} if keeps else {}
+    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **options).logits[0]
+    return (logits if keeps else logits[positions]).float(), target[positions]

@@ -68,7 +68,7 @@ class _FrozenLmHead(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, d_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradient to hidden alone."""
         (grad,) = ctx.saved_tensors
         return (grad * d_losses[:, None]).to(grad.dtype), None, None, None

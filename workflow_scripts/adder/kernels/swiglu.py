@@ -6,6 +6,9 @@ Arithmetic is fp32, results are stored in the tensors' own dtype. "Strided": row
 long.
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# In kernels: what a branch on a constexpr binds, only branches on the same constexpr read.
+
 from __future__ import annotations
 
 from dataclasses import dataclass

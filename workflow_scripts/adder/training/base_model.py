@@ -29,7 +29,9 @@ def load(
     """
     compute = getattr(torch, dtype)
     choices = {
-        "attention": packed_attention.choose(AutoConfig.from_pretrained(folder).get_text_config(), dtype, device)
+        "attention": packed_attention.choose_attention(
+            AutoConfig.from_pretrained(folder).get_text_config(), dtype, device
+        )
     }
     options = {
         "dtype": torch.float32 if method == "full" else compute,

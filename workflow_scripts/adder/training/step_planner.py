@@ -21,7 +21,7 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.rng import undisturbed
-from adder.kernels.labelled_loss import has_plain_head, labelled_losses, serves_training
+from adder.kernels.labelled_loss import has_plain_head, labelled_losses, supports_training
 from adder.training.batching import divisors, packs_in_words, packs_per_step
 
 # What is kept for the backward pass, from the most memory and the least time to the opposite; transformers' options.
@@ -359,7 +359,7 @@ class Trials:
         start = time.perf_counter()
         with torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
             batch = made_up(lengths, self.vocabulary, self.device)
-            if serves_training(self.bare):
+            if supports_training(self.bare):
                 loss = labelled_losses(self.bare, **batch).mean()
             else:  # as TRL computes it: the head at chunks of the labelled positions
                 loss = -self.model(**batch, fused_lm_head=True).log_probs.mean()

@@ -21,7 +21,7 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.progress import Progress
 from adder.core.rng import undisturbed
-from adder.kernels.labelled_loss import dft, labelled_losses, serves_training
+from adder.kernels.labelled_loss import dft, labelled_losses, supports_training
 from adder.training.best_weights import BestWeights
 from adder.training.checkpoints import seal
 from adder.training.distributed import collectives, fsdp
@@ -128,7 +128,7 @@ class Trainer(SFTTrainer):
         if model.training:
             self.tokens += inputs["input_ids"].numel()
         bare = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        if return_outputs or not serves_training(bare):
+        if return_outputs or not supports_training(bare):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16
         with torch.autocast(self.args.device.type, dtype, enabled=self.args.bf16 or self.args.fp16):

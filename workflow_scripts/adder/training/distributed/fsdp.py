@@ -98,7 +98,7 @@ def shard(model: torch.nn.Module, device: str) -> None:
     # Also what is outside of the layers: what optimizer and checkpoint find between the passes must be the shards.
     fully_shard(bare, reshard_after_forward=True, **options)
     bare._is_fsdp_managed_module = True  # transformers' generate then keeps the processes in step
-    bare.sharded_losses = MethodType(labelled_loss.own_losses, bare)
+    bare.sharded_losses = MethodType(labelled_loss.unsharded_losses, bare)
     register_fsdp_forward_method(bare, "sharded_losses")
 
 
