@@ -215,7 +215,7 @@ def measure(arm: str, shape: str, work: Path) -> dict:
 def compare(options) -> dict:
     """Run all arms on all shapes; the figures as merge.json has them."""
     from adder.core import hardware
-    from adder.core.safetensors_layout import shard_files, total_bytes, total_numbers
+    from adder.core.safetensors_layout import shard_files, total_bytes, parameter_count
 
     arms, shapes, ratios = [], {}, {}
     for name in options.shapes:
@@ -230,7 +230,7 @@ def compare(options) -> dict:
                 "like": LIKE[name],
                 "bytes": total_bytes(work / "base"),
                 "files": len(shard_files(work / "base")),
-                "parameters": total_numbers(work / "base"),
+                "parameters": parameter_count(work / "base"),
                 "adapted_parameters": SHAPES[name]["layers"] * sum(sizes),
             }
             wanted = [arm for arm in ARMS if arm != "peft" or name in options.peft]

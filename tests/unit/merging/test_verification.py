@@ -8,7 +8,7 @@ from adder.core import hardware
 from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.core.progress import Progress
-from adder.core.safetensors_layout import total_numbers
+from adder.core.safetensors_layout import parameter_count
 from adder.merging import verification
 from merge_fixture import make_inputs, run
 from tiny import save_tiny_model, token_row, write_tokens
@@ -70,7 +70,7 @@ def test_packed_rows_do_not_see_one_another(tmp_path):
 
 def test_loading_is_chosen_by_free_memory(tmp_path, monkeypatch):
     base = save_tiny_model(tmp_path / "base")
-    needed = 4 * total_numbers(base)
+    needed = 4 * parameter_count(base)
     for device, share in (("cpu", verification.MEMORY_SHARE), ("cuda", verification.GPU_SHARE)):
         monkeypatch.setattr(hardware, "device", lambda device=device: device)
         for factor, value in ((1.01, "whole"), (0.99, "by layers")):

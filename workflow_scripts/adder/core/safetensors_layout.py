@@ -71,6 +71,6 @@ def total_bytes(folder: Path) -> int:
     return sum((folder / file).stat().st_size for file in shard_files(folder))
 
 
-def total_numbers(folder: Path) -> int:
-    """How many numbers a model directory's weights are."""
+def parameter_count(folder: Path) -> int:
+    """Parameters in a model directory's weights."""
     return sum(prod(tensor.shape) for tensor in stored_tensors(folder).values())

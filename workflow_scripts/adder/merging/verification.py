@@ -17,7 +17,7 @@ from adder.core import hardware
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.progress import Progress
-from adder.core.safetensors_layout import DTYPES, stored_tensors, total_numbers
+from adder.core.safetensors_layout import DTYPES, stored_tensors, parameter_count
 from adder.merging import fresh_process_reply
 from adder.tokenization.token_table import TokenTable
 
@@ -77,7 +77,7 @@ def choose_loading(folder: Path, dtype: torch.dtype) -> Choice:
     """
     device = hardware.device()
     torch.cuda.empty_cache()  # what an earlier model has left; does nothing without a GPU
-    needed, free = total_numbers(folder) * dtype.itemsize, hardware.free_memory(device)
+    needed, free = parameter_count(folder) * dtype.itemsize, hardware.free_memory(device)
     fits = needed < free * (GPU_SHARE if device == "cuda" else MEMORY_SHARE)
     name, where = str(dtype).removeprefix("torch."), "on the GPU" if device == "cuda" else "in memory"
     size = f"{needed / 2**30:.1f} GiB of weights"

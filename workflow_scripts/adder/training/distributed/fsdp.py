@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from adder.core import hardware
 from adder.core.choice import Choice
 from adder.core.errors import UserError
-from adder.core.safetensors_layout import total_numbers
+from adder.core.safetensors_layout import parameter_count
 from adder.kernels import labelled_loss
 from adder.training import base_model
 from adder.training.distributed import collectives
@@ -62,7 +62,7 @@ def _chosen(wanted: str, method: str, model: Path, device: str) -> Choice:
 
 def _bytes(model: Path, method: str) -> float:
     """Memory for the weights of the model in a folder, and for what training them takes."""
-    numbers = total_numbers(model)
+    numbers = parameter_count(model)
     if method != "qlora":
         return BYTES[method] * numbers
     packed = _linear_numbers(model)

@@ -1,0 +1,79 @@
+"""Files come out the same for the same content, and whole or not at all."""
+
+import os
+
+import pyarrow as pa
+import pytest
+
+from adder.core.files import (
+    atomic_write,
+    digest_file,
+    link_or_copy,
+    read_json,
+    read_jsonl,
+    read_table,
+    sha256_file,
+    write_json,
+    write_jsonl,
+    write_table,
+)
+
+
+def test_equal_values_are_equal_bytes(tmp_path):
+    write_json(tmp_path / "a", {"b": "ü", "a": [1, None]})
+    write_json(tmp_path / "b", {"a": [1, None], "b": "ü"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert read_json(tmp_path / "a") == {"a": [1, None], "b": "ü"}
+
+
+def test_lines_are_read_as_they_were_written(tmp_path):
+    rows = [{"text": "line\nbreak \u2028"}, [1], None]
+    assert write_jsonl(tmp_path / "x.jsonl", iter(rows)) == 3
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == rows
+
+
+def test_tables_are_the_same_bytes(tmp_path):
+    table = pa.table({"a": [1, 2], "b": ["x", None]})
+    write_table(tmp_path / "a.parquet", table)
+    write_table(tmp_path / "b.parquet", table)
+    assert digest_file(tmp_path / "a.parquet") == digest_file(tmp_path / "b.parquet")
+    assert read_table(tmp_path / "a.parquet") == table
+
+
+def test_digests_are_those_of_the_tools_that_people_have(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert digest_file(tmp_path / "x") == "384264f676f39536840523f284921cdc68b6846b"  # b2sum -l 160
+
+
+def test_a_link_takes_no_room_and_a_copy_stands_in_where_there_can_be_none(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("1")
+    link_or_copy(tmp_path / "x", tmp_path / "y")
+    assert os.path.samefile(tmp_path / "x", tmp_path / "y")
+
+    def refuse(*_):
+        raise OSError("another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(tmp_path / "x", tmp_path / "z")
+    assert (tmp_path / "z").read_text() == "1" and not os.path.samefile(tmp_path / "x", tmp_path / "z")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_breaks_off_leaves_what_was_there_and_nothing_else(tmp_path, kind):
+    target = tmp_path / "target"
+
+    def write(partial, text):
+        if kind == "folder":
+            partial.mkdir()
+            partial = partial / "inner"
+        partial.write_text(text)
+
+    with atomic_write(target) as partial:
+        write(partial, "first")
+        assert not target.exists()
+    with pytest.raises(KeyboardInterrupt), atomic_write(target) as partial:
+        write(partial, "second")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert (target if kind == "file" else target / "inner").read_text() == "first"
