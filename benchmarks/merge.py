@@ -215,7 +215,7 @@ def measure(arm: str, shape: str, work: Path) -> dict:
 def compare(options) -> dict:
     """Run all arms on all shapes; the figures as merge.json has them."""
     from adder.core import hardware
-    from adder.core.safetensors_layout import shard_files, total_bytes, parameter_count
+    from adder.core.safetensors_layout import parameter_count, shard_files, total_bytes
 
     arms, shapes, ratios = [], {}, {}
     for name in options.shapes:

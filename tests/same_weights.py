@@ -1,6 +1,6 @@
 """Build the default run at two commits on this machine and compare the adapter's and the merged model's bytes.
 
-Usage: python tests/same_weights.py OLD NEW [CONFIG.yaml]     (some 15 minutes on two cores; exits with 1 on a difference)
+Usage: python tests/same_weights.py OLD NEW [CONFIG.yaml]     (some 15 minutes on two cores; 1 where they differ)
 
 For changes that must not change a number. Run it with the environment that both commits need; each checkout's own
 package is used.
@@ -35,7 +35,8 @@ def main(old: str, new: str, *config: str) -> int:
         before = build(old, Path(folder) / "old", options)
         after = build(new, Path(folder) / "new", options)
     for name, digest in before.items():
-        print(f"{name}: {'the same bytes' if after[name] == digest else 'DIFFERENT'} ({digest[:16]}, {after[name][:16]})")
+        verdict = "the same bytes" if after[name] == digest else "DIFFERENT"
+        print(f"{name}: {verdict} ({digest[:16]}, {after[name][:16]})")
     return int(before != after)
 
 

@@ -17,7 +17,7 @@ from adder.core import hardware
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.progress import Progress
-from adder.core.safetensors_layout import DTYPES, stored_tensors, parameter_count
+from adder.core.safetensors_layout import DTYPES, parameter_count, stored_tensors
 from adder.merging import fresh_process_reply
 from adder.tokenization.token_table import TokenTable
 
