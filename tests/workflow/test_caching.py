@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from adder.workflow.stages import SPECS
 from project import ROOT, write_rows
 
-ALL = {"model", "data", "format", "tokenize", "lengths", "train", "merge", "evaluate", "report"}
+ALL = SPECS.keys() - {"task", "judge", "gguf"}  # those that a configuration asks for
 TABLE = ROOT / "docs" / "caching.md"
 
 
@@ -23,7 +24,7 @@ def documented() -> dict[str, str]:
 def shown(jobs: dict[str, int]) -> str:
     """Jobs as the table shows them."""
     names = [name if count == 1 else f"{name} ×{count}" for name, count in jobs.items()]
-    order = "model data format tokenize lengths train merge evaluate task judge report gguf".split()
+    order = list(SPECS)
     return ", ".join(sorted(names, key=lambda name: order.index(name.split()[0]))) or "nothing"
 
 
@@ -109,6 +110,19 @@ def test_edited_code(untouched, name):
     path = untouched.folder / "workflow_scripts" / "adder" / CODE[name][0]
     path.write_text(path.read_text() + "\n\nNEW = 1\n")
     assert shown(untouched.planned()) == documented()[name]
+
+
+def test_an_upgrade_is_said_before_the_first_job(project):
+    record = next(project.folder.glob("results/stages/merge/*/stage.json"))
+    before = record.read_text()
+    made = json.loads(before)
+    record.write_text(json.dumps({**made, "versions": {**made["versions"], "peft": "0.1"}}))
+    try:
+        said = project.snakemake("merged_model", config={"report": {"title": "Mine"}})
+    finally:
+        record.write_text(before)
+    assert f"adder: merge: made with peft 0.1; {made['versions']['peft']} is installed" in said
+    assert "evaluate: restored" in said or "evaluate: done" not in said
 
 
 def test_a_comment_in_the_formatting_code_restores_everything_below(untouched):
