@@ -96,23 +96,22 @@ def trl_map(work: Path, rows: Path, count: int) -> float:
 def adder(work: Path, rows: Path, count: int, checked: bool = False, download: bool = False) -> float:
     """Seconds from rows to packs through the stages themselves; with `download` also from the file to rows."""
     from adder.core.progress import Progress
-    from adder.core.stage_spec import Context
+    from adder.core.stage_spec import Context, NoInputs
     from adder.data import fetch_rows
+    from adder.data.stage import RowSettings, Source
     from adder.formatting import run as formatting
     from adder.packing import run as lengths
     from adder.packing.stage import LengthsSettings
     from adder.tokenization import run as tokenize
     from adder.tokenization.stage import TokenizeSettings
-    from adder.workflow.settings import Data, Format, Heldout
+    from adder.workflow.settings import Format, Heldout
 
     progress = Progress.silent()
     folders = {name: work / name for name in ("data", "format", "tokenize", "lengths")}
     for folder in folders.values():
         folder.mkdir()
-    source = {"sources": [{"path": str(rows)}]}
-    sources = Data.model_validate(source).model_dump(mode="json")
     start = time.perf_counter()
-    fetch_rows.run(sources | {"heldout": {"sources": None}}, {}, folders["data"], progress)
+    fetch_rows.run(RowSettings(sources=[Source(path=str(rows))]), NoInputs(), folders["data"], Context(progress))
     if not download:
         start = time.perf_counter()
     heldout = Heldout(size=max(2, min(1000, count // 100))).model_dump(mode="json")
@@ -189,14 +188,14 @@ def compare(options) -> dict:
     """Run all arms; the figures as data.json has them."""
     from adder.core import hardware
     from adder.core.progress import Progress
+    from adder.core.stage_spec import Context, NoInputs
     from adder.data import fetch_model
+    from adder.data.model_types import ModelSettings
 
     scratch = Path(tempfile.mkdtemp(dir=options.scratch))
     model = scratch / "model"
     model.mkdir()
-    fetch_model.run(
-        {"source": options.model, "revision": None, "sha256": None, "file": None}, {}, model, Progress.silent()
-    )
+    fetch_model.run(ModelSettings(source=options.model), NoInputs(), model, Context(Progress.silent()))
     cores = hardware.available_cores()
     results = []
     for count in sorted({options.rows // 100, options.rows // 10, options.rows}):

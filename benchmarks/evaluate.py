@@ -39,8 +39,10 @@ SETTINGS = {"max_samples": None, "max_new_tokens": "auto", "batch_size": "auto"}
 def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
     """The folders of the stages before `evaluate`, made by the stages themselves."""
     from adder.core.progress import Progress
-    from adder.core.stage_spec import Context
+    from adder.core.stage_spec import Context, NoInputs
     from adder.data import fetch_model, fetch_rows
+    from adder.data.model_types import ModelSettings
+    from adder.data.stage import RowSettings
     from adder.formatting import run as formatting
     from adder.tokenization import run as tokenize
     from adder.tokenization.stage import TokenizeSettings
@@ -50,11 +52,11 @@ def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
     folders = {name: work / name for name in ("model", "data", "format", "tokenize")}
     for folder in folders.values():
         folder.mkdir()
-    source = {"source": model, "revision": None, "sha256": None, "file": None}
-    fetch_model.run(source, {}, folders["model"], progress)
+    fetch_model.run(ModelSettings(source=model), NoInputs(), folders["model"], Context(progress))
     parts = [{"builtin": "tickets", "rows": n, "part": p} for n, p in ((TRAIN_ROWS, "train"), (count, "heldout"))]
     data = Data.model_validate({"sources": parts[:1], "heldout": {"sources": parts[1:]}}).model_dump(mode="json")
-    fetch_rows.run(data, {}, folders["data"], progress)
+    rows = RowSettings(sources=data["sources"], heldout_sources=data["heldout"]["sources"])
+    fetch_rows.run(rows, NoInputs(), folders["data"], Context(progress))
     form = Format(system_prompt=SYSTEM).model_dump(mode="json") | {"heldout": data["heldout"]}
     formatting.run(form, folders, folders["format"], progress)
     inputs = tokenize.TokenizeInputs(folders["format"], folders["model"])

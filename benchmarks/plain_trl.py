@@ -35,22 +35,25 @@ def ticket_sources(train_rows: int) -> dict:
 def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt: str | None = None) -> dict:
     """Run download, format, tokenize and lengths into folders of `work`; return lengths.json. `model`: its source."""
     from adder.core.progress import Progress
-    from adder.core.stage_spec import Context
+    from adder.core.stage_spec import Context, NoInputs
     from adder.data import fetch_model, fetch_rows
+    from adder.data.model_types import ModelSettings
+    from adder.data.stage import RowSettings
     from adder.formatting import run as formatting
     from adder.packing import run as lengths
     from adder.packing.stage import LengthsSettings
     from adder.tokenization import run as tokenize
     from adder.tokenization.stage import TokenizeSettings
-    from adder.workflow.settings import Data, Format, Model
+    from adder.workflow.settings import Data, Format
 
     progress = Progress.silent()
     folders = {name: work / name for name in STAGES}
     for folder in folders.values():
         folder.mkdir(parents=True)
-    fetch_model.run(Model(source=model).model_dump(mode="json"), {}, folders["model"], progress)
+    fetch_model.run(ModelSettings(source=model), NoInputs(), folders["model"], Context(progress))
     data = Data.model_validate(sources).model_dump(mode="json")
-    fetch_rows.run(data, {}, folders["data"], progress)
+    rows = RowSettings(sources=data["sources"], heldout_sources=data["heldout"]["sources"])
+    fetch_rows.run(rows, NoInputs(), folders["data"], Context(progress))
     settings = Format(system_prompt=prompt).model_dump(mode="json") | {"heldout": data["heldout"]}
     formatting.run(settings, folders, folders["format"], progress)
     inputs = tokenize.TokenizeInputs(folders["format"], folders["model"])

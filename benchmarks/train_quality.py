@@ -71,12 +71,12 @@ def load_prepared(options, work: Path) -> None:
     from adder.core.files import write_json
     from adder.core.progress import Progress
     from adder.data import model_source
-    from adder.workflow.settings import Model
+    from adder.data.model_types import ModelSettings
 
     with tarfile.open(options.prepared) as tar:
         tar.extractall(work, filter="data")
     (work / "model").mkdir()
-    settings = Model(source=options.model).model_dump(mode="json")
+    settings = ModelSettings(source=options.model)
     origin = model_source.fetch(settings, work / "model" / "model", Progress.silent())
     write_json(work / "model" / "source.json", {"source": options.model, **origin})
 

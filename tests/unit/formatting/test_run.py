@@ -17,11 +17,12 @@ from adder.core import parallel
 from adder.core.errors import UserError
 from adder.core.files import digest_file, read_json, read_jsonl, read_table, write_json, write_jsonl
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context, NoInputs
 from adder.data import fetch_rows
+from adder.data.stage import RowSettings, Source
 from adder.formatting import block_converter
 from adder.formatting import heldout_split as split
 from adder.formatting import run as format
-from adder.workflow.settings import Source
 
 ROOT = Path(__file__).resolve().parents[3]
 SNIPS = ROOT.parent / "shared" / "data" / "snips"
@@ -677,16 +678,14 @@ def test_memory_stays_flat_however_many_rows(tmp_path):
 
 
 def source(**given):
-    return Source(
-        **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    ).model_dump()
+    return Source(**{name: str(value) if isinstance(value, Path) else value for name, value in given.items()})
 
 
 def run_from_files(tmp_path, sources, heldout, tests=(), **changes):
     data = tmp_path / "data"
     data.mkdir()
-    given = {"sources": sources, "heldout": {"sources": heldout}, "tests": list(tests)}
-    fetch_rows.run(given, {}, data, Progress.silent())
+    given = RowSettings(sources=sources, heldout_sources=heldout, tests=list(tests))
+    fetch_rows.run(given, NoInputs(), data, Context(Progress.silent()))
     out = tmp_path / "format"
     out.mkdir()
     own = {**PLAIN, "heldout": dict.fromkeys(("share", "size", "group_by", "stratify_by")), **changes}

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context, NoInputs
 from adder.data import fetch_rows
+from adder.data.stage import RowSettings, Source
 from adder.formatting import block_converter
 from adder.formatting import run as format
 from adder.formatting.messages import Rejected, why_not_json
 from adder.formatting.row_formats import Reading, to_conversation
-from adder.workflow.settings import Source
 
 SETTINGS = {
     "system_prompt": "Be kind.",
@@ -212,13 +213,9 @@ def test_garbage_in_a_file_goes_through_both_stages(tmp_path_factory, lines):
     out.mkdir()
     good = [json.dumps({"question": f"q {n}", "answer": f"a {n}"}).encode() for n in range(20)]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([*good, *lines]))
-    given = {
-        "sources": [Source(path=str(tmp_path / "rows.jsonl")).model_dump()],
-        "heldout": {"sources": None},
-        "tests": [],
-    }
+    given = RowSettings(sources=[Source(path=str(tmp_path / "rows.jsonl"))])
     try:
-        read = fetch_rows.run(given, {}, folder, Progress.silent())
+        read = fetch_rows.run(given, NoInputs(), folder, Context(Progress.silent()))
     except UserError as error:
         assert "rows.jsonl" in str(error)
         return

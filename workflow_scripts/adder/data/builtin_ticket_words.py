@@ -1,4 +1,4 @@
-"""The words of the built-in data set: what each of its two parts can say. The grammar is in tickets.py."""
+"""The words of the built-in data set: what each of its two parts can say. The grammar is in builtin_tickets.py."""
 
 from dataclasses import dataclass
 

@@ -11,12 +11,12 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from adder.core.errors import UserError
 from adder.data.builtin_ticket_words import VOCABULARIES, Words
 
 SYSTEM_PROMPT = "Extract the ticket as JSON."
-FIELDS = ("intent", "order", "product", "amount", "date", "urgent")
 INTENTS = ("refund", "replace", "cancel", "track", "invoice")
 PARTS = ("train", "heldout")
 
@@ -37,11 +37,23 @@ IS_CASUAL, HAS_TYPO = 0.25, 0.12
 MISSES_ALLOWED = 1000
 
 
-def rows(count: int, part: str, seed: int) -> Iterator[dict]:
+@dataclass(frozen=True)
+class Ticket:
+    """What a message says, in the order of the reply's keys; None for what it does not. amount: a decimal as text."""
+
+    intent: str
+    order: str | None
+    product: str | None
+    amount: str | None
+    date: str | None
+    urgent: bool
+
+
+def rows(count: int, part: str, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
     """Yield `count` different conversations `{"messages": [user, assistant]}` of one part.
 
     The same arguments give the same rows on every machine, and a larger count only adds rows at the end. The reply is
-    compact JSON with the keys of `FIELDS` in that order; what the message does not say is null.
+    compact JSON with the fields of a Ticket as keys; what the message does not say is null.
 
     Raises UserError for an unknown part, a negative count, or more rows than the grammar has.
     """
@@ -68,16 +80,16 @@ def rows(count: int, part: str, seed: int) -> Iterator[dict]:
         }
 
 
-def reply(ticket: dict) -> str:
+def reply(ticket: Ticket) -> str:
     """The ticket as compact JSON. An amount stands as the customer wrote it (19.50, not 19.5): still a JSON number."""
-    values = {field: json.dumps(ticket[field]) for field in FIELDS}
-    if ticket["amount"] is not None:
-        values["amount"] = ticket["amount"]
+    values = {field: json.dumps(value) for field, value in vars(ticket).items()}
+    if ticket.amount is not None:
+        values["amount"] = ticket.amount
     return "{" + ",".join(f'"{field}":{value}' for field, value in values.items()) + "}"
 
 
-def _write(rng: random.Random, words: Words) -> tuple[str, dict]:
-    """One message and its ticket (amount as a decimal string)."""
+def _write(rng: random.Random, words: Words) -> tuple[str, Ticket]:
+    """One message and its ticket."""
     intent = rng.choice(INTENTS)
     order = _number(rng, 10000, 99999, words) if rng.random() < HAS_ORDER else None
     product = _product(rng, words) if rng.random() < HAS_PRODUCT else None
@@ -85,16 +97,10 @@ def _write(rng: random.Random, words: Words) -> tuple[str, dict]:
     day, month = rng.randint(1, 28), rng.choice(MONTHS)
     dated = rng.random() < HAS_DATE
     mood = rng.random()
-    ticket = {
-        "intent": intent,
-        "order": order,
-        "product": product,
-        "amount": amount,
-        "date": f"{day} {month}" if dated else None,
-        "urgent": mood < IS_URGENT,
-    }
+    date = f"{day} {month}" if dated else None
+    ticket = Ticket(intent, order, product, amount, date, urgent=mood < IS_URGENT)
 
-    facts = {}  # kind of fact -> its slots
+    facts: dict[str, dict[str, str]] = {}  # kind of fact -> its slots
     if order:
         facts["order"] = {"n": order, "ref": rng.choice(words.refs).format(n=order)}
     if amount:
@@ -116,17 +122,19 @@ def _write(rng: random.Random, words: Words) -> tuple[str, dict]:
     return _style(rng, sentences, closing, product or ""), ticket
 
 
-def _body(rng: random.Random, words: Words, intent: str, product: str | None, facts: dict) -> list[str]:
+def _body(
+    rng: random.Random, words: Words, intent: str, product: str | None, facts: dict[str, dict[str, str]]
+) -> list[str]:
     """The sentences that ask and inform. Each fact stands in one place: a lead, a tag on the thing, or a tail."""
-    told = product is not None and rng.random() < 0.35  # "I bought a kettle. Where is it?"
-    tags_of = words.deal_tags if told else words.tags if product else words.order_tags
-    room = 2 if told else 1  # for tags: more on one noun reads like a form
+    bought = product if product is not None and rng.random() < 0.35 else None  # "I bought a kettle. Where is it?"
+    tags_of = words.deal_tags if bought else words.tags if product else words.order_tags
+    room = 2 if bought else 1  # for tags: more on one noun reads like a form
     lead, tags, tails = "", "", []
     kinds = list(facts)
     rng.shuffle(kinds)
     for kind in sorted(kinds, key="order".__eq__):  # an order number comes last: "on 3 May (order 12345)"
         slots, where = facts[kind], rng.random()
-        if kind == "order" and not told and where < 0.35:
+        if kind == "order" and not bought and where < 0.35:
             lead = rng.choice(words.leads).format(**slots)
         elif kind in tags_of and room and where < 0.75:
             tags += rng.choice(tags_of[kind]).format(**slots)
@@ -134,9 +142,9 @@ def _body(rng: random.Random, words: Words, intent: str, product: str | None, fa
         else:
             tails.append(rng.choice(words.facts[kind]).format(**slots))
 
-    if told:
-        article = "an" if product[0] in "aeiou" else "a"
-        lead = rng.choice(words.bought).format(a=f"{article} {product}") + tags
+    if bought:
+        article = "an" if bought[0] in "aeiou" else "a"
+        lead = rng.choice(words.bought).format(a=f"{article} {bought}") + tags
         thing = "it"
     elif product:
         thing = f"{rng.choice(('the', 'the', 'my', 'this'))} {product}" + tags

@@ -1,7 +1,8 @@
 """Files from elsewhere, fetched once into a folder that outlives a killed stage, and resumed where that broke off.
 
 No secret is kept or shown: a URL holds `${NAME}` where an environment variable belongs, which is filled in only to ask
-for the file, and taken out again of whatever the answer is.
+for the file, and taken out again of whatever the answer is. Retrying is our own rather than tenacity's, which counts
+attempts from the first: here each byte that comes starts the count anew, and a server may say how long to wait.
 """
 
 import hashlib
@@ -9,8 +10,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from adder.core import file_lock
@@ -18,6 +20,9 @@ from adder.core.errors import UserError
 from adder.core.files import sha256_file
 from adder.core.progress import Progress
 from adder.core.secrets import filled_in, refuse_secrets, without_secrets
+
+if TYPE_CHECKING:
+    from requests import PreparedRequest
 
 CHUNK = 1 << 20  # bytes
 ATTEMPTS = 5  # in a row without a new byte
@@ -28,7 +33,10 @@ RETRIED = {408, 425, 429, 500, 502, 503, 504}
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
 
 
-class _Again(Exception):
+Authorize = Callable[["PreparedRequest"], "PreparedRequest"]
+
+
+class _TryAgain(Exception):
     """An answer that may be another one later; `wait` is how many seconds the server asks for, if it does."""
 
     def __init__(self, message: str, wait: float = 0.0):
@@ -41,17 +49,17 @@ def downloads() -> Path:
     return Path(os.environ.get("ADDER_DOWNLOADS") or Path.home() / ".cache" / "adder" / "downloads")
 
 
-def fetch(source: dict, where: str, progress: Progress) -> Path:
-    """Fetch the file at source["url"] and return its local path; one that is there and unchanged is not fetched again.
+def fetch(url: str, where: str, progress: Progress, sha256: str | None = None, token_env: str | None = None) -> Path:
+    """Fetch the file at `url` and return its local path; one that is there and unchanged is not fetched again.
 
-    source: url, sha256, token_env of settings.Source. Raises UserError with what to do about it, naming `where` the
-    setting is; the file is not kept where its SHA-256 is another than expected.
+    url: as it is configured, with `${NAME}` for environment variables. token_env: the environment variable with the
+    token. Raises UserError with what to do about it, naming `where` the setting is; the file is not kept where its
+    SHA-256 is another than expected.
     """
-    url, sha256 = source["url"], source.get("sha256")
     refuse_secrets(url, where)
     address, secrets = filled_in(url, where)
-    token = _token(source, where)
-    secrets |= {token: f"${{{source['token_env']}}}"} if token else {}
+    token = _token(token_env, where)
+    secrets |= {token: f"${{{token_env}}}"} if token else {}
     by_http = urlsplit(address).scheme in ("http", "https")
     if token and not by_http:
         raise UserError(f"{where}: `token_env` goes with http and https; {url} has credentials of another kind")
@@ -89,11 +97,10 @@ def named_after(url: str) -> tuple[str, ...]:
     return (parts.netloc.rpartition("@")[2], *path) if path else (parts.netloc.rpartition("@")[2] or "data",)
 
 
-def _token(source: dict, where: str) -> str | None:
-    name = source.get("token_env")
-    if name and not os.environ.get(name):
-        raise UserError(f"{where}: `token_env: {name}`: this environment variable is not set")
-    return os.environ[name] if name else None
+def _token(variable: str | None, where: str) -> str | None:
+    if variable and not os.environ.get(variable):
+        raise UserError(f"{where}: `token_env: {variable}`: this environment variable is not set")
+    return os.environ[variable] if variable else None
 
 
 def _place(url: str, address: str) -> Path:
@@ -122,21 +129,24 @@ class _Partial:
 
     @property
     def size(self) -> int:
+        """Bytes that are here."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def mark(self, whole: bool = False) -> str | None:
-        """The mark of the part, or of the whole file from an earlier time."""
-        note = _beside(self.target, ".json") if whole else self.note
+    def mark(self, finished: bool = False) -> str | None:
+        """The mark of the part, or of the finished file from an earlier time."""
+        note = _beside(self.target, ".json") if finished else self.note
         try:
             return json.loads(note.read_text())["mark"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def begin(self, mark: str | None) -> None:
+        """Start over with nothing, of the content that has this mark."""
         self.path.unlink(missing_ok=True)
         self.note.write_text(json.dumps({"mark": mark}))
 
     def write(self, chunks: Iterator[bytes], total: int | None, shown: str, progress: Progress) -> None:
+        """Append what comes; `total`: bytes of the whole file, where its origin tells."""
         done = self.size
         of_all = f" of {total / 1e6:,.1f}" if total else ""
         with self.path.open("ab") as file:
@@ -146,6 +156,7 @@ class _Partial:
                 progress.line(f"fetching {shown}: {done / 1e6:,.1f}{of_all} MB")
 
     def finish(self) -> None:
+        """Make the part the file."""
         self.path.replace(self.target)
         self.note.replace(_beside(self.target, ".json"))
 
@@ -162,15 +173,15 @@ def _fetch_http(address: str, token: str | None, target: Path, shown: str, where
     while True:
         try:
             return _ask_http(address, token, partial, shown, where, progress)
-        except (*broken, urllib3.exceptions.HTTPError, _Again) as error:
+        except (*broken, urllib3.exceptions.HTTPError, _TryAgain) as error:
             failures = 0 if partial.size > most else failures + 1
             most = max(most, partial.size)
-            what = str(error) if isinstance(error, _Again) else type(error).__name__
+            what = str(error) if isinstance(error, _TryAgain) else type(error).__name__
             if failures >= ATTEMPTS:
                 if target.exists():
                     progress.say(f"{shown} is out of reach ({what}): taking the copy that was fetched before")
                     return
-                if isinstance(error, _Again):
+                if isinstance(error, _TryAgain):
                     raise UserError(f"{where}: {shown} can't be fetched: {what}, {failures} times in a row") from None
                 raise
             wait = min(max(FIRST_WAIT * 2 ** max(failures - 1, 0), getattr(error, "wait", 0.0)), LONGEST_WAIT)
@@ -186,7 +197,7 @@ def _ask_http(address: str, token: str | None, partial: _Partial, shown: str, wh
     headers = {"Accept-Encoding": "identity"}  # the file's own bytes, of which a part can be asked for
     if have and mark:
         headers |= {"Range": f"bytes={have}-", "If-Range": mark}
-    elif partial.target.exists() and (known := partial.mark(whole=True)):
+    elif partial.target.exists() and (known := partial.mark(finished=True)):
         headers["If-None-Match" if '"' in known else "If-Modified-Since"] = known
     url, auth = _credentials(address, token)
     with requests.get(url, headers=headers, auth=auth, stream=True, timeout=TIMEOUT) as response:
@@ -195,11 +206,11 @@ def _ask_http(address: str, token: str | None, partial: _Partial, shown: str, wh
             return
         if status in RETRIED:
             wait = response.headers.get("Retry-After", "")
-            raise _Again(f"HTTP {status}", float(wait) if wait.isdigit() else 0.0)
+            raise _TryAgain(f"HTTP {status}", float(wait) if wait.isdigit() else 0.0)
         resumed = status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if status == 416 or (status == 206 and not resumed):
             partial.path.unlink(missing_ok=True)
-            raise _Again(f"HTTP {status}, another part than was asked for")
+            raise _TryAgain(f"HTTP {status}, another part than was asked for")
         if status >= 300:
             raise UserError(f"{where}: {shown} can't be fetched: {_meaning(status)}")
         length = response.headers.get("Content-Length", "")
@@ -212,7 +223,7 @@ def _ask_http(address: str, token: str | None, partial: _Partial, shown: str, wh
     partial.finish()
 
 
-def _credentials(address: str, token: str | None):
+def _credentials(address: str, token: str | None) -> tuple[str, Authorize]:
     """The URL without user and password, and what sends them, or the token, to this host and no other."""
     from requests.auth import HTTPBasicAuth
 
@@ -230,7 +241,7 @@ class _Bearer:
     def __init__(self, token: str):
         self.token = token
 
-    def __call__(self, request):
+    def __call__(self, request: "PreparedRequest") -> "PreparedRequest":
         request.headers["Authorization"] = f"Bearer {self.token}"
         return request
 
@@ -260,7 +271,7 @@ def _fetch_fsspec(address: str, target: Path, shown: str, where: str, progress: 
     except FileNotFoundError:
         raise UserError(f"{where}: there is no file {shown}") from None
     partial = _Partial(target)
-    if target.exists() and partial.mark(whole=True) == mark:
+    if target.exists() and partial.mark(finished=True) == mark:
         return
     progress.say(f"fetching {shown}")
     if partial.mark() != mark:

@@ -10,11 +10,21 @@ from pathlib import Path
 
 from adder.core.errors import UserError
 from adder.core.progress import Progress
-from adder.data.hub_errors import explain
+from adder.data.hub_errors import HTTPError, explain
 
 CARD = ["README.md", ".huggingface.yaml"]  # what tells configurations and licence
 # `datasets` would look into archives, which are not fetched yet when it is asked; no reader of ours opens them either.
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".py")
+
+
+@dataclass(frozen=True)
+class Subset:
+    """What is asked for: one split of one configuration (None: the default one) of a data set at a revision."""
+
+    id: str
+    revision: str | None = None
+    config: str | None = None
+    split: str = "train"
 
 
 @dataclass(frozen=True)
@@ -29,44 +39,42 @@ class HubFiles:
     delimiter: str | None
 
 
-def fetch(source: dict, where: str, progress: Progress) -> HubFiles:
-    """Fetch the files of source["hub"] that its config and split consist of.
+def fetch(wanted: Subset, where: str, progress: Progress) -> HubFiles:
+    """Fetch the files that the subset consists of.
 
-    source: hub, revision, config, split of settings.Source. Without a network a commit whose files the client's cache
+    where: the setting's name, such as "data.sources.0.hub". Without a network a commit whose files the client's cache
     holds whole is as good. Raises UserError with what to do about it.
     """
     from huggingface_hub import get_cached_repo_tree, snapshot_download
-    from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its warnings repeat the addresses of files, which the hub signs
-    name = source["hub"]
     # Only the environment's token: one from a login file would make the same configuration behave differently.
     token = os.environ.get("HF_TOKEN") or False
     try:
         cached = Path(
             snapshot_download(
-                name, repo_type="dataset", revision=source.get("revision"), allow_patterns=CARD, token=token
+                wanted.id, repo_type="dataset", revision=wanted.revision, allow_patterns=CARD, token=token
             )
         )
         commit = cached.name
-        listing = [file.path for file in get_cached_repo_tree(name, repo_type="dataset", revision=commit)]
-        config, split, names, delimiter = _choose(source, where, cached, listing)
-        progress.say(f"fetching {name} at commit {commit}: {config}, {split}, {len(names)} file(s)")
-        snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns=_literal(names), token=token)
+        listing = [file.path for file in get_cached_repo_tree(wanted.id, repo_type="dataset", revision=commit)]
+        config, names, delimiter = _files_of(wanted, where, cached, listing)
+        progress.say(f"fetching {wanted.id} at commit {commit}: {config}, {wanted.split}, {len(names)} file(s)")
+        snapshot_download(wanted.id, repo_type="dataset", revision=commit, allow_patterns=_literal(names), token=token)
     except (HTTPError, OSError, ValueError) as error:
-        raise UserError(_message(source, where, error)) from error
-    return HubFiles(commit, _license(cached), config, split, {name: cached / name for name in names}, delimiter)
+        raise UserError(_message(wanted, where, error)) from error
+    paths = {name: cached / name for name in names}
+    return HubFiles(commit, _license(cached), config, wanted.split, paths, delimiter)
 
 
-def _choose(source: dict, where: str, cached: Path, listing: list[str]) -> tuple[str, str, list[str], str | None]:
-    """Configuration, split, and the names of its files, as `datasets` chooses them by names alone.
+def _files_of(wanted: Subset, where: str, cached: Path, listing: list[str]) -> tuple[str, list[str], str | None]:
+    """The configuration, the names of the split's files, and their delimiter, as `datasets` tells by names alone.
 
     It looks at a folder that has the data set's card and, under the right names, empty files.
     """
     import datasets
 
-    name, split = source["hub"], source.get("split") or "train"
     with tempfile.TemporaryDirectory(prefix="adder-names-") as scratch:
         folder = Path(scratch).resolve() / "names"
         folder.mkdir()
@@ -78,38 +86,39 @@ def _choose(source: dict, where: str, cached: Path, listing: list[str]) -> tuple
             if (cached / card).is_file():
                 (folder / card).write_bytes((cached / card).read_bytes())
         try:
-            config = _config(source, where, datasets.get_dataset_config_names(str(folder)), str(folder))
+            config = _config(wanted, where, datasets.get_dataset_config_names(str(folder)), str(folder))
             builder = datasets.load_dataset_builder(str(folder), name=config, cache_dir=f"{scratch}/cache")
         except (ValueError, FileNotFoundError, RuntimeError) as error:
             raise UserError(
-                f"{where}: {name} has no data files that can be read ({type(error).__name__}). It may consist of "
+                f"{where}: {wanted.id} has no data files that can be read ({type(error).__name__}). It may consist of "
                 "archives or a loading script: try `revision: refs/convert/parquet`, where the hub puts its own copy."
             ) from error
         files = {str(key): list(value) for key, value in (builder.config.data_files or {}).items()}
-        if split not in files:
+        if wanted.split not in files:
             raise UserError(
-                f"{where}: {name} has no split '{split}' in its configuration '{config}'; it has: {', '.join(files)}"
+                f"{where}: {wanted.id} has no split '{wanted.split}' in its configuration '{config}'; it has: "
+                f"{', '.join(files)}"
             )
-        if getattr(builder.config, "field", None):
+        if field := getattr(builder.config, "field", None):
             raise UserError(
-                f"{where}: {name} keeps its rows under the key '{builder.config.field}' of a JSON file; fetch the file "
-                "by `url:` with a `convert:` of yours"
+                f"{where}: {wanted.id} keeps its rows under the key '{field}' of a JSON file; fetch the file by `url:` "
+                "with a `convert:` of yours"
             )
-        names = [str(Path(file).relative_to(folder)) for file in files[split]]
+        names = [str(Path(file).relative_to(folder)) for file in files[wanted.split]]
     delimiter = getattr(builder.config, "delimiter", None) or getattr(builder.config, "sep", None)
-    return config, split, names, delimiter
+    return config, names, delimiter
 
 
-def _config(source: dict, where: str, names: list[str], folder: str) -> str:
+def _config(wanted: Subset, where: str, names: list[str], folder: str) -> str:
     import datasets
 
-    asked = source.get("config")
+    asked = wanted.config
     has = f"it has: {', '.join(names)}"
     if asked and asked not in names:
-        raise UserError(f"{where}: {source['hub']} has no configuration '{asked}'; {has}")
+        raise UserError(f"{where}: {wanted.id} has no configuration '{asked}'; {has}")
     chosen = asked or (names[0] if len(names) == 1 else datasets.get_dataset_default_config_name(folder))
     if not chosen:
-        raise UserError(f"{where}: {source['hub']} has several configurations; set `config:`, {has}")
+        raise UserError(f"{where}: {wanted.id} has several configurations; set `config:`, {has}")
     return chosen
 
 
@@ -130,13 +139,12 @@ def _license(cached: Path) -> str | None:
     return ", ".join(map(str, found)) if isinstance(found, list) else found
 
 
-def _message(source: dict, where: str, error: Exception) -> str:
-    name = source["hub"]
+def _message(wanted: Subset, where: str, error: Exception) -> str:
     return explain(
         error,
-        f"{where}: {name}",
-        no_revision=f"has no revision '{source.get('revision')}' (a branch, a tag or a commit)",
+        f"{where}: {wanted.id}",
+        no_revision=f"has no revision '{wanted.revision}' (a branch, a tag or a commit)",
         missing="is not a data set on the hub. Check the spelling",
         unreachable="is not whole in the hub's cache, and the hub is out of reach (HF_HUB_OFFLINE, or no network). "
-        f"Fetch it where there is a network: hf download --repo-type dataset {name}",
+        f"Fetch it where there is a network: hf download --repo-type dataset {wanted.id}",
     )

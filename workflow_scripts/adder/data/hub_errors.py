@@ -2,7 +2,12 @@
 
 import os
 
+from huggingface_hub import errors
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] - of whichever client it uses
+
 from adder.core.secrets import without_secrets
+
+__all__ = ["HTTPError", "explain"]
 
 
 def explain(error: Exception, lead: str, no_revision: str, missing: str, unreachable: str) -> str:
@@ -11,9 +16,9 @@ def explain(error: Exception, lead: str, no_revision: str, missing: str, unreach
     `no_revision`, `missing` and `unreachable` say it for a repository without that revision, for one that isn't there
     or is private, and for a hub that is out of reach while its cache doesn't hold the repository whole.
     """
-    from huggingface_hub import errors
-
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    cause = error
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        cause = error.__cause__
     if isinstance(cause, errors.GatedRepoError):
         return f"{lead} is gated: accept its terms on its hub page, then set HF_TOKEN to a token that may read it"
     if isinstance(cause, errors.RevisionNotFoundError):
@@ -26,7 +31,7 @@ def explain(error: Exception, lead: str, no_revision: str, missing: str, unreach
         errors.IncompleteSnapshotError,
         errors.CachedRepoTreeNotFoundError,
     )
-    no_answer = isinstance(cause, errors.HTTPError) and not isinstance(cause, errors.HfHubHTTPError)
+    no_answer = isinstance(cause, HTTPError) and not isinstance(cause, errors.HfHubHTTPError)
     if no_answer or isinstance(cause, absent):
         return f"{lead} {unreachable}"
     token = os.environ.get("HF_TOKEN")

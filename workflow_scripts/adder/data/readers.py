@@ -2,23 +2,24 @@
 
 Compressed files (gzip, Zstandard) are known by their first bytes. A row that can't be read becomes an `Unreadable`
 with its reason and stays in the count; a file that can't be read is a UserError.
+
+CSV is read by the standard library: pandas fills rows with too few cells, stops at a quote that is never closed, and
+can't say on which line a row stands.
 """
 
 import codecs
 import csv
 import io
 import json
-import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 import orjson
 
 from adder.core.errors import UserError
-from adder.data import json_stream
+from adder.data import converter, json_stream
 from adder.data.json_stream import kind
 
 FORMATS_BY_SUFFIX = {
@@ -52,7 +53,7 @@ class Unreadable:
     raw: str = ""
 
 
-Row = dict | Unreadable
+Row = dict[str, Any] | Unreadable
 
 
 def format_of(name: str, chosen: str | None = None, shown: str | None = None) -> str:
@@ -87,7 +88,7 @@ def read_file(
     encoding = _without_mark(encoding or "utf-8")
     try:
         if convert:
-            yield from enumerate(_converted_rows(convert, path, encoding), 1)
+            yield from enumerate(map(_as_row, converter.rows(convert, path, encoding)), 1)
         elif format in ("csv", "tsv"):
             yield from _read_csv(path, encoding, delimiter or ("\t" if format == "tsv" else ","))
         else:
@@ -117,9 +118,9 @@ def fitting_encoding(path: Path, encodings: str | list[str]) -> str:
     raise UserError(_encoding_message(path, encodings))
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> "io.BufferedReader[Any]":
     """Open a file for reading, through its decompression where its first bytes say that it is compressed."""
-    file = path.open("rb", buffering=CHUNK)
+    file = io.BufferedReader(io.FileIO(path), CHUNK)
     start = file.peek(4)[:4]
     compression = next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
     if compression is None:
@@ -282,7 +283,7 @@ def arrow_files(path: Path) -> list[Path]:
         raise UserError(f"{path}/state.json: names no data files; was this folder written by `datasets`?") from error
 
 
-def _read_object(path: Path) -> dict:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -306,7 +307,7 @@ def _batches(path: Path) -> Iterator[Any]:
             yield reader.get_batch(index)
 
 
-def _rows_of_batches(batches: Iterator[Any]) -> Iterator[dict]:
+def _rows_of_batches(batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
     for batch in batches:
         for start in range(0, batch.num_rows, COLUMNAR_BATCH):
             yield from batch.slice(start, COLUMNAR_BATCH).to_pylist()
@@ -318,38 +319,6 @@ READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Row]]]] = {
     "parquet": _read_parquet,
     "arrow": _read_arrow,
 }
-
-
-def _converted_rows(convert: str, path: Path, encoding: str) -> Iterator[Row]:
-    """Rows as the user's own `rows(path, encoding)` yields them; whatever it raises is named with its line."""
-    converter = Path(convert).expanduser()
-    if not converter.is_file():
-        raise UserError(f"data: `convert: {convert}` is not a file (looked from {Path.cwd()})")
-    module = types.ModuleType("adder_converter")
-    module.__file__ = str(converter)
-    try:
-        # Not imported: an import would leave a __pycache__ beside the user's file and could run a stale one.
-        exec(compile(converter.read_bytes(), str(converter), "exec"), module.__dict__)
-        rows = getattr(module, "rows", None)
-        if not callable(rows):
-            raise UserError(f"{convert}: has no function rows(path, encoding) that yields one dictionary a row")
-        for row in rows(str(path), encoding):
-            yield _as_row(row)
-    except (UserError, UnicodeDecodeError):
-        raise
-    except Exception as error:
-        line = _line_within(converter, sys.exc_info()[2])
-        raise UserError(f"{convert}{line}: {type(error).__name__} while converting {path}: {error}") from error
-
-
-def _line_within(file: Path, traceback) -> str:
-    """ ", line N" for the deepest frame that runs `file`."""
-    line = ""
-    while traceback:
-        if traceback.tb_frame.f_code.co_filename == str(file):
-            line = f", line {traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    return line
 
 
 def _without_mark(encoding: str) -> str:

@@ -1,6 +1,7 @@
 """Where rows come from: each source as the local files that hold its rows, and what is said of them."""
 
-from dataclasses import dataclass, field, replace
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from adder.core.errors import UserError
@@ -8,49 +9,48 @@ from adder.core.files import sha256_file
 from adder.core.paths import local_files
 from adder.core.progress import Progress
 from adder.data import http_download, readers
+from adder.data.records import HubRecord, Origin, SourceRecord, Split
+from adder.data.stage import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class File:
     """A local file (or folder that `datasets` saved) with rows; path is None for the built-in generator.
 
-    label: the parts of which its short name is made, the telling one last. encoding: of text formats only.
-    about: what sources.json says of where it came from.
+    label: the parts of which its short name is made, the telling one last. shown: its path in sources.json. encoding:
+    of text formats only. delimiter: of a CSV file that has another than its format says.
     """
 
     path: Path | None
     label: tuple[str, ...]
-    format: str = "builtin"
+    origin: Origin
+    shown: str | None
+    format: str
     encoding: str | None = None
     delimiter: str | None = None
-    about: dict = field(default_factory=dict)
+    license: str | None = None
+    revision: str | None = None
+    hub: HubRecord | None = None
 
 
-def fetch(source: dict, where: str, progress: Progress) -> list[File]:
+def fetch(source: Source, where: str, progress: Progress) -> list[File]:
     """The files of one source, in order, fetched where they are elsewhere.
 
-    source: a settings.Source; where: the setting's name, such as "data.sources.0". Raises UserError for a file that is
-    missing, can't be fetched or read in any of its encodings, or has another SHA-256 than expected.
+    where: the setting's name, such as "data.sources.0". Raises UserError for a file that is missing, can't be fetched
+    or read in any of its encodings, or has another SHA-256 than expected.
     """
-    if source.get("builtin"):
-        return [
-            File(
-                None,
-                (f"{source['builtin']}-{source['part']}",),
-                about={"origin": "builtin", "path": None, "license": "MIT"},
-            )
-        ]
-    if source.get("hub"):
-        files = _hub_files(source, where, progress)
-    elif source.get("url"):
-        path = http_download.fetch(source, f"{where}.url", progress)
-        files = [
-            File(path, _label(http_download.named_after(source["url"])), about={"origin": "url", "path": source["url"]})
-        ]
-    else:
-        paths = local_files(source["path"], f"{where}.path")
-        files = [File(path, _label(path.parts), about={"origin": "path", "path": str(path)}) for path in paths]
-    return [_opened(source, where, file, single=len(files) == 1) for file in files]
+    if source.hub is not None:
+        return _hub_files(source.hub, source, where, progress)
+    if source.url is not None:
+        path = http_download.fetch(source.url, f"{where}.url", progress, source.sha256, source.token_env)
+        return [_file(source, path, _label(http_download.named_after(source.url)), "url", source.url)]
+    if source.path is not None:
+        paths = local_files(source.path, f"{where}.path")
+        if source.sha256:
+            _check_sha256(paths, source.sha256, source.path, where)
+        return [_file(source, path, _label(path.parts), "path", str(path)) for path in paths]
+    label = (f"{source.builtin}-{source.part}",)
+    return [File(path=None, label=label, origin="builtin", shown=None, format="builtin", license="MIT")]
 
 
 def short_names(files: list[File]) -> list[str]:
@@ -71,61 +71,106 @@ def short_names(files: list[File]) -> list[str]:
     return names
 
 
-def describe(source: dict, file: File) -> dict:
-    """What sources.json says of one file: kind, path (a local path, a URL as it is configured, or a hub id and the
-    file's name), sha256, license, revision, encoding, how many rows are taken and how they are weighed.
-    """
-    entry = {"kind": file.format, "sha256": None, "license": source.get("license"), "revision": None} | file.about
-    entry |= {"encoding": file.encoding, "limit": source.get("limit"), "sample": source.get("sample")}
-    entry["weight"] = source.get("weight", 1.0)
-    if file.path is None:
-        entry["builtin"] = {key: source[key] for key in ("builtin", "rows", "part", "seed")}
-    else:
-        entry["sha256"] = _sha256(file.path)
-    if source.get("convert"):
-        convert = Path(source["convert"])
-        entry["convert"] = {"path": str(convert), "sha256": sha256_file(convert.expanduser())}
-    return entry
+def describe(source: Source, file: File, name: str, split: Split | None, rows: int, unreadable: int) -> SourceRecord:
+    """What sources.json says of one file, of which so many rows were taken."""
+    record: SourceRecord = {
+        "name": name,
+        "kind": file.format,
+        "origin": file.origin,
+        "path": file.shown,
+        "sha256": None if file.path is None else _sha256(file.path),
+        "license": file.license,
+        "revision": file.revision,
+        "encoding": file.encoding,
+        "limit": source.limit,
+        "sample": source.sample,
+        "weight": source.weight,
+        "split": split,
+        "rows": rows,
+        "unreadable": unreadable,
+    }
+    if source.builtin is not None and source.rows is not None:
+        record["builtin"] = {
+            "builtin": source.builtin,
+            "rows": source.rows,
+            "part": source.part,
+            "seed": source.seed,
+        }
+    if file.hub is not None:
+        record["hub"] = file.hub
+    if source.convert is not None:
+        convert = Path(source.convert)
+        record["convert"] = {"path": str(convert), "sha256": sha256_file(convert.expanduser())}
+    return record
 
 
-def _hub_files(source: dict, where: str, progress: Progress) -> list[File]:
-    from adder.data import hub_dataset
+def _hub_files(name: str, source: Source, where: str, progress: Progress) -> list[File]:
+    from adder.data import hub_dataset  # not at the top: slow to import, for one kind of source
 
-    found = hub_dataset.fetch(source, f"{where}.hub", progress)
-    owner, _, name = source["hub"].rpartition("/")
-    label = "-".join([name, *([found.config] if found.config != "default" else []), found.split])
+    wanted = hub_dataset.Subset(name, source.revision, source.config, source.split or "train")
+    found = hub_dataset.fetch(wanted, f"{where}.hub", progress)
+    owner, _, last = name.rpartition("/")
+    label = "-".join([last, *([found.config] if found.config != "default" else []), found.split])
     files = []
     for number, (path, local) in enumerate(found.paths.items(), 1):
-        about = {
-            "origin": "hub",
-            "path": f"{source['hub']}/{path}",
-            "revision": found.commit,
-            "license": source.get("license") or found.license,
-            "hub": {"id": source["hub"], "config": found.config, "split": found.split, "file": path},
-        }
         own = f"{label}-{number}" if len(found.paths) > 1 else label
-        files.append(File(local, (owner, own), delimiter=found.delimiter, about=about))
+        files.append(
+            _file(
+                source,
+                local,
+                (owner, own),
+                "hub",
+                f"{name}/{path}",
+                delimiter=found.delimiter,
+                license=source.license or found.license,
+                revision=found.commit,
+                hub={"id": name, "config": found.config, "split": found.split, "file": path},
+            )
+        )
     return files
 
 
-def _opened(source: dict, where: str, file: File, single: bool) -> File:
-    """The file with its format and encoding, after the check of its digest."""
-    expected = source.get("sha256")
-    if expected and not source.get("url"):  # that of a URL is checked when it is fetched
-        if not single or file.path.is_dir():
-            raise UserError(f"{where}.sha256: is the digest of one file; {source['path']} stands for several")
-        if (found := sha256_file(file.path)) != expected:
-            raise UserError(f"{where}.sha256: {file.path} has SHA-256 {found}, expected {expected}")
-    if source.get("convert"):
+def _file(
+    source: Source,
+    path: Path,
+    label: tuple[str, ...],
+    origin: Origin,
+    shown: str,
+    delimiter: str | None = None,
+    license: str | None = None,
+    revision: str | None = None,
+    hub: HubRecord | None = None,
+) -> File:
+    """The file with its format and encoding."""
+    if source.convert is not None:
         format = "converted"
-    elif file.path.is_dir():
+    elif path.is_dir():
         format = "arrow"
     else:
-        format = readers.format_of(file.path.name, source.get("format"), shown=file.about["path"])
+        format = readers.format_of(path.name, source.format, shown)
     encoding = None
     if format == "converted" or format in readers.TEXT_FORMATS:
-        encoding = readers.fitting_encoding(file.path, source.get("encoding") or "utf-8")
-    return replace(file, format=format, encoding=encoding)
+        encoding = readers.fitting_encoding(path, source.encoding)
+    return File(
+        path=path,
+        label=label,
+        origin=origin,
+        shown=shown,
+        format=format,
+        encoding=encoding,
+        delimiter=delimiter,
+        license=license or source.license,
+        revision=revision,
+        hub=hub,
+    )
+
+
+def _check_sha256(paths: list[Path], expected: str, pattern: str, where: str) -> None:
+    """Raise UserError where the one file has another SHA-256 (that of a URL is checked when it is fetched)."""
+    if len(paths) > 1 or paths[0].is_dir():
+        raise UserError(f"{where}.sha256: is the digest of one file; {pattern} stands for several")
+    if (found := sha256_file(paths[0])) != expected:
+        raise UserError(f"{where}.sha256: {paths[0]} has SHA-256 {found}, expected {expected}")
 
 
 def _label(parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -134,8 +179,6 @@ def _label(parts: tuple[str, ...]) -> tuple[str, ...]:
 
 def _sha256(path: Path) -> str:
     """Of a file its SHA-256; of a folder that of the list that `sha256sum` writes of its files."""
-    import hashlib
-
     if path.is_file():
         return sha256_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())

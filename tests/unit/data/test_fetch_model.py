@@ -1,0 +1,67 @@
+"""The stage "model" as a whole: the same bytes for the same model, loadable, and what is said of it."""
+
+import io
+
+import pytest
+import torch
+
+from adder.core.files import read_json
+from adder.core.progress import Progress
+from data_stages import write_model
+
+
+def test_directory_is_taken_as_it_is_and_loads(tiny_model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = write_model(tmp_path / "out", tiny_model_dir)
+    taken = tmp_path / "out" / "model"
+    assert source["kind"] == "directory" and source["revision"] is None
+    assert source["context_length"] == 512
+    assert set(source["files"]) == {path.name for path in taken.iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(taken)
+    assert source["parameters"] == sum(p.numel() for p in model.parameters())
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
+    assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(taken).chat_template
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def test_only_what_is_needed_is_taken(model_copy, tmp_path):
+    (model_copy / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nA model.")
+    (model_copy / "LICENSE").write_text("text")
+    (model_copy / "training_args.bin").write_bytes(b"a pickle beside the weights does no harm")
+    (model_copy / "consolidated.safetensors").write_bytes(b"the same weights again")
+    (model_copy / "modeling_own.py").write_text("raise SystemExit")
+    source = write_model(tmp_path / "out", model_copy)
+    assert source["license"] == "apache-2.0"
+    assert "LICENSE" in source["files"]
+    assert not {"training_args.bin", "consolidated.safetensors", "modeling_own.py", "README.md"} & set(source["files"])
+
+
+def test_equal_directories_give_equal_bytes(tiny_model_dir, tmp_path):
+    write_model(tmp_path / "a", tiny_model_dir)
+    write_model(tmp_path / "b", tiny_model_dir)
+    assert (tmp_path / "a" / "source.json").read_bytes() == (tmp_path / "b" / "source.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_embedded_model(embedded_model_dir):
+    """SmolLM2-135M-Instruct as the default configuration names it."""
+    source = read_json(embedded_model_dir.parent / "source.json")
+    assert source["sha256"] == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    assert source["license"] == "Apache-2.0"
+    assert source["context_length"] == 8192
+    assert source["parameters"] == 134_515_008
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir)
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+    assert tokenizer("<|im_start|>hi").input_ids[0] == tokenizer.bos_token_id != tokenizer("hi").input_ids[0]
+    # SmolLM2 reads numbers digit by digit; GGUF's metadata says so only by the pre-tokenizer's name.
+    assert tokenizer.tokenize("48213") == list("48213")
+
+
+def test_progress_says_what_is_done(tiny_gguf, tmp_path):
+    stream = io.StringIO()
+    write_model(tmp_path / "out", tiny_gguf, Progress("model", stream))
+    assert "model: dequantising tiny.gguf" in stream.getvalue()

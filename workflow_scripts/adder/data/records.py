@@ -1,0 +1,103 @@
+"""What the stage "data" writes, for those that read it: rows.jsonl, sources.json and reading.json."""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+RowFormatName = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"
+]
+Origin = Literal["path", "url", "hub", "builtin"]
+Split = Literal["train", "heldout", "test"]
+
+
+class ReadableRecord(TypedDict):
+    """A line of rows.jsonl. row: from 1, the line of a JSONL file, the row elsewhere; source: the file's short name.
+
+    split: None unless the held-out rows have sources of their own; "test" is only to be kept out of training.
+    """
+
+    source: str
+    row: int
+    split: Split | None
+    data: dict[str, Any]
+
+
+class UnreadableRecord(TypedDict):
+    """A line of rows.jsonl for a row that could not be read: why, and how it begins."""
+
+    source: str
+    row: int
+    split: Split | None
+    error: str
+    raw: str
+
+
+RowRecord = ReadableRecord | UnreadableRecord
+
+
+class Reading(TypedDict):
+    """How a file's rows are to be read; reading.json has one for each file's short name."""
+
+    row_format: RowFormatName
+    columns: dict[str, str]
+    weight: float
+    split: Split | None
+
+
+class BuiltinRecord(TypedDict):
+    """The built-in generator's settings."""
+
+    builtin: str
+    rows: int
+    part: str
+    seed: int
+
+
+class HubRecord(TypedDict):
+    """Which part of which data set of the hub a file is."""
+
+    id: str
+    config: str
+    split: str
+    file: str
+
+
+class ConverterRecord(TypedDict):
+    """The user's Python file that read a file."""
+
+    path: str
+    sha256: str
+
+
+class SourceRecord(TypedDict):
+    """An entry of sources.json: where a file of rows came from, how it was read, how many rows it gave.
+
+    name: the file's short name. path: a local path, a URL as it is configured, or a hub id and the file's name.
+    kind: the format, "converted" or "builtin". revision: the commit of a hub data set. limit and sample: of the whole
+    source.
+    """
+
+    name: str
+    kind: str
+    origin: Origin
+    path: str | None
+    sha256: str | None
+    license: str | None
+    revision: str | None
+    encoding: str | None
+    limit: int | None
+    sample: int | None
+    weight: float
+    split: Split | None
+    rows: int
+    unreadable: int
+    builtin: NotRequired[BuiltinRecord]
+    hub: NotRequired[HubRecord]
+    convert: NotRequired[ConverterRecord]
+
+
+class RowSummary(TypedDict):
+    """What the stage says of itself: rows, those of them that could not be read, and files."""
+
+    rows: int
+    unreadable: int
+    sources: int
