@@ -51,8 +51,8 @@ class Source(Section):
     encoding: str | list[str] = "utf-8"
     """Text encoding; UTF-8 may start with a byte-order mark. Of a list, each file is read in the first that fits it."""
     convert: str | None = None
-    """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format. It may import
-    Python files beside it."""
+    """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format. It may
+    import Python files beside it."""
     row_format: RowFormatName = "auto"
     """What a row is; `auto` goes by its columns. `preference` trains on the `chosen` reply; `text` on all of a text."""
     columns: dict[str, str] = Field(default_factory=dict)
