@@ -7,6 +7,7 @@ import torch
 
 from adder.core.files import read_json
 from adder.core.progress import Progress
+from adder.workflow.code_digest import closure
 from data_stages import write_model
 
 
@@ -65,3 +66,10 @@ def test_progress_says_what_is_done(tiny_gguf, tmp_path):
     stream = io.StringIO()
     write_model(tmp_path / "out", tiny_gguf, Progress("model", stream))
     assert "model: dequantising tiny.gguf" in stream.getvalue()
+
+
+def test_nothing_but_fetching_a_model_is_part_of_the_stage():
+    """Editing how rows are fetched, or the ticket generator, must not fetch the base model anew."""
+    names = {f"{path.parent.name}.{path.stem}" for path in closure("adder.data.fetch_model")}
+    own = {"data.fetch_model", "data.model_source", "data.model_types"}
+    assert names == own | {"core.files", "core.model_config", "core.section"}
