@@ -51,6 +51,20 @@ def test_another_content_of_the_same_size_and_time_stamp_is_noticed(tmp_path, di
     assert digests.of(file) != before
 
 
+def test_a_link_to_a_file_costs_no_second_reading(tmp_path, digests, monkeypatch):
+    (tmp_path / "model.safetensors").write_text("weights")
+    before = digests.of(tmp_path / "model.safetensors")
+    os.link(tmp_path / "model.safetensors", tmp_path / "linked")
+
+    def never(path):
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr(file_digests, "digest_file", never)
+    assert digests.of(tmp_path / "model.safetensors") == before
+    (tmp_path / "linked").unlink()
+    assert digests.of(tmp_path / "model.safetensors") == before
+
+
 def test_a_folder_counts_by_names_and_content_of_its_files(tmp_path, digests):
     (tmp_path / "a" / "inner").mkdir(parents=True)
     (tmp_path / "a" / "inner" / "x").write_text("1")

@@ -18,7 +18,8 @@ class FileDigests:
     """Digests of files below and beside the project's directory `root`, remembered in the file `memory`.
 
     A file is digested anew when its size, time stamps or inode are others than before: what replaces a file under its
-    name and time stamp (`cp -p`, `rsync -a`) has another inode or change time.
+    name and time stamp (`cp -p`, `rsync -a`) has another inode or change time. A change time that came with another
+    number of links is that of a link, which is how stages take a local model's files without a copy.
     """
 
     def __init__(self, memory: Path, root: Path):
@@ -34,11 +35,12 @@ class FileDigests:
             inner = {str(p.relative_to(path)): self.of(p) for p in sorted(path.rglob("*")) if p.is_file()}
             return hashlib.blake2b(canonical(inner).encode(), digest_size=20).hexdigest()
         stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        known = self.known.get(str(path))
-        if known and known[:-1] == stamp:
-            return known[-1]
-        digest = digest_file(path)
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns, stat.st_nlink]
+        *before, digest = self.known.get(str(path), [None])
+        if before == stamp:
+            return digest
+        if before[:3] != stamp[:3] or before[4] == stamp[4]:
+            digest = digest_file(path)
         self.known[str(path)] = [*stamp, digest]
         self._remember()
         return digest
