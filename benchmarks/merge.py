@@ -147,14 +147,15 @@ def peft(base: Path, adapter: Path, target: Path) -> None:
 
 def adder(base: Path, adapter: Path, target: Path, checked: bool = False) -> None:
     from adder.core.progress import Progress
+    from adder.core.stage_spec import Context
     from adder.merging.streamed_merge import check_weights, merge_weights
     from adder.merging.weight_deltas import read_adapter
 
-    changes = read_adapter(adapter)
-    merge_weights(base, changes, target, Progress.silent())
+    deltas, context = read_adapter(adapter), Context(Progress.silent())
+    merge_weights(base, deltas, target, context)
     if checked:
-        found = check_weights(base, target, changes, Progress.silent())
-        assert found["changed_weights"] == found["adapted_weights"] == len(changes), found
+        found = check_weights(base, target, deltas, context)
+        assert found["changed_weights"] == found["adapted_weights"] == len(deltas), found
 
 
 ARMS = {

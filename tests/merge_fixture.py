@@ -10,12 +10,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adder.core.files import write_json, write_table
+from adder.core.labels import IGNORE_INDEX
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context, Runtime
 from adder.merging import fresh_process_reply, verification
-from adder.merging import run as merge
+from adder.merging import run as merging
+from adder.merging.stage import MergeSettings
 from tiny import write_tokens
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SILENT = Context(Progress.silent(), Runtime(threads=1))
 REPLIES = ["Paris.", "Refund of 19.99 for the kettle.", "It has not arrived.", "Four."] * 3
 
 
@@ -23,12 +27,16 @@ REPLIES = ["Paris.", "Refund of 19.99 for the kettle.", "It has not arrived.", "
 def reply_in_this_process(monkeypatch):
     """What a fresh process would reply, without the seconds that one takes to start."""
 
-    def reply(model, prompt):
-        return fresh_process_reply.greedy_reply(
-            str(model), "float32", "cpu", prompt, verification.REPLY_TOKENS
-        ), "float32"
+    monkeypatch.setattr(verification, "reply_of_fresh_process", reply_by_dtype("float32"))
 
-    monkeypatch.setattr(verification, "reply_of_fresh_process", reply)
+
+def reply_by_dtype(dtype):
+    """The same in this process, as a function that says that it computed in `dtype`."""
+
+    def reply(model, prompt, device):
+        return fresh_process_reply.greedy_reply(str(model), "float32", "cpu", prompt, verification.REPLY_TOKENS), dtype
+
+    return reply
 
 
 def make_inputs(folder, base, adapter=None, groups=None, **lora):
@@ -47,7 +55,7 @@ def make_inputs(folder, base, adapter=None, groups=None, **lora):
         prompt = f"<|im_start|>user\nMessage {number}<|im_end|>\n<|im_start|>assistant\n"
         before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, reply))
         after.append(tokenizer.eos_token_id)
-        rows.append({"id": f"x:{number}", "input_ids": before + after, "labels": [-100] * len(before) + after})
+        rows.append({"id": f"x:{number}", "input_ids": before + after, "labels": [IGNORE_INDEX] * len(before) + after})
     write_tokens(inputs["tokenize"] / "heldout.arrow", rows)
     columns = {"id": [row["id"] for row in rows]} | ({"group": groups} if groups else {})
     write_table(inputs["format"] / "heldout.parquet", pa.table(columns))
@@ -77,8 +85,10 @@ def make_adapter(base, folder, size=0.02, **lora):
 def run(inputs, out, tolerance="auto", base="auto", method="lora"):
     """Run the merge stage on what `make_inputs` wrote, as after a training by `method`."""
     out.mkdir()
-    return merge.run({"tolerance": tolerance, "base": base, "method": method}, inputs, out, Progress.silent())
+    settings = MergeSettings(tolerance=tolerance, base=base, method=method)
+    return merging.run(settings, merging.MergeInputs(**inputs), out, SILENT)
 
 
 def weights(folder):
+    """All tensors of a model directory by name."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}

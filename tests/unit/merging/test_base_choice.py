@@ -12,12 +12,12 @@ import merge_fixture
 from adder.core import precision
 from adder.core.errors import UserError
 from adder.core.files import read_json
-from adder.core.progress import Progress
+from adder.core.labels import IGNORE_INDEX
 from adder.merging import base_choice, streamed_merge
 from adder.merging.verification import Loaded, row_losses, spread_rows
 from adder.merging.weight_deltas import read_adapter
 from adder.training import base_model
-from merge_fixture import make_inputs, reply_in_this_process, weights  # noqa: F401 (a fixture)
+from merge_fixture import SILENT, make_inputs, reply_in_this_process, weights  # noqa: F401 (a fixture)
 from tiny import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("reply_in_this_process")
@@ -52,7 +52,7 @@ def check_dequantised(inputs, device):
     base = inputs["model"] / "model"
     wanted = as_trained(base, device)
     compute = getattr(torch, precision.compute_dtype(device).value)
-    changes = base_choice.on_dequantised(base, {}, compute)
+    changes = base_choice.on_dequantised(base, {}, compute, device)
     assert changes.keys() == wanted.keys() and len(changes) == 14
     for name, weight in weights(base).items():
         if name in changes:
@@ -74,10 +74,10 @@ def test_weights_stored_the_other_way_round_are_quantised_by_outputs(tmp_path):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=64, n_layer=1, n_head=4, n_positions=64))
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    found = base_choice.on_dequantised(tmp_path, {}, torch.bfloat16)["transformer.h.0.mlp.c_fc.weight"]
+    found = base_choice.on_dequantised(tmp_path, {}, torch.bfloat16, "cpu")["transformer.h.0.mlp.c_fc.weight"]
     weight = model.transformer.h[0].mlp.c_fc.weight.data.float()
     assert found.transposed and found.shape == (64, 256)
-    wanted = base_choice.dequantised(weight.T.contiguous(), torch.bfloat16).T.float()
+    wanted = base_choice.dequantised(weight.T.contiguous(), torch.bfloat16, "cpu").T.float()
     assert torch.equal(found.apply(weight), wanted)
 
 
@@ -126,7 +126,7 @@ def plain_loss(model, rows, dtype):
         labels = torch.tensor([row["labels"]])
         with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
             loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels, use_cache=False).loss
-        number = int((labels[:, 1:] != -100).sum())
+        number = int((labels[:, 1:] != IGNORE_INDEX).sum())
         total, count = total + float(loss) * number, count + number
     return total / count
 
@@ -137,10 +137,10 @@ def test_the_dequantised_base_is_nearer_to_what_was_trained(inputs):
     rows = spread_rows(inputs["tokenize"] / "heldout.arrow", 64, 8192)
     compute = getattr(torch, precision.compute_dtype("cpu").value)
     candidates = {"original": read_adapter(adapter)}
-    candidates["dequantized"] = base_choice.on_dequantised(base, candidates["original"], compute)
+    candidates["dequantized"] = base_choice.on_dequantised(base, candidates["original"], compute, "cpu")
     work = inputs["model"] / "work"
     work.mkdir()
-    losses = base_choice.measure(base, adapter, candidates, rows, work, Progress.silent())
+    losses = base_choice.measure(base, adapter, candidates, rows, work, SILENT)
     gaps = {
         name: sum(abs(a - b) for (a, _), (b, _) in zip(losses["trained"], losses[name], strict=True))
         for name in candidates
@@ -166,7 +166,7 @@ def losses(shift, noise=0.0):
     ],
 )
 def test_the_lower_loss_wins_and_a_tie_goes_to_the_original(shift, noise, value, words):
-    found = base_choice.choose(losses(shift, noise))
+    found = base_choice.choose_base(losses(shift, noise))
     assert found.value == value and words in found.reason
     first, second, third = found.alternatives
     assert second["difference"]["value"] == pytest.approx(0.1)
@@ -175,17 +175,17 @@ def test_the_lower_loss_wins_and_a_tie_goes_to_the_original(shift, noise, value,
 
 
 def test_no_minus_stands_before_a_difference_that_is_nothing():
-    assert "differ by +0.0000 (95 % interval +0.0000 to +0.0000)" in base_choice.choose(losses(-1e-5)).reason
+    assert "differ by +0.0000 (95 % interval +0.0000 to +0.0000)" in base_choice.choose_base(losses(-1e-5)).reason
 
 
 def test_rows_of_a_group_count_together():
     """What forty rows tell apart, two groups of twenty do not when the rows of each lean their own way."""
     found = losses(-0.02, 0.06)
     groups = [("even", "odd")[row % 2] for row in range(40)]
-    alone, together = base_choice.choose(found), base_choice.choose(found, groups)
+    alone, together = base_choice.choose_base(found), base_choice.choose_base(found, groups)
     assert alone.value == "dequantized" and "on 40 rows:" in alone.reason
     assert together.value == "original" and "on 40 rows in 2 groups:" in together.reason
-    one = base_choice.choose(losses(-0.02), ["the same"] * 40)
+    one = base_choice.choose_base(losses(-0.02), ["the same"] * 40)
     assert one.value == "original" and "in 1 group: " in one.reason and "a tie" in one.reason
 
 
@@ -219,7 +219,7 @@ def test_a_wrong_dequantised_weight_is_caught(inputs, tmp_path, monkeypatch):
     right = streamed_merge._write_block
 
     def wrong(source, sink, device, block):
-        if block.tensor is not None and block.tensor.name == "model.layers.1.mlp.up_proj.weight":
+        if isinstance(block, streamed_merge.ChangedBlock) and block.tensor.name == "model.layers.1.mlp.up_proj.weight":
             streamed_merge._copy(source, sink, block.start, block.stop)  # the original's, as if it weren't quantised
             return block.stop - block.start
         return right(source, sink, device, block)

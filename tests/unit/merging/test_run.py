@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adder.core.errors import UserError
 from adder.core.files import digest_file, read_json, write_json
+from adder.core.labels import IGNORE_INDEX
 from adder.core.safetensors_layout import shard_files
-from adder.merging import run as merge
+from adder.merging import run as merging
 from adder.merging import weight_deltas
 from adder.tokenization.token_table import TokenTable
 from adder.training.lora import linear_names
@@ -82,7 +83,7 @@ def test_an_adapter_on_the_attention_of_a_mixture_of_experts(tmp_path, tiny_mode
 
 def labels_of(inputs):
     table = TokenTable(inputs["tokenize"] / "heldout.arrow")
-    return [[label for label in table.labels(row).tolist() if label != -100] for row in range(len(table))]
+    return [[label for label in table.labels(row).tolist() if label != IGNORE_INDEX] for row in range(len(table))]
 
 
 def test_everything_but_the_adapted_weights_is_the_bases_byte_for_byte(tmp_path, tiny_model_dir):
@@ -149,15 +150,15 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path, tiny_model_dir):
 )
 def test_one_wrong_tensor_is_caught_and_nothing_is_left(tmp_path, tiny_model_dir, monkeypatch, name, change, message):
     inputs = make_inputs(tmp_path / "in", tiny_model_dir)
-    right = merge.merge_weights
+    right = merging.merge_weights
 
-    def wrong(base, pairs, target, progress):
-        right(base, pairs, target, progress)
+    def wrong(base, deltas, target, context):
+        right(base, deltas, target, context)
         tensors = load_file(target / "model.safetensors")
         tensors[name] = change(tensors[name]).contiguous()
         save_file(tensors, target / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(merge, "merge_weights", wrong)
+    monkeypatch.setattr(merging, "merge_weights", wrong)
     with pytest.raises(UserError, match=message):
         run(inputs, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
@@ -253,42 +254,14 @@ def test_a_head_stored_a_second_time_stays_the_embedding(tmp_path, tiny_model_di
     assert not torch.equal(after["lm_head.weight"], tensors["lm_head.weight"])
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_weights_stored_the_other_way_round(tmp_path, dora):
-    """GPT-2 stores (in, out): DoRA's lengths go by outputs all the same."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=4, n_positions=64)
-    model = GPT2LMHeadModel(config)
-    weight = model.transformer.h[0].attn.c_attn.weight.detach().clone()
-    options = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": dora}
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name or "magnitude" in name:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    adapted.save_pretrained(tmp_path)
-    change = weight_deltas.read_adapter(tmp_path)["transformer.h.0.attn.c_attn.weight"]
-    expected = adapted.merge_and_unload().state_dict()["transformer.h.0.attn.c_attn.weight"]
-    assert torch.allclose(change.apply(weight), expected, atol=1e-6) and not torch.allclose(weight, expected, atol=0.05)
-
-
-def test_a_dora_adapter_without_its_lengths_is_refused(tmp_path, tiny_model_dir):
-    inputs = make_inputs(tmp_path / "in", tiny_model_dir, use_dora=True)
-    path = inputs["train"] / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    del tensors["base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector"]
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(UserError, match="layers.1.mlp.up_proj lacks a part of its LoRA pair: magnitude"):
-        run(inputs, tmp_path / "out")
-
-
 def test_a_wrong_length_fails_the_proof(tmp_path, tiny_model_dir, monkeypatch):
     inputs = make_inputs(tmp_path / "in", tiny_model_dir, size=0.1, use_dora=True)
-    right = weight_deltas.Pair.apply
+    right = weight_deltas.LoraDelta.apply
 
     def undirected(self, weight, first=0):
         return right(dataclasses.replace(self, magnitude=None), weight, first)
 
-    monkeypatch.setattr(weight_deltas.Pair, "apply", undirected)
+    monkeypatch.setattr(weight_deltas.LoraDelta, "apply", undirected)
     with pytest.raises(UserError, match="isn't base \\+ adapter"):
         run(inputs, tmp_path / "out")
 
@@ -329,9 +302,10 @@ def test_a_diverged_full_training_is_refused(tmp_path, tiny_model_dir):
 
 
 def test_the_reason_has_ordinary_numbers_without_powers_of_ten():
-    proof = {
-        "base": None, "changed_weights": 2, "adapted_weights": 2, "bytes_read_back": 9, "unchanged_weights": 0,
-        "checked": True, "reloaded": {"tied": None}, "kl": 1.84e-6, "tolerance": 0.001, "base_kl": 3.249,
-        "top_token_agreement": 1.0, "positions": 70, "loading": {"reason": "on a CPU"},
+    weights = {"changed_weights": 2, "adapted_weights": 2, "bytes_read_back": 9, "unchanged_weights": 0}
+    predictions = {
+        "reloaded": {"tied": None}, "kl": 1.84e-6, "base_kl": 3.249, "top_token_agreement": 1.0, "positions": 70,
+        "loading": {"reason": "on a CPU"},
     }  # fmt: skip
-    assert "1.8e-06 nats a token apart (allowed 0.001; the base is 3.2 apart)" in merge._reason(proof)
+    reason = merging._reason(weights, None, predictions, 0.001)
+    assert "1.8e-06 nats a token apart (allowed 0.001; the base is 3.2 apart)" in reason

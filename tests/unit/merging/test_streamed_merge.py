@@ -10,15 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from adder.core import hardware
 from adder.core.errors import UserError
 from adder.core.progress import Progress
 from adder.core.safetensors_layout import layout
+from adder.core.stage_spec import Context, Runtime
 from adder.merging import streamed_merge
-from adder.merging.streamed_merge import check_weights, merge_weights
-from adder.merging.weight_deltas import Pair, Sum, Whole, read_adapter
+from adder.merging.streamed_merge import ChangedBlock, check_weights, merge_weights
+from adder.merging.weight_deltas import BiasDelta, LoraDelta, Replacement, read_adapter
+from merge_fixture import SILENT
 
-SILENT = Progress.silent()
 WIDE = "layers.0.wide.weight"
 
 
@@ -38,69 +38,69 @@ def write_base(folder: Path, dtype=torch.bfloat16, rows=700) -> Path:
     return folder
 
 
-def some_changes(rows=700) -> dict:
+def some_deltas(rows=700) -> dict:
     torch.manual_seed(4)
     return {
-        WIDE: Pair(0.05 * torch.randn(8, 1024), torch.randn(rows, 8), 0.5, False),
-        "layers.0.tall.weight": Pair(0.1 * torch.randn(2, 5), torch.randn(3000, 2), 1.0, False, torch.rand(3000)),
-        "layers.0.tall.bias": Sum(torch.randn(3000)),
+        WIDE: LoraDelta(0.05 * torch.randn(8, 1024), torch.randn(rows, 8), 0.5, False),
+        "layers.0.tall.weight": LoraDelta(0.1 * torch.randn(2, 5), torch.randn(3000, 2), 1.0, False, torch.rand(3000)),
+        "layers.0.tall.bias": BiasDelta(torch.randn(3000)),
     }
 
 
-def merged(base, changes, target, **options):
+def merged(base, deltas, target, device=None, context=SILENT):
     target.mkdir()
-    merge_weights(base, changes, target, SILENT, **options)
+    merge_weights(base, deltas, target, context, device)
     return (target / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sums_are_those_of_plain_arithmetic(tmp_path, dtype):
     """Within one step of the dtype of the exact sum, and as near as fp32 gets where nothing is rounded."""
-    base, changes = write_base(tmp_path / "base", dtype), some_changes()
-    merged(base, changes, tmp_path / "out")
+    base, deltas = write_base(tmp_path / "base", dtype), some_deltas()
+    merged(base, deltas, tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     step = torch.finfo(dtype).eps
-    for name, change in changes.items():
+    for name, delta in deltas.items():
         exact = before[name].double()
-        if isinstance(change, Sum):
-            exact = exact + change.value.double()
+        if isinstance(delta, BiasDelta):
+            exact = exact + delta.value.double()
         else:
-            exact = exact + change.scale * change.b.double() @ change.a.double()
-        if getattr(change, "magnitude", None) is not None:
-            exact = exact * (change.magnitude.double() / exact.norm(dim=1))[:, None]
+            exact = exact + delta.scale * delta.b.double() @ delta.a.double()
+        if getattr(delta, "magnitude", None) is not None:
+            exact = exact * (delta.magnitude.double() / exact.norm(dim=1))[:, None]
         # fp32 sums of eight products of about one are off by a few times 1e-7.
         assert bool(((after[name].double() - exact).abs() <= step * exact.abs() + 2e-6).all())
         assert after[name].dtype == dtype
-    for name in before.keys() - changes.keys():
+    for name in before.keys() - deltas.keys():
         assert torch.equal(before[name], after[name])
 
 
-def test_the_number_of_threads_changes_no_byte(tmp_path, monkeypatch):
-    base, changes = write_base(tmp_path / "base"), some_changes()
-    found = []
-    for threads in (1, 2, 5):
-        monkeypatch.setattr(hardware, "threads", lambda threads=threads: threads)
-        found.append(merged(base, changes, tmp_path / str(threads)))
+def test_the_number_of_threads_changes_no_byte(tmp_path):
+    base, deltas = write_base(tmp_path / "base"), some_deltas()
+    found = [
+        merged(base, deltas, tmp_path / str(threads), context=Context(Progress.silent(), Runtime(threads=threads)))
+        for threads in (1, 2, 5)
+    ]
     assert found[0] == found[1] == found[2] != (base / "model.safetensors").read_bytes()
 
 
 def test_header_and_all_that_nothing_adapts_keep_their_bytes(tmp_path):
-    base, changes = write_base(tmp_path / "base"), some_changes()
-    after, before = merged(base, changes, tmp_path / "out"), (base / "model.safetensors").read_bytes()
+    base, deltas = write_base(tmp_path / "base"), some_deltas()
+    after, before = merged(base, deltas, tmp_path / "out"), (base / "model.safetensors").read_bytes()
     plan = layout(base / "model.safetensors")
     assert after[: plan.begin] == before[: plan.begin] and b'"made by":"a test"' in after[: plan.begin]
     for tensor in plan.tensors:
         same = after[tensor.start : tensor.stop] == before[tensor.start : tensor.stop]
-        assert same == (tensor.name not in changes)
+        assert same == (tensor.name not in deltas)
 
 
 def test_blocks_cover_a_file_once_and_in_order(tmp_path):
-    base, changes = write_base(tmp_path / "base"), some_changes()
+    base, deltas = write_base(tmp_path / "base"), some_deltas()
     plan = layout(base / "model.safetensors")
-    found = list(streamed_merge.blocks(plan, changes))
+    found = list(streamed_merge.blocks(plan, deltas))
     assert found[0].start == 0 and found[-1].stop == plan.size
     assert all(one.stop == other.start for one, other in zip(found, found[1:], strict=False))
-    assert sum(block.tensor is not None and block.tensor.name == WIDE for block in found) == 3
+    assert sum(isinstance(block, ChangedBlock) and block.tensor.name == WIDE for block in found) == 3
 
 
 def test_memory_stays_far_below_the_size_of_a_file(tmp_path):
@@ -109,12 +109,12 @@ def test_memory_stays_far_below_the_size_of_a_file(tmp_path):
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     del tensors
-    pair = Pair(torch.randn(16, 4000), torch.randn(12_500, 16), 1.0, False)
-    changes = {f"layers.{i}.weight": pair for i in range(4)}
+    pair = LoraDelta(torch.randn(16, 4000), torch.randn(12_500, 16), 1.0, False)
+    deltas = {f"layers.{i}.weight": pair for i in range(4)}
     (tmp_path / "out").mkdir()
     before = reset_peak_memory()
-    merge_weights(tmp_path / "base", changes, tmp_path / "out", SILENT)
-    check_weights(tmp_path / "base", tmp_path / "out", changes, SILENT)
+    merge_weights(tmp_path / "base", deltas, tmp_path / "out", SILENT)
+    check_weights(tmp_path / "base", tmp_path / "out", deltas, SILENT)
     assert peak_memory() - before < 60e6
 
 
@@ -130,14 +130,14 @@ def peak_memory() -> int:
 
 
 def test_files_are_copied_also_where_the_system_can_not_do_it_itself(tmp_path, monkeypatch):
-    base, changes = write_base(tmp_path / "base"), some_changes()
-    wanted = merged(base, changes, tmp_path / "one")
+    base, deltas = write_base(tmp_path / "base"), some_deltas()
+    wanted = merged(base, deltas, tmp_path / "one")
 
     def refuse(*_):
         raise OSError(errno.EXDEV, "another file system")
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert merged(base, changes, tmp_path / "other") == wanted
+    assert merged(base, deltas, tmp_path / "other") == wanted
 
 
 def test_a_full_disk_is_no_mere_warning(tmp_path, monkeypatch):
@@ -147,19 +147,19 @@ def test_a_full_disk_is_no_mere_warning(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(os, "copy_file_range", full)
     with pytest.raises(OSError, match="No space left"):
-        merged(base, some_changes(), tmp_path / "out")
+        merged(base, some_deltas(), tmp_path / "out")
 
 
 def test_nothing_is_written_when_a_change_does_not_fit(tmp_path):
     base = write_base(tmp_path / "base")
     cases = {
-        "shape \\(700, 1000\\)": {WIDE: Pair(torch.zeros(1, 1000), torch.zeros(700, 1), 1.0, False)},
-        "layers.9.weight.*as a tensor of its own": {"layers.9.weight": Whole(torch.zeros(1))},
-        "counts of the base is I64": {"counts": Whole(torch.zeros(9))},
+        "shape \\(700, 1000\\)": {WIDE: LoraDelta(torch.zeros(1, 1000), torch.zeros(700, 1), 1.0, False)},
+        "layers.9.weight.*as a tensor of its own": {"layers.9.weight": Replacement(torch.zeros(1))},
+        "counts of the base is I64": {"counts": Replacement(torch.zeros(9))},
     }
-    for number, (message, changes) in enumerate(cases.items()):
+    for number, (message, deltas) in enumerate(cases.items()):
         with pytest.raises(UserError, match=message):
-            merged(base, changes, tmp_path / str(number))
+            merged(base, deltas, tmp_path / str(number))
         assert not list((tmp_path / str(number)).iterdir())
 
 
@@ -167,46 +167,46 @@ def test_nothing_is_written_when_a_change_does_not_fit(tmp_path):
 def test_a_sum_that_the_dtype_can_not_hold_is_refused(tmp_path, dtype):
     base = write_base(tmp_path / "base", dtype)
     for number, value in enumerate([float("nan"), float("inf"), float("-inf"), 3.4e38]):
-        changes = {"norm.weight": Sum(torch.full((77,), 0.0).index_fill(0, torch.tensor(5), value))}
+        deltas = {"norm.weight": BiasDelta(torch.full((77,), 0.0).index_fill(0, torch.tensor(5), value))}
         with pytest.raises(UserError, match="norm.weight: base \\+ adapter holds numbers that aren't finite"):
-            merged(base, changes, tmp_path / str(number))
+            merged(base, deltas, tmp_path / str(number))
 
 
 def test_one_wrong_byte_is_found_wherever_it_is(tmp_path):
-    base, changes = write_base(tmp_path / "base"), some_changes()
-    right = merged(base, changes, tmp_path / "out")
-    found = check_weights(base, tmp_path / "out", changes, SILENT)
+    base, deltas = write_base(tmp_path / "base"), some_deltas()
+    right = merged(base, deltas, tmp_path / "out")
+    found = check_weights(base, tmp_path / "out", deltas, SILENT)
     size = len(right)
     assert found["files"] == [{"name": "model.safetensors", "bytes": size, "changed": 3}]
     assert found["bytes_read_back"] == size and found["adapted_weights"] == found["changed_weights"] == 3
     assert 0.5 < found["changed_share"] < 1
     plan = layout(base / "model.safetensors")
     for tensor in plan.tensors:
-        message = "isn't base \\+ adapter|aren't finite" if tensor.name in changes else "though nothing adapts it"
+        message = "isn't base \\+ adapter|aren't finite" if tensor.name in deltas else "though nothing adapts it"
         for place in (tensor.start, (tensor.start + tensor.stop) // 2, tensor.stop - 1):
             wrong = bytearray(right)
             wrong[place] ^= 1
             (tmp_path / "out" / "model.safetensors").write_bytes(wrong)
             with pytest.raises(UserError, match=f"{tensor.name}.*({message})"):
-                check_weights(base, tmp_path / "out", changes, SILENT)
+                check_weights(base, tmp_path / "out", deltas, SILENT)
     wrong = right.replace(b"a test", b"a tesT")
     (tmp_path / "out" / "model.safetensors").write_bytes(wrong)
     with pytest.raises(UserError, match="the header isn't its base's"):
-        check_weights(base, tmp_path / "out", changes, SILENT)
+        check_weights(base, tmp_path / "out", deltas, SILENT)
 
 
 def test_a_missing_rounding_is_found(tmp_path):
     """The sum rounded to nearest is finite and close, and still not what was asked for."""
-    base, changes = write_base(tmp_path / "base"), some_changes()
-    merged(base, changes, tmp_path / "out")
-    path, pair = tmp_path / "out" / "model.safetensors", changes[WIDE]
+    base, deltas = write_base(tmp_path / "base"), some_deltas()
+    merged(base, deltas, tmp_path / "out")
+    path, pair = tmp_path / "out" / "model.safetensors", deltas[WIDE]
     nearest = (load_file(base / path.name)[WIDE].float() + pair.scale * pair.b @ pair.a).bfloat16()
     tensor = next(tensor for tensor in layout(path).tensors if tensor.name == WIDE)
     with path.open("r+b") as file:
         file.seek(tensor.start)
         file.write(nearest.view(torch.uint8).numpy().tobytes())
     with pytest.raises(UserError, match=f"{WIDE} isn't base"):
-        check_weights(base, tmp_path / "out", changes, SILENT)
+        check_weights(base, tmp_path / "out", deltas, SILENT)
 
 
 class Experts(torch.nn.Module):
@@ -243,10 +243,10 @@ def test_experts_and_biases_as_peft_merges_them(tmp_path, options, changed):
         if parameter.requires_grad and "lora_A" not in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
     adapted.save_pretrained(tmp_path / "adapter")
-    changes = read_adapter(tmp_path / "adapter")
-    merged(tmp_path / "base", changes, tmp_path / "out")
+    deltas = read_adapter(tmp_path / "adapter")
+    merged(tmp_path / "base", deltas, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
-    check = check_weights(tmp_path / "base", tmp_path / "out", changes, SILENT)
+    check = check_weights(tmp_path / "base", tmp_path / "out", deltas, SILENT)
     wanted = adapted.merge_and_unload().state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
@@ -256,15 +256,7 @@ def test_experts_and_biases_as_peft_merges_them(tmp_path, options, changed):
 def test_a_trained_bias_that_the_base_lacks_is_refused(tmp_path):
     base = write_base(tmp_path / "base")
     with pytest.raises(UserError, match=f"{WIDE.replace('weight', 'bias')}.*as a tensor of its own"):
-        merged(base, {WIDE.replace("weight", "bias"): Sum(torch.zeros(700))}, tmp_path / "out")
-
-
-def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
-    adapted = get_peft_model(Experts(), LoraConfig(r=2, target_modules=["gate"]))
-    adapted.base_model.model.gate.lora_B["default"].weight.data[1] = float("nan")
-    adapted.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="gate.lora_B.weight holds numbers that aren't finite"):
-        read_adapter(tmp_path)
+        merged(base, {WIDE.replace("weight", "bias"): BiasDelta(torch.zeros(700))}, tmp_path / "out")
 
 
 def test_the_header_reader_agrees_with_safetensors(tmp_path):
@@ -279,23 +271,25 @@ def test_the_header_reader_agrees_with_safetensors(tmp_path):
     assert plan.tensors[-1].stop == plan.size and header["__metadata__"]["made by"] == "a test"
 
 
-def test_where_sums_are_made(monkeypatch):
-    changes = {rank: {"w": Pair(torch.zeros(rank, 1), torch.zeros(1, rank), 1.0, False)} for rank in (16, 512)}
-    monkeypatch.setattr(hardware, "device", lambda: "cpu")
-    assert streamed_merge.sums_device(changes[512]) == "cpu"
-    monkeypatch.setattr(hardware, "device", lambda: "cuda")
-    monkeypatch.setattr(hardware, "threads", lambda: 16)
-    assert [streamed_merge.sums_device(changes[rank]) for rank in (16, 512)] == ["cpu", "cuda"]
-    monkeypatch.setattr(hardware, "threads", lambda: 2)
-    assert streamed_merge.sums_device(changes[16]) == "cuda"
+def test_where_sums_are_made():
+    by_rank = {rank: {"w": LoraDelta(torch.zeros(rank, 1), torch.zeros(1, rank), 1.0, False)} for rank in (16, 512)}
+
+    def choice(rank, device, threads):
+        context = Context(Progress.silent(), Runtime(threads=threads))
+        context.__dict__["device"] = device  # a GPU that isn't here
+        return streamed_merge.sums_device(by_rank[rank], context)
+
+    assert choice(512, "cpu", 1) == "cpu"
+    assert [choice(rank, "cuda", 16) for rank in by_rank] == ["cpu", "cuda"]
+    assert choice(16, "cuda", 2) == "cuda"
 
 
 @pytest.mark.gpu
 def test_a_gpu_makes_the_same_sums_within_a_step(tmp_path):
     """fp32 sums may differ in their last bit, and then a few weights in 100,000 are rounded the other way."""
-    base, changes = write_base(tmp_path / "base"), some_changes()
-    merged(base, changes, tmp_path / "cpu", device="cpu")
-    merged(base, changes, tmp_path / "gpu", device="cuda")
+    base, deltas = write_base(tmp_path / "base"), some_deltas()
+    merged(base, deltas, tmp_path / "cpu", device="cpu")
+    merged(base, deltas, tmp_path / "gpu", device="cuda")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "gpu"))
     for name in one:
         gap = (one[name].double() - other[name].double()).abs()

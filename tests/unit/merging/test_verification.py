@@ -7,10 +7,12 @@ from peft import PeftModel
 from adder.core import hardware
 from adder.core.errors import UserError
 from adder.core.files import read_json
+from adder.core.labels import IGNORE_INDEX
 from adder.core.progress import Progress
 from adder.core.safetensors_layout import parameter_count
+from adder.core.stage_spec import Context, Runtime
 from adder.merging import verification
-from merge_fixture import make_inputs, run
+from merge_fixture import make_inputs, reply_by_dtype, run
 from tiny import save_tiny_model, token_row, write_tokens
 
 
@@ -39,9 +41,9 @@ def test_a_model_loaded_by_layers_predicts_as_one_held_in_memory(tmp_path, model
     assert len(verification._packs(rows, verification.PACK)) < len(rows)
     found = []
     for loading in ("whole", "by layers"):
-        plain = verification.load(base, torch.float32, loading)
-        bare = list(verification.labelled_logits(plain, rows))
-        found.append((bare, list(verification.labelled_logits(adapted(plain, inputs), rows))))
+        plain = verification.load(base, torch.float32, loading, "cpu")
+        bare = list(verification.logits_of(plain, rows))
+        found.append((bare, list(verification.logits_of(adapted(plain, inputs), rows))))
     for one, other in zip(*found, strict=True):
         for (logits, target), (same, same_target) in zip(one, other, strict=True):
             assert torch.equal(target, same_target) and torch.allclose(logits, same, atol=1e-5)
@@ -50,21 +52,21 @@ def test_a_model_loaded_by_layers_predicts_as_one_held_in_memory(tmp_path, model
 
 def test_by_layers_the_weights_stay_16_bit_in_their_file_between_passes(tmp_path):
     inputs = make_inputs(tmp_path / "in", save_tiny_model(tmp_path / "base"))
-    loaded = verification.load(inputs["model"] / "model", torch.float32, "by layers")
+    loaded = verification.load(inputs["model"] / "model", torch.float32, "by layers", "cpu")
     seen = []
     layers = loaded.model.model.layers
     layers[0].mlp.register_forward_hook(lambda *_: seen.append([layer.mlp.up_proj.weight.dtype for layer in layers]))
-    list(verification.labelled_logits(loaded, rows_of(inputs)))
+    list(verification.logits_of(loaded, rows_of(inputs)))
     assert seen[0] == [torch.float32, torch.bfloat16]
     assert {parameter.dtype for parameter in layers.parameters()} == {torch.bfloat16}
 
 
 def test_packed_rows_do_not_see_one_another(tmp_path):
-    loaded = verification.load(save_tiny_model(tmp_path / "base"), torch.float32, "by layers")
+    loaded = verification.load(save_tiny_model(tmp_path / "base"), torch.float32, "by layers", "cpu")
     rows = [token_row(number, 9 + number) for number in range(5)]
-    together = list(verification.labelled_logits(loaded, rows))
+    together = list(verification.logits_of(loaded, rows))
     for row, (logits, target) in zip(rows, together, strict=True):
-        [(alone, own)] = verification.labelled_logits(loaded, [row])
+        [(alone, own)] = verification.logits_of(loaded, [row])
         assert torch.equal(target, own) and torch.allclose(logits, alone, atol=1e-5)
 
 
@@ -72,31 +74,21 @@ def test_loading_is_chosen_by_free_memory(tmp_path, monkeypatch):
     base = save_tiny_model(tmp_path / "base")
     needed = 4 * parameter_count(base)
     for device, share in (("cpu", verification.MEMORY_SHARE), ("cuda", verification.GPU_SHARE)):
-        monkeypatch.setattr(hardware, "device", lambda device=device: device)
         for factor, value in ((1.01, "whole"), (0.99, "by layers")):
             monkeypatch.setattr(hardware, "free_memory", lambda _, f=factor, s=share: needed / s * f)
-            choice = verification.choose_loading(base, torch.float32)
+            choice = verification.choose_loading(base, torch.float32, device)
             assert choice.value == value and "GiB of weights" in choice.reason and "float32" in choice.reason
 
 
 def test_the_whole_proof_by_layers(tmp_path, monkeypatch):
     inputs = make_inputs(tmp_path / "in", save_tiny_model(tmp_path / "base"))
-    monkeypatch.setattr(verification, "reply_of_fresh_process", reply_of_another("bfloat16"))
+    monkeypatch.setattr(verification, "reply_of_fresh_process", reply_by_dtype("bfloat16"))
     monkeypatch.setattr(hardware, "free_memory", lambda _: 1000)
     run(inputs, tmp_path / "out")
     found = read_json(tmp_path / "out" / "proof.json")
     assert found["loading"]["value"] == "by layers" and 0 < found["kl"] < found["tolerance"]
     assert found["reloaded"]["dtype"] == "bfloat16"
     assert "each layer's weights read when its turn comes" in found["reason"]
-
-
-def reply_of_another(dtype):
-    from adder.merging import fresh_process_reply
-
-    def reply(model, prompt):
-        return fresh_process_reply.greedy_reply(str(model), "float32", "cpu", prompt, verification.REPLY_TOKENS), dtype
-
-    return reply
 
 
 def test_a_fresh_process_replies_as_base_and_adapter_do(tmp_path):
@@ -106,13 +98,6 @@ def test_a_fresh_process_replies_as_base_and_adapter_do(tmp_path):
     found = read_json(tmp_path / "out" / "proof.json")["reloaded"]
     assert found["same"] or found["tied"]
     assert found["dtype"] == "float32" and "Message" in found["prompt"] and found["reply"]
-
-
-def test_a_model_that_no_fresh_process_can_load_is_refused(tmp_path):
-    model = save_tiny_model(tmp_path / "model")
-    (model / "config.json").unlink()
-    with pytest.raises(UserError, match="a fresh process could not load the merged model"):
-        verification.reply_of_fresh_process(model, [5, 6])
 
 
 def reply_logits(ids, gap=None, at=1):
@@ -136,10 +121,10 @@ def test_equal_and_nearly_tied_replies_pass_and_others_fail():
 
 def test_a_wrong_reply_fails_the_stage(tmp_path, monkeypatch):
     inputs = make_inputs(tmp_path / "in", save_tiny_model(tmp_path / "base"), size=0.1)
-    right = reply_of_another("float32")
+    right = reply_by_dtype("float32")
 
-    def wrong(model, prompt):
-        reply, dtype = right(model, prompt)
+    def wrong(model, prompt, device):
+        reply, dtype = right(model, prompt, device)
         return reply | {"input_ids": [(token + 1) % 300 for token in reply["input_ids"]]}, dtype
 
     monkeypatch.setattr(verification, "reply_of_fresh_process", wrong)
@@ -179,7 +164,7 @@ def test_rows_are_spread_and_cut_to_the_labels_asked_for(tmp_path):
     rows = verification.spread_rows(tmp_path / "rows.arrow", 16, 1024)
     assert len(rows) == 16 and rows[1]["input_ids"] == token_row(2, 20)["input_ids"]
     rows = verification.spread_rows(tmp_path / "rows.arrow", 16, 25)
-    assert sum(label != -100 for row in rows for label in row["labels"][1:]) == 25
+    assert sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:]) == 25
     assert verification.shortest_prompt([token_row(1, 20), token_row(2, 8)]) == token_row(2, 8)["input_ids"][:4]
 
 
@@ -189,19 +174,17 @@ def test_the_proof_on_a_gpu(tmp_path, monkeypatch, loading):
     inputs = make_inputs(tmp_path / "in", save_tiny_model(tmp_path / "base"))
     if loading == "by layers":
         monkeypatch.setattr(hardware, "free_memory", lambda _: 1000)
-        monkeypatch.setattr(verification, "reply_of_fresh_process", reply_of_another("bfloat16"))
+        monkeypatch.setattr(verification, "reply_of_fresh_process", reply_by_dtype("bfloat16"))
     out = tmp_path / "out"
     out.mkdir()
     rows = rows_of(inputs)
     from adder.merging import streamed_merge, weight_deltas
 
+    context = Context(Progress.silent(), Runtime(device="cuda", threads=1))
     streamed_merge.merge_weights(
-        inputs["model"] / "model", weight_deltas.read_adapter(inputs["train"] / "adapter"), out, SILENT
+        inputs["model"] / "model", weight_deltas.read_adapter(inputs["train"] / "adapter"), out, context
     )
     for path in (inputs["model"] / "model").glob("*.json"):
         (out / path.name).write_bytes(path.read_bytes())
-    found = verification.compare(inputs["model"] / "model", inputs["train"] / "adapter", out, rows, 1e-3, SILENT)
+    found = verification.compare(inputs["model"] / "model", inputs["train"] / "adapter", out, rows, 1e-3, context)
     assert 0 < found["kl"] < 1e-3 and found["loading"]["value"] == loading
-
-
-SILENT = Progress.silent()

@@ -21,8 +21,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from adder.core.errors import UserError
 from adder.core.files import digest_file, read_json, read_jsonl, write_json
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context, Runtime
 from adder.kernels import labelled_loss
-from adder.merging import run as merge
+from adder.merging import run as merging
+from adder.merging.stage import MergeSettings
 from adder.tokenization.token_table import TokenTable
 from adder.training import base_model, lora, neftune
 from adder.training import run as train
@@ -135,8 +137,9 @@ def test_it_trains_the_same_way_twice_and_merges_and_evaluates(inputs, tmp_path,
         assert read_json(tmp_path / "train" / "adapter" / "adapter_config.json")["rank_pattern"]
 
     (tmp_path / "merge").mkdir()
-    merging = {"tolerance": "auto", "base": "auto", "method": method}
-    merge.run(merging, inputs | {"train": tmp_path / "train"}, tmp_path / "merge", Progress.silent())
+    stages = {"train": tmp_path / "train"} | {name: inputs[name] for name in ("model", "tokenize", "format")}
+    context = Context(Progress.silent(), Runtime(threads=1))
+    merging.run(MergeSettings(method=method), merging.MergeInputs(**stages), tmp_path / "merge", context)
     proof = read_json(tmp_path / "merge" / "proof.json")
     assert proof["checked"] and proof["kl"] < proof["tolerance"] and proof["base_kl"] > 10 * proof["kl"]
     assert proof["changed_weights"] == proof["adapted_weights"]
@@ -260,7 +263,7 @@ def test_dora_on_nf4_keeps_the_trained_lengths_in_the_merged_weights(inputs, tmp
         assert not torch.allclose(start, base[f"{name}.weight"].float().norm(dim=1), rtol=1e-4)
     train_a_little(model)
     lora.save(model, inputs, tmp_path, "qlora")
-    changes = merge.read_adapter(tmp_path / "adapter")
+    changes = merging.read_adapter(tmp_path / "adapter")
     peft = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").merge_and_unload().state_dict()
     for name, layer in lora.layers(model):
         merged = changes[f"{name}.weight"].apply(base[f"{name}.weight"].float())
@@ -458,8 +461,9 @@ def test_an_untied_head_is_trained_and_merged_alone(inputs, tmp_path):
     own["tokenize"].joinpath("tokenize.json").write_bytes((inputs["tokenize"] / "tokenize.json").read_bytes())
     run(own, tmp_path / "train", modules_to_save=["lm_head"])
     (tmp_path / "merge").mkdir()
-    merging = {"tolerance": "auto", "base": "auto", "method": "lora"}
-    merge.run(merging, own | {"train": tmp_path / "train"}, tmp_path / "merge", Progress.silent())
+    stages = {"train": tmp_path / "train"} | {name: own[name] for name in ("model", "tokenize", "format")}
+    context = Context(Progress.silent(), Runtime(threads=1))
+    merging.run(MergeSettings(method="lora"), merging.MergeInputs(**stages), tmp_path / "merge", context)
     before, after = (load_file(f / "model.safetensors") for f in (own["model"] / "model", tmp_path / "merge" / "model"))
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])

@@ -1,6 +1,7 @@
 """Cross-entropy and logits at labelled positions only: the LM head never sees the others."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,18 +81,23 @@ def dft(losses: torch.Tensor) -> torch.Tensor:
     return losses * torch.exp(-losses.detach())
 
 
-def labelled_logits(model: torch.nn.Module, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def labelled_logits(
+    model: torch.nn.Module, ids: Sequence[int], labels: Sequence[int], positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one example; return the logits (fp32) that predict its labelled tokens, and those tokens' ids.
 
     As the model itself computes them, capped or scaled where it does that. Shapes (labelled, vocabulary) and
     (labelled,), on the model's device. A label of IGNORE_INDEX carries no loss; position i is predicted from position
-    i - 1. The LM head sees no other position where the model offers that.
+    i - 1. The LM head sees no other position where the model offers that. `positions`: (tokens,) int64, for several
+    examples one behind the other that don't see one another: those of each begin at 0.
     """
     device = next(model.parameters()).device
     target = torch.tensor(labels, device=device)[1:]
-    positions = torch.nonzero(target != IGNORE_INDEX)[:, 0]
+    labelled = torch.nonzero(target != IGNORE_INDEX)[:, 0]
     inner: Any = getattr(model, "get_base_model", lambda: model)()  # of a PEFT model
     keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    options = {"logits_to_keep": positions} if keeps else {}
+    options = {"logits_to_keep": labelled} if keeps else {}
+    if positions is not None:
+        options["position_ids"] = positions[None].to(device)
     logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **options).logits[0]
-    return (logits if keeps else logits[positions]).float(), target[positions]
+    return (logits if keeps else logits[labelled]).float(), target[labelled]

@@ -1,23 +1,33 @@
 """One greedy reply of a model directory, by a process that knows nothing but that directory.
 
-`python -m adder.reload FOLDER DTYPE DEVICE` reads {"input_ids": …, "max_new_tokens": …} as JSON from standard input and
-writes {"input_ids": the reply's, "text": …} as the last line of its output. DEVICE "auto" spreads a model over GPU,
-memory and disk.
+`python -m adder.merging.fresh_process_reply FOLDER DTYPE DEVICE` reads {"input_ids": …, "max_new_tokens": …} as JSON
+from standard input and writes {"input_ids": the reply's, "text": …} as the last line of its output. DEVICE "auto"
+spreads a model over GPU, memory and disk.
 """
 
 import json
 import sys
 import tempfile
+from typing import Any, TypedDict
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
-def greedy_reply(folder: str, dtype: str, device: str, input_ids: list[int], max_new_tokens: int) -> dict:
-    """Load model and tokenizer from `folder`; return {input_ids, text} of its reply, up to an end that it names."""
+class GreedyReply(TypedDict):
+    """New token ids, the ending one included, and their text."""
+
+    input_ids: list[int]
+    text: str
+
+
+def greedy_reply(folder: str, dtype: str, device: str, input_ids: list[int], max_new_tokens: int) -> GreedyReply:
+    """Load model and tokenizer from `folder`; return the reply to prompt `input_ids`, up to an end that it names."""
     with tempfile.TemporaryDirectory() as offload:
-        place = {"device_map": "auto", "offload_folder": offload} if device == "auto" else {"device_map": {"": device}}
-        model = AutoModelForCausalLM.from_pretrained(
+        place: dict[str, Any] = {"device_map": {"": device}}
+        if device == "auto":
+            place = {"device_map": "auto", "offload_folder": offload}
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), local_files_only=True, **place
         )
         own = model.generation_config
@@ -33,5 +43,12 @@ def greedy_reply(folder: str, dtype: str, device: str, input_ids: list[int], max
     return {"input_ids": ids, "text": AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids)}
 
 
+def main() -> None:
+    """Reply to the question on standard input."""
+    folder, dtype, device = sys.argv[1:]
+    question = json.load(sys.stdin)
+    print(json.dumps(greedy_reply(folder, dtype, device, question["input_ids"], question["max_new_tokens"])))
+
+
 if __name__ == "__main__":
-    print(json.dumps(greedy_reply(*sys.argv[1:], **json.load(sys.stdin))))
+    main()

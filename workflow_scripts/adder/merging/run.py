@@ -3,136 +3,201 @@
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from adder.core import hardware, precision
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import link_or_copy, read_json, write_json
-from adder.core.progress import Progress
 from adder.core.safetensors_layout import shard_files, stored_tensors
+from adder.core.stage_spec import Context
 from adder.merging import base_choice
-from adder.merging.streamed_merge import check_weights, merge_weights
+from adder.merging.records import BaseCandidate, FullProof, LogitComparison, MergeProof, ProofRecord, WeightCheck
+from adder.merging.stage import MergeSettings
+from adder.merging.streamed_merge import Deltas, check_weights, merge_weights
 from adder.merging.verification import PROOF_POSITIONS, PROOF_ROWS, choose_tolerance, compare, spread_rows
-from adder.merging.weight_deltas import Change, read_adapter, share_tied
+from adder.merging.weight_deltas import read_adapter, share_tied
 
 # Beside weights, config and tokenizer, what belongs to a model and must travel with it.
 KEPT_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
-def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
+@dataclass(frozen=True)
+class MergeInputs:
+    """Folders of the stages that are read.
+
+    train: with `adapter/`, or `model/` of a full training, which is taken as it is. model: the base. format: the groups
+    of the held-out rows.
+    """
+
+    train: Path
+    model: Path
+    tokenize: Path
+    format: Path
+
+
+class MergeSummary(TypedDict):
+    """A few figures for the stage's record; of a full training there are none."""
+
+    kl: NotRequired[float]
+    tolerance: NotRequired[float]
+    adapted_weights: NotRequired[int]
+    changed_weights: NotRequired[int]
+    base: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was merged: the base's choice (None where there is none), all that then changes in the original base's
+    files, and the directory of the base that was merged into.
+    """
+
+    choice: Choice[str, BaseCandidate] | None
+    deltas: Deltas
+    reference: Path
+
+
+def run(settings: MergeSettings, inputs: MergeInputs, out: Path, context: Context) -> MergeSummary:
     """Write the merged model directory `model/` and its `proof.json` into `out`.
 
-    `inputs`: train (`adapter/`, or `model/` of a full training, which is taken as it is), model (the base), tokenize,
-    format (the groups of the held-out rows).
     Raises UserError, leaving no model, when the proof doesn't hold or the adapter is of a kind that can't be merged.
     """
-    hardware.use_threads()
-    base, model = inputs["model"] / "model", out / "model"
+    hardware.use_threads(context.threads)
+    base, model = inputs.model / "model", out / "model"
     model.mkdir()
     try:
-        if (inputs["train"] / "adapter").is_dir():
-            proof = _merge(settings, inputs, base, model, progress)
+        if (inputs.train / "adapter").is_dir():
+            proof = _merge(settings, inputs, base, model, context)
         else:
-            proof = _take_full(inputs["train"] / "model", base, model)
+            proof = _take_full(inputs.train / "model", base, model)
             _write_companions(inputs, base, model)
     except UserError:
         shutil.rmtree(model)
         raise
     write_json(out / "proof.json", proof)
-    progress.say(proof["reason"])
-    summary = {name: proof[name] for name in ("kl", "tolerance", "adapted_weights", "changed_weights") if name in proof}
-    return summary | ({"base": proof["base"]["value"]} if proof.get("base") else {})
+    context.progress.say(proof["reason"])
+    return _summary(proof)
 
 
-def _merge(settings: dict, inputs: dict[str, Path], base: Path, model: Path, progress: Progress) -> dict:
-    adapter, heldout = inputs["train"] / "adapter", inputs["tokenize"] / "heldout.arrow"
-    changes = read_adapter(adapter)
+def _summary(proof: ProofRecord) -> MergeSummary:
+    if "method" in proof:
+        return {}
+    summary: MergeSummary = {
+        "tolerance": proof["tolerance"],
+        "adapted_weights": proof["adapted_weights"],
+        "changed_weights": proof["changed_weights"],
+    }
+    if "kl" in proof:
+        summary["kl"] = proof["kl"]
+    if proof["base"]:
+        summary["base"] = proof["base"]["value"]
+    return summary
+
+
+def _merge(settings: MergeSettings, inputs: MergeInputs, base: Path, model: Path, context: Context) -> MergeProof:
+    adapter, heldout = inputs.train / "adapter", inputs.tokenize / "heldout.arrow"
+    deltas = read_adapter(adapter)
     if AutoConfig.from_pretrained(base, local_files_only=True).get_text_config().tie_word_embeddings:
-        changes = share_tied(changes, set(stored_tensors(base)), adapter)
+        deltas = share_tied(deltas, set(stored_tensors(base)), adapter)
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
-        work = Path(folder)
-        choice, changes, reference = _merge_into_chosen(settings, inputs, base, changes, model, work, progress)
-        weights = check_weights(base, model, changes, progress)
+        merged = _merge_into_chosen(settings, inputs, deltas, model, Path(folder), context)
+        weights = check_weights(base, model, merged.deltas, context)
         shutil.copyfile(base / "config.json", model / "config.json")
         _write_companions(inputs, base, model)
         rows = spread_rows(heldout, PROOF_ROWS, PROOF_POSITIONS)
-        tolerance = choose_tolerance(settings["tolerance"])
-        logits = compare(reference, adapter, model, rows, tolerance.value, progress) if rows else {"reloaded": None}
-    proof = {**weights, **logits, "tolerance": tolerance.value, "tolerance_reason": tolerance.reason}
-    proof |= {"checked": bool(rows), "rows": len(rows), "base": choice and choice.to_dict()}
-    return proof | {"reason": _reason(proof)}
+        tolerance = choose_tolerance(settings.tolerance)
+        predictions: LogitComparison | None = None
+        if rows:
+            predictions = compare(merged.reference, adapter, model, rows, tolerance.value, context)
+    choice = merged.choice
+    proof: MergeProof = {
+        **weights,
+        "tolerance": tolerance.value,
+        "tolerance_reason": tolerance.reason,
+        "checked": bool(rows),
+        "rows": len(rows),
+        "base": choice and {"value": choice.value, "reason": choice.reason, "alternatives": choice.alternatives},
+        "reason": _reason(weights, choice, predictions, tolerance.value),
+        "reloaded": None,
+    }
+    return {**proof, **predictions} if predictions else proof
 
 
 def _merge_into_chosen(
-    settings: dict,
-    inputs: dict[str, Path],
-    base: Path,
-    changes: dict[str, Change],
-    model: Path,
-    work: Path,
-    progress: Progress,
-) -> tuple[Choice | None, dict[str, Change], Path]:
-    """Write the merged weights; return which base they were merged into (None where there is no choice), all that then
-    changes in the original base's files, and the directory of the base that was merged into."""
-    wanted = settings["base"]
-    if settings["method"] != "qlora":
-        merge_weights(base, changes, model, progress)
-        return None, changes, base
-    rows = base_choice.held_out(inputs["tokenize"] / "heldout.arrow")
-    compute = precision.compute_dtype(hardware.device()).value
-    candidates = {"original": changes}
-    if wanted != "original":
-        candidates["dequantized"] = base_choice.on_dequantised(base, changes, getattr(torch, compute))
-    if wanted != "auto":
-        choice = Choice(wanted, "as set by merge.base")
-    elif not rows:
-        choice = Choice("original", "there are no held-out rows to measure the other one on")
-    else:
-        losses = base_choice.measure(base, inputs["train"] / "adapter", candidates, rows, work, progress)
-        choice = base_choice.choose(losses, base_choice.groups_of(inputs["format"] / "heldout.parquet", rows))
-    progress.say(f"merging into the {choice.value} base: {choice.reason}")
+    settings: MergeSettings, inputs: MergeInputs, deltas: Deltas, model: Path, work: Path, context: Context
+) -> Merged:
+    """Write the merged weights, merged into whichever base is chosen; `work` is a folder for what is measured."""
+    base = inputs.model / "model"
+    if settings.method != "qlora":
+        merge_weights(base, deltas, model, context)
+        return Merged(None, deltas, base)
+    compute: torch.dtype = getattr(torch, precision.compute_dtype(context.device).value)
+    candidates: dict[str, Deltas] = {"original": deltas}
+    if settings.base != "original":
+        candidates["dequantized"] = base_choice.on_dequantised(base, deltas, compute, context.device)
+    choice = _choose_base(settings, inputs, candidates, work, context)
+    context.progress.say(f"merging into the {choice.value} base: {choice.reason}")
     written = work / choice.value
     if written.is_dir():
         for path in written.iterdir():
             path.rename(model / path.name)
     else:
-        merge_weights(base, candidates[choice.value], model, progress)
+        merge_weights(base, candidates[choice.value], model, context)
     if choice.value == "original":
-        return choice, changes, base
+        return Merged(choice, deltas, base)
     reference = work / "base"
     reference.mkdir()
-    merge_weights(base, base_choice.on_dequantised(base, {}, getattr(torch, compute)), reference, progress)
+    merge_weights(base, base_choice.on_dequantised(base, {}, compute, context.device), reference, context)
     shutil.copyfile(base / "config.json", reference / "config.json")
-    return choice, candidates["dequantized"], reference
+    return Merged(choice, candidates["dequantized"], reference)
 
 
-def _reason(proof: dict) -> str:
-    dequantised = proof["base"] and proof["base"]["value"] == "dequantized"
+def _choose_base(
+    settings: MergeSettings, inputs: MergeInputs, candidates: dict[str, Deltas], work: Path, context: Context
+) -> Choice[str, BaseCandidate]:
+    if settings.base != "auto":
+        return Choice(settings.base, "as set by merge.base")
+    rows = base_choice.held_out(inputs.tokenize / "heldout.arrow")
+    if not rows:
+        return Choice("original", "there are no held-out rows to measure the other one on")
+    base, adapter = inputs.model / "model", inputs.train / "adapter"
+    losses = base_choice.measure(base, adapter, candidates, rows, work, context)
+    return base_choice.choose_base(losses, base_choice.groups_of(inputs.format / "heldout.parquet", rows))
+
+
+def _reason(
+    weights: WeightCheck,
+    choice: Choice[str, BaseCandidate] | None,
+    predictions: LogitComparison | None,
+    tolerance: float,
+) -> str:
+    dequantised = choice is not None and choice.value == "dequantized"
     reason = (
-        f"{proof['changed_weights']} of {proof['adapted_weights']} adapted {'or dequantised ' if dequantised else ''}"
-        "weights changed, and every other byte is the base's, headers included (all "
-        f"{proof['bytes_read_back']:,} bytes read back from disk and compared)"
+        f"{weights['changed_weights']} of {weights['adapted_weights']} adapted "
+        f"{'or dequantised ' if dequantised else ''}weights changed, and every other byte is the base's, headers "
+        f"included (all {weights['bytes_read_back']:,} bytes read back from disk and compared)"
     )
-    if proof["unchanged_weights"]:
-        reason += f"; in {proof['unchanged_weights']} the adapter's change is nothing or lost in rounding"
-    if not proof["checked"]:
+    if weights["unchanged_weights"]:
+        reason += f"; in {weights['unchanged_weights']} the adapter's change is nothing or lost in rounding"
+    if predictions is None:
         return reason + "; there are no held-out rows to compare predictions on"
-    tied = proof["reloaded"]["tied"]
+    tied = predictions["reloaded"]["tied"]
     same = "word for word" if not tied else f"up to token {tied['position']}, where two are as good as tied"
     return (
-        f"read back from disk, the merged model predicts as base + adapter do: {proof['kl']:.2g} nats a token apart "
-        f"(allowed {proof['tolerance']:g}; the base is {proof['base_kl']:.2g} apart), the same most likely token at "
-        f"{proof['top_token_agreement']:.2%} of {proof['positions']:,} positions, {proof['loading']['reason']}; a "
-        f"fresh process replies to a held-out prompt as they do, {same}; {reason}"
+        f"read back from disk, the merged model predicts as base + adapter do: {predictions['kl']:.2g} nats a token "
+        f"apart (allowed {tolerance:g}; the base is {predictions['base_kl']:.2g} apart), the same most likely token at "
+        f"{predictions['top_token_agreement']:.2%} of {predictions['positions']:,} positions, "
+        f"{predictions['loading']['reason']}; a fresh process replies to a held-out prompt as they do, {same}; {reason}"
     )
 
 
-def _take_full(trained: Path, base: Path, model: Path) -> dict:
+def _take_full(trained: Path, base: Path, model: Path) -> FullProof:
     """Link the fully trained model's files; every tensor must be finite and shaped as the base's."""
     shapes = {name: list(tensor.shape) for name, tensor in stored_tensors(base).items()}
     for path in sorted(trained.iterdir()):
@@ -156,16 +221,16 @@ def _take_full(trained: Path, base: Path, model: Path) -> dict:
     }
 
 
-def _write_companions(inputs: dict[str, Path], base: Path, model: Path) -> None:
+def _write_companions(inputs: MergeInputs, base: Path, model: Path) -> None:
     """Generation config, tokenizer with its template and licence files beside weights and config.
 
     A file that may be a hard link of another stage's is removed first, never written into.
     """
     kept = [path for pattern in KEPT_FILES for path in base.glob(pattern)]
-    for path in [*kept, *sorted((inputs["tokenize"] / "tokenizer").iterdir())]:
+    for path in [*kept, *sorted((inputs.tokenize / "tokenizer").iterdir())]:
         _replace(model / path.name, path.read_bytes())
     config = read_json(model / "config.json")
-    details = read_json(inputs["tokenize"] / "tokenize.json")
+    details = read_json(inputs.tokenize / "tokenize.json")
     generation = generation_config(base, config, details["end_of_turn"]["id"], _pad_id(model))
     _replace(model / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True).encode() + b"\n")
 
@@ -176,12 +241,10 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _pad_id(model: Path) -> int | None:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(model, local_files_only=True).pad_token_id
 
 
-def generation_config(base: Path, config: dict, end_of_turn: int, pad: int | None) -> dict:
+def generation_config(base: Path, config: dict[str, Any], end_of_turn: int, pad: int | None) -> dict[str, Any]:
     """The base's generation config, which also ends at the trained end of turn, and pads with an id that exists."""
     path = base / "generation_config.json"
     generation = read_json(path) if path.exists() else {}

@@ -13,7 +13,7 @@ import torch
 
 
 def round_without_bias(exact: torch.Tensor, dtype: torch.dtype, seed: str, block: int = 0) -> torch.Tensor:
-    """Round finite fp32 numbers to `dtype` (bf16, fp16 or fp32): up or down at random so that the mean is kept.
+    """Round finite fp32 values to `dtype` (bf16, fp16 or fp32): up or down at random so that the mean is kept.
 
     What `dtype` can hold stays exact. The random numbers follow from `seed` and `block` alone, whatever the threads,
     the order of the blocks and the device of `exact`.
@@ -37,10 +37,10 @@ def _to_bfloat16(exact: torch.Tensor, seed: str, block: int) -> torch.Tensor:
     return bits.add_(0x8000).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
-def _random(like: torch.Tensor, seed: str, block: int, kind: type) -> torch.Tensor:
-    """Random whole numbers over all of `kind` (int16 or int32), shaped as `like` and on its device."""
+def _random(like: torch.Tensor, seed: str, block: int, kind: type[np.int16] | type[np.int32]) -> torch.Tensor:
+    """Random integers over all of `kind`, shaped as `like` and on its device."""
     entropy = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=16).digest())
     generator = np.random.SFC64(np.random.SeedSequence(entropy, spawn_key=(block,)))
-    numbers = like.numel()
-    raw = generator.random_raw(-(-numbers * np.dtype(kind).itemsize // 8))
-    return torch.from_numpy(raw.view(kind)[:numbers]).view(like.shape).to(like.device)
+    count = like.numel()
+    raw = generator.random_raw(-(-count * np.dtype(kind).itemsize // 8))
+    return torch.from_numpy(raw.view(kind)[:count]).view(like.shape).to(like.device)

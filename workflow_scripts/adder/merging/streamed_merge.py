@@ -6,7 +6,7 @@ Nothing but a few blocks is in memory, whatever the model's size; what nothing c
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from adder.core import hardware
 from adder.core.errors import UserError
-from adder.core.progress import Progress
 from adder.core.safetensors_layout import DTYPES, INDEX, Layout, Stored, layout, shard_files, stored_tensors
+from adder.core.stage_spec import Context
+from adder.merging.records import ChangedFile, WeightCheck
 from adder.merging.stochastic_rounding import round_without_bias
-from adder.merging.weight_deltas import Change, Whole
+from adder.merging.weight_deltas import Replacement, WeightDelta
 
-# Numbers computed at once: in fp32 a MiB, which a core's cache holds. On an AMD EPYC (Zen 4), two threads merging, a
-# number takes 3.7 ns of a core so, with half as many 5, with a quarter 6 (one run each, beside other work).
+# Elements computed at once: in fp32 a MiB, which a core's cache holds. On an AMD EPYC (Zen 4), two threads merging, an
+# element takes 3.7 ns of a core so, with half as many 5, with a quarter 6 (one run each, beside other work).
 BLOCK = 2**18
 AHEAD = 2**26  # bytes that the system is asked to read before they are needed
 PIECE = 2**22  # bytes copied or compared at once
@@ -35,55 +36,63 @@ GPU_BLOCK_SECONDS = 2e-4
 # Copying inside the system is for one file system, or for some.
 CANT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 Result = TypeVar("Result")
+Deltas = Mapping[str, WeightDelta]  # by the name of the base's tensor
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Part of a file: some rows of a tensor that `change` changes, or, without one, bytes that stay as they are."""
+    """Bytes of a file that stay as they are: `start` to `stop` from its beginning."""
 
-    start: int  # bytes from the beginning of the file
+    start: int
     stop: int
-    tensor: Stored | None = None
-    change: Change | None = None
-    first: int = 0  # row
 
-    def changed(self, data: np.ndarray, device: str) -> np.ndarray:
+
+@dataclass(frozen=True)
+class ChangedBlock(Block):
+    """Some rows of a tensor that `delta` changes, from row `first` on."""
+
+    tensor: Stored
+    delta: WeightDelta
+    first: int
+
+    def changed(self, data: Bytes, device: str) -> Bytes:
         """What becomes of the block's bytes. Raises UserError when that isn't finite."""
         dtype = DTYPES[self.tensor.dtype]
         weight = torch.from_numpy(data).view(dtype).view(-1, *self.tensor.shape[1:])
-        exact = self.change.apply(weight.to(device, torch.float32), self.first)
-        low, high = torch.aminmax(exact)  # both are NaN if any number is
+        exact = self.delta.apply(weight.to(device, torch.float32), self.first)
+        low, high = torch.aminmax(exact)  # both are NaN if any element is
         if not max(-float(low), float(high)) <= torch.finfo(dtype).max:
             raise UserError(
                 f"{self.tensor.name}: base + adapter holds numbers that aren't finite in {self.tensor.dtype}"
             )
         # A tensor that is stored twice, as embedding and as LM head, is rounded alike.
-        seed = "whole" if isinstance(self.change, Whole) else self.tensor.name
+        seed = "whole" if isinstance(self.delta, Replacement) else self.tensor.name
         rounded = round_without_bias(exact, dtype, seed, self.first)
         return rounded.cpu().reshape(-1).view(torch.uint8).numpy()
 
 
-def merge_weights(
-    base: Path, changes: dict[str, Change], target: Path, progress: Progress, device: str | None = None
-) -> None:
-    """Write the base's safetensors files into `target` as `changes` have them.
+def merge_weights(base: Path, deltas: Deltas, target: Path, context: Context, device: str | None = None) -> None:
+    """Write the base's safetensors files into `target` as `deltas` have them.
 
-    A changed weight is computed in fp32 and rounded once to the base's dtype (see rounding). Every other tensor, the
-    division into files, their headers and the index stay as they are. The bytes don't depend on the number of threads.
-    `device`: where the sums are made ("cpu" or "cuda"), by default sums_device's choice. Raises UserError, before
-    anything is written, when the changes don't fit the base.
+    A changed weight is computed in fp32 and rounded once to the base's dtype (see stochastic_rounding). Every other
+    tensor, the division into files, their headers and the index stay as they are. The bytes don't depend on the number
+    of threads. `device`: where the sums are made ("cpu" or "cuda"), by default sums_device's choice. Raises UserError,
+    before anything is written, when the deltas don't fit the base.
     """
-    check_fit(base, changes)
-    device = device or sums_device(changes)
+    check_fit(base, deltas)
+    device = device or sums_device(deltas, context)
     files = shard_files(base)
     for number, file in enumerate(files, 1):
         plan, done = layout(base / file), 0
         with _opened(base / file) as source, (target / file).open("wb", buffering=0) as sink:
             os.posix_fallocate(sink.fileno(), 0, plan.size)  # a disk that is too small says so at once
             write = partial(_write_block, source.fileno(), sink.fileno(), device)
-            for size in in_threads(write, blocks(plan, changes)):
+            for size in in_threads(write, blocks(plan, deltas), context.threads):
                 done += size
-                progress.line(f"merging file {number} of {len(files)}: {done / 1e9:.1f} of {plan.size / 1e9:.1f} GB")
+                context.progress.line(
+                    f"merging file {number} of {len(files)}: {done / 1e9:.1f} of {plan.size / 1e9:.1f} GB"
+                )
     if (base / INDEX).exists():
         shutil.copyfile(base / INDEX, target / INDEX)
 
@@ -95,50 +104,50 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _write_block(source: int, sink: int, device: str, block: Block) -> int:
-    if block.change is None:
-        _copy(source, sink, block.start, block.stop)
-    else:
+    if isinstance(block, ChangedBlock):
         _write(sink, block.changed(_read(source, block.start, block.stop), device), block.start)
+    else:
+        _copy(source, sink, block.start, block.stop)
     return block.stop - block.start
 
 
-def check_fit(base: Path, changes: dict[str, Change]) -> None:
-    """Raise UserError unless each change has its tensor in the base, of its shape and of a dtype that can be merged."""
+def check_fit(base: Path, deltas: Deltas) -> None:
+    """Raise UserError unless each delta has its tensor in the base, of its shape and of a dtype that can be merged."""
     stored = stored_tensors(base)
-    missing = sorted(changes.keys() - stored.keys())
+    missing = sorted(deltas.keys() - stored.keys())
     if missing:
         raise UserError(
             f"the adapter changes {missing[0]} (and {len(missing) - 1} more), which the base in {base} doesn't have "
             "as a tensor of its own: the adapter belongs to another model, or to a layer that shares its weight or is "
             "stored in parts"
         )
-    for name, change in changes.items():
+    for name, delta in deltas.items():
         tensor = stored[name]
-        if change.shape != tensor.shape:
-            raise UserError(f"{name}: the adapter's change has shape {change.shape}, the weight {tensor.shape}")
+        if delta.shape != tensor.shape:
+            raise UserError(f"{name}: the adapter's change has shape {delta.shape}, the weight {tensor.shape}")
         if tensor.dtype not in DTYPES:
             raise UserError(f"{name} of the base is {tensor.dtype}: merging needs 16-bit or 32-bit weights")
 
 
-def sums_device(changes: dict[str, Change]) -> str:
+def sums_device(deltas: Deltas, context: Context) -> str:
     """Where base + adapter is computed: on a GPU only where all cores together would take longer.
 
     A block takes a core 0.8 ms (measured on an AMD EPYC with rank 16) and 0.01 ms more for each rank (from the time of
-    that product, taken to grow with the rank); a GPU takes GPU_BLOCK_SECONDS for it, one after the other.
+    that matmul, taken to grow with the rank); a GPU takes GPU_BLOCK_SECONDS for it, one after the other.
     """
-    if hardware.device() == "cpu":
+    if context.device == "cpu":
         return "cpu"
-    rank = max((change.rank for change in changes.values()), default=0)
-    return "cuda" if (8e-4 + 1e-5 * rank) / hardware.threads() > GPU_BLOCK_SECONDS else "cpu"
+    rank = max((delta.rank for delta in deltas.values()), default=0)
+    return "cuda" if (8e-4 + 1e-5 * rank) / context.threads > GPU_BLOCK_SECONDS else "cpu"
 
 
-def blocks(plan: Layout, changes: dict[str, Change]) -> Iterator[Block]:
+def blocks(plan: Layout, deltas: Deltas) -> Iterator[Block]:
     """Cut a file into blocks, in its order: the changed tensors by rows, all that lies between them by bytes."""
     done = 0
     for tensor in plan.tensors:
-        if tensor.name in changes:
+        if tensor.name in deltas:
             yield from _unchanged(done, tensor.start)
-            yield from _by_rows(tensor, changes[tensor.name])
+            yield from _by_rows(tensor, deltas[tensor.name])
             done = tensor.stop
     yield from _unchanged(done, plan.size)
 
@@ -148,23 +157,23 @@ def _unchanged(start: int, stop: int) -> Iterator[Block]:
         yield Block(place, min(place + PIECE, stop))
 
 
-def _by_rows(tensor: Stored, change: Change) -> Iterator[Block]:
+def _by_rows(tensor: Stored, delta: WeightDelta) -> Iterator[ChangedBlock]:
     rows, width = tensor.shape[0], prod(tensor.shape[1:])
-    at_once = max(1, BLOCK // width) if change.by_rows else rows
+    at_once = max(1, BLOCK // width) if delta.by_rows else rows
     row_bytes = width * DTYPES[tensor.dtype].itemsize
     for first in range(0, rows, at_once):
         stop = min(first + at_once, rows)
-        yield Block(tensor.start + first * row_bytes, tensor.start + stop * row_bytes, tensor, change, first)
+        yield ChangedBlock(tensor.start + first * row_bytes, tensor.start + stop * row_bytes, tensor, delta, first)
 
 
-def in_threads(work: Callable[[Block], Result], todo: Iterable[Block]) -> Iterator[Result]:
+def in_threads(work: Callable[[Block], Result], todo: Iterable[Block], cores: int) -> Iterator[Result]:
     """Results of `work`, in order, from threads; the first error ends them all.
 
     Twice as many threads as cores: while some wait for the disk, the others compute.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # each of ours computes by itself
-    pool = ThreadPoolExecutor(2 * hardware.threads())
+    pool = ThreadPoolExecutor(2 * cores)
     try:
         yield from pool.map(work, todo)
     finally:
@@ -187,10 +196,10 @@ def _copy(source: int, sink: int, start: int, stop: int) -> None:
         start += copied
 
 
-def _read(file: int, start: int, stop: int) -> np.ndarray:
+def _read(file: int, start: int, stop: int) -> Bytes:
     os.posix_fadvise(file, stop + AHEAD, stop - start, os.POSIX_FADV_WILLNEED)
     data = np.empty(stop - start, np.uint8)
-    view = memoryview(data)
+    view = data.data
     while view:
         size = os.preadv(file, [view], stop - len(view))
         if not size:
@@ -199,42 +208,45 @@ def _read(file: int, start: int, stop: int) -> np.ndarray:
     return data
 
 
-def _write(file: int, data: np.ndarray, start: int) -> None:
-    view = memoryview(data)
+def _write(file: int, data: Bytes, start: int) -> None:
+    view = data.data
     while view:
         size = os.pwrite(file, view, start)
         view, start = view[size:], start + size
 
 
-def check_weights(base: Path, model: Path, changes: dict[str, Change], progress: Progress) -> dict:
-    """Compare the merged files with what base and `changes` make, byte by byte.
+def check_weights(base: Path, model: Path, deltas: Deltas, context: Context) -> WeightCheck:
+    """Compare the merged files with what base and `deltas` make, byte by byte.
 
     All of both models is read; the merged files, which were just written, from the disk and not from the system's
-    memory. Returns {adapted_weights, changed_weights, unchanged_weights, unchanged: names, changed_share: mean share of
-    an adapted weight's numbers that changed, files: [{name, bytes, changed: weights}], bytes_read_back}. Raises
-    UserError unless every adapted weight is the rounded sum and finite, and every other byte, headers included, the
-    base's. An adapted weight may be unchanged only if all of its change is lost in rounding.
+    memory. Raises UserError unless every adapted weight is the rounded sum and finite, and every other byte, headers
+    included, the base's. An adapted weight may be unchanged only if all of its change is lost in rounding.
     """
     files = shard_files(base)
     if shard_files(model) != files:
         raise UserError(f"{model}: the merged model's files aren't those of its base: {shard_files(model)}")
-    device, changed, sizes, table = sums_device(changes), {}, {}, []
+    device = sums_device(deltas, context)
+    changed: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    table: list[ChangedFile] = []
     for number, file in enumerate(files, 1):
         plan, done = layout(base / file), 0
         if layout(model / file) != plan:
             raise UserError(f"{model / file}: holds other tensors than its base")
-        adapted = [tensor for tensor in plan.tensors if tensor.name in changes]
+        adapted = [tensor for tensor in plan.tensors if tensor.name in deltas]
         changed |= dict.fromkeys((tensor.name for tensor in adapted), 0)
         sizes |= {tensor.name: max(1, prod(tensor.shape)) for tensor in adapted}
         with _opened(base / file) as source, _opened(model / file) as merged:
             os.fsync(merged.fileno())
             os.posix_fadvise(merged.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             compare = partial(_compare_block, source.fileno(), merged.fileno(), device, model / file, plan)
-            for block, count in in_threads(compare, blocks(plan, changes)):
+            for block, count in in_threads(compare, blocks(plan, deltas), context.threads):
                 done += block.stop - block.start
-                if block.change is not None:
+                if isinstance(block, ChangedBlock):
                     changed[block.tensor.name] += count
-                progress.line(f"checking file {number} of {len(files)}: {done / 1e9:.1f} of {plan.size / 1e9:.1f} GB")
+                context.progress.line(
+                    f"checking file {number} of {len(files)}: {done / 1e9:.1f} of {plan.size / 1e9:.1f} GB"
+                )
         count = sum(changed[tensor.name] > 0 for tensor in adapted)
         table.append({"name": file, "bytes": plan.size, "changed": count})
     unchanged = sorted(name for name, count in changed.items() if not count)
@@ -250,9 +262,9 @@ def check_weights(base: Path, model: Path, changes: dict[str, Change], progress:
 
 
 def _compare_block(source: int, merged: int, device: str, path: Path, plan: Layout, block: Block) -> tuple[Block, int]:
-    """The block, and how many of its numbers differ from the base's. Raises UserError if its bytes aren't right."""
+    """The block, and how many of its elements differ from the base's. Raises UserError if its bytes aren't right."""
     old, new = (_read(file, block.start, block.stop) for file in (source, merged))
-    if block.change is None:
+    if not isinstance(block, ChangedBlock):
         if not np.array_equal(old, new):
             place = block.start + int(np.flatnonzero(old != new)[0])
             names = [tensor.name for tensor in plan.tensors if tensor.start <= place < tensor.stop]

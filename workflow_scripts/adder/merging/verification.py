@@ -1,13 +1,13 @@
 """What a merged model, read back from disk, is held against: base + adapter, on rows that neither was trained on."""
 
-import inspect
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal, Never, TypedDict
 
 import torch
 from peft import PeftModel
@@ -16,12 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from adder.core import hardware
 from adder.core.choice import Choice
 from adder.core.errors import UserError
-from adder.core.progress import Progress
+from adder.core.labels import IGNORE_INDEX
 from adder.core.safetensors_layout import DTYPES, parameter_count, stored_tensors
+from adder.core.stage_spec import Context
+from adder.kernels.labelled_loss import labelled_logits
 from adder.merging import fresh_process_reply
-from adder.tokenization.token_table import TokenTable
+from adder.merging.fresh_process_reply import GreedyReply
+from adder.merging.records import LogitComparison, LogitDifferences, ReplyComparison
+from adder.tokenization.token_table import TokenRow, TokenTable
 
-IGNORED = -100
 PROOF_ROWS = 16
 PROOF_POSITIONS = 1024  # label positions whose logits are compared: 200 MB of them for a vocabulary of 49,152
 TOLERANCE = 1e-3  # nats a token; see choose_tolerance
@@ -32,16 +35,25 @@ ARITHMETIC = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 GPU_SHARE, MEMORY_SHARE = 0.85, 0.7
 PACK = 2048  # tokens that a model whose layers are loaded one after the other computes at once
 
+Logits = tuple[torch.Tensor, torch.Tensor]  # fp32 (labelled, vocabulary), and the labelled tokens' ids (labelled,)
+
+
+class LabelledTokens(TypedDict):
+    """Token ids, and at each the label: the id, or IGNORE_INDEX."""
+
+    input_ids: list[int]
+    labels: list[int]
+
 
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to predict. `by_layers`: its weights come from disk, a layer at a time, in each forward pass."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel | PeftModel
     by_layers: bool
 
 
-def choose_tolerance(wanted: str | float) -> Choice:
+def choose_tolerance(wanted: Literal["auto"] | float) -> Choice[float, Never]:
     """Largest mean KL divergence (nats a token) between the merged model and base + adapter.
 
     The figures in the reason were measured on SmolLM2-135M in bf16, with a trained adapter and with random ones.
@@ -55,27 +67,28 @@ def choose_tolerance(wanted: str | float) -> Choice:
     )
 
 
-def spread_rows(heldout: Path, most_rows: int, most_labels: int) -> list[dict]:
-    """Evenly spread held-out rows, {id, input_ids, labels}, that carry loss, of at most `most_labels` labels in all."""
+def spread_rows(heldout: Path, most_rows: int, most_labels: int) -> list[TokenRow]:
+    """Evenly spread held-out rows that carry loss, of at most `most_labels` labels in all."""
     table = TokenTable(heldout)
-    rows, positions = [], 0
+    rows: list[TokenRow] = []
+    positions = 0
     for number in range(0, len(table), max(1, len(table) // most_rows))[:most_rows]:
         row = table.row(number)
         # A long row is cut behind its first labels: causal logits don't depend on what follows.
-        labelled = [index for index, label in enumerate(row["labels"]) if index and label != IGNORED]
+        labelled = [index for index, label in enumerate(row["labels"]) if index and label != IGNORE_INDEX]
         labelled = labelled[: most_labels - positions]
         if labelled:
-            rows.append({"id": row["id"], **{n: row[n][: labelled[-1] + 1] for n in ("input_ids", "labels")}})
+            end = labelled[-1] + 1
+            rows.append({"id": row["id"], "input_ids": row["input_ids"][:end], "labels": row["labels"][:end]})
             positions += len(labelled)
     return rows
 
 
-def choose_loading(folder: Path, dtype: torch.dtype) -> Choice:
+def choose_loading(folder: Path, dtype: torch.dtype, device: str) -> Choice[str, Never]:
     """Whether the weights are held in `dtype` ("whole"), or only a layer's at a time ("by layers"), by free memory.
 
     The reason doesn't say how much is free: equal inputs give equal files.
     """
-    device = hardware.device()
     torch.cuda.empty_cache()  # what an earlier model has left; does nothing without a GPU
     needed, free = parameter_count(folder) * dtype.itemsize, hardware.free_memory(device)
     fits = needed < free * (GPU_SHARE if device == "cuda" else MEMORY_SHARE)
@@ -87,14 +100,14 @@ def choose_loading(folder: Path, dtype: torch.dtype) -> Choice:
     return Choice("by layers", f"computed in {name}, each layer's weights read when its turn comes ({why})")
 
 
-def load(folder: Path, dtype: torch.dtype, loading: str) -> Loaded:
-    """Load a model directory to compute in `dtype`, "whole" or "by layers".
+def load(folder: Path, dtype: torch.dtype, loading: str, device: str) -> Loaded:
+    """Load a model directory to compute in `dtype` on `device`, "whole" or "by layers".
 
     By layers, the weights stay in their file, mapped into memory, and only one decoder layer's are there in `dtype`.
     """
-    device, by_layers = hardware.device(), loading == "by layers"
-    options = {"dtype": _stored_dtype(folder) if by_layers else dtype, "attn_implementation": "sdpa"}
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    by_layers = loading == "by layers"
+    options: dict[str, Any] = {"dtype": _stored_dtype(folder) if by_layers else dtype, "attn_implementation": "sdpa"}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     if by_layers:
         layers = _decoder_layers(model)
         _hold_all_but(layers, model, dtype, device)
@@ -125,14 +138,14 @@ def _hold_all_but(layers: torch.nn.ModuleList, model: PreTrainedModel, dtype: to
 
 def _load_when_needed(layer: torch.nn.Module, dtype: torch.dtype, device: str) -> None:
     """Hold the layer's weights in `dtype` on `device` while it computes, and only then."""
-    stored = {}
+    stored: dict[torch.Tensor, torch.Tensor] = {}
 
-    def enter(module, _inputs):
+    def enter(module: torch.nn.Module, _inputs: object) -> None:
         for tensor in [*module.parameters(), *module.buffers()]:
             stored[tensor] = tensor.data
             tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else None)
 
-    def leave(_module, _inputs, _output):
+    def leave(_module: torch.nn.Module, _inputs: object, _output: object) -> None:
         for tensor, data in stored.items():
             tensor.data = data
         stored.clear()
@@ -142,20 +155,20 @@ def _load_when_needed(layer: torch.nn.Module, dtype: torch.dtype, device: str) -
 
 
 @torch.no_grad()
-def labelled_logits(loaded: Loaded, rows: list[dict]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield for each row the logits (fp32, on the CPU) that predict its labelled tokens, and those tokens' ids.
+def logits_of(loaded: Loaded, rows: Sequence[LabelledTokens]) -> Iterator[Logits]:
+    """Yield for each row the logits (on the CPU) that predict its labelled tokens, and those tokens' ids.
 
-    Shapes (labelled, vocabulary) and (labelled,). A model that is loaded by layers computes several rows in one pass,
-    which don't see one another (`position_ids` that begin anew, and no cache).
+    A model that is loaded by layers computes several rows in one pass, which don't see one another (`position_ids` that
+    begin anew, and no cache).
     """
     for pack in _packs(rows, PACK if loaded.by_layers else 0):
         logits, target = _logits_of_pack(loaded.model, pack)
-        counts = [sum(label != IGNORED for label in row["labels"][1:]) for row in pack]
+        counts = [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in pack]
         yield from zip(logits.split(counts), target.split(counts), strict=True)
 
 
-def _packs(rows: list[dict], most: int) -> list[list[dict]]:
-    packs: list[list[dict]] = []
+def _packs(rows: Sequence[LabelledTokens], most: int) -> list[list[LabelledTokens]]:
+    packs: list[list[LabelledTokens]] = []
     tokens = most + 1
     for row in rows:
         tokens += len(row["input_ids"])
@@ -166,48 +179,46 @@ def _packs(rows: list[dict], most: int) -> list[list[dict]]:
     return packs
 
 
-def _logits_of_pack(model: torch.nn.Module, pack: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = {"input_ids": torch.tensor([[token for row in pack for token in row["input_ids"]]])}
-    if len(pack) > 1:
-        inputs["position_ids"] = torch.cat([torch.arange(len(row["input_ids"])) for row in pack])[None]
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    target = torch.tensor([label for row in pack for label in [IGNORED, *row["labels"][1:]]])[1:]
-    positions = torch.nonzero(target != IGNORED)[:, 0]
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    options = {"logits_to_keep": positions.to(model.device)} if keeps else {}
-    logits = model(**inputs, use_cache=False, **options).logits[0].float().cpu()
-    return (logits if keeps else logits[positions]), target[positions]
+def _logits_of_pack(model: PreTrainedModel | PeftModel, pack: list[LabelledTokens]) -> Logits:
+    ids = [token for row in pack for token in row["input_ids"]]
+    # Nothing predicts the first token of a row.
+    labels = [label for row in pack for label in [IGNORE_INDEX, *row["labels"][1:]]]
+    starts = torch.cat([torch.arange(len(row["input_ids"])) for row in pack]) if len(pack) > 1 else None
+    logits, target = labelled_logits(model, ids, labels, starts)
+    return logits.cpu(), target.cpu()
 
 
-def row_losses(loaded: Loaded, rows: list[dict]) -> list[tuple[float, int]]:
+def row_losses(loaded: Loaded, rows: Sequence[LabelledTokens]) -> list[tuple[float, int]]:
     """(nats in all, labelled tokens) of each row."""
-    pairs = labelled_logits(loaded, rows)
+    pairs = logits_of(loaded, rows)
     return [(float(torch.nn.functional.cross_entropy(x, y, reduction="sum")), len(y)) for x, y in pairs]
 
 
-def compare(base: Path, adapter: Path, model: Path, rows: list[dict], tolerance: float, progress: Progress) -> dict:
+def compare(
+    base: Path, adapter: Path, model: Path, rows: Sequence[TokenRow], tolerance: float, context: Context
+) -> LogitComparison:
     """Hold the merged model, read from disk, against PEFT's unmerged adapter on `base`; all logits in fp32.
 
-    Returns {positions, max_difference, mean_difference, top_token_agreement, kl, base_kl, heldout_loss: {merged,
-    adapter}, loading: the choice, reloaded: see compare_reply}: logits' absolute difference, and the mean KL divergence
-    from base + adapter in nats a labelled token, of the merged model and, to compare with, of the bare base. The models
-    are loaded one after the other. Raises UserError for logits that aren't finite, a `kl` above `tolerance`, or another
-    reply.
+    The models are loaded one after the other. Raises UserError for logits that aren't finite, a `kl` above `tolerance`,
+    or another reply.
     """
+    device, progress = context.device, context.progress
     asked = shortest_prompt(rows)
     progress.line("proof: one reply of the merged model, by a fresh process")
-    reply, dtype = reply_of_fresh_process(model, asked)
-    asked_and_replied = {"input_ids": asked + reply["input_ids"], "labels": [IGNORED] * len(asked) + reply["input_ids"]}
-    loading = choose_loading(base, torch.float32)
+    reply, dtype = reply_of_fresh_process(model, asked, device)
+    asked_and_replied: LabelledTokens = {
+        "input_ids": asked + reply["input_ids"],
+        "labels": [IGNORE_INDEX] * len(asked) + reply["input_ids"],
+    }
+    loading = choose_loading(base, torch.float32, device)
     progress.line(f"proof: base + adapter on {len(rows)} rows")
-    unmerged = load(base, torch.float32, loading.value)
-    plain = list(labelled_logits(unmerged, rows))
+    unmerged = load(base, torch.float32, loading.value, device)
+    plain = list(logits_of(unmerged, rows))
     unmerged = replace(unmerged, model=PeftModel.from_pretrained(unmerged.model, adapter).eval())
-    *expected, replied = labelled_logits(unmerged, [*rows, asked_and_replied])
+    *expected, replied = logits_of(unmerged, [*rows, asked_and_replied])
     del unmerged
     progress.line(f"proof: merged model on {len(rows)} rows")
-    actual = labelled_logits(load(model, torch.float32, loading.value), rows)
+    actual = logits_of(load(model, torch.float32, loading.value, device), rows)
     found = differences(expected, actual, plain)
     if not found["kl"] <= tolerance:  # a KL that isn't a number fails as well
         raise UserError(
@@ -217,11 +228,15 @@ def compare(base: Path, adapter: Path, model: Path, rows: list[dict], tolerance:
     # Rounding the weights has moved each logit by as much as max_difference, one up and another one down.
     reloaded = compare_reply(replied[0], reply, 2 * found["max_difference"] + ARITHMETIC[dtype])
     prompt = AutoTokenizer.from_pretrained(model, local_files_only=True).decode(asked)
-    return found | {"loading": loading.to_dict(), "reloaded": {"prompt": prompt, "dtype": dtype, **reloaded}}
+    return {
+        **found,
+        "loading": {"value": loading.value, "reason": loading.reason, "alternatives": []},
+        "reloaded": {"prompt": prompt, "dtype": dtype, **reloaded},
+    }
 
 
-def differences(expected: list, actual: Iterator, plain: list) -> dict:
-    """Sum up pairs of (logits, target) of base + adapter, merged model and bare base: see compare."""
+def differences(expected: Sequence[Logits], actual: Iterable[Logits], plain: Sequence[Logits]) -> LogitDifferences:
+    """Sum up the logits of base + adapter, merged model and bare base. Raises UserError for some that aren't finite."""
     sums = dict.fromkeys(("difference", "agree", "kl", "base_kl", "merged", "adapter"), 0.0)
     largest, positions, vocabulary = 0.0, 0, expected[0][0].shape[1]
     for (before, target), (after, _), (bare, _) in zip(expected, actual, plain, strict=True):
@@ -250,19 +265,21 @@ def differences(expected: list, actual: Iterator, plain: list) -> dict:
     }
 
 
-def shortest_prompt(rows: list[dict]) -> list[int]:
+def shortest_prompt(rows: Sequence[LabelledTokens]) -> list[int]:
     """The ids that stand before the first labelled token of a row, of the row where they are fewest."""
     prompts = [
-        row["input_ids"][: next(index for index, label in enumerate(row["labels"]) if index and label != IGNORED)]
+        row["input_ids"][: next(index for index, label in enumerate(row["labels"]) if index and label != IGNORE_INDEX)]
         for row in rows
     ]
     return min(prompts, key=len)
 
 
-def reply_of_fresh_process(model: Path, prompt: list[int]) -> tuple[dict, str]:
-    """The greedy reply ({input_ids, text}) of a process that reads the model from disk, and the dtype it computed in:
-    fp32 where that fits in memory, else the weights' own."""
-    whole = choose_loading(model, torch.float32).value == "whole"
+def reply_of_fresh_process(model: Path, prompt: list[int], device: str) -> tuple[GreedyReply, str]:
+    """The greedy reply of a process that reads the model from disk, and the dtype it computed in.
+
+    That is fp32 where it fits in memory, else the weights' own. Raises UserError where the process fails.
+    """
+    whole = choose_loading(model, torch.float32, device).value == "whole"
     dtype = str(torch.float32 if whole else _stored_dtype(model)).removeprefix("torch.")
     command = [
         sys.executable,
@@ -270,10 +287,9 @@ def reply_of_fresh_process(model: Path, prompt: list[int]) -> tuple[dict, str]:
         fresh_process_reply.__name__,
         str(model),
         dtype,
-        hardware.device() if whole else "auto",
+        device if whole else "auto",
     ]
-    # Not from within the package's folder, whose modules would hide Python's own of the same names.
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     question = json.dumps({"input_ids": prompt, "max_new_tokens": REPLY_TOKENS})
     done = subprocess.run(command, input=question, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -284,17 +300,22 @@ def reply_of_fresh_process(model: Path, prompt: list[int]) -> tuple[dict, str]:
     return json.loads(done.stdout.splitlines()[-1]), dtype
 
 
-def compare_reply(logits: torch.Tensor, reply: dict, nearly_tied: float) -> dict:
-    """Whether the reply is also the greedy one of base + adapter: {reply, same, tied: None or {position, gap}}.
+def compare_reply(logits: torch.Tensor, reply: GreedyReply, nearly_tied: float) -> ReplyComparison:
+    """Whether the reply is also the greedy one of base + adapter.
 
     `logits`: those of base + adapter, (tokens of the reply, vocabulary), given the prompt and the reply before each
-    token: its greedy reply is the same just if each token is its favourite. Where the two part at a token whose logit
-    is less than `nearly_tied` below the favourite's, that is told and no fault; otherwise UserError is raised.
+    token: its greedy reply is the same just if each token is the argmax. Where the two part at a token whose logit is
+    less than `nearly_tied` below the largest, that is told and no fault; otherwise UserError is raised.
     """
     ids = torch.tensor(reply["input_ids"])
     gaps = logits.max(-1).values - logits.gather(1, ids[:, None])[:, 0]
     apart = torch.nonzero(logits.argmax(-1) != ids)[:, 0].tolist()
-    found = {"reply": reply["text"], "same": not apart, "tied": None, "counts_as_tied": nearly_tied}
+    found: ReplyComparison = {
+        "reply": reply["text"],
+        "same": not apart,
+        "tied": None,
+        "counts_as_tied": nearly_tied,
+    }
     if not apart:
         return found
     first, gap = apart[0], float(gaps[apart[0]])
@@ -304,4 +325,4 @@ def compare_reply(logits: torch.Tensor, reply: dict, nearly_tied: float) -> dict
             f"{first + 1} of {reply['text']!r} they prefer another one by {gap:.2g} nats, where {nearly_tied:g} count "
             "as tied"
         )
-    return found | {"tied": {"position": first + 1, "gap": gap}}
+    return {**found, "tied": {"position": first + 1, "gap": gap}}

@@ -1,7 +1,9 @@
 """What an adapter changes in its base's weights, read from the files that PEFT writes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -16,9 +18,34 @@ PARTS = {"A.weight": "a", "B.weight": "b", "magnitude_vector": "magnitude"}
 ORDINARY_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 END_MODULES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out", "output_layer")
 
+AdapterConfig = dict[str, Any]  # PEFT's adapter_config.json
+
+
+class WeightDelta(Protocol):
+    """What becomes of one of the base's tensors."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor, as it is stored."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Multiplications for each element, which is what the sum costs."""
+        ...
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether some rows can be computed without the others."""
+        ...
+
+    def apply(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """The changed weight in fp32. `weight`: fp32, those rows of it that begin with row `first`."""
+        ...
+
 
 @dataclass(frozen=True)
-class Pair:
+class LoraDelta:
     """A LoRA pair: the weight becomes W + `scale * B @ A`. A: (r, in), B: (out, r), fp32.
 
     With DoRA (Liu et al. 2024, arXiv:2402.09353) each output's row of that sum is then given the length that was
@@ -40,7 +67,7 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        """What the sum costs: products for each number."""
+        """The adapter's rank."""
         return len(self.a)
 
     @property
@@ -61,28 +88,36 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Held:
+class TensorDelta:
     """A change that is one tensor, shaped as the base's."""
 
     value: torch.Tensor
-    by_rows = True
-    rank = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
         return tuple(self.value.shape)
 
+    @property
+    def rank(self) -> int:
+        """Nothing is multiplied."""
+        return 0
 
-class Whole(Held):
-    """A tensor that was trained whole, which takes the base's place."""
+    @property
+    def by_rows(self) -> bool:
+        """Rows are independent."""
+        return True
+
+
+class Replacement(TensorDelta):
+    """A tensor of which all was trained, which takes the base's place."""
 
     def apply(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Those rows of the trained tensor, in fp32, that begin with row `first` and are as many as the weight's."""
         return self.value[first : first + len(weight)].to(weight.device, torch.float32)
 
 
-class Sum(Held):
+class BiasDelta(TensorDelta):
     """A bias to which another, trained with the pair (PEFT's `lora_bias`), is added; fp32, scaled already."""
 
     def apply(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
@@ -90,76 +125,74 @@ class Sum(Held):
         return weight + self.value[first : first + len(weight)].to(weight.device)
 
 
-Change = Pair | Whole | Sum
+def read_adapter(folder: Path) -> dict[str, WeightDelta]:
+    """What a PEFT directory changes, by the name of the base's tensor: pairs, biases and tensors trained in full.
 
-
-def read_adapter(folder: Path) -> dict[str, Change]:
-    """What a PEFT directory changes, by the name of the base's tensor: pairs, biases and whole tensors.
-
-    Raises UserError for what isn't LoRA or DoRA of linear layers, or modules and biases trained whole, and for numbers
-    that aren't finite.
+    Raises UserError for what isn't LoRA or DoRA of linear layers, or modules and biases trained in full, and for
+    numbers that aren't finite.
     """
-    config = read_json(folder / "adapter_config.json")
+    config: AdapterConfig = read_json(folder / "adapter_config.json")
     _refuse_unknown(config, folder)
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    changes: dict[str, Change] = {}
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    deltas: dict[str, WeightDelta] = {}
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{folder}: {name} holds numbers that aren't finite: the adapter is broken")
         module, is_lora, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
         if is_lora and (kind in PARTS or kind == "B.bias"):
-            found.setdefault(module, {})[PARTS.get(kind, "bias")] = tensor.float()
+            pairs.setdefault(module, {})[PARTS.get(kind, "bias")] = tensor.float()
         elif not is_lora and _is_bias(kind, config):
-            changes[kind.replace(".base_layer.", ".")] = Whole(tensor)
-        elif not is_lora and _is_whole(kind, config):
-            changes[kind] = Whole(tensor)
+            deltas[kind.replace(".base_layer.", ".")] = Replacement(tensor)
+        elif not is_lora and _is_saved_module(kind, config):
+            deltas[kind] = Replacement(tensor)
         else:
             raise UserError(
                 f"{folder}: can't merge {name}: only LoRA pairs of linear layers and whole modules are supported"
             )
-    for module, parts in sorted(found.items()):
+    for module, parts in sorted(pairs.items()):
         missing = {"a", "b", *(["magnitude"] if config.get("use_dora") else [])} - parts.keys()
         if missing:
             raise UserError(f"{folder}: {module} lacks a part of its LoRA pair: {', '.join(sorted(missing))}")
         scale = _scale(config, module, len(parts["a"]))
         transposed = bool(config.get("fan_in_fan_out"))
         if "bias" in parts:
-            changes[f"{module}.bias"] = Sum(scale * parts.pop("bias"))
-        changes[f"{module}.weight"] = Pair(scale=scale, transposed=transposed, **parts)
-    if not changes:
+            deltas[f"{module}.bias"] = BiasDelta(scale * parts["bias"])
+        deltas[f"{module}.weight"] = LoraDelta(parts["a"], parts["b"], scale, transposed, parts.get("magnitude"))
+    if not deltas:
         raise UserError(f"{folder}: the adapter is empty")
-    return changes
+    return deltas
 
 
-def _is_whole(name: str, config: dict) -> bool:
-    """Whether a tensor belongs to a module that was trained whole; PEFT names those by how their names end."""
+def _is_saved_module(name: str, config: AdapterConfig) -> bool:
+    """Whether a tensor belongs to a module that was trained in full; PEFT names those by how their names end."""
     names = tuple(config.get("modules_to_save") or ())
     modules = [name[:end] for end, letter in enumerate(name) if letter == "."]
     # An embedding's partner is saved with it, under its own name, where the two share one tensor.
     return any(m.endswith(names) for m in modules) or (bool(config.get("ensure_weight_tying")) and bool(names))
 
 
-def _is_bias(name: str, config: dict) -> bool:
+def _is_bias(name: str, config: AdapterConfig) -> bool:
     """Whether a tensor is one of the base's own biases, trained beside the pairs (`bias: all` or `lora_only`)."""
     return config.get("bias", "none") != "none" and name.endswith(".bias")
 
 
-def share_tied(changes: dict[str, Change], stored: set[str], folder: Path) -> dict[str, Change]:
+def share_tied(deltas: Mapping[str, WeightDelta], stored: set[str], folder: Path) -> dict[str, WeightDelta]:
     """For a base whose LM head is its embedding: leave out the one of the two that it doesn't store.
 
     `stored`: names of the base's tensors. Raises UserError if only one of the two was trained, or if they differ: one
     tensor can't hold both.
     """
-    ends = sorted(name for name, change in changes.items() if isinstance(change, Whole) and _is_end(name))
+    ends = {name: delta.value for name, delta in sorted(deltas.items()) if isinstance(delta, Replacement)}
+    ends = {name: value for name, value in ends.items() if _is_end(name)}
     if not ends:
-        return changes
-    if len(ends) != 2 or not torch.equal(*(changes[name].value for name in ends)):
+        return dict(deltas)
+    if len(ends) != 2 or not torch.equal(*ends.values()):
         raise UserError(
             f"{folder}: the base stores one tensor for its embedding and its LM head, and the adapter has "
             f"{' and '.join(ends)}{' in different values' if len(ends) == 2 else ' alone'}: there is no place to merge "
             "it into. Where train.modules_to_save names one of the two, Adder trains both as one"
         )
-    return {name: change for name, change in changes.items() if name not in ends or name in stored}
+    return {name: delta for name, delta in deltas.items() if name not in ends or name in stored}
 
 
 def _is_end(name: str) -> bool:
@@ -167,7 +200,7 @@ def _is_end(name: str) -> bool:
     return name.split(".")[-2] in END_MODULES and name.endswith(".weight")
 
 
-def _refuse_unknown(config: dict, folder: Path) -> None:
+def _refuse_unknown(config: AdapterConfig, folder: Path) -> None:
     variants = (
         "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "monteclora_config", "kasa_config",
         "layer_replication",
@@ -184,8 +217,8 @@ def _refuse_unknown(config: dict, folder: Path) -> None:
             raise UserError(f"{folder}: the adapter has {what}, which merging doesn't support")
 
 
-def _scale(config: dict, module: str, rank: int) -> float:
+def _scale(config: AdapterConfig, module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732); alpha may be a module's own."""
     patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
