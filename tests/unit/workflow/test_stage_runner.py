@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from adder.core.errors import UserError
+from adder.core.file_digests import FileDigests
 from adder.core.files import write_json
 from adder.core.section import Section
 from adder.core.stage_spec import Context
@@ -47,7 +48,7 @@ def module(monkeypatch):
     monkeypatch.setitem(sys.modules, "adder.fake", fake)
     monkeypatch.setattr(stage_runner, "code_digest", lambda name: fake.code)
     for name in ("format", "judge", "train"):
-        spec = dataclasses.replace(stage_runner.SPECS[name], run="adder.fake", settings=ToySettings)
+        spec = dataclasses.replace(stage_runner.SPECS[name], run="adder.fake", settings=ToySettings, identity=None)
         monkeypatch.setitem(stage_runner.SPECS, name, spec)
     fake.code = "code 1"
     return fake
@@ -241,7 +242,7 @@ def run(settings, inputs: dict, out, context):
 sys.modules["adder.fake"] = types.ModuleType("adder.fake")
 sys.modules["adder.fake"].run = run
 stage_runner.code_digest = lambda name: "code"
-spec = dataclasses.replace(stage_runner.SPECS["format"], run="adder.fake", settings=ToySettings)
+spec = dataclasses.replace(stage_runner.SPECS["format"], run="adder.fake", settings=ToySettings, identity=None)
 stage_runner.SPECS["format"] = spec
 where = {"inputs": {}, "results": Path("results"), "key": "k", "log": Path("x.log")}
 runtime = {"restore": sys.argv[1] == "restore"}
@@ -294,3 +295,49 @@ def test_the_time_of_a_continued_stage_is_that_of_all_attempts(module, tmp_path,
     execute(tmp_path, {}, "judge", runtime={"restore": False})  # other work, which owes nothing to those
     record = json.loads((tmp_path / "results" / "stages" / "judge" / "k" / "stage.json").read_text())
     assert "attempts" not in record and record["seconds"] < 0.9
+
+
+@pytest.fixture
+def named_file(module, monkeypatch, tmp_path) -> Path:
+    """A file that the settings of the stage `format` name, and the working directory that it is in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("one")
+    spec = dataclasses.replace(
+        stage_runner.SPECS["format"],
+        identity=lambda settings, where, digests: digests.of(tmp_path / "rows.jsonl"),
+    )
+    monkeypatch.setitem(stage_runner.SPECS, "format", spec)
+    return tmp_path / "rows.jsonl"
+
+
+def test_a_file_that_changed_since_the_workflow_was_parsed_is_not_read_under_the_old_key(
+    module, tmp_path, named_file, capfd
+):
+    key_stands_for = FileDigests(tmp_path / "elsewhere.json", tmp_path).of(named_file)
+    named_file.write_text("two")
+    with pytest.raises(SystemExit):
+        execute(tmp_path, {}, identity=key_stands_for)
+    assert f"{named_file}: changed since the workflow began; start it again" in capfd.readouterr().err
+    assert module.runs == 0 and not (tmp_path / "results" / "stages" / "format" / "k").exists()
+
+
+@pytest.mark.parametrize("content", ["two", "one"])
+def test_a_file_that_is_exchanged_while_it_is_read_is_noticed(module, tmp_path, named_file, capfd, content):
+    """Also where the file is the old one again in the end: nobody knows which was read."""
+    run = module.run
+
+    def exchanging(settings, inputs: dict[str, Path], out, context):
+        other = named_file.with_suffix(".new")
+        other.write_text(content)
+        other.replace(named_file)
+        return run(settings, inputs, out, context)
+
+    module.run = exchanging
+    identity = FileDigests(tmp_path / "elsewhere.json", tmp_path).of(named_file)
+    with pytest.raises(SystemExit):
+        execute(tmp_path, {}, identity=identity)
+    assert f"{named_file}: changed while being read" in capfd.readouterr().err
+    assert not (tmp_path / "results" / "stages" / "format" / "k").exists()
+    module.run = run
+    execute(tmp_path, {}, identity=FileDigests(tmp_path / "elsewhere.json", tmp_path).of(named_file))
+    assert module.runs == 2

@@ -29,12 +29,14 @@ class Stage:
     """One stage with its resolved settings; `parents` maps the name under which it reads a stage to that stage.
 
     identity: JSON that stands for the settings in the key: the settings themselves, or digests for files they name.
+    versions: of the libraries, where these are part of the key (runtime.upgrades: rerun).
     """
 
     spec: StageSpec
     settings: Section
     identity: Any
     parents: dict[str, "Stage"] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -45,7 +47,8 @@ class Stage:
     def key(self) -> str:
         """Twelve hex digits: a digest of the stage's name, its settings and its parents' keys."""
         parents = {name: parent.key for name, parent in self.parents.items()}
-        return hashlib.blake2b(canonical([self.name, self.identity, parents]).encode(), digest_size=6).hexdigest()
+        parts = [self.name, self.identity, parents, *([self.versions] if self.versions else [])]
+        return hashlib.blake2b(canonical(parts).encode(), digest_size=6).hexdigest()
 
     @property
     def folder(self) -> str:
@@ -60,8 +63,9 @@ class Stage:
         return found
 
     def parameters(self) -> str:
-        """Settings and identity as canonical JSON, in which the order of the YAML's keys has no part."""
-        return canonical({"settings": self.settings.model_dump(mode="json"), "identity": self.identity})
+        """What a job is told, as canonical JSON, in which the order of the YAML's keys has no part."""
+        settings = self.settings.model_dump(mode="json")
+        return canonical({"settings": settings, "identity": self.identity, "versions": self.versions})
 
 
 def reads(spec: StageSpec, parent: str) -> tuple[str, ...]:
@@ -105,11 +109,13 @@ def _stages_of(
             continue
         plain = stage_settings.model_dump(mode="json")
         identity = spec.identity(stage_settings, where, digests) if spec.identity else plain
-        if settings.runtime.upgrades == "rerun" and (versions := installed_versions(spec)):
-            identity = {"settings": identity, "versions": versions}
+        versions = installed_versions(spec) if settings.runtime.upgrades == "rerun" else {}
         for variant, models in (spec.variants or {"": {}}).items():
             parents = {parent: above[models.get(parent, parent)] for parent in spec.reads}
-            yield "_".join(filter(None, (spec.name, variant, suffix))), Stage(spec, stage_settings, identity, parents)
+            yield (
+                "_".join(filter(None, (spec.name, variant, suffix))),
+                Stage(spec, stage_settings, identity, parents, versions),
+            )
 
 
 def _entries(spec: StageSpec, settings: Settings) -> Iterator[tuple[str, str, Section]]:

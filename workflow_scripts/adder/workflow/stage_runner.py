@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from adder.core import file_lock, hardware
 from adder.core.errors import UserError
-from adder.core.file_digests import canonical
+from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import digest_file, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context, Runtime, StageSpec
@@ -64,6 +64,7 @@ class Job:
             "key": self.key,
             "settings": self.parameters["settings"],
             "identity": self.parameters["identity"],
+            "asked_versions": self.parameters.get("versions") or {},
             "inputs": {name: input_digests(folder, reads(self.spec, name)) for name, folder in self.inputs.items()},
             "code": code_digest(self.spec.run),
         }
@@ -124,7 +125,8 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
     try:
         with _attempts(checkpoints, start) as earlier:
             context = Context(progress, job.runtime, job.results, checkpoints)
-            record["summary"] = run_stage(job.spec, record["settings"], job.inputs, partial, context)
+            with _files_unchanged(job):
+                record["summary"] = run_stage(job.spec, record["settings"], job.inputs, partial, context)
             record["seconds"] = round(sum(earlier) + time.monotonic() - start, 3)
             if earlier:
                 record["attempts"] = len(earlier) + 1
@@ -141,6 +143,28 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
         _attempts_file(checkpoints).unlink(missing_ok=True)
     made = f", in {record['attempts']} attempts" if earlier else ""
     progress.say(f"done in {_duration(record['seconds'])}{made}")
+
+
+@contextlib.contextmanager
+def _files_unchanged(job: Job) -> Iterator[None]:
+    """See to it that what is read inside has the digests that the job's key stands for.
+
+    Raises UserError where a file that the settings name is another than when the workflow was parsed, or becomes
+    another while it is read: somebody exports it anew, for example.
+    """
+    if job.spec.identity is None:
+        yield
+        return
+    settings = job.spec.settings.model_validate(job.parameters["settings"])
+    digests = FileDigests(job.results / "cache" / "digests.json", Path.cwd())
+    now = job.spec.identity(settings, job.spec.section or "", digests)
+    if canonical(now) != canonical(job.parameters["identity"]):
+        files = ", ".join(map(str, digests.seen))
+        raise UserError(f"{files}: changed since the workflow began; start it again, for what it is now")
+    yield
+    if changed := digests.changed():
+        files = ", ".join(map(str, changed))
+        raise UserError(f"{files}: changed while being read; start the workflow again once nobody writes to it")
 
 
 def run_stage(
@@ -195,7 +219,7 @@ def _fingerprint_of(folder: Path) -> str | None:
 
 def fingerprint(record: dict[str, Any]) -> str:
     """Digest (32 hex digits) of what decides a stage's output: name, settings or what stands for them, code, inputs."""
-    parts = [record["stage"], record["identity"], record["code"], record["inputs"]]
+    parts = [record["stage"], record["identity"], record["asked_versions"], record["code"], record["inputs"]]
     return hashlib.blake2b(canonical(parts).encode(), digest_size=16).hexdigest()
 
 
