@@ -9,7 +9,9 @@ from pathlib import Path
 import yaml
 
 from adder.core.files import read_json, read_jsonl, write_json, write_jsonl
-from adder.report import facts as report_data
+from adder.report import resolved_settings, run_metrics
+from adder.report.facts import load
+from adder.report.stage import ResolvedSetting
 from report_fixture import write_stage_folders
 
 
@@ -20,16 +22,15 @@ def write_run(root: Path, name: str, settings: dict | None = None, chosen: dict 
     write_stage_folders'.
     """
     given, inputs = write_stage_folders(root / name, run=name, **options)
-    given["run"] = name
-    by_key = {row["key"]: row for row in given["resolved"]}
+    by_key = {row.key: row for row in given.resolved}
     for key, value in (settings or {}).items():
-        by_key[key] = {"key": key, "value": value, "origin": "run"}
-    given["resolved"] = list(by_key.values())
+        by_key[key] = ResolvedSetting(key=key, value=value, origin="run")
+    given = given.model_copy(update={"run": name, "resolved": list(by_key.values())})
     folders = inputs | {"report": root / name / "report"}
     folders["report"].mkdir()
-    facts = report_data.load(inputs)
-    metrics = report_data.build_metrics(given, facts)
-    record = report_data.build_run(given, facts, metrics)
+    facts = load(inputs, given.shows)
+    metrics = run_metrics.build_metrics(given, facts)
+    record = resolved_settings.build_run_yaml(given, facts, metrics["verdict"]["sentence"])
     for key, value in (chosen or {}).items():
         record["settings"][key] = {"value": value, "from": "chosen", "reason": "measured"}
     write_json(folders["report"] / "metrics.json", metrics)

@@ -12,6 +12,8 @@ from adder.core.intervals import proportion, ratio
 from adder.core.length_summary import summarise
 from adder.evaluation import json_fields
 from adder.formatting.minhash import near_duplicate_method, overlap_method
+from adder.report.stage import ReportSettings
+from adder.workflow.stages import SPECS
 
 HOSTILE = "<script>alert('adder')</script>\"'&"
 FIELDS = ("intent", "order_number", "product", "amount", "date", "urgency")
@@ -105,7 +107,7 @@ def write_stage_folders(
     groups: int | None = None,
     attempts: int = 1,
     run: str = "default",
-) -> tuple[dict, dict[str, Path]]:
+) -> tuple[ReportSettings, dict[str, Path]]:
     """Write all stage folders under `root`; return the report's settings and inputs.
 
     `course` of the training: "healthy", "spiky" (steps that are almost too large) or "overfitted". `tasks`: names of
@@ -143,13 +145,14 @@ def write_stage_folders(
     name = f"tickets {HOSTILE}" if hostile else run
     settings = {
         "run": name, "title": name, "resolved": resolved(method, tasks, judged, price_per_hour),
+        "shows": {stage: dict(SPECS[stage.split("_")[0]].shows) for stage in inputs},
         "stages": {stage: folder.name for stage, folder in inputs.items()}, 
         "tasks": [
             {"task": task + (HOSTILE if hostile else ""), "max_drop": TASKS[task][-1]} for task in tasks
         ],
         "price_per_hour": price_per_hour, "currency": "EUR",
     }  # fmt: skip
-    return settings, inputs
+    return ReportSettings.model_validate(settings), inputs
 
 
 def key_of(stage: str) -> str:

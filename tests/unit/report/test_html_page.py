@@ -6,6 +6,7 @@ import pytest
 
 import browser as chromium
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context
 from adder.report import run as report
 from adder.report.comparison import page as compare
 from compare_fixture import sweep, write_run
@@ -73,7 +74,7 @@ def write_report(root, **options):
     settings, inputs = write_stage_folders(root / "stages", **options)
     out = root / "report"
     out.mkdir()
-    report.run(settings, inputs, out, Progress.silent())
+    report.run(settings, inputs, out, Context(Progress.silent()))
     return out / "report.html"
 
 

@@ -7,10 +7,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from adder.core.files import read_json, write_json
-from adder.report import facts as report_data
 from adder.report import regression_guard
 from adder.report.data_card import text
+from adder.report.facts import load
 from adder.report.model_card import LICENSES, _modelfile, model_card
+from adder.report.run_metrics import build_metrics
 from report_fixture import HOSTILE, write_stage_folders
 
 MODELS = {
@@ -24,10 +25,10 @@ def make(tmp_path, model: str = "wheel", change=None, **how) -> tuple[str, dict,
     settings, inputs = write_stage_folders(tmp_path / "stages", **how)
     path = inputs["model"] / "source.json"
     write_json(path, read_json(path) | MODELS[model])
-    facts = report_data.load(inputs)
+    facts = load(inputs, settings.shows)
     if change:
         change(facts)
-    metrics = report_data.build_metrics(settings, facts)
+    metrics = build_metrics(settings, facts)
     return model_card(settings, facts, metrics), facts, metrics
 
 
@@ -97,14 +98,14 @@ def test_the_modelfile_decodes_greedily_and_has_the_system_prompt(tmp_path):
     card, _, _ = make(tmp_path / "a")
     system = 'SYSTEM """Turn the customer\'s message into a JSON ticket."""\n'
     assert modelfile(card) == f"FROM .\nPARAMETER temperature 0\n{system}"
-    facts = {"evaluate_tuned": {"max_new_tokens": {"value": 9}}}
+    _, facts, _ = make(tmp_path / "b")
     assert 'SYSTEM """Two lines,\n"quoted"."""' in _modelfile(facts, 'Two lines,\n"quoted".')
     for none in (None, 'Ends a text: """\nMore'):
         assert _modelfile(facts, none) == "FROM .\nPARAMETER temperature 0"
 
 
 def only_texts(facts):
-    del facts["evaluate_tuned"]["max_new_tokens"]
+    del facts.tuned["max_new_tokens"]
 
 
 def test_a_model_of_plain_texts_is_no_chat_model(tmp_path):
@@ -126,7 +127,7 @@ def test_a_model_of_plain_texts_is_no_chat_model(tmp_path):
 )
 def test_a_licence_that_the_hub_does_not_know_is_named_beside(tmp_path, stated, license, name):
     def change(facts):
-        facts["model"]["license"] = stated
+        facts.model["license"] = stated
 
     card, _, _ = make(tmp_path, change=change)
     data = ModelCard(card).data
@@ -142,7 +143,7 @@ def test_what_is_not_known_is_said(tmp_path):
     assert "can't be told" not in sure
 
     def overlapping(facts):
-        facts["format"]["quality"]["overlap"] |= {"found": 6, "dropped": 2}
+        facts.format["quality"]["overlap"] |= {"found": 6, "dropped": 2}
 
     card, _, _ = make(tmp_path / "d", change=overlapping)
     assert "4 training rows ask much of what held-out rows ask" in card and "4 training rows" not in sure
@@ -156,7 +157,7 @@ def test_the_guards_word_is_passed_on(tmp_path):
 
 def test_only_english_by_our_own_generator_has_a_language(tmp_path):
     def change(facts):
-        facts["data"] = [source for source in facts["data"] if source["kind"] == "builtin"]
+        facts.data[:] = [source for source in facts.data if source["kind"] == "builtin"]
 
     card, _, _ = make(tmp_path, change=change)
     data = ModelCard(card).data
@@ -165,7 +166,7 @@ def test_only_english_by_our_own_generator_has_a_language(tmp_path):
 
 def test_infinite_perplexity_is_left_out(tmp_path):
     def change(facts):
-        facts["evaluate_tuned"]["heldout"]["perplexity"] = {"value": float("inf"), "ci95": None, "n": 200, "stderr": 0}
+        facts.tuned["heldout"]["perplexity"] = {"value": float("inf"), "ci95": None, "n": 200, "stderr": 0}
 
     card, _, _ = make(tmp_path, change=change)
     assert "perplexity" not in {one.metric_type for one in ModelCard(card).data.eval_results}
@@ -176,8 +177,8 @@ def test_hostile_names_stay_text(tmp_path, method):
     breakers = "x | y\n# Not a heading\n---\n```\n[link](javascript:alert(1)) ![i](http://evil.example/x.png) <b>"
 
     def change(facts):
-        facts["model"]["source"] = facts["data"][0]["name"] = breakers
-        facts["data"][0]["license"] = breakers
+        facts.model["source"] = facts.data[0]["name"] = breakers
+        facts.data[0]["license"] = breakers
 
     card, _, _ = make(
         tmp_path, change=change, hostile=True, tasks=("gsm8k",), judged=True, merge_bases=True, method=method
@@ -207,10 +208,10 @@ def test_a_system_prompt_can_not_end_its_code(tmp_path):
     prompt = "Be kind.\n```\n# Now a heading\n'\"\\"
 
     settings, inputs = write_stage_folders(tmp_path / "stages")
-    facts = report_data.load(inputs)
-    row = next(row for row in settings["resolved"] if row["key"] == "format.system_prompt")
-    row["value"] = prompt
-    card = model_card(settings, facts, report_data.build_metrics(settings, facts))
+    facts = load(inputs, settings.shows)
+    row = next(row for row in settings.resolved if row.key == "format.system_prompt")
+    row.value = prompt
+    card = model_card(settings, facts, build_metrics(settings, facts))
     code = re.search(r"^(`{3,})python\n(.*?)\n\1$", card, re.DOTALL | re.MULTILINE)[2]
     messages = next(line for line in code.splitlines() if line.startswith("messages = "))
     assert eval(messages.partition(" = ")[2])[0]["content"] == prompt

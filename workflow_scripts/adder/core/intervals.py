@@ -38,6 +38,14 @@ class Difference(Estimate):
     p: float
 
 
+class Change(TypedDict):
+    """A difference as people see it."""
+
+    value: float
+    ci95: list[float]
+    p: float
+
+
 class Verdict(TypedDict):
     """What `verdict` returns."""
 
@@ -264,14 +272,14 @@ def verdict(
     return {**result, "sentence": _sentence(result, name or metric, is_share, unit, row)}
 
 
-def is_sure(difference: Difference) -> bool:
+def is_sure(difference: Change) -> bool:
     """Whether a difference, {ci95, p, …}, counts: its interval leaves out 0, and p < 0.05. A bound that is no number
     (None in files) leaves out nothing."""
     low, high = difference["ci95"]
     return None not in (low, high) and (low > 0 or high < 0) and difference["p"] < 0.05
 
 
-def word(difference: Difference | None, higher_is_better: bool) -> Word:
+def word(difference: Change | None, higher_is_better: bool) -> Word:
     """A difference in a word: "better", "worse" or "can't tell", as where there is none."""
     if difference is None or not is_sure(difference):
         return "can't tell"

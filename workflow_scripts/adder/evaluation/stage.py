@@ -74,7 +74,7 @@ EVALUATE = StageSpec(
         "format": ("heldout.parquet",),
     },
     variants={"base": {"model": "model"}, "tuned": {"model": "merge"}},
-    shows={"evaluate": "scores.json"},
+    shows={"evaluate": "scores.json", "samples": "samples.jsonl"},
     gpu=True,
     threads=None,
     minutes=240,
@@ -90,7 +90,7 @@ JUDGE = StageSpec(
     reads={"evaluate_base": ("samples.jsonl",), "evaluate_tuned": ("samples.jsonl",)},
     identity=_judge_identity,
     continued="*.json",
-    shows={"judge": "judge.json"},
+    shows={"judge": "judge.json", "judgements": "judgements.jsonl"},
     local=True,  # the judge is elsewhere: compute nodes need no network
     minutes=120,
 )

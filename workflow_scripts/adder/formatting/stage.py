@@ -49,7 +49,7 @@ FORMAT = StageSpec(
     takes={name: f"data.heldout.{name}" for name in ("share", "size", "group_by", "stratify_by")},
     message="Turning rows into conversations",
     reads={"data": ("rows.jsonl", "reading.json")},
-    shows={"format": "card.json"},
+    shows={"format": "card.json", "rejects": "rejects.jsonl"},
     threads=None,
     memory=Memory(base_mb=4000),
 )

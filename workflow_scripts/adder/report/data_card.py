@@ -5,12 +5,17 @@ Whatever comes from data is escaped: a cell can't end its table, a sample can't 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
-from adder.report.data_section import counted, fates, findings, origin_of, source_rows
+from adder.formatting.records import Card
+from adder.packing.records import LengthsRecord
+from adder.report.facts import RunFacts
 from adder.report.formatting import clip, sentence
+from adder.report.sections.data_section import Bar, counted, fates, findings, origin_of, source_rows
+from adder.tokenization.records import TokenizeRecord
 
 LONGEST_SAMPLE = 2000  # characters of a message, of which the card shows no more
 PERCENTILES = ("min", "p50", "mean", "p90", "p99", "max")
@@ -21,9 +26,9 @@ SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_
 LARGEST = "n>1M"
 
 
-def dataset_card(title: str, facts: dict) -> str:
-    """The card as Markdown; `facts` as `report_data.load` returns them."""
-    card, tokenize, lengths = facts["format"], facts["tokenize"], facts["lengths"]
+def dataset_card(title: str, facts: RunFacts) -> str:
+    """The card as Markdown; `facts` as `facts.load` returns them."""
+    card, tokenize, lengths = facts.format, facts.tokenize, facts.lengths
     sections = [
         f"# The data of {text(title)}",
         f"{card['train']:,} conversations to train on and {card['heldout']:,} held out to judge the model by, made "
@@ -34,10 +39,7 @@ def dataset_card(title: str, facts: dict) -> str:
         table(("Rows", "", ""), [(name, f"{count:,}", text(note)) for name, count, note in fates(facts)], (1,)),
         *_rejected(card),
         "## Quality",
-        *[
-            f"**{found['title']}.** {text(found['summary'])} {text(found['method'])}".strip()
-            for found in findings(card)
-        ],
+        *[f"**{found.title}.** {text(found.summary)} {text(found.method)}".strip() for found in findings(card)],
         "## What is in it",
         *_contents(card),
         "## Lengths",
@@ -52,16 +54,16 @@ def dataset_card(title: str, facts: dict) -> str:
     return f"---\n{head}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def front_matter(title: str, facts: dict) -> dict:
+def front_matter(title: str, facts: RunFacts) -> dict[str, Any]:
     """What the hub reads of the card: licence, size, task, tags."""
-    rows = facts["format"]["train"] + facts["format"]["heldout"]
-    head = {
+    rows = facts.format["train"] + facts.format["heldout"]
+    head: dict[str, Any] = {
         "pretty_name": title,
         "size_categories": [next((name for limit, name in SIZES if rows < limit), LARGEST)],
         "tags": ["adder", "conversational"],
         "task_categories": ["text-generation"],
     }
-    stated = sorted({str(source["license"]).lower() for source in facts["data"] if source.get("license")})
+    stated = sorted({str(source["license"]).lower() for source in facts.data if source.get("license")})
     if stated:
         known = [name if LICENSE_NAME.fullmatch(name) else "other" for name in stated]
         head["license"] = known[0] if len(known) == 1 else sorted(set(known))
@@ -88,7 +90,7 @@ def fenced(content: str, language: str = "") -> str:
     return f"{fence}{language}\n{content}\n{fence}"
 
 
-def _sources(facts: dict) -> list[str]:
+def _sources(facts: RunFacts) -> list[str]:
     rows = [
         (
             text(shown["name"]),
@@ -100,12 +102,12 @@ def _sources(facts: dict) -> list[str]:
             text(shown["split"]),
             f"{shown['weight']:g}",
         )
-        for shown, source in zip(source_rows(facts), facts["data"], strict=True)
+        for shown, source in zip(source_rows(facts), facts.data, strict=True)
     ]
     head = ("Source", "From", "Licence", "Rows", "Unreadable", "Row format", "Split", "Weight")
     pinned = [
         (text(source["name"]), kind, text(digest))
-        for source in facts["data"]
+        for source in facts.data
         for kind, digest in (("commit", source.get("revision")), ("SHA-256", source.get("sha256")))
         if digest
     ]
@@ -113,33 +115,34 @@ def _sources(facts: dict) -> list[str]:
     return [*found, table(("Source", "", "Digest"), pinned)] if pinned else found
 
 
-def _rejected(card: dict) -> list[str]:
+def _rejected(card: Card) -> list[str]:
     reasons = sorted(card["rejects_by_reason"].items(), key=lambda pair: (-pair[1], pair[0]))
     return [table(("Rejected because", "Rows"), [(text(r), f"{n:,}") for r, n in reasons], (1,))] if reasons else []
 
 
-def _contents(card: dict) -> list[str]:
-    def listed(bars: list[dict]) -> str:
-        return ", ".join(f"{text(bar['name'])} ({bar['count']:,})" for bar in bars)
+def _contents(card: Card) -> list[str]:
+    def listed(bars: Sequence[Bar]) -> str:
+        return ", ".join(f"{text(bar.name)} ({bar.count:,})" for bar in bars)
 
-    return ["\n".join(f"- {text(one['title'])}: {listed(one['bars'])}" for one in counted(card))]
+    return ["\n".join(f"- {text(one.title)}: {listed(one.bars)}" for one in counted(card))]
 
 
-def _lengths(card: dict, lengths: dict) -> str:
-    found = (
+def _lengths(card: Card, lengths: LengthsRecord) -> str:
+    found: tuple[tuple[str, Mapping[str, Any]], ...] = (
         ("Tokens", lengths["tokens"]),
         ("Prompt, characters", card["characters"]["prompt"]),
         ("Reply, characters", card["characters"]["reply"]),
     )
-    rows = [(name, *(f"{values[p]:,.0f}" for p in PERCENTILES)) for name, values in found if values["count"]]
+    rows = [(name, *(f"{values.get(p, 0):,.0f}" for p in PERCENTILES)) for name, values in found if values["count"]]
     return table(("", *PERCENTILES), rows, range(1, len(PERCENTILES) + 1))
 
 
-def _template(tokenize: dict) -> str:
-    return {"own": "the model's own", "file": "from a file"}.get(tokenize["template"], tokenize["template"])
+def _template(tokenize: TokenizeRecord) -> str:
+    name = tokenize["template"]
+    return {"own": "the model's own", "file": "from a file"}.get(name, name)
 
 
-def _sample(number: int, messages: list[dict]) -> list[str]:
+def _sample(number: int, messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sample as a heading and a fenced block a message."""
     blocks = [f"### Sample {number}"]
     for message in messages:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from adder.report.formatting import FILTERS
@@ -9,7 +10,7 @@ from adder.report.formatting import FILTERS
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-def render(name: str, view: dict, styles: tuple[str, ...]) -> str:
+def render(name: str, view: Mapping[str, object], styles: tuple[str, ...]) -> str:
     """Fill the template `name`.html.jinja, with page.js, `name`.js and the `styles` files in it.
 
     Everything in `view` is escaped there, but plots, which are marked up already.

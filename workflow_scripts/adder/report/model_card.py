@@ -5,18 +5,23 @@ settings or file names is escaped.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from adder.evaluation.metrics import SCORES
-from adder.report import facts as report_data
 from adder.report import regression_guard
 from adder.report.data_card import fenced, table, text
-from adder.report.evaluation_section import is_share, row_of, score_rows
+from adder.report.facts import RunFacts
 from adder.report.formatting import number, percent, sentence, setting
+from adder.report.resolved_settings import resolve, title
+from adder.report.run_metrics import Metrics
+from adder.report.sections.evaluation_section import ComparedRow, compared_row, compared_score, is_share
+from adder.report.stage import ReportSettings
 
+Resolved = Mapping[str, Any]
+"""The value of every setting, by its path."""
 # The hub's identifiers of licences (huggingface.co/docs/hub/repositories-licenses); it refuses a card with another one.
 LICENSES = frozenset(
     """
@@ -35,17 +40,17 @@ MAKING = ("format", "tokenize", "lengths", "train", "merge")
 ADAPTERS = {"qlora": "LoRA on the base quantised to NF4", "lora": "LoRA", "full": "training of all weights"}
 
 
-def model_card(settings: dict, facts: dict, metrics: dict) -> str:
+def model_card(settings: ReportSettings, facts: RunFacts, metrics: Metrics) -> str:
     """The card as Markdown.
 
-    `settings` of the report stage, `facts` as `report_data.load` has them, `metrics` as `report_data.build_metrics`.
+    `facts` as `facts.load` has them, `metrics` as `run_metrics.build_metrics`.
     """
-    chosen = {row["key"]: row["value"] for row in report_data.resolve(settings, facts)}
-    title = report_data.title(settings)
+    chosen = {row["key"]: row["value"] for row in resolve(settings, facts)}
+    name = title(settings)
     sections = [
-        f"# {text(title)}",
+        f"# {text(name)}",
         f"**{text(metrics['verdict']['sentence'])}**",
-        f"A {text(_method(chosen))} of {text(facts['model']['source'])}, made and measured with Adder.",
+        f"A {text(_method(chosen))} of {text(facts.model['source'])}, made and measured with Adder.",
         "## How to use it",
         *_usage(facts, chosen),
         "## What it was made from",
@@ -58,31 +63,31 @@ def model_card(settings: dict, facts: dict, metrics: dict) -> str:
         "## What was not",
         "\n".join(f"- {limit}" for limit in _limits(facts, metrics)),
     ]
-    head = yaml.safe_dump(front_matter(title, facts, chosen, metrics), sort_keys=False, allow_unicode=True)
+    head = yaml.safe_dump(front_matter(name, facts, chosen, metrics), sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def front_matter(title: str, facts: dict, chosen: dict, metrics: dict) -> dict:
+def front_matter(name: str, facts: RunFacts, chosen: Resolved, metrics: Metrics) -> dict[str, Any]:
     """What the hub reads of the card: library, task, base, licence, data sets, language, tags, results."""
-    model, method = facts["model"], chosen.get("train.method")
+    model, method = facts.model, chosen.get("train.method")
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if model["kind"] == "hub":
         head |= {"base_model": model["source"], "base_model_relation": "finetune"}
     head |= _license(model["license"])
-    trained = [source for source in facts["data"] if source["split"] == "train"]
-    if datasets := sorted({source["hub"]["id"] for source in trained if source.get("hub")}):
+    trained = [source for source in facts.data if source["split"] == "train"]
+    if datasets := sorted({source["hub"]["id"] for source in trained if "hub" in source}):
         head["datasets"] = datasets
     if all(source["kind"] == "builtin" for source in trained):
         head["language"] = ["en"]  # of other data nobody said
-    kinds = {"qlora": ["lora", "qlora"], "lora": ["lora"]}.get(method, [])
+    kinds = {"qlora": ["lora", "qlora"], "lora": ["lora"]}.get(method or "", [])
     kinds += ["dora"] if kinds and chosen.get("train.use_dora") else []
-    chat = [] if facts["evaluate_tuned"].get("max_new_tokens") is None else ["conversational"]
+    chat = [] if facts.tuned.get("max_new_tokens") is None else ["conversational"]
     head["tags"] = sorted(["adder", *chat, *kinds])
-    head["model-index"] = [{"name": title, "results": _results(facts, metrics)}]
+    head["model-index"] = [{"name": name, "results": _results(facts, metrics)}]
     return head
 
 
-def _license(stated: str | None) -> dict:
+def _license(stated: str | None) -> dict[str, str]:
     if not stated:
         return {}
     name = str(stated).lower()
@@ -91,21 +96,21 @@ def _license(stated: str | None) -> dict:
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", name).strip("-")}
 
 
-def _results(facts: dict, metrics: dict) -> list[dict]:
+def _results(facts: RunFacts, metrics: Metrics) -> list[dict[str, Any]]:
     """The tuned model's scores as the hub's model-index has them."""
-    heldout = [source for source in facts["data"] if source["split"] == "heldout"]
-    sources = heldout or [source for source in facts["data"] if source["split"] == "train"]
+    heldout = [source for source in facts.data if source["split"] == "heldout"]
+    sources = heldout or [source for source in facts.data if source["split"] == "train"]
     names = list(dict.fromkeys(str(source["name"]) for source in sources))
-    hub = {source["hub"]["id"] for source in sources if source.get("hub")}
+    hub = {source["hub"]["id"] for source in sources if "hub" in source}
     dataset = {
         "name": f"held-out rows of {', '.join(names)}",
         "type": hub.pop() if len(hub) == 1 and len(names) == 1 else "private",
         "split": "heldout",
     }
     scores = [
-        {"type": SCORES[name].hub, "value": entry["tuned"]["value"], "name": SCORES[name].label}
+        {"type": SCORES[name].hub, "value": tuned["value"], "name": SCORES[name].label}
         for name, entry in metrics["heldout"].items()
-        if entry["tuned"] and entry["tuned"]["value"] is not None
+        if (tuned := entry["tuned"]) and tuned["value"] is not None
     ]
     found = [_result(dataset, scores)]
     for row in metrics["tasks"]:
@@ -114,15 +119,15 @@ def _results(facts: dict, metrics: dict) -> list[dict]:
     return found
 
 
-def _result(dataset: dict, scores: list[dict]) -> dict:
+def _result(dataset: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": scores}
 
 
-def _method(chosen: dict) -> str:
+def _method(chosen: Resolved) -> str:
     return f"fine-tuned version ({ADAPTERS[chosen['train.method']]})"
 
 
-def _usage(facts: dict, chosen: dict) -> list[str]:
+def _usage(facts: RunFacts, chosen: Resolved) -> list[str]:
     """transformers, vLLM and Ollama, with the system prompt that it was trained with and the longest reply expected."""
     return [
         "In place of `path/to/this/folder` stands this folder, or this repository's name once it is on the hub.",
@@ -139,13 +144,13 @@ def _usage(facts: dict, chosen: dict) -> list[str]:
     ]
 
 
-def _python(facts: dict, system: str | None) -> str:
+def _python(facts: RunFacts, system: str | None) -> str:
     lines = [
         "from transformers import pipeline",
         "",
         'model = pipeline("text-generation", model="path/to/this/folder")',
     ]
-    limit = facts["evaluate_tuned"].get("max_new_tokens")
+    limit = facts.tuned.get("max_new_tokens")
     if limit is None:  # trained on plain texts
         return "\n".join([*lines, 'print(model("…", max_new_tokens=200)[0]["generated_text"])'])
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": "…"}]
@@ -153,9 +158,9 @@ def _python(facts: dict, system: str | None) -> str:
     return "\n".join([*lines, f"messages = {messages!r}", f'print({call}[0]["generated_text"][-1]["content"])'])
 
 
-def _modelfile(facts: dict, system: str | None) -> str:
+def _modelfile(facts: RunFacts, system: str | None) -> str:
     """Ollama's: greedy decoding, as the model was measured, and the system prompt that it was trained with."""
-    if facts["evaluate_tuned"].get("max_new_tokens") is None:  # trained on plain texts
+    if facts.tuned.get("max_new_tokens") is None:  # trained on plain texts
         return "FROM ."
     lines = ["FROM .", "PARAMETER temperature 0"]
     # Three quotes end a text only at the end of a line, and nothing can be put before them that takes that away.
@@ -164,8 +169,8 @@ def _modelfile(facts: dict, system: str | None) -> str:
     return "\n".join(lines)
 
 
-def _advice(facts: dict, system: str | None) -> list[str]:
-    if facts["evaluate_tuned"].get("max_new_tokens") is None:
+def _advice(facts: RunFacts, system: str | None) -> list[str]:
+    if facts.tuned.get("max_new_tokens") is None:
         return ["It was trained to continue plain texts, not to chat."]
     found = [
         "It is a chat model: the chat template that it was trained with is in its tokenizer. It was measured with "
@@ -176,8 +181,8 @@ def _advice(facts: dict, system: str | None) -> list[str]:
     return found
 
 
-def _origin(facts: dict, chosen: dict) -> str:
-    model, tokenize = facts["model"], facts["tokenize"]
+def _origin(facts: RunFacts, chosen: Resolved) -> str:
+    model, tokenize = facts.model, facts.tokenize
     train = tokenize["counts"]["train"]
     base = f"[{text(model['source'])}](https://huggingface.co/{model['source']})"
     rows = [
@@ -194,7 +199,7 @@ def _origin(facts: dict, chosen: dict) -> str:
     return table(("", ""), rows)
 
 
-def _details(chosen: dict) -> str:
+def _details(chosen: Resolved) -> str:
     method = chosen["train.method"]
     if method == "full":
         return ADAPTERS[method]
@@ -204,19 +209,19 @@ def _details(chosen: dict) -> str:
     )
 
 
-def _data(facts: dict) -> list[str]:
+def _data(facts: RunFacts) -> list[str]:
     """The sources of the rows that were trained on or held out, each with its licence and what pins it."""
     uses = {"train": "training", "heldout": "held out"}
     rows = [
         (
             text(source["name"]),
-            _hub_link(source["hub"]["id"]) if source.get("hub") else text(source["kind"]),
+            _hub_link(source["hub"]["id"]) if "hub" in source else text(source["kind"]),
             text(source.get("license") or "not stated"),
             f"{source['rows']:,}",
             uses[source["split"]],
             text(source.get("revision") or source.get("sha256") or "–"),
         )
-        for source in facts["data"]
+        for source in facts.data
         if source["split"] in uses
     ]
     head = ("Data", "From", "Licence", "Rows", "Use", "Commit or SHA-256")
@@ -227,21 +232,21 @@ def _hub_link(name: str) -> str:
     return f"[{text(name)}](https://huggingface.co/datasets/{name})"
 
 
-def _settings(settings: dict, facts: dict) -> list[str]:
+def _settings(settings: ReportSettings, facts: RunFacts) -> list[str]:
     """The settings that somebody gave and that differ from the defaults, or those that a stage chose."""
     rows = [
         (text(row["key"]), text(setting(row["value"])), text(sentence(row["reason"] or "")))
-        for row in report_data.resolve(settings, facts)
+        for row in resolve(settings, facts)
         if row["key"].split(".")[0] in MAKING and row["from"] in ("config", "run", "chosen")
     ]
     intro = "Settings that are not the default, and, with their reasons, those that were chosen by measuring:"
     return [intro, table(("Setting", "Value", "Why"), rows)] if rows else ["All settings are the defaults."]
 
 
-def _scores(facts: dict, metrics: dict) -> list[str]:
+def _scores(facts: RunFacts, metrics: Metrics) -> list[str]:
     """Base and tuned on the same rows; differences with their 95 % intervals."""
     head = ("", "Base", "This model", "Difference", "95 % interval", "Rows")
-    rows = [_score_row(row["name"], row) for row in score_rows(metrics["heldout"])]
+    rows = [_score_row(SCORES[name].label, compared_score(name, entry)) for name, entry in metrics["heldout"].items()]
     found = [
         f"On {metrics['verdict']['n']:,} held-out rows, kept out of this training; both models had the same prompts "
         "and template, by lm-evaluation-harness:",
@@ -251,7 +256,7 @@ def _scores(facts: dict, metrics: dict) -> list[str]:
         tasks = []
         for row in metrics["tasks"]:
             share = is_share(row)
-            cells = row_of(row, share, row["higher_is_better"], percent if share else number, row["difference"])
+            cells = compared_row(row, share, row["higher_is_better"], percent if share else number)
             tasks.append(_score_row(f"{row['task']}, {row['metric']}", cells))
         found += ["On other tasks:", table(head, tasks, (1, 2, 3, 5))]
     if metrics["guard"]:
@@ -259,21 +264,21 @@ def _scores(facts: dict, metrics: dict) -> list[str]:
     if metrics["judge"]:
         judge = metrics["judge"]
         found.append(text(f"A judge ({judge['model']}) compared replies blind, in both orders. {judge['sentence']}"))
-    if facts["merge"].get("reason"):
-        found.append(f"The merge was checked: {text(facts['merge']['reason'])}")
+    if reason := facts.merge.get("reason"):
+        found.append(f"The merge was checked: {text(reason)}")
     return found
 
 
-def _score_row(name: str, row: dict) -> tuple[str, ...]:
-    values = [row[who]["value"] if row[who] else "–" for who in ("base", "tuned")]
-    interval = " to ".join(row["ci"]) if row["ci"] else "–"
-    cells = (name, *values, row["difference"] or "–", interval, f"{row['n']:,}" if row["n"] else "–")
+def _score_row(name: str, row: ComparedRow) -> tuple[str, ...]:
+    values = [cell.value if cell else "–" for cell in (row.base, row.tuned)]
+    interval = " to ".join(row.ci) if row.ci else "–"
+    cells = (name, *values, row.difference or "–", interval, f"{row.n:,}" if row.n else "–")
     return tuple(text(cell) for cell in cells)
 
 
-def _limits(facts: dict, metrics: dict) -> Iterable[str]:
+def _limits(facts: RunFacts, metrics: Metrics) -> Iterable[str]:
     """What the measurements don't tell, as far as the run knows it."""
-    longest = facts["lengths"]["max_seq_length"]["value"]
+    longest = facts.lengths["max_seq_length"]["value"]
     yield "The scores are of rows like the training rows. How the model does on other requests wasn't measured" + (
         " beyond the tasks above."
         if metrics["tasks"]
@@ -286,10 +291,10 @@ def _limits(facts: dict, metrics: dict) -> Iterable[str]:
     yield f"Conversations were at most {longest:,} tokens long in training; longer ones weren't tried."
     if metrics["verdict"]["verdict"] == "can't tell":
         yield "Whether it is better than its base can't be told from this many rows."
-    stay = facts["format"]["quality"]["overlap"]["found"] - facts["format"]["quality"]["overlap"]["dropped"]
+    stay = facts.format["quality"]["overlap"]["found"] - facts.format["quality"]["overlap"]["dropped"]
     if stay:
         yield f"{stay:,} training rows ask much of what held-out rows ask, which flatters the scores."
-    unstated = sum(source["split"] == "train" and not source.get("license") for source in facts["data"])
-    if unstated or not facts["model"]["license"]:
+    unstated = sum(source["split"] == "train" and not source.get("license") for source in facts.data)
+    if unstated or not facts.model["license"]:
         yield "Not every licence is stated (see the tables above)."
     yield "Whether the licences of base and data allow a use together wasn't checked by anybody; all of them apply."

@@ -6,12 +6,53 @@ Labels go through `escape`, for they may come from data.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from typing import Any, NamedTuple, TypeVar
+
+Point = tuple[float, float]
+Show = Callable[[float], str]
+Item = TypeVar("Item")
 
 WIDTH = 440
 MAX_HOVERED = 150  # points of a curve that answer to the pointer; more would only make the page heavy
 MAX_DRAWN = 1500  # points that are drawn: more than there are pixels
+
+
+class Series(NamedTuple):
+    """A curve; `kind` is its CSS class, `dots`: whether each point has one."""
+
+    name: str
+    kind: str
+    points: Sequence[Point]
+    dots: bool = False
+
+
+class Mark(NamedTuple):
+    """A line across a plot at `x`, its label above; `kind` is its CSS class."""
+
+    x: float
+    kind: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a whole; `kind` is its CSS class."""
+
+    name: str
+    count: int
+    kind: str
+
+
+class BarRow(NamedTuple):
+    """A horizontal bar; `kind` is its CSS class, `note` stands behind its value."""
+
+    name: str
+    value: float
+    kind: str
+    note: str = ""
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -42,7 +83,9 @@ def ceiling(value: float) -> float:
     return next(power * factor for factor in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15) if power * factor >= value * 1.02)
 
 
-def interval(base: dict | None, tuned: dict | None, high: float, show: Callable[[float], str], label: str) -> str:
+def interval(
+    base: Mapping[str, Any] | None, tuned: Mapping[str, Any] | None, high: float, show: Show, label: str
+) -> str:
     """Base above tuned on one scale from 0 to `high`, each a dot with its 95 % interval.
 
     `base` and `tuned` are {"value", "ci95": [low, high] or None}; an absent or non-finite one is left out.
@@ -73,27 +116,26 @@ def interval(base: dict | None, tuned: dict | None, high: float, show: Callable[
 
 
 def lines(
-    series: Sequence[dict],
+    series: Sequence[Series],
     x_name: str,
-    show: Callable[[float], str],
+    show: Show,
     label: str,
     from_zero: bool = True,
-    marks: Sequence[dict] = (),
+    marks: Sequence[Mark] = (),
     adapt: bool = False,
     high: float | None = None,
 ) -> str:
     """One or more curves over the same x.
 
-    A series is {"name", "kind": CSS class, "points": [(x, y)], "dots": bool}. Points that are not finite are left out.
-    A mark is {"x", "label", "kind"}: a line across, its label above. `high`: where the axis ends, else at the largest
-    y. With `adapt` values of very different sizes get a logarithmic axis, and a few that lie far above all others are
-    cut off at the end of a linear one; the plot says so.
+    Points that are not finite are left out. `high`: where the axis ends, else at the largest y. With `adapt` values of
+    very different sizes get a logarithmic axis, and a few that lie far above all others are cut off at the end of a
+    linear one; the plot says so.
     """
-    series = [{**one, "points": [p for p in one["points"] if _finite(p[1])]} for one in series]
-    every = [point for one in series for point in one["points"]]
+    series = [one._replace(points=[point for point in one.points if _finite(point[1])]) for one in series]
+    every = [point for one in series for point in one.points]
     if not every:
         return ""
-    xs, ys = [x for x, _ in every] + [mark["x"] for mark in marks], [y for _, y in every]
+    xs, ys = [x for x, _ in every] + [mark.x for mark in marks], [y for _, y in every]
     top = usual_top(ys) if adapt else high or max(ys)
     log = adapt and needs_log(ys, top)
     top = max(ys) if log else top  # it has room for outliers
@@ -113,10 +155,10 @@ def lines(
         notes.append(f"{over} {'value' if over == 1 else 'values'} above the axis, up to {show(max(ys))}")
     if notes:
         drawn.append(f'<text class="tick" x="{box.left}" y="{box.bottom + 31}">{escape("; ".join(notes))}</text>')
-    for number, mark in enumerate(sorted(marks, key=lambda mark: mark["x"])):
+    for number, mark in enumerate(sorted(marks, key=lambda mark: mark.x)):
         drawn += _mark(mark, box, 29 + 14 * number)
     for one in series:
-        drawn += _curve(one, box, x_name, show, [mark["x"] for mark in marks])
+        drawn += _curve(one, box, x_name, show, [mark.x for mark in marks])
     return svg(WIDTH, box.bottom + 36, label, drawn)
 
 
@@ -154,9 +196,9 @@ def histogram(
     if not counts or not max(counts):
         return ""
     low_x, high_x = edges[0], edges[-1]
-    shown_limit = limit is not None and limit <= low_x + 4 * (high_x - low_x)
-    if shown_limit:
-        high_x = max(high_x, limit + 0.12 * (limit - low_x))
+    shown_limit = limit if limit is not None and limit <= low_x + 4 * (high_x - low_x) else None
+    if shown_limit is not None:
+        high_x = max(high_x, shown_limit + 0.12 * (shown_limit - low_x))
     box = Box(46, 24, WIDTH - 8, 178, low_x, high_x, 0, max(counts) * 1.05)
     marks = box.axes(unit, lambda n: f"{n:,.0f}")
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
@@ -175,24 +217,26 @@ def histogram(
             x = box.x(other)
             title = f"<title>weighed: {other:,.0f} {escape(unit)}</title>"
             marks.append(f'<line class="weighed" x1="{x:.1f}" x2="{x:.1f}" y1="24" y2="{box.bottom}">{title}</line>')
-    if shown_limit:
-        x = box.x(limit)
+    if shown_limit is not None:
+        x = box.x(shown_limit)
         anchor = "end" if x > WIDTH * 0.5 else "start"
         shift = -5 if anchor == "end" else 5
         marks.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="12" y2="{box.bottom}"/>')
-        marks.append(f'<text class="limit {anchor}" x="{x + shift:.1f}" y="18">max_seq_length {limit:,.0f}</text>')
+        marks.append(
+            f'<text class="limit {anchor}" x="{x + shift:.1f}" y="18">max_seq_length {shown_limit:,.0f}</text>'
+        )
     return svg(WIDTH, 214, label, marks)
 
 
-def flow(total: int, parts: Sequence[dict], label: str) -> str:
+def flow(total: int, parts: Sequence[Part], label: str) -> str:
     """Where `total` rows went: a band a part, as thick as its share (never thinner than a visible line).
 
-    A part is {"name", "count", "kind": CSS class}. Parts of no rows are listed without a band.
+    Parts of no rows are listed without a band.
     """
     if not total:
         return ""
     top, tall, gap = 8, 150, 14
-    heights = [max(1.5, tall * part["count"] / total) if part["count"] else 0 for part in parts]
+    heights = [max(1.5, tall * part.count / total) if part.count else 0 for part in parts]
     marks, source_y, target_y = [], top + gap * (len(parts) - 1) / 2, float(top)
     whole = sum(heights)
     marks.append(f'<rect class="node" x="84" y="{source_y:.1f}" width="7" height="{whole:.1f}"/>')
@@ -201,40 +245,40 @@ def flow(total: int, parts: Sequence[dict], label: str) -> str:
     marks.append(f'<text class="count end" x="76" y="{middle + 14:.1f}">{total:,}</text>')
     label_y = -100.0
     for part, height in zip(parts, heights, strict=True):
-        share = f"{part['name']}: {part['count']:,} of {total:,} rows"
+        share = f"{part.name}: {part.count:,} of {total:,} rows"
         if height:
             low, high = target_y, target_y + height
             path = (
                 f"M91,{source_y:.1f} C180,{source_y:.1f} 180,{low:.1f} 268,{low:.1f} V{high:.1f} "
                 f"C180,{high:.1f} 180,{source_y + height:.1f} 91,{source_y + height:.1f} Z"
             )
-            marks.append(f'<path class="band {part["kind"]}" d="{path}"><title>{escape(share)}</title></path>')
-            marks.append(f'<rect class="node {part["kind"]}" x="268" y="{low:.1f}" width="7" height="{height:.1f}"/>')
+            marks.append(f'<path class="band {part.kind}" d="{path}"><title>{escape(share)}</title></path>')
+            marks.append(f'<rect class="node {part.kind}" x="268" y="{low:.1f}" width="7" height="{height:.1f}"/>')
         label_y = max(target_y + height / 2 + 4, label_y + 15)
         marks.append(
-            f'<text class="name" x="284" y="{label_y:.1f}">{escape(part["name"])} '
-            f'<tspan class="count">{part["count"]:,}</tspan></text>'
+            f'<text class="name" x="284" y="{label_y:.1f}">{escape(part.name)} '
+            f'<tspan class="count">{part.count:,}</tspan></text>'
         )
         source_y += height
         target_y += height + gap
     return svg(WIDTH, max(target_y, label_y + 12), label, marks)
 
 
-def bars(rows: Sequence[dict], show: Callable[[float], str], label: str) -> str:
-    """Horizontal bars, one a row of {"name", "value", "kind": CSS class, "note"}; the value stands behind the bar."""
+def bars(rows: Sequence[BarRow], show: Show, label: str) -> str:
+    """Horizontal bars, one a row; the value stands behind the bar."""
     if not rows:
         return ""
-    most = max(row["value"] for row in rows) or 1
+    most = max(row.value for row in rows) or 1
     left, room, step = 112, WIDTH - 112 - 92, 23
     marks = []
     for number, row in enumerate(rows):
         y = 4 + number * step
-        width = max(1.5, room * row["value"] / most)
-        text = show(row["value"]) + (f" {row['note']}" if row.get("note") else "")
+        width = max(1.5, room * row.value / most)
+        text = show(row.value) + (f" {row.note}" if row.note else "")
         marks.append(
-            f"<g><title>{escape(row['name'])}: {escape(text)}</title>"
-            f'<text class="name end" x="{left - 8}" y="{y + 12}">{escape(row["name"])}</text>'
-            f'<rect class="bar {row["kind"]}" x="{left}" y="{y + 2}" width="{width:.1f}" height="13" rx="2"/>'
+            f"<g><title>{escape(row.name)}: {escape(text)}</title>"
+            f'<text class="name end" x="{left - 8}" y="{y + 12}">{escape(row.name)}</text>'
+            f'<rect class="bar {row.kind}" x="{left}" y="{y + 2}" width="{width:.1f}" height="13" rx="2"/>'
             f'<text class="tick" x="{left + width + 7:.1f}" y="{y + 12}">{escape(text)}</text></g>'
         )
     return svg(WIDTH, 4 + len(rows) * step, label, marks)
@@ -250,18 +294,18 @@ def pair(base: float | None, tuned: float | None, label: str) -> str:
     return svg(120, 16, label, marks, "pair")
 
 
-def stacked(parts: Sequence[dict], label: str) -> str:
+def stacked(parts: Sequence[Part], label: str) -> str:
     """One bar of parts side by side, each as wide as its share.
 
-    A part is {"name", "count", "kind": CSS class}; parts of nothing are left out.
+    Parts of nothing are left out.
     """
-    total = sum(part["count"] for part in parts)
+    total = sum(part.count for part in parts)
     marks, x = [], 0.0
     for part in parts:
-        width = WIDTH * part["count"] / total if total else 0
+        width = WIDTH * part.count / total if total else 0
         if width:
-            kind, wide = escape(part["kind"]), max(width - 1.5, 1)
-            title = f"<title>{escape(part['name'])}: {part['count']:,} of {total:,}</title>"
+            kind, wide = escape(part.kind), max(width - 1.5, 1)
+            title = f"<title>{escape(part.name)}: {part.count:,} of {total:,}</title>"
             marks.append(
                 f'<rect class="part {kind}" x="{x:.1f}" y="1" width="{wide:.1f}" height="18" rx="2">{title}</rect>'
             )
@@ -269,7 +313,7 @@ def stacked(parts: Sequence[dict], label: str) -> str:
     return svg(WIDTH, 20, label, marks)
 
 
-def change(found: dict, worst: float | None, span: float, label: str) -> str:
+def change(found: Mapping[str, Any], worst: float | None, span: float, label: str) -> str:
     """A difference with its interval on a line from -`span` to `span` with 0 in its middle, for a cell of a table.
 
     `found` is {"value", "ci95"}; `worst`: where a limit stands, such as the largest drop that is allowed.
@@ -294,11 +338,24 @@ def change(found: dict, worst: float | None, span: float, label: str) -> str:
 class Box:
     """The rectangle that data is drawn in, and the two scales."""
 
-    def __init__(self, left, top, right, bottom, low_x, high_x, low_y, high_y, log=False):
+    def __init__(
+        self,
+        left: float,
+        top: float,
+        right: float,
+        bottom: float,
+        low_x: float,
+        high_x: float,
+        low_y: float,
+        high_y: float,
+        log: bool = False,
+    ):
+        """`left` to `bottom`: the rectangle; `low_x` to `high_y`: the values at its sides; `log`: a logarithmic y."""
         self.left, self.top, self.right, self.bottom = left, top, right, bottom
         self.low_x, self.high_x, self.low_y, self.high_y, self.log = low_x, high_x, low_y, high_y, log
 
     def x(self, value: float) -> float:
+        """Where a value of x lies."""
         width = self.high_x - self.low_x
         return self.left + (self.right - self.left) * ((value - self.low_x) / width if width else 0.5)
 
@@ -310,7 +367,7 @@ class Box:
             share = math.log(value / self.low_y) / math.log(self.high_y / self.low_y)
         return self.bottom - (self.bottom - self.top) * share
 
-    def axes(self, x_name: str, show: Callable[[float], str]) -> list[str]:
+    def axes(self, x_name: str, show: Show) -> list[str]:
         """Grid lines with their numbers, and the name of x at the right end."""
         marks = []
         values = (log_ticks if self.log else ticks)(self.low_y, self.high_y, 4)
@@ -328,40 +385,40 @@ class Box:
         return marks
 
 
-def _mark(mark: dict, box: Box, y: float) -> list[str]:
+def _mark(mark: Mark, box: Box, y: float) -> list[str]:
     """A line across the plot at the mark's x, and its label at height `y`, beside the line where there is room."""
-    x, kind = box.x(mark["x"]), escape(mark["kind"])
-    width = 6.6 * len(mark["label"])  # roughly, at the style sheet's size
+    x, kind = box.x(mark.x), escape(mark.kind)
+    width = 6.6 * len(mark.label)  # roughly, at the style sheet's size
     if x - 4 - width > 0 and x > (box.left + box.right) / 2:
         anchor, at = "end", x - 4
     else:
         anchor, at = "start", max(0.0, min(x + 4, WIDTH - width))
     line = f'<line class="mark {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 9}" y2="{box.bottom}"/>'
-    return [line, f'<text class="mark {kind} {anchor}" x="{at:.1f}" y="{y}">{escape(mark["label"])}</text>']
+    return [line, f'<text class="mark {kind} {anchor}" x="{at:.1f}" y="{y}">{escape(mark.label)}</text>']
 
 
-def _curve(one: dict, box: Box, x_name: str, show: Callable[[float], str], always: Sequence[float] = ()) -> list[str]:
+def _curve(one: Series, box: Box, x_name: str, show: Show, always: Sequence[float] = ()) -> list[str]:
     """The line, its dots where asked for, and a strip a point that shows the point's numbers under the pointer.
 
     Points at an x in `always` answer to the pointer however many there are.
     """
-    drawn = _outline(one["points"], MAX_DRAWN)
-    kind = escape(one["kind"])
+    drawn = _outline(one.points, MAX_DRAWN)
+    kind = escape(one.kind)
     path = " ".join(f"{box.x(x):.1f},{box.y(y):.1f}" for x, y in drawn)
     marks = [f'<polyline class="curve {kind}" points="{path}"/>']
     over = [box.x(x) for x, y in drawn if y > box.high_y]
     marks += [f'<path class="over {kind}" d="M{x - 4:.1f},{box.top} h8 l-4,-6 Z"/>' for x in over]
-    hovered = set(thin(one["points"], MAX_HOVERED)) | {point for point in one["points"] if point[0] in always}
-    if one["points"]:
-        hovered |= {max(one["points"], key=lambda point: point[1]), min(one["points"], key=lambda point: point[1])}
+    hovered = set(thin(one.points, MAX_HOVERED)) | {point for point in one.points if point[0] in always}
+    if one.points:
+        hovered |= {max(one.points, key=lambda point: point[1]), min(one.points, key=lambda point: point[1])}
     hovered = sorted(hovered)
     places = [box.x(x) for x, _ in hovered]
     for number, (x, y) in enumerate(hovered):
         before = (places[number - 1] + places[number]) / 2 if number else box.left
         after = (places[number] + places[number + 1]) / 2 if number + 1 < len(places) else box.right
         cx, cy = places[number], box.y(y)
-        text = escape(f"{x_name} {x:,g} · {one['name']} {show(y)}")
-        if one.get("dots"):  # dots answer for themselves, so that they do not hide the strips of the curve below
+        text = escape(f"{x_name} {x:,g} · {one.name} {show(y)}")
+        if one.dots:  # dots answer for themselves, so that they do not hide the strips of the curve below
             target = f'<circle class="target" cx="{cx:.1f}" cy="{cy:.1f}" r="9"/>'
             shown = "dot"
         else:
@@ -376,14 +433,14 @@ def _curve(one: dict, box: Box, x_name: str, show: Callable[[float], str], alway
     return marks
 
 
-def thin(points: Sequence[tuple], most: int) -> list[tuple]:
-    """At most `most` of the points, evenly chosen, the first and the last among them."""
+def thin(points: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` of the items, evenly chosen, the first and the last among them."""
     if len(points) <= most:
         return list(points)
     return [points[round(n * (len(points) - 1) / (most - 1))] for n in range(most)]
 
 
-def _outline(points: Sequence[tuple], most: int) -> list[tuple]:
+def _outline(points: Sequence[Point], most: int) -> list[Point]:
     """At most `most` of the points: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(points) <= most:
         return list(points)
@@ -396,7 +453,7 @@ def _outline(points: Sequence[tuple], most: int) -> list[tuple]:
     return kept
 
 
-def _tick(value: float, values: Sequence[float], show: Callable[[float], str]) -> str:
+def _tick(value: float, values: Sequence[float], show: Show) -> str:
     """A tick's number; no power of ten among `values`, the axis's, that are written without."""
     if 1e-4 <= value < 0.001 <= max(values) and "×" in show(value):
         return f"{value:.5f}".rstrip("0")
@@ -413,6 +470,7 @@ def _finite(value: float | None) -> bool:
 
 
 def svg(width: float, height: float, label: str, marks: Sequence[str], kind: str = "plot") -> str:
+    """Marks as one SVG element, which screen readers call `label`; `kind` is its CSS class."""
     return (
         f'<svg class="{kind}" viewBox="0 0 {width:g} {math.ceil(height)}" role="img" aria-label="{escape(label)}">'
         + "".join(marks)

@@ -1,10 +1,21 @@
 """The regression guard: whether a run lost more on a task than its settings allow."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
 ROUNDING = 1e-9  # a drop of just the allowed size passes, whatever the last bits of two means say
 
 
-def check(tasks: list[dict]) -> dict:
-    """Judge the tasks of a metrics.json: {passed, failed (names), sentence}.
+class GuardFinding(TypedDict):
+    """guard.json: whether a run lost no more than it may, the tasks in which it did, and both in words."""
+
+    passed: bool
+    failed: list[str]
+    sentence: str
+
+
+def check(tasks: Sequence[Mapping[str, Any]]) -> GuardFinding:
+    """Judge the tasks of a metrics.json.
 
     Of each task it reads task, metric, base and tuned ({value, …}), difference ({value, ci95, …}), max_drop and
     higher_is_better; one whose max_drop is None isn't guarded. The measured drop decides, not its interval: a guard
@@ -22,13 +33,13 @@ def check(tasks: list[dict]) -> dict:
     return {"passed": not failed, "failed": [task["task"] for task in failed], "sentence": sentence}
 
 
-def drop(task: dict) -> float:
+def drop(task: Mapping[str, Any]) -> float:
     """How much worse the tuned model is than its base, in the metric's own unit; below 0 where it is better."""
     change = task["difference"]["value"]
     return -change if task["higher_is_better"] else change
 
 
-def _failure(task: dict) -> str:
+def _failure(task: Mapping[str, Any]) -> str:
     text = (
         f"{task['task']}: {task['metric']} got worse by {drop(task):.4g}, from {task['base']['value']:.4g} to "
         f"{task['tuned']['value']:.4g}; max_drop allows {task['max_drop']:g}."
@@ -42,7 +53,7 @@ def _failure(task: dict) -> str:
     )
 
 
-def _pass(task: dict) -> str:
+def _pass(task: Mapping[str, Any]) -> str:
     text = f"{task['task']}: {task['metric']} fell by {drop(task):.4g} of {task['max_drop']:g} allowed."
     if drop(task) <= 0:
         text = f"{task['task']}: {task['metric']} didn't fall."
@@ -52,7 +63,7 @@ def _pass(task: dict) -> str:
     return f"{text} Its 95 % interval reaches {bounds[1]:.4g}, so that a larger drop isn't ruled out."
 
 
-def _bounds(task: dict) -> tuple[float, float]:
+def _bounds(task: Mapping[str, Any]) -> tuple[float, float]:
     """The 95 % interval of the drop."""
     low, high = task["difference"]["ci95"]
     return (-high, -low) if task["higher_is_better"] else (low, high)

@@ -1,5 +1,7 @@
 """The stage "report": one page a run, the cards of data and model, the same figures as JSON."""
 
+from typing import Any
+
 from pydantic import Field
 
 from adder.core.section import Section
@@ -28,7 +30,7 @@ class ResolvedSetting(Section):
     """A setting that a run has use for: path, value, and whether that is the default, the file's or the run's own."""
 
     key: str
-    value: object
+    value: Any
     origin: str
 
 
@@ -43,6 +45,8 @@ class ReportSettings(Report):
     """Every setting, but those of the machine."""
     stages: dict[str, str]
     """The keys of the run's stages, by the name under which the report knows them."""
+    shows: dict[str, dict[str, str]]
+    """What each of these stages shows: the files by name, as its declaration has them."""
 
 
 REPORT = StageSpec(

@@ -92,6 +92,7 @@ def stages_of_run(
         # Settings of the machine, and of what is done with the model later, are none of the run's.
         resolved=[row for row in resolved if not row.key.startswith(("runtime.", "export."))],
         stages={name: stage.key for name, stage in shown.items()},
+        shows={name: dict(stage.spec.shows) for name, stage in shown.items()},
     )
     return stages | {"report": Stage(REPORT, report, report.model_dump(mode="json"), shown)}
 

@@ -62,6 +62,7 @@ TASK = StageSpec(
     reads={"model": ("model/",), "tokenize": ("tokenizer/", "tokenize.json")},
     variants={"base": {"model": "model"}, "tuned": {"model": "merge"}},
     identity=_identity,
+    shows={"task": "scores.json", "samples": "samples.jsonl"},
     gpu=True,
     threads=None,
     minutes=480,

@@ -1,14 +1,20 @@
 """The report's view of the merge: which weights it went into and why, and the proof that the result is what it was."""
 
+from collections.abc import Callable
+from typing import Any
+
+from adder.merging.records import BaseRecord, HeldoutLosses, ProofRecord, ReloadedReply
 from adder.report.formatting import clip, number, percent, size
+from adder.report.page_section import Figure, PageSection, RunReport, View
 
 LONGEST_TEXT = 1500  # characters of the reloaded model's prompt and reply that are shown
 # The names of proof.json's alternatives by the value of the choice.
 CHOSEN = {"original": "merged into the original", "dequantized": "merged into the dequantised"}
 
 
-def merge_section(proof: dict) -> dict:
+def view(run: RunReport) -> View:
     """Base, logits, weights, reload and files, as far as the proof has them."""
+    proof = run.facts.merge
     return {
         "reason": proof.get("reason", ""),
         "checked": proof.get("checked", False),
@@ -22,7 +28,7 @@ def merge_section(proof: dict) -> dict:
     }  # fmt: skip
 
 
-def base_choice(choice: dict | None) -> dict | None:
+def base_choice(choice: BaseRecord | None) -> View | None:
     """The three held-out losses, the taken one marked; differences are to the adapter as it was trained."""
     if not choice:
         return None
@@ -40,14 +46,14 @@ def base_choice(choice: dict | None) -> dict | None:
     return {"reason": choice["reason"], "rows": rows, "measured": measured[0] if measured else None}
 
 
-def figures(proof: dict) -> list[tuple[str, str, str]]:
+def figures(proof: ProofRecord) -> list[Figure]:
     """What was compared and counted, as (name, value, what it means)."""
-    allowed = f"; allowed are {number(proof['tolerance'])}" if proof.get("tolerance") is not None else ""
-    base = f"; the base is {number(proof['base_kl'])} away" if proof.get("base_kl") is not None else ""
-    rows = f" of {proof['rows']:,} held-out rows" if proof.get("rows") else ""
+    allowed = f"; allowed are {number(tolerance)}" if (tolerance := proof.get("tolerance")) is not None else ""
+    base = f"; the base is {number(base_kl)} away" if (base_kl := proof.get("base_kl")) is not None else ""
+    rows = f" of {compared:,} held-out rows" if (compared := proof.get("rows")) else ""
     dequantised = (proof.get("base") or {}).get("value") == "dequantized"
     counted = "adapted or dequantised" if dequantised else "adapted"
-    known = [
+    known: list[tuple[str, str, Callable[[Any], str], str]] = [
         ("kl", "KL divergence", number, f"nats per token between both{allowed}{base}"),
         ("top_token_agreement", "Same first choice", lambda v: percent(v, 2), "of both at a position"),
         ("max_difference", "Largest difference", number, "of any logit"),
@@ -61,7 +67,7 @@ def figures(proof: dict) -> list[tuple[str, str, str]]:
     return [row for row in found if row[0] != "Weights unchanged" or row[1] != "0"]
 
 
-def heldout_loss(found: dict | None) -> list[tuple[str, str, str]]:
+def heldout_loss(found: HeldoutLosses | None) -> list[Figure]:
     """The figure of the merged model's loss beside that of base + adapter; none where it wasn't measured."""
     if not found:
         return []
@@ -73,9 +79,15 @@ def signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−") if round(value, 4) else "0.0000"
 
 
-def reloaded(found: dict | None) -> dict | None:
+def reloaded(found: ReloadedReply | None) -> View | None:
     """The reply of the model read back from disk in a fresh process. One that differs does so at a tie: no fault."""
-    return found and {
-        **{name: clip(found[name], LONGEST_TEXT) for name in ("prompt", "reply")},
+    if not found:
+        return None
+    return {
+        "prompt": clip(found["prompt"], LONGEST_TEXT),
+        "reply": clip(found["reply"], LONGEST_TEXT),
         "tied": found["tied"] and found["tied"]["position"],
     }
+
+
+SECTION = PageSection(name="merge", anchor="merge", title="Merge", view=view)

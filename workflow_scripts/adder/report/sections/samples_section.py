@@ -3,13 +3,18 @@
 import difflib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from adder.evaluation import metrics
 from adder.report import formatting
-from adder.report.data_section import call_text
+from adder.report.facts import PairedSample
+from adder.report.page_section import PageSection, RunReport, View
+from adder.report.records import HeldoutSample
+from adder.report.sections.data_section import call_text
 
+SHOWN_SAMPLES = 60
 LONGEST_TEXT = 4000  # characters of a text that are shown
 MOST_DIFFED = 1200  # words of a text that are compared: the comparison is quadratic
 clip = partial(formatting.clip, most=LONGEST_TEXT)
@@ -27,7 +32,40 @@ BESIDE = [
 WORD = re.compile(r"\w+(?:[.,:/\-]\w+)*|\s+|[^\w\s]")
 
 
-def select_samples(samples: list[dict], most: int) -> dict:
+Kind = Literal["same", "wrong", "missing"]
+Pieces = list[tuple[Kind, str]]
+"""A reply in pieces: "same", "wrong" (stands in the reply only), "missing" (stands in the reference only)."""
+
+
+class ShownReply(NamedTuple):
+    """A reply: whether it is right, its scores in words, and as `mark` returns it."""
+
+    right: bool
+    scores: list[str]
+    marked: Pieces
+    unlike: bool
+
+
+class ShownSample(NamedTuple):
+    """A held-out row as the page shows it; order: its place in the data; gain: nats a token less than the base."""
+
+    id: str
+    order: int
+    loss: float | None
+    gain: float
+    turns: list[View]
+    gist: str
+    reference: str
+    base: ShownReply
+    tuned: ShownReply
+
+
+def view(run: RunReport) -> View:
+    """Some of the replies, the worst first."""
+    return select_samples(run.facts.samples, SHOWN_SAMPLES)
+
+
+def select_samples(samples: Sequence[PairedSample], most: int) -> View:
     """Choose at most `most` samples, the tuned model's worst first, and prepare them for the page.
 
     Wrong replies come first, lowest chrF or highest loss first; a third of the places stays for right ones where there
@@ -35,42 +73,47 @@ def select_samples(samples: list[dict], most: int) -> dict:
     Plain texts have no replies and are left out. Returns {shown, total, wrong, right, system (the system prompt that
     all share, or None), rows}.
     """
-    samples = [sample for sample in samples if sample["tuned"]["reply"] is not None]
-    worst_first = sorted(samples, key=lambda s: (s["tuned"].get("chrf", 0.0), -(s["tuned"].get("loss") or 0.0)))
-    wrong = [s for s in worst_first if not s["tuned"]["exact_match"]]
-    right = [s for s in worst_first if s["tuned"]["exact_match"]]
+    samples = [sample for sample in samples if sample.tuned["reply"] is not None]
+    worst_first = sorted(samples, key=lambda sample: (sample.tuned.get("chrf", 0.0), -(sample.tuned["loss"] or 0.0)))
+    wrong = [sample for sample in worst_first if not sample.tuned.get("exact_match")]
+    right = [sample for sample in worst_first if sample.tuned.get("exact_match")]
     places = max(most - len(right), most - most // 3)
     chosen = wrong[:places]
     chosen += right[: most - len(chosen)]
-    order = {s["id"]: number for number, s in enumerate(samples)}
+    order = {sample.id: number for number, sample in enumerate(samples)}
     system = shared_system(samples)
-    rows = [prepare(s, order[s["id"]], system) for s in chosen]
     return {
-        "rows": rows, "shown": len(rows), "total": len(samples), "wrong": len(wrong), "right": len(right),
+        "rows": [prepare(sample, order[sample.id], system) for sample in chosen],
+        "shown": len(chosen),
+        "total": len(samples),
+        "wrong": len(wrong),
+        "right": len(right),
         "system": system,
-    }  # fmt: skip
+    }
 
 
-def prepare(sample: dict, order: int, system: str | None) -> dict:
+def prepare(sample: PairedSample, order: int, system: str | None) -> ShownSample:
     """One sample as the page shows it: turns, and reference, base and tuned as marked texts."""
-    tuned, base = sample["tuned"], sample["base"]
+    base, tuned = sample.base, sample.tuned
     turns = [turn for turn in tuned["prompt"] if not (turn["role"] == "system" and turn["content"] == system)]
-    replies = {}
-    for who, row in (("base", base), ("tuned", tuned)):
-        marked, unlike = mark(tuned["reference"], row["reply"], bool(row["exact_match"]))
-        replies[who] = {
-            "right": bool(row["exact_match"]),
-            "scores": [f"{name} {show(row[key])}" for key, name, show in BESIDE if row.get(key) is not None],
-            "marked": marked,
-            "unlike": unlike,
-        }
-    gain = (base.get("loss") or 0.0) - (tuned.get("loss") or 0.0)
-    return {
-        "id": sample["id"], "order": order, "loss": tuned.get("loss"), "gain": gain,
-        "turns": [{"role": turn["role"], "content": clip(turn_text(turn))} for turn in turns],
-        "gist": formatting.gist(turn_text(turns[-1]) if turns else ""),
-        "reference": reference_text(tuned["reference"]), **replies,
-    }  # fmt: skip
+    return ShownSample(
+        id=sample.id,
+        order=order,
+        loss=tuned.get("loss"),
+        gain=(base.get("loss") or 0.0) - (tuned.get("loss") or 0.0),
+        turns=[{"role": turn["role"], "content": clip(turn_text(turn))} for turn in turns],
+        gist=formatting.gist(turn_text(turns[-1]) if turns else ""),
+        reference=reference_text(tuned["reference"]),
+        base=_reply(tuned["reference"], base),
+        tuned=_reply(tuned["reference"], tuned),
+    )
+
+
+def _reply(reference: str, row: HeldoutSample) -> ShownReply:
+    right = bool(row.get("exact_match"))
+    marked, unlike = mark(reference, row["reply"] or "", right)
+    scores = [f"{name} {show(value)}" for key, name, show in BESIDE if (value := row.get(key)) is not None]
+    return ShownReply(right, scores, marked, unlike)
 
 
 def reference_text(reference: str) -> str:
@@ -79,16 +122,15 @@ def reference_text(reference: str) -> str:
     return clip(reference if data is None else pretty(data))
 
 
-def turn_text(turn: dict) -> str:
+def turn_text(turn: Mapping[str, Any]) -> str:
     """What a message says: its text, and the tools that it calls."""
     return "\n".join(filter(None, [turn["content"], *map(call_text, turn.get("tool_calls") or [])]))
 
 
-def mark(reference: str, reply: str, right: bool) -> tuple[list[tuple[str, str]], bool]:
+def mark(reference: str, reply: str, right: bool) -> tuple[Pieces, bool]:
     """Return the reply as (kind, text) pieces, and whether it is too unlike the reference to be compared word by word.
 
-    Kinds: "same", "wrong" (stands in the reply only), "missing" (stands in the reference only). JSON is compared
-    indented and with the reference's order of keys, for order is no difference.
+    JSON is compared indented and with the reference's order of keys, for order is no difference.
     """
     expected, found = as_data(reference), as_data(reply)
     if expected is not None and found is not None:
@@ -99,7 +141,7 @@ def mark(reference: str, reply: str, right: bool) -> tuple[list[tuple[str, str]]
     matcher = difflib.SequenceMatcher(None, left, right_words, autojunk=False)
     if likeness(matcher.get_matching_blocks(), left, right_words) < UNLIKE:
         return [("same", clip(reply))], True
-    pieces: list[tuple[str, str]] = []
+    pieces: Pieces = []
     for _, from_left, to_left, from_right, to_right in matcher.get_opcodes():
         if left[from_left:to_left] == right_words[from_right:to_right]:
             pieces.append(("same", "".join(left[from_left:to_left])))
@@ -109,7 +151,7 @@ def mark(reference: str, reply: str, right: bool) -> tuple[list[tuple[str, str]]
     return [(kind, text) for kind, text in pieces if text], False
 
 
-def likeness(blocks: list, left: list[str], right: list[str]) -> float:
+def likeness(blocks: Sequence[difflib.Match], left: list[str], right: list[str]) -> float:
     """Share of the words of both texts that they have in common; spaces, which all texts share, do not count."""
     words = sum(not word.isspace() for word in left + right)
     common = sum(not word.isspace() for block in blocks for word in left[block.a : block.a + block.size])
@@ -140,9 +182,12 @@ def in_order_of(value: Any, like: Any) -> Any:
     return value
 
 
-def shared_system(samples: list[dict]) -> str | None:
+def shared_system(samples: Sequence[PairedSample]) -> str | None:
     """The system prompt, where all samples begin with the same one."""
-    found = {s["tuned"]["prompt"][0]["content"] for s in samples if s["tuned"]["prompt"][:1]
-             and s["tuned"]["prompt"][0]["role"] == "system"}  # fmt: skip
-    everywhere = all(s["tuned"]["prompt"] and s["tuned"]["prompt"][0]["role"] == "system" for s in samples)
+    first = [sample.tuned["prompt"][0] if sample.tuned["prompt"] else None for sample in samples]
+    found = {turn["content"] for turn in first if turn and turn["role"] == "system"}
+    everywhere = all(turn and turn["role"] == "system" for turn in first)
     return found.pop() if everywhere and len(found) == 1 else None
+
+
+SECTION = PageSection(name="samples", anchor="replies", title="Replies", view=view)
