@@ -70,7 +70,7 @@ class _Uncached(SourceFileLoader):
 class _Beside:
     """Finds modules in one folder, also submodules; remembers their names."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.loaded: set[str] = set()
 

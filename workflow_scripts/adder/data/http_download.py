@@ -39,7 +39,7 @@ Authorize = Callable[["PreparedRequest"], "PreparedRequest"]
 class _TryAgain(Exception):
     """An answer that may be another one later; `wait` is how many seconds the server asks for, if it does."""
 
-    def __init__(self, message: str, wait: float = 0.0):
+    def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
         self.wait = wait
 
@@ -124,7 +124,7 @@ def _forget(target: Path) -> None:
 class _Partial:
     """The part of a file that is here, with the mark by which its origin knows the content that it is a part of."""
 
-    def __init__(self, target: Path):
+    def __init__(self, target: Path) -> None:
         self.target, self.path, self.note = target, _beside(target, ".part"), _beside(target, ".part.json")
 
     @property
@@ -238,7 +238,7 @@ def _credentials(address: str, token: str | None) -> tuple[str, Authorize]:
 
 
 class _Bearer:
-    def __init__(self, token: str):
+    def __init__(self, token: str) -> None:
         self.token = token
 
     def __call__(self, request: "PreparedRequest") -> "PreparedRequest":

@@ -102,7 +102,7 @@ def _items_of(open_text: Callable[[], TextIO], places: set[int]) -> Iterator[Any
 class Document:
     """A cursor in one JSON document, of which only the piece around the cursor is in memory."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.text, self.at, self.ended = "", 0, False
         self.line, self.column = 1, 1  # where self.text begins

@@ -296,7 +296,7 @@ def _batches(path: Path) -> Iterator[Any]:
     import pyarrow as pa
 
     with open_bytes(path) as start:
-        is_stream = not start.read(6) == b"ARROW1"
+        is_stream = start.read(6) != b"ARROW1"
     if is_stream:
         with open_bytes(path) as file, pa.ipc.open_stream(file) as reader:
             yield from reader
