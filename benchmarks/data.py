@@ -24,6 +24,7 @@ import time
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +69,8 @@ def tokenizer_only(work: Path, rows: Path, count: int) -> float:
     return seconds
 
 
-def turns(row: dict) -> list[dict]:
+def turns(row: dict[str, str]) -> list[dict[str, str]]:
+    """A question and its answer as messages."""
     return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
 
 
@@ -76,11 +78,18 @@ def trl_map(work: Path, rows: Path, count: int) -> float:
     """Seconds from the file to TRL's packed data set."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage] - exported, but lazily
 
     tokenizer = AutoTokenizer.from_pretrained(work / "model" / "model")
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
     start = time.perf_counter()
     data = load_dataset("json", data_files=str(rows), split="train", cache_dir=str(work / "trl"))
     data = data.map(
@@ -96,33 +105,35 @@ def trl_map(work: Path, rows: Path, count: int) -> float:
 def adder(work: Path, rows: Path, count: int, checked: bool = False, download: bool = False) -> float:
     """Seconds from rows to packs through the stages themselves; with `download` also from the file to rows."""
     from adder.core.progress import Progress
-    from adder.core.stage_spec import Context, NoInputs
+    from adder.core.stage_spec import Context, NoInputs, Runtime
     from adder.data import fetch_rows
-    from adder.data.stage import RowSettings, Source
+    from adder.data.stage import Heldout, RowSettings, Source
     from adder.formatting import run as formatting
     from adder.packing import run as lengths
     from adder.packing.stage import LengthsSettings
     from adder.tokenization import run as tokenize
     from adder.tokenization.stage import TokenizeSettings
-    from adder.workflow.settings import Format, Heldout
+    from adder.workflow.settings import Format
 
     progress = Progress.silent()
+    # The cores that measure() gives to this arm.
+    context = Context(progress, Runtime.model_validate({"threads": os.environ.get("OMP_NUM_THREADS", "auto")}))
     folders = {name: work / name for name in ("data", "format", "tokenize", "lengths")}
     for folder in folders.values():
         folder.mkdir()
     start = time.perf_counter()
-    fetch_rows.run(RowSettings(sources=[Source(path=str(rows))]), NoInputs(), folders["data"], Context(progress))
+    fetch_rows.run(RowSettings(sources=[Source(path=str(rows))]), NoInputs(), folders["data"], context)
     if not download:
         start = time.perf_counter()
     heldout = Heldout(size=max(2, min(1000, count // 100))).model_dump(mode="json")
-    off = {} if checked else {"near_duplicates": "off", "overlap": "off"}
-    settings = Format(**off).model_dump(mode="json") | {"heldout": heldout}
+    wanted = Format() if checked else Format(near_duplicates="off", overlap="off")
+    settings = wanted.model_dump(mode="json") | {"heldout": heldout}
     formatting.run(settings, folders, folders["format"], progress)
     inputs = tokenize.TokenizeInputs(folders["format"], work / "model")
-    tokenize.run(TokenizeSettings(), inputs, folders["tokenize"], Context(progress))
+    tokenize.run(TokenizeSettings(), inputs, folders["tokenize"], context)
     choices = LengthsSettings(max_seq_length=LENGTH, packing=True, effective_batch_size=16, max_examples=None)
     inputs = lengths.LengthsInputs(folders["tokenize"], work / "model")
-    found = lengths.run(choices, inputs, folders["lengths"], Context(progress))
+    found = lengths.run(choices, inputs, folders["lengths"], context)
     seconds = time.perf_counter() - start
     # Repeated questions overlap with the held-out ones among them, and are dropped where that is looked for.
     assert checked or found["examples"] >= 0.98 * count, found
@@ -138,7 +149,7 @@ ARMS = {
 }
 
 
-def measure(arm: str, model: Path, rows: Path, count: int, cores: int) -> dict:
+def measure(arm: str, model: Path, rows: Path, count: int, cores: int) -> dict[str, Any]:
     """Run one arm in a process of its own; its seconds and the peak of its and its children's memory (PSS)."""
     with tempfile.TemporaryDirectory(dir=rows.parent) as work:
         (Path(work) / "model").symlink_to(model)
@@ -156,6 +167,7 @@ def measure(arm: str, model: Path, rows: Path, count: int, cores: int) -> dict:
             if process.returncode:
                 log.seek(0)
                 sys.exit(f"{arm} failed:\n{log.read()[-3000:]}")
+        assert process.stdout is not None
         seconds = json.loads(process.stdout.read().splitlines()[-1])["seconds"]
     result = {
         "name": arm,
@@ -184,7 +196,7 @@ def memory_of(pid: int) -> int:
     return total
 
 
-def compare(options) -> dict:
+def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Run all arms; the figures as data.json has them."""
     from adder.core import hardware
     from adder.core.progress import Progress

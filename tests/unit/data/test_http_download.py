@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import http_server
+from adder.core import file_lock
 from adder.core.errors import UserError
 from adder.data import http_download
-from data_stages import SUM_LINES, SUMS, data, write_rows
+from data_stages import SUM_LINES, SUMS, Written, data, write_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.usefixtures("downloads")
@@ -117,6 +119,22 @@ def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(tmp_path):
             write_rows(tmp_path / "down", [{"url": f"{web.url}/other.jsonl"}])
     with pytest.raises(UserError, match=r"other.jsonl can't be fetched: ConnectionError"):
         write_rows(tmp_path / "gone", [{"url": f"{web.url}/other.jsonl"}])
+
+
+def test_a_file_that_another_process_fetches_is_waited_for(tmp_path):
+    found: list[Written] = []
+    with http_server.serving({"/rows.jsonl": SUM_LINES}) as web:
+        url = f"{web.url}/rows.jsonl"
+        lock = http_download._beside(http_download._place(url, url), ".lock")
+        waiting = threading.Thread(target=lambda: found.append(write_rows(tmp_path / "data", [{"url": url}])))
+        with file_lock.held(lock, pytest.fail):
+            waiting.start()
+            waiting.join(0.5)
+            assert waiting.is_alive() and not web.asked
+        waiting.join(60)
+    assert data(found[0].records) == SUMS and not lock.exists()
+    assert f"another process (process {os.getpid()} on " in found[0].shown
+    assert f"is fetching {url}; waiting for it" in found[0].shown
 
 
 def everything_written(folder: Path) -> bytes:

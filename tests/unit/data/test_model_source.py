@@ -280,8 +280,7 @@ def test_hub_refusals_say_what_to_do(model_copy, tmp_path):
         for number, (source, how, message) in enumerate(expected):
             done = fetch_hub(tmp_path / str(number), home, hub.url, source, **how)
             assert (
-                (done.returncode == 1
-                and f"UserError: model.source: {source}" in done.stderr)
+                (done.returncode == 1 and f"UserError: model.source: {source}" in done.stderr)
                 or "sha256" in how
                 or "file" in how
             )

@@ -162,7 +162,9 @@ def _style(rng: random.Random, sentences: list[str], closing: str, product: str)
     """Join the sentences in one tone, careful or casual (no capitals, loose punctuation); now and then with a typo."""
     casual = rng.random() < IS_CASUAL
     stops = (".", ".", ",", "!") if casual else (".",) * 9 + ("!",)
-    parts = [s if s[-1] in ".:!?" or (s[-1] == "," and s != sentences[-1]) else s + rng.choice(stops) for s in sentences]
+    parts = [
+        s if s[-1] in ".:!?" or (s[-1] == "," and s != sentences[-1]) else s + rng.choice(stops) for s in sentences
+    ]
     if not casual:
         parts = [part if part.startswith("#") else part[0].upper() + part[1:] for part in parts]
     text = " ".join(parts)
