@@ -73,7 +73,7 @@ TO_TEXT = {
 }
 
 
-MEASURED = """
+MEASURED = r"""
 import re, sys
 from pathlib import Path
 from adder.data import fetch_rows
