@@ -49,7 +49,7 @@ def test_every_family_trains_in_the_same_direction(name):
     model = with_adapter(family(name, **SHAPE))
     batch = batch_of(9, 23, 14)
     expected_loss, expected = step(model, batch)
-    report = attach.attach(model, products="fp8")
+    report = attach.attach(model, precision="fp8")
     assert report["fp8"] > 0 and report["decoder_layers"] == FAMILIES[name][1] and not report["left_to_peft"], report
     found_loss, found = step(model, batch)
     assert found_loss == pytest.approx(expected_loss, rel=0.03) and found_loss != expected_loss
@@ -65,7 +65,7 @@ def test_lora_s_own_share_is_not_in_fp8():
                 parameter.zero_()
     batch = batch_of(9, 23)
     expected_loss, expected = step(model, batch)
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     found_loss, found = step(model, batch)
     assert found_loss == pytest.approx(expected_loss, rel=1e-6)
     assert worst_error(found, expected) < 1e-4
@@ -86,7 +86,7 @@ def launches_of_lora_swiglu_fp8(monkeypatch) -> list:
 def test_an_mlp_without_the_share_in_gate_up_is_the_same(modules, monkeypatch):
     """To fp32 rounding, and what that moves across a boundary of fp8's."""
     model = with_adapter(family("Llama", **SHAPE, mlp_bias=True), target_modules=modules)
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     batch, calls = batch_of(9, 23), launches_of_lora_swiglu_fp8(monkeypatch)
     found = step(model, batch)
     assert len(calls) == 2
@@ -99,7 +99,7 @@ def test_an_mlp_without_the_share_in_gate_up_is_the_same(modules, monkeypatch):
 @pytest.mark.parametrize("changes", [{"rank_pattern": {"down_proj": 65}}, {"lora_dropout": 0.3}])
 def test_an_mlp_beyond_the_kernel_takes_several(changes, monkeypatch):
     model = with_adapter(family("Llama", **SHAPE), **changes).train()
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     calls = launches_of_lora_swiglu_fp8(monkeypatch)
     step(model, batch_of(9, 23))
     assert not calls
@@ -112,7 +112,7 @@ def test_an_mlp_beyond_the_kernel_takes_several(changes, monkeypatch):
 def test_queries_and_keys_turned_by_the_launch_that_adds_are_the_same(name, launches, monkeypatch):
     """Which is left out where a layer has no rotation, or a norm before it."""
     model = with_adapter(family(name, **SHAPE), target_modules=["q_proj", "v_proj"])
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     batch, calls = batch_of(9, 23), []
     found = step(model, batch)
 
@@ -133,7 +133,7 @@ def test_ranks_dropout_and_biases_go_with_fp8():
     model.train()
     exact = copy.deepcopy(model)
     attach.attach(exact)
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     results = []
     for each in (exact, model):
         torch.manual_seed(4)  # the same masks
@@ -143,7 +143,7 @@ def test_ranks_dropout_and_biases_go_with_fp8():
 
 def test_checkpointing_in_fp8_changes_nothing():
     model = with_adapter(family("Llama", **SHAPE), lora_dropout=0.3).train()
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     torch.manual_seed(3)
     plain = step(model, batch_of(9, 23))
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -156,9 +156,9 @@ def test_checkpointing_in_fp8_changes_nothing():
 def test_sizes_that_fp8_cannot_multiply_stay_in_16_bits():
     model = with_adapter(family("Llama", intermediate_size=136))
     batch = batch_of(9, 23)
-    report = attach.attach(model, products="fp8")
+    report = attach.attach(model, precision="fp8")
     assert report["fp8"] == 6 and report["decoder_layers"] == 2
-    assert report["reasons"] == {"fp8 products need sizes that 16 divides": 2}  # down_proj's inputs
+    assert report["reasons"] == {"fp8 matmuls need sizes that 16 divides": 2}  # down_proj's inputs
     assert torch.isfinite(torch.tensor(step(model, batch)[0]))
 
 
@@ -166,7 +166,7 @@ def test_detach_restores_what_was_before_fp8():
     model = with_adapter(family("Llama", **SHAPE))
     before = step(model, batch_of(9, 23))
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     assert all(p.is_contiguous() and torch.equal(p, weights[name]) for name, p in model.named_parameters())
     attach.detach(model)
     after = step(model, batch_of(9, 23))
@@ -178,7 +178,7 @@ def test_training_in_fp8_ends_where_training_ends():
     batch, losses = batch_of(9, 23, 14), {}
     for products in ("bf16", "fp8"):
         model = with_adapter(family("Llama", **SHAPE))
-        attach.attach(model, products=products)
+        attach.attach(model, precision=precision)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses[products] = []
         for _ in range(20):
@@ -197,18 +197,18 @@ def test_fp8_on_a_gpu_is_its_reference(name):
     round to the neighbour when their bf16 input differs in its last bit.
     """
     if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("fp8 products need compute capability 9.0")
+        pytest.skip("fp8 matmuls need compute capability 9.0")
     sizes = {"intermediate_size": 1408}
     batch = batch_of(*LENGTHS, device="cuda")
     exact = step(on_gpu(name, torch.float32, "sdpa", **sizes), batch)
     model = on_gpu(name, torch.bfloat16, "adder_varlen", **sizes)
-    report = attach.attach(model, products="fp8")
+    report = attach.attach(model, precision="fp8")
     assert report["decoder_layers"] == 4 and report["fp8"] == 16, report
     with torch.autocast("cuda", torch.bfloat16):
         found = step(model, batch)
     slow = on_gpu(name, torch.float32, "sdpa", **sizes).cpu()
     slow.get_base_model().set_attn_implementation("adder_segments")
-    attach.attach(slow, products="fp8")
+    attach.attach(slow, precision="fp8")
     reference = step(slow, batch_of(*LENGTHS))
     reference = reference[0], {name: grad.cuda() for name, grad in reference[1].items()}
     fast, slow = errors(found, exact), errors(reference, exact)
@@ -236,7 +236,7 @@ def test_remembered_values_serve_what_they_were_made_of_alone():
 def test_gradients_are_quantised_where_they_are_written(monkeypatch):
     """All but the last layer's, which comes from elsewhere, and (without kernels) those of gate and up."""
     model = with_adapter(family("Llama", **SHAPE))
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     loss, widths, quantise = model(**batch_of(9, 23)).loss, [], fp8.quantise
     monkeypatch.setattr(fp8, "quantise", lambda x: widths.append(x.shape[-1]) or quantise(x))
     loss.backward()

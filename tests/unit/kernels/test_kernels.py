@@ -344,7 +344,7 @@ def test_fp8_product(tokens, outputs, inputs):
     """Both directions on the tensor cores against the dequantised numbers in fp32: rounding to bf16, and the narrow
     sums of Hopper's fp8 instructions, which keep about 14 bits."""
     if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("fp8 products need compute capability 9.0")
+        pytest.skip("fp8 matmuls need compute capability 9.0")
     weight = fp8.Fp8Weight(random(outputs, inputs, dtype=torch.bfloat16))
     for side, width in ((weight.forward, inputs), (weight.backward, outputs)):
         rows = fp8.quantise(random(tokens, width, dtype=torch.bfloat16))

@@ -75,7 +75,7 @@ def test_parity_measures_and_leaves_nothing_behind():
     model = with_adapter(family("Llama", **SHAPE)).train()
     batch = batch_of(9, 23, 14)
     reference, expected = step(model.eval(), batch)
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     loss, found = step(model, batch)
     model.zero_grad(set_to_none=True)
     model.train()
@@ -97,7 +97,7 @@ def test_parity_measures_and_leaves_nothing_behind():
 def test_parity_is_that_of_fp8_and_not_of_dropout():
     plain, dropping = untrained(), untrained(lora_dropout=0.5).train()
     for model in (plain, dropping):
-        attach.attach(model, products="fp8")
+        attach.attach(model, precision="fp8")
     found = base_precision.parity(dropping, batch_of(9, 23))
     assert found == base_precision.parity(plain, batch_of(9, 23))
     assert found["compared"] == "B" and 0.9 < found["gradient_cosine"] < 1
@@ -229,7 +229,7 @@ def test_sizes_that_fp8_cannot_multiply_stay_in_16_bits(hopper, packs):
 def test_packs_without_a_gradient_are_refused():
     model, batch = untrained(), batch_of(9, 23)
     batch["labels"].fill_(-100)
-    attach.attach(model, products="fp8")
+    attach.attach(model, precision="fp8")
     with pytest.raises(UserError, match=r"no gradient to compare.*tokenize.loss_on"):
         base_precision.parity(model, batch)
 
@@ -256,7 +256,7 @@ def test_the_report_shows_the_comparison(hopper, packs, monkeypatch, tmp_path, w
 
 def needs_hopper():
     if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("fp8 products need compute capability 9.0")
+        pytest.skip("fp8 matmuls need compute capability 9.0")
 
 
 def nf4_on_gpu(folder):

@@ -55,7 +55,7 @@ def test_every_layer_is_replaced():
     model = with_adapter(family("Llama"))
     attach.attach(model)
     calls = []
-    for item in model._folded_lora:
+    for item in model._fused_lora:
         run = item._run
         item._run = lambda *args, run=run, **kwargs: calls.append(1) or run(*args, **kwargs)
     step(model, batch_of(9, 5))

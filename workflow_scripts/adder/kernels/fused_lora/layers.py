@@ -1,4 +1,4 @@
-"""Modules whose forward folded LoRA replaces: layers that share an input, gated MLPs, decoder layers of Llama's kind.
+"""Modules whose forward fused LoRA replaces: linear layers that share an input, SwiGLU MLPs, Llama-like decoder layers.
 
 Each object stands in for the forward of the modules it names, hands back to their own whenever something is not as it
 was when it was made (another adapter, a merge, other dtypes), and gives them their own again on `detach`.
@@ -6,37 +6,40 @@ was when it was made (another adapter, a merge, other dtypes), and gives them th
 
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adder.kernels.fused_lora.autograd_functions import AttentionInput, GatedMLP, Linear
-from adder.kernels.fused_lora.layer_probes import activation_of, norm_of
-from adder.kernels.fused_lora.weights import Group
+from adder.kernels.fused_lora.autograd_functions import LoraLinear, LoraQKV, LoraSwiGLU
+from adder.kernels.fused_lora.layer_probes import probe_activation, probe_rmsnorm
+from adder.kernels.fused_lora.weights import AnyModule, LinearGroup
 
 
-class SharedInput:
+class FusedLinears:
     """Forward of linear layers that are called one after the other with the same input: the first computes for all."""
 
-    def __init__(self, group: Group):
-        self.group, self.waiting = group, {}
+    def __init__(self, group: LinearGroup):
+        self.group = group
+        # By index, what the first of these layers computed for the others, and from which input.
+        self.waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.modules = [part.module for part in group.parts]
-        for number, module in enumerate(self.modules):
-            module.forward = partial(self.forward, number)
+        for index, module in enumerate(self.modules):
+            module.forward = partial(self.forward, index)
 
-    def forward(self, number: int, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """As the layer's own, for the layer of this number."""
-        module = self.modules[number]
-        if args or kwargs or x.dtype != self.group.dtype or not self.group.intact():
+    def forward(self, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the layer's own, for the layer of this index."""
+        module = self.modules[index]
+        if args or kwargs or x.dtype != self.group.dtype or not self.group.is_intact():
             return type(module).forward(module, x, *args, **kwargs)
-        source, result = self.waiting.pop(number, (None, None))
-        if source is not x:
-            rows = x.reshape(-1, x.shape[-1])
-            y = Linear.apply(rows, None, self.group, *self.group.parameters).view(*x.shape[:-1], -1)
-            parts = [y[..., part.rows] for part in self.group.parts]
-            result = parts[number]
-            self.waiting = {i: (x, part) for i, part in enumerate(parts) if i != number}
-        return result
+        source, output = self.waiting.pop(index, (None, None))
+        if source is x and output is not None:
+            return output
+        rows = x.reshape(-1, x.shape[-1])
+        y = LoraLinear.apply(rows, None, self.group, *self.group.parameters).view(*x.shape[:-1], -1)
+        outputs = [y[..., part.rows] for part in self.group.parts]
+        self.waiting = {i: (x, output) for i, output in enumerate(outputs) if i != index}
+        return outputs[index]
 
     def detach(self) -> None:
         """Give the layers their own forward again."""
@@ -45,26 +48,26 @@ class SharedInput:
         self.group.release()
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[LinearGroup]:
         """The group, as the other replacements have them."""
         return [self.group]
 
 
-class FoldedMLP:
-    """Forward of an MLP with gate, up and down."""
+class FusedMLP:
+    """Forward of a SwiGLU MLP: gate, up and down projections."""
 
-    def __init__(self, mlp: torch.nn.Module, first: Group, second: Group):
-        self.modules, self.groups = [mlp], [first, second]
-        self.activation = activation_of(mlp)
+    def __init__(self, mlp: AnyModule, gate_up: LinearGroup, down: LinearGroup):
+        self.modules, self.groups = [mlp], [gate_up, down]
+        self.activation = probe_activation(mlp)
         mlp.forward = self.forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the MLP's own."""
-        mlp, (first, second) = self.modules[0], self.groups
-        if x.dtype != first.dtype or not (first.intact() and second.intact()):
+        mlp, (gate_up, down) = self.modules[0], self.groups
+        if x.dtype != gate_up.dtype or not (gate_up.is_intact() and down.is_intact()):
             return type(mlp).forward(mlp, x)
-        y = GatedMLP.apply(
-            x.reshape(-1, x.shape[-1]), None, self.activation, first, second, *first.parameters, *second.parameters
+        y = LoraSwiGLU.apply(
+            x.reshape(-1, x.shape[-1]), None, self.activation, gate_up, down, *gate_up.parameters, *down.parameters
         )
         return y.view(x.shape)
 
@@ -75,22 +78,22 @@ class FoldedMLP:
             group.release()
 
 
-class FoldedLayer:
-    """Forward of a decoder layer of Llama's kind: norm, attention, addition; norm, gated MLP, addition.
+class FusedDecoderLayer:
+    """Forward of a Llama-like decoder layer: norm, attention, addition; norm, SwiGLU MLP, addition.
 
     `options`: what the layer tells its attention function beside queries, keys, values, mask and dropout.
     """
 
-    def __init__(self, layer: torch.nn.Module, groups: list[Group], options: dict):
+    def __init__(self, layer: AnyModule, groups: list[LinearGroup], options: dict[str, Any]):
         self.layer, self.modules, self.groups = layer, [layer], groups
         attention = layer.self_attn
-        self.norms = (norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm))
-        self.activation = activation_of(layer.mlp)
-        self.size = attention.head_dim
-        home = sys.modules[type(attention).__module__]
+        self.norms = (probe_rmsnorm(layer.input_layernorm), probe_rmsnorm(layer.post_attention_layernorm))
+        self.activation = probe_activation(layer.mlp)
+        self.head_size = attention.head_dim
+        home: Any = sys.modules[type(attention).__module__]
         self.eager = home.eager_attention_forward
         self.rotary = home.apply_rotary_pos_emb
-        # Where a norm stands between product and rotation, both are left to the model's own functions.
+        # Where a norm stands between projection and RoPE, both are left to the model's own functions.
         self.head_norms = hasattr(attention, "q_norm") or hasattr(attention, "k_norm")
         self.options = options
         layer.forward = self.forward
@@ -101,10 +104,10 @@ class FoldedLayer:
         for group in self.groups:
             group.release()
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the layer's own, with gradient checkpointing where that is on."""
         layer = self.layer
-        fits = hidden_states.dtype == self.groups[0].dtype and all(group.intact() for group in self.groups)
+        fits = hidden_states.dtype == self.groups[0].dtype and all(group.is_intact() for group in self.groups)
         if args or not fits:
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
@@ -114,20 +117,21 @@ class FoldedLayer:
 
     def _run(
         self,
-        hidden_states,
-        attention_mask=None,
-        position_embeddings=None,
-        past_key_values=None,
-        **kwargs,
-    ):
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        assert position_embeddings is not None, "Llama-like models hand RoPE's cosines and sines to their layers"
         attention = self.layer.self_attn
         qkv, out, gate_up, down = self.groups
         shape = hidden_states.shape
         x = hidden_states.reshape(-1, shape[-1])
         cos, sin = position_embeddings
         tables = (None, None) if self.head_norms else (_table(cos), _table(sin))
-        *heads, residual = AttentionInput.apply(x, self.norms[0], *tables, self.size, qkv, *qkv.parameters)
-        query, key, value = (y.view(*shape[:-1], -1, self.size) for y in heads)
+        *heads, residual = LoraQKV.apply(x, self.norms[0], *tables, self.head_size, qkv, *qkv.parameters)
+        query, key, value = (y.view(*shape[:-1], -1, self.head_size) for y in heads)
         if self.head_norms:
             query, key = attention.q_norm(query), attention.k_norm(key)
         query, key, value = (y.transpose(1, 2) for y in (query, key, value))
@@ -145,10 +149,11 @@ class FoldedLayer:
             dropout=attention.attention_dropout if attention.training else 0.0,
             **self.options | kwargs,
         )
-        x = Linear.apply(mixed.reshape(-1, out.inputs), residual, out, *out.parameters)
+        x = LoraLinear.apply(mixed.reshape(-1, out.inputs), residual, out, *out.parameters)
         parameters = (*gate_up.parameters, *down.parameters)
-        return GatedMLP.apply(x, self.norms[1], self.activation, gate_up, down, *parameters).view(shape)
+        return LoraSwiGLU.apply(x, self.norms[1], self.activation, gate_up, down, *parameters).view(shape)
 
 
 def _table(angles: torch.Tensor) -> torch.Tensor:
+    """Cosines or sines as apply_rope takes them."""
     return angles.reshape(-1, angles.shape[-1]).contiguous()
