@@ -49,9 +49,9 @@ def visible_gpus() -> list[str]:
 
 
 def flop_per_token(shape: dict, layers: int) -> float:
-    """What the frozen products need: forward, and backward to the input, two FLOP a parameter and token each.
+    """What the frozen base's matmuls need: forward, and backward to the input, two FLOP a parameter and token each.
 
-    The embedding is looked up, not multiplied; LoRA's products and attention, 2 % here, are left out.
+    The embedding is looked up, not multiplied; LoRA's matmuls and attention, 2 % here, are left out.
     """
     wide, hidden, size = shape["intermediate_size"], shape["hidden_size"], shape["head_dim"]
     heads = 2 * (shape["num_attention_heads"] + shape["num_key_value_heads"])

@@ -15,12 +15,12 @@ trl_liger                       the same with use_liger_kernel=True
 unsloth                         Unsloth's model under TRL's trainer, packing, no checkpointing (its best); see below
 transformers_peft_liger_varlen  packs, varlen attention, Liger's layers and loss, no checkpointing: the best by hand
 axolotl_kernels                 the same with axolotl's LoRA kernels for MLP, QKV and output projection; see below
-adder                           packs, LoRA folded into the base products, own attention kernel and LM head loss
+adder                           packs, LoRA fused into the base's matmuls, own attention kernel and LM head loss
 adder_varlen                    the same with torch's varlen attention
 adder_liger_head, adder_trl_head  the same with Liger's and with TRL's loss: what our own brings
 adder_dropout                   the same with lora_dropout 0.05
-adder_workspace                 NF4 values dequantised anew in each product: 13 GB less
-adder_fp8                       frozen products in fp8
+adder_workspace                 NF4 values dequantised anew in each matmul: 13 GB less
+adder_fp8                       the frozen base's matmuls in fp8
 adder_24gb, unsloth_24gb        within 24 GB (a cap on the allocator)
 adder_stage, adder_stage_fp8    the pipeline's own train stage, planner and all, from files; short_chat alone
 adder_stage_2gpus               the same on two GPUs, with twice the packs a step; its share is of two floors

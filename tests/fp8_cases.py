@@ -2,7 +2,7 @@
 
 import torch
 
-# The tiny models of test_fused_lora, with sizes that suit fp8 products: 16 divides each.
+# The tiny models of fused_lora_cases, with sizes that suit fp8 matmuls: 16 divides each.
 SHAPE = {"hidden_size": 64, "intermediate_size": 144}
 
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from adder.kernels import labelled_loss
+from adder.kernels.dropout import dropout_mask
 from tiny import pack_rows, token_row
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -130,3 +131,39 @@ def errors(found: tuple, exact: tuple) -> dict[str, float]:
         if parts[0]:
             result[name] = off(*map(all_gradients, parts))
     return result
+
+
+def step_loss(model, batch: dict) -> float:
+    with torch.no_grad():
+        return labelled_loss.labelled_losses(model.get_base_model(), **batch).sum().item()
+
+
+def autocast_step(model, dtype, *batches):
+    with torch.autocast("cuda", dtype):
+        return step(model, *batches)
+
+
+class MaskedDropout(torch.nn.Module):
+    """Dropout by dropout_mask, with seeds drawn as the fused path draws them."""
+
+    def __init__(self, p: float, seeds: dict):
+        super().__init__()
+        self.p, self.seeds = p, seeds
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        mask = dropout_mask(self.seeds[self], *rows.shape, self.p, x.device)
+        return (rows * mask / (1 - self.p)).view(x.shape)
+
+
+def masked_reference(model, p: float, seed: int) -> PeftModel:
+    """PEFT's own layers with the masks that the fused path makes after torch.manual_seed(seed)."""
+    torch.manual_seed(seed)
+    seeds = {}
+    for layer in model.get_base_model().model.layers:
+        for parent, names in ((layer.self_attn, PROJECTIONS[:4]), (layer.mlp, PROJECTIONS[4:])):
+            for name in names:
+                dropout = MaskedDropout(p, seeds)
+                seeds[dropout] = int(torch.randint(2**31, ()))
+                getattr(parent, name).lora_dropout["default"] = dropout
+    return model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adder.kernels import triton_utils
+from adder.kernels import fp8, triton_utils
 
 DEVICE = "cpu" if triton_utils.INTERPRETED else "cuda"
 
@@ -15,7 +15,7 @@ both_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def random(*shape: int, dtype=torch.float32, gap: int = 0) -> torch.Tensor:
-    """Normal numbers, in rows that lie `gap` numbers apart."""
+    """Normal values, in rows that lie `gap` values apart."""
     wide = torch.randn(*shape[:-1], shape[-1] + gap, device=DEVICE).to(dtype)
     return wide[..., : shape[-1]]
 
@@ -23,3 +23,28 @@ def random(*shape: int, dtype=torch.float32, gap: int = 0) -> torch.Tensor:
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert found.shape == expected.shape
     return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+# Rounding of one bf16 or fp16 value is at most 2^-9 or 2^-12 of it; half as much in the mean, over some steps.
+# (The interpreter cuts bf16 off where a GPU rounds.)
+ROUNDING = {torch.bfloat16: 8e-3 if triton_utils.INTERPRETED else 4e-3, torch.float16: 5e-4}
+
+
+SIZES = [(1, 64), (300, 1000), (129, 4096)]
+
+
+# The interpreter multiplies the bits of bf16 matrices, not their values.
+matmul_types = pytest.mark.parametrize(
+    "dtype", [torch.float16] if triton_utils.INTERPRETED else [torch.bfloat16, torch.float16]
+)
+
+
+def assert_same_fp8(found: fp8.RowwiseFp8, expected: fp8.RowwiseFp8) -> None:
+    """Scales within fp32's rounding; of the values one in a thousand, near the middle of two, may be the other one."""
+    assert off(found.scales, expected.scales) < 1e-6
+    assert torch.isfinite(found.values.float()).all()
+    same = (found.values.float() == expected.values.float()).float().mean().item()
+    if triton_utils.INTERPRETED:  # which halves what it should round up to a power of two
+        assert same > 0.9
+    else:
+        assert same > 0.999 and off(found.dequantised(), expected.dequantised()) < 5e-3

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import flex_attention as flex
 
 from adder.core.errors import UserError
-from adder.kernels import labelled_loss, packed_attention, packed_attention_triton, triton_utils
+from adder.kernels import labelled_loss, packed_attention
 from adder.kernels.fused_lora import attach
 from fused_lora_cases import LENGTHS, WIDER, batch_of, family, step, with_adapter, worst_error
 from tiny import token_row
@@ -57,12 +57,12 @@ def test_packed_is_unpacked_eager(name):
     apart = step(model, *one_by_one(EXAMPLES))
     assert apart[0] == pytest.approx(expected[0], rel=1e-5) and worst_error(apart[1], expected[1]) < 2e-5
     attach.attach(model)
-    folded = step(model, batch_of(*EXAMPLES))
-    assert folded[0] == pytest.approx(expected[0], rel=1e-5) and worst_error(folded[1], expected[1]) < 2e-5
+    fused = step(model, batch_of(*EXAMPLES))
+    assert fused[0] == pytest.approx(expected[0], rel=1e-5) and worst_error(fused[1], expected[1]) < 2e-5
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_short_examples_by_plain_products_are_torchs_attention(scale):
+def test_short_examples_by_plain_matmuls_are_torchs_attention(scale):
     """Output and gradients: in fp32 to the order of sums, in bf16 with a worst error below that of torch's kernel."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(2, n, 90, 16, generator=generator).bfloat16() for n in (6, 2, 2)]
@@ -90,7 +90,7 @@ def test_short_examples_by_plain_products_are_torchs_attention(scale):
         assert errors(short, torch.bfloat16, exact) == ours
 
 
-def test_bf16_packs_on_a_cpu_take_plain_products_for_short_examples_only(monkeypatch):
+def test_bf16_packs_on_a_cpu_take_plain_matmuls_for_short_examples_only(monkeypatch):
     seen = []
     monkeypatch.setattr(
         packed_attention.ShortAttention, "apply", lambda query, *_: seen.append(query.shape[2]) or query
@@ -105,7 +105,7 @@ def test_bf16_packs_on_a_cpu_take_plain_products_for_short_examples_only(monkeyp
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_window_and_cap_are_in_the_numbers(name):
+def test_window_and_cap_are_in_the_losses(name):
     """What the test above compares, to 1e-5, would differ without them: by several times that at least (Gemma 3)."""
     plain = {"sliding_window": 512} | ({"attn_logit_softcapping": None} if name == "Gemma2" else {})
     with_both, without = model_of(name, "adder_segments"), model_of(name, "adder_segments", **plain)
@@ -265,67 +265,6 @@ def test_flex_attention_is_attention_example_by_example(monkeypatch, window, cap
         expected = packed_attention.segment_attention(None, query, key, value, None, **options)[0]
         found = packed_attention.ATTENTION_FUNCTIONS["adder_flex"](None, query, key, value, None, **options)[0]
     assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(("rows", "block", "first_is_longest"), [(1, 16, True), (4, 32, False), (3, 128, False)])
-def test_every_block_of_every_example_is_listed_once_the_longest_first(rows, block, first_is_longest):
-    """Against a plain loop over the examples; places that are left over come last and say so."""
-    lengths = (9, 200, 3, 300, 127, 1, 64)
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    table = packed_attention_triton.block_schedule(ends, sum(lengths), rows, block, first_is_longest)
-    assert table.dtype == torch.int32 and table.shape[1] == 3
-    counts = [-(-n * rows // block) for n in lengths]
-    expected = {
-        (start, length, i): count - i if first_is_longest else i
-        for start, length, count in zip(ends.tolist(), lengths, counts, strict=False)
-        for i in range(count)
-    }
-    found = [tuple(row) for row in table.tolist()]
-    there, rest = found[: sum(counts)], found[sum(counts) :]
-    assert set(there) == set(expected) and len(there) == len(expected)
-    work = [expected[row] for row in there]
-    assert work == sorted(work, reverse=True)
-    assert all(number == -1 for *_, number in rest)
-
-
-PACKED = pytest.mark.slow if triton_utils.INTERPRETED else pytest.mark.gpu
-
-
-@PACKED
-@pytest.mark.parametrize("dtype", [torch.float16] if triton_utils.INTERPRETED else [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("heads", "groups", "size", "window", "cap"),
-    [
-        (4, 1, 128, None, None),
-        (3, 3, 64, None, None),
-        (6, 2, 80, 50, None),
-        (9, 3, 64, None, 2.0),
-        (2, 1, 256, 20, 5.0),
-        (32, 8, 16, None, None),
-    ],
-)
-def test_packed_attention_by_kernels_is_attention_example_by_example(dtype, heads, groups, size, window, cap):
-    """Output and gradients as relative norms against fp32: 0.005 in bf16, whose numbers are off by 2^-9 (weights,
-    scores' gradients and results are each rounded once), an eighth of that in fp16. The same bits every time."""
-    device = "cpu" if triton_utils.INTERPRETED else "cuda"
-    lengths = [70, 3, 1, 145] if triton_utils.INTERPRETED else [70, 3, 1, 145, 700, 128, 65, 33]
-    generator = torch.Generator().manual_seed(0)
-    ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    # Side by side, as the joint product of a layer leaves them.
-    wide = torch.randn(1, sum(lengths), heads + 2 * groups, size, generator=generator).to(device, dtype)
-    gradient = torch.randn(1, sum(lengths), heads, size, generator=generator).to(device, dtype)
-    options = {"cu_seq_lens_q": ends, "max_length_q": max(lengths), "sliding_window": window, "softcap": cap}
-
-    def results(kernel: str, kind: torch.dtype) -> list[torch.Tensor]:
-        leaves = [x.requires_grad_() for x in wide.to(kind).transpose(1, 2).split([heads, groups, groups], 1)]
-        out = packed_attention.ATTENTION_FUNCTIONS[kernel](None, *leaves, None, **options)[0]
-        return [out, *torch.autograd.grad(out, leaves, gradient.to(kind))]
-
-    found, exact = results("adder_triton", dtype), results("adder_segments", torch.float32)
-    errors = [((f.float() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)]
-    print(errors)
-    assert max(errors) < (5e-3 if dtype == torch.bfloat16 else 6e-4)
-    assert all(map(torch.equal, found, results("adder_triton", dtype)))
 
 
 def test_layers_share_what_a_batch_needs_once_and_the_next_batch_has_its_own():

@@ -1,0 +1,39 @@
+"""Dropout inside LoRA's matmuls: a mask that is random enough, and kernels that are their references."""
+
+import pytest
+import torch
+
+from adder.kernels import dropout
+from kernel_cases import DEVICE, ROUNDING, SIZES, kernel, matmul_types, off, random
+
+
+def test_dropout_mask_is_random_enough():
+    """Share kept, and no correlation between neighbours in a row, in a column, or between seeds (5 standard errors)."""
+    mask = dropout.dropout_mask(12345, 512, 512, 0.1).float()
+    error = 5 * (0.09 / mask.numel()) ** 0.5
+    assert mask.mean().item() == pytest.approx(0.9, abs=error)
+    other = dropout.dropout_mask(12346, 512, 512, 0.1).float()
+    for a, b in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1]), (mask, other)):
+        assert abs(((a - 0.9) * (b - 0.9)).mean().item()) < error
+
+
+@kernel
+@matmul_types
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rank", [3, 16, 40])
+def test_dropout_kernels_are_their_references(dtype, size, rank):
+    """The same mask as the reference's, to the last number: one wrong would be seen."""
+    (rows, width), p, seed = size, 0.3, 2**31 - 7
+    x, a = random(*size, dtype=dtype, gap=64), random(rank, width, dtype=dtype)
+    grad = random(rows, rank, dtype=dtype, gap=8)
+    out, exact = random(rows, rank, dtype=dtype, gap=3), torch.empty(rows, rank, device=DEVICE)
+    dropout.dropout_matmul(x, a, seed, p, out)
+    dropout.dropout_matmul_reference(x.float(), a.float(), seed, p, exact)
+    assert off(out, exact) < ROUNDING[dtype]
+    expected = dropout.dropout_matmul_grad_a_reference(grad.float(), x.float(), seed, p)
+    assert off(dropout.dropout_matmul_grad_a(grad, x, seed, p), expected) < 1e-5
+    total = random(*size, dtype=dtype, gap=64)
+    exact = total.float()
+    dropout.add_dropout_matmul_grad_x_reference(exact, grad.float(), a.float(), seed, p)
+    dropout.add_dropout_matmul_grad_x(total, grad, a, seed, p)
+    assert off(total, exact) < ROUNDING[dtype]

@@ -1,0 +1,24 @@
+"""Block sizes, and who does a tensor's work."""
+
+import pytest
+import torch
+
+from adder.kernels import triton_utils
+
+
+@pytest.mark.parametrize(("n", "minimum", "expected"), [(1, 16, 16), (16, 16, 16), (17, 16, 32), (1, 1, 1), (9, 1, 16)])
+def test_blocks_are_the_next_power_of_two_from_a_minimum_on(n, minimum, expected):
+    assert triton_utils.next_power_of_2(n, minimum) == expected
+
+
+def test_wider_rows_get_more_warps():
+    assert [triton_utils.num_warps_for(width) for width in (64, 1024, 1025, 8192, 8193)] == [4, 4, 8, 8, 16]
+
+
+def test_references_do_the_work_on_a_cpu_unless_kernels_are_interpreted():
+    assert triton_utils.runs_kernels(torch.zeros(1)) is triton_utils.INTERPRETED
+
+
+def test_functions_stay_what_they_are_without_triton(monkeypatch):
+    monkeypatch.setattr(triton_utils, "triton", None)
+    assert triton_utils.jit(len) is len
