@@ -107,13 +107,13 @@ def adder(work: Path, rows: Path, count: int, checked: bool = False, download: b
     from adder.core.progress import Progress
     from adder.core.stage_spec import Context, NoInputs, Runtime
     from adder.data import fetch_rows
-    from adder.data.stage import Heldout, RowSettings, Source
+    from adder.data.stage import RowSettings, Source
     from adder.formatting import run as formatting
+    from adder.formatting.stage import FormatSettings
     from adder.packing import run as lengths
     from adder.packing.stage import LengthsSettings
     from adder.tokenization import run as tokenize
     from adder.tokenization.stage import TokenizeSettings
-    from adder.workflow.settings import Format
 
     progress = Progress.silent()
     # The cores that measure() gives to this arm.
@@ -125,10 +125,10 @@ def adder(work: Path, rows: Path, count: int, checked: bool = False, download: b
     fetch_rows.run(RowSettings(sources=[Source(path=str(rows))]), NoInputs(), folders["data"], context)
     if not download:
         start = time.perf_counter()
-    heldout = Heldout(size=max(2, min(1000, count // 100))).model_dump(mode="json")
-    wanted = Format() if checked else Format(near_duplicates="off", overlap="off")
-    settings = wanted.model_dump(mode="json") | {"heldout": heldout}
-    formatting.run(settings, folders, folders["format"], progress)
+    settings = FormatSettings(size=max(2, min(1000, count // 100)))
+    if not checked:
+        settings.near_duplicates = settings.overlap = "off"
+    formatting.run(settings, formatting.FormatInputs(folders["data"]), folders["format"], context)
     inputs = tokenize.TokenizeInputs(folders["format"], work / "model")
     tokenize.run(TokenizeSettings(), inputs, folders["tokenize"], context)
     choices = LengthsSettings(max_seq_length=LENGTH, packing=True, effective_batch_size=16, max_examples=None)

@@ -44,9 +44,10 @@ def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
     from adder.data.model_types import ModelSettings
     from adder.data.stage import RowSettings
     from adder.formatting import run as formatting
+    from adder.formatting.stage import FormatSettings
     from adder.tokenization import run as tokenize
     from adder.tokenization.stage import TokenizeSettings
-    from adder.workflow.settings import Data, Format
+    from adder.workflow.settings import Data
 
     progress = Progress.silent()
     folders = {name: work / name for name in ("model", "data", "format", "tokenize")}
@@ -57,8 +58,8 @@ def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
     data = Data.model_validate({"sources": parts[:1], "heldout": {"sources": parts[1:]}}).model_dump(mode="json")
     rows = RowSettings(sources=data["sources"], heldout_sources=data["heldout"]["sources"])
     fetch_rows.run(rows, NoInputs(), folders["data"], Context(progress))
-    form = Format(system_prompt=SYSTEM).model_dump(mode="json") | {"heldout": data["heldout"]}
-    formatting.run(form, folders, folders["format"], progress)
+    settings = FormatSettings(system_prompt=SYSTEM)
+    formatting.run(settings, formatting.FormatInputs(folders["data"]), folders["format"], Context(progress))
     inputs = tokenize.TokenizeInputs(folders["format"], folders["model"])
     tokenize.run(TokenizeSettings(), inputs, folders["tokenize"], Context(progress))
     return folders

@@ -40,11 +40,12 @@ def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt:
     from adder.data.model_types import ModelSettings
     from adder.data.stage import RowSettings
     from adder.formatting import run as formatting
+    from adder.formatting.stage import FormatSettings
     from adder.packing import run as lengths
     from adder.packing.stage import LengthsSettings
     from adder.tokenization import run as tokenize
     from adder.tokenization.stage import TokenizeSettings
-    from adder.workflow.settings import Data, Format
+    from adder.workflow.settings import Data
 
     progress = Progress.silent()
     folders = {name: work / name for name in STAGES}
@@ -54,8 +55,8 @@ def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt:
     data = Data.model_validate(sources).model_dump(mode="json")
     rows = RowSettings(sources=data["sources"], heldout_sources=data["heldout"]["sources"])
     fetch_rows.run(rows, NoInputs(), folders["data"], Context(progress))
-    settings = Format(system_prompt=prompt).model_dump(mode="json") | {"heldout": data["heldout"]}
-    formatting.run(settings, folders, folders["format"], progress)
+    settings = FormatSettings(system_prompt=prompt, share=data["heldout"]["share"], size=data["heldout"]["size"])
+    formatting.run(settings, formatting.FormatInputs(folders["data"]), folders["format"], Context(progress))
     inputs = tokenize.TokenizeInputs(folders["format"], folders["model"])
     tokenize.run(TokenizeSettings(), inputs, folders["tokenize"], Context(progress))
     choices = LengthsSettings(effective_batch_size=effective_batch, max_examples=None)

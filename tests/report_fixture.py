@@ -11,7 +11,8 @@ from adder.core.files import digest_file, write_json, write_jsonl
 from adder.core.intervals import proportion, ratio
 from adder.core.length_summary import summarise
 from adder.evaluation import json_fields
-from adder.formatting.minhash import near_duplicate_method, overlap_method
+from adder.formatting.heldout_overlap import overlap_method
+from adder.formatting.minhash import near_duplicate_method
 from adder.report.stage import ReportSettings
 from adder.workflow.stages import SPECS
 

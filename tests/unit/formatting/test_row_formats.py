@@ -6,43 +6,21 @@ from collections import Counter
 import pytest
 
 from adder.core.errors import UserError
-from adder.formatting.messages import Rejected, read_messages, why_not_json
-from adder.formatting.row_formats import FORMATS, Reading, reading_of, recognise, to_conversation, to_prompt
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def reply(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
-def system(text):
-    return {"role": "system", "content": text}
-
-
-def call(name, arguments, **identity):
-    return {"type": "function", **identity, "function": {"name": name, "arguments": arguments}}
-
-
-def result(text, **more):
-    return {"role": "tool", "content": text, **more}
-
-
-def read(row, row_format="auto", columns=None, system_prompt=None):
-    """One row, read as a source of its own would be."""
-    asked = {"row_format": row_format, "columns": columns or {}}
-    reading = reading_of("rows", asked, Counter({tuple(row): 1}))
-    return to_conversation(row, reading, system_prompt)
+from adder.formatting.messages import Rejected
+from adder.formatting.row_formats import ROW_FORMATS, SourceFormat, recognise, source_format, to_prompt
+from format_stage import (
+    call,
+    format_of,
+    read,
+    reply,
+    result,
+    system,
+    user,
+)
 
 
 def messages_of(row, *args, **kwargs):
     return read(row, *args, **kwargs)["messages"]
-
-
-WEATHER = {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}}
-WEATHER_TOOL = {"type": "function", "function": WEATHER}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +76,7 @@ WEATHER_TOOL = {"type": "function", "function": WEATHER}
     ],
 )
 def test_row_formats(name, row, messages):
-    assert recognise(row) == name
+    assert recognise(row) is ROW_FORMATS[name]
     expected = messages or row.get("messages") or [*row["prompt"], reply(row["completion"])]
     assert read(row) == {"messages": expected}
 
@@ -108,92 +86,6 @@ def test_plain_text_is_recognised_unless_a_label_stands_beside_it():
     with pytest.raises(Rejected, match="unknown row format.*row_format: text"):
         read({"text": "good film", "label": 1})
     assert read({"text": "good film", "label": 1}, "text") == {"text": "good film"}
-
-
-# Tools
-
-
-@pytest.mark.parametrize(
-    "tools", [[WEATHER_TOOL], [WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER_TOOL)], WEATHER]
-)
-@pytest.mark.parametrize("arguments", [{"city": "Graz"}, '{"city": "Graz"}'])
-def test_openai_tool_calls_and_results(tools, arguments):
-    asked = [
-        user("q"),
-        {"role": "assistant", "content": None, "tool_calls": [call("weather", arguments, id="c1")]},
-        result("rain", tool_call_id="c1", name="weather"),
-        reply("a"),
-    ]
-    expected = [
-        user("q"),
-        reply("", tool_calls=[call("weather", {"city": "Graz"}, id="c1")]),
-        result("rain", tool_call_id="c1", name="weather"),
-        reply("a"),
-    ]
-    assert read({"messages": asked, "tools": tools}) == {"messages": expected, "tools": [WEATHER_TOOL]}
-
-
-@pytest.mark.parametrize("tools", [None, "", "[]", [], "null"])
-def test_no_tools_are_no_tools(tools):
-    assert read({"messages": [user("q"), reply("a")], "tools": tools}) == {"messages": [user("q"), reply("a")]}
-
-
-def test_the_legacy_function_call_is_a_tool_call():
-    asked = [
-        user("q"),
-        {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}},
-        {"role": "function", "name": "weather", "content": "rain"},
-        reply("a"),
-    ]
-    expected = [user("q"), reply("", tool_calls=[call("weather", {})]), result("rain", name="weather"), reply("a")]
-    assert read({"messages": asked, "functions": [WEATHER]}) == {"messages": expected, "tools": [WEATHER_TOOL]}
-
-
-@pytest.mark.parametrize("tool_role", ["observation", "tool", "function_response"])
-@pytest.mark.parametrize("several", [False, True])
-def test_sharegpt_tool_roles(tool_role, several):
-    """LLaMA-Factory writes a call as JSON in the value of `function_call`, several as a list."""
-    one = {"name": "weather", "arguments": {"city": "Graz"}}
-    row = {
-        "conversations": [
-            {"from": "human", "value": "q"},
-            {"from": "function_call", "value": json.dumps([one, one] if several else one)},
-            {"from": tool_role, "value": "rain"},
-            {"from": tool_role, "value": "sun"},
-            {"from": "gpt", "value": "a"},
-        ],
-        "tools": json.dumps([WEATHER]),
-    }
-    calls = [call("weather", {"city": "Graz"})] * (2 if several else 1)
-    messages = [user("q"), reply("", tool_calls=calls), result("rain"), result("sun"), reply("a")]
-    assert read(row) == {"messages": messages, "tools": [WEATHER_TOOL]}
-
-
-def test_a_conversation_may_end_with_a_tool_call_and_say_something_with_it():
-    messages = [user("q"), reply("Let me see.", tool_calls=[call("weather", {})])]
-    assert messages_of({"messages": messages}) == messages
-    bare = [user("q"), {"role": "assistant", "tool_calls": [call("weather", {})]}]
-    assert messages_of({"messages": bare}) == [user("q"), reply("", tool_calls=[call("weather", {})])]
-
-
-# Reasoning and marks
-
-
-@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_beside_the_answer(key):
-    row = {"messages": [user("q"), {**reply("a"), key: "because"}]}
-    assert messages_of(row) == [user("q"), reply("a", reasoning_content="because")]
-
-
-@pytest.mark.parametrize(
-    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"masked": True}]
-)
-def test_marks_of_replies_that_are_not_to_be_trained_on(mark):
-    row = {"messages": [user("q"), {**reply("a"), **mark}, user("r"), {**reply("b"), "weight": 1}]}
-    assert messages_of(row) == [user("q"), reply("a", train=False), user("r"), reply("b")]
-
-
-# Preference data
 
 
 @pytest.mark.parametrize(
@@ -207,13 +99,10 @@ def test_marks_of_replies_that_are_not_to_be_trained_on(mark):
     ],
 )
 def test_preference_data_trains_on_chosen_when_asked(row):
-    assert recognise(row) == "preference"
+    assert recognise(row) is ROW_FORMATS["preference"]
     assert messages_of(row, "preference") == [user("q"), reply("a")]
     with pytest.raises(Rejected, match="row_format: preference"):
         read(row)
-
-
-# The names of columns
 
 
 def test_columns_are_mapped_by_name():
@@ -239,14 +128,14 @@ def test_columns_that_are_nowhere_are_refused():
 
 def test_a_source_is_what_most_of_its_rows_are():
     votes = Counter({("answer", "question"): 3, ("completion", "prompt"): 2, ("x",): 90})
-    assert reading_of("rows", {}, votes).row_format == "question_answer"
-    assert reading_of("rows", {}, Counter({("x",): 1})).row_format is None
-    assert reading_of("rows", {"row_format": "text"}, votes).row_format == "text"
+    assert source_format("rows", "auto", {}, votes).name == "question_answer"
+    assert source_format("rows", "auto", {}, Counter({("x",): 1})).name is None
+    assert source_format("rows", "text", {}, votes).name == "text"
 
 
 def test_the_columns_a_format_reads_go_by_their_actual_names():
-    reading = Reading("question_answer", {"question": "problem"}, False)
-    assert {"problem", "answer"} <= reading.own_columns() and "question" not in reading.own_columns()
+    own = SourceFormat(ROW_FORMATS["question_answer"], {"question": "problem"}, False).own_columns()
+    assert {"problem", "answer"} <= own and "question" not in own
 
 
 def test_system_prompt_is_added_only_where_there_is_none():
@@ -254,9 +143,6 @@ def test_system_prompt_is_added_only_where_there_is_none():
     own = {"messages": [system("own"), user("q"), reply("a")]}
     assert messages_of(own, system_prompt="s")[0] == system("own")
     assert read({"text": "t"}, system_prompt="s") == {"text": "t"}
-
-
-# What a test set asks
 
 
 @pytest.mark.parametrize(
@@ -270,16 +156,13 @@ def test_system_prompt_is_added_only_where_there_is_none():
     ],
 )
 def test_rows_of_a_test_set_need_no_reply(row):
-    reading = reading_of("test", {}, Counter({tuple(row): 1}))
-    assert to_prompt(row, reading) == {"messages": [user("q"), reply("")]}
+    assert to_prompt(row, format_of(row)) == {"messages": [user("q"), reply("")]}
 
 
 def test_rows_of_a_test_set_without_a_prompt_are_rejected():
     with pytest.raises(Rejected, match="unknown row format"):
-        to_prompt({"x": "y"}, reading_of("test", {}, Counter({("x",): 1})))
+        to_prompt({"x": "y"}, format_of({"x": "y"}))
 
-
-# Reasons
 
 CALLING = {"role": "assistant", "content": None}
 
@@ -336,7 +219,7 @@ CALLING = {"role": "assistant", "content": None}
         ({"messages": [user("q"), reply("a")], "tools": [{}]}, "tools are not a list", "tool 1 has no name"),
         ({"messages": [user("q"), reply("a")], "tools": 3}, "tools are not a list", "a number"),
         (
-            {"messages": [{**system("s"), "tools": [WEATHER]}, user("q"), reply("a")]},
+            {"messages": [{**system("s"), "tools": [{"name": "f"}]}, user("q"), reply("a")]},
             "'tools' within a message",
             "column",
         ),
@@ -378,26 +261,3 @@ def test_a_transcript_must_start_with_what_is_asked():
         read({"chosen": "so\n\nHuman: q\n\nAssistant: a", "rejected": "b"}, "preference")
     with pytest.raises(Rejected, match="needs a `prompt` column"):
         read({"chosen": "a", "rejected": "b"}, "preference")
-
-
-def test_what_json_cannot_hold_is_named():
-    broken = {"messages": [user("q"), reply("a\ud800")]}
-    assert str(why_not_json(broken, TypeError("x"))) == (
-        "invalid unicode: assistant message 2 has half a surrogate pair"
-    )
-    assert "tools" in str(why_not_json({"messages": [user("q")], "tools": ["\udfff"]}, TypeError("x")))
-    assert why_not_json({"text": "\udfff"}, TypeError("x")).kind == "invalid unicode"
-    assert "64-bit" in str(why_not_json({"messages": [user("q")]}, TypeError("Integer exceeds 64-bit range")))
-
-
-def test_every_format_of_the_settings_is_read():
-    from typing import get_args
-
-    from adder.workflow.settings import RowFormat
-
-    assert set(get_args(RowFormat)) == {"auto", *FORMATS}
-
-
-def test_messages_are_numbered_as_they_stand_in_the_row():
-    with pytest.raises(Rejected, match="user message 2"):
-        read_messages([system(""), user(""), reply("a")], "messages")

@@ -8,26 +8,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adder.core.errors import UserError
-from adder.core.files import read_json, read_jsonl, write_json
+from adder.core.files import read_json, read_jsonl
 from adder.core.progress import Progress
-from adder.core.stage_spec import Context, NoInputs
+from adder.core.stage_spec import Context, NoInputs, Runtime
 from adder.data import fetch_rows
 from adder.data.stage import RowSettings, Source
 from adder.formatting import block_converter
-from adder.formatting import run as format
+from adder.formatting.accepted_rows import CLASSES
 from adder.formatting.messages import Rejected, why_not_json
-from adder.formatting.row_formats import Reading, to_conversation
+from adder.formatting.row_formats import ROW_FORMATS, SourceFormat, to_conversation
+from adder.formatting.run import FormatInputs, run
+from format_stage import format_settings, write_reading
 
-SETTINGS = {
-    "system_prompt": "Be kind.",
-    "max_rejected": 1.0,
-    "drop_duplicates": True,
-    "near_duplicates": "drop",
-    "near_duplicate_similarity": 0.8,
-    "overlap": "drop",
-    "overlap_share": 0.5,
-    "heldout": {"share": 0.5, "size": None, "group_by": None, "stratify_by": None},
-}
+SETTINGS = format_settings(system_prompt="Be kind.", near_duplicates="drop", overlap="drop", share=0.5)
+CONTEXT = Context(Progress.silent(), Runtime(threads=1))
 DEEP = [[]]
 for _ in range(300):
     DEEP = [DEEP]
@@ -115,7 +109,7 @@ def accounted_for(folder, out, card, expected: int):
     """Every row stands in exactly one place: a class of the card, and there in the file of that class."""
     assert card["rows_in"] == expected
     for counts in [card, *card["by_source"].values()]:
-        assert counts["rows_in"] == sum(counts[name] for name in (*format.CLASSES, "rejected"))
+        assert counts["rows_in"] == sum(counts[name] for name in (*CLASSES, "rejected"))
     ids = [f"{row['source']}:{row['row']}" for row in read_jsonl(folder / "rows.jsonl") if row["split"] != "test"]
     found = [i for name in ("train", "heldout") for i in pq.read_table(out / f"{name}.parquet")["id"].to_pylist()]
     found = [identity for identity in found if "#" not in identity]
@@ -158,9 +152,9 @@ def test_random_broken_rows_never_crash_and_never_vanish(tmp_path_factory, rows,
         for n, (split, source, row) in enumerate([*rows, *good], 1)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    names = {record["source"]: {"row_format": "auto", "columns": {}} for record in records}
-    write_json(folder / "reading.json", {**names, "a": {"weight": 0.5}, "b": reading})
-    format.run(SETTINGS, {"data": folder}, out, Progress.silent())
+    names = {record["source"]: {} for record in records}
+    write_reading(folder, {**names, "a": {"weight": 0.5}, "b": reading})
+    run(SETTINGS, FormatInputs(folder), out, CONTEXT)
     accounted_for(folder, out, read_json(out / "card.json"), len(records))
 
 
@@ -174,7 +168,7 @@ def test_messages_are_read_whole_or_rejected(first, between, last, tools):
     # As the stage reads it: NaN is nothing, half surrogate pairs stay.
     row = block_converter.parse_line(json.dumps({"messages": [first, *between, last], "tools": tools}).encode())
     try:
-        conversation = to_conversation(row, Reading("messages", {}, True))
+        conversation = to_conversation(row, SourceFormat(ROW_FORMATS["messages"], {}, True))
         encoded = orjson.dumps(conversation)
     except Rejected as reason:
         assert reason.kind and str(reason)
@@ -219,5 +213,5 @@ def test_garbage_in_a_file_goes_through_both_stages(tmp_path_factory, lines):
     except UserError as error:
         assert "rows.jsonl" in str(error)
         return
-    format.run(SETTINGS, {"data": folder}, out, Progress.silent())
+    run(SETTINGS, FormatInputs(folder), out, CONTEXT)
     accounted_for(folder, out, read_json(out / "card.json"), read["rows"])

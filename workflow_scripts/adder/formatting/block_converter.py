@@ -14,24 +14,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 from adder.core.errors import UserError
 from adder.formatting import spool
+from adder.formatting.conversation import Conversation, Message
 from adder.formatting.messages import Rejected, why_not_json
 from adder.formatting.minhash import Signer
-from adder.formatting.row_formats import Reading, to_conversation, to_prompt
+from adder.formatting.records import Reject
+from adder.formatting.row_formats import ColumnSets, SourceFormat, to_conversation, to_prompt
 
 BLOCK = 2 << 20  # bytes of rows.jsonl that one worker takes at once
 TRAIN, HELDOUT, TEST, UNDECIDED = range(4)
 SPLITS = {"train": TRAIN, "heldout": HELDOUT, "test": TEST, None: UNDECIDED}
 MOST_COLUMN_SETS = 1_000  # of a source; of more, those count that have a column of their own
 WORD_CHARACTERS = 24  # of a first word; JSON without spaces would be one long word
-TELLING_VALUES = 50  # a column of more different values tells nothing in a table
-TELLING_CHARACTERS = 80
-UNTELLING = None
+CATEGORIES = 50  # a column of more different values is not categorical
+CATEGORY_CHARACTERS = 80
 LONG_NUMBER = re.compile(rb"\d{19}")
-APART = b"\xff"  # stands between pieces that are hashed: no UTF-8 has this byte
+SEPARATOR = b"\xff"  # stands between pieces that are hashed: no UTF-8 has this byte
 TAGS = {role: role.encode() for role in ("system", "user", "assistant", "tool")}
 # ASCII in lower case, whatever str.split takes for white space as a space.
 FOLDED = bytes(32 if chr(code).isspace() else code for code in range(128)).lower() + bytes(range(128, 256))
@@ -40,10 +42,11 @@ FOLDED = bytes(32 if chr(code).isspace() else code for code in range(128)).lower
 class Survey(NamedTuple):
     """What a first look finds: how many rows each source has, and of which column sets (tuples of names)."""
 
-    rows: Counter
-    column_sets: dict[str, Counter]
+    rows: Counter[str]
+    column_sets: dict[str, ColumnSets]
 
     def add(self, other: "Survey") -> None:
+        """Take what was found in another block."""
         self.rows.update(other.rows)
         for source, sets in other.column_sets.items():
             known = self.column_sets.setdefault(source, Counter())
@@ -53,33 +56,43 @@ class Survey(NamedTuple):
                     known[columns] += count
 
 
-class Plan(NamedTuple):
+class ConversionRules(NamedTuple):
     """What each worker knows: how to read each source, in order; the column of group_by or stratify_by; which columns
-    of each source may tell something; whether to sign rows for near-duplicates.
+    of each source may be categorical; whether to sign rows for near-duplicates.
     """
 
-    readings: dict[str, Reading]
+    formats: dict[str, SourceFormat]
     system_prompt: str | None
     value_column: str | None
-    telling: dict[str, list[str]]
+    categorical: dict[str, list[str]]
     sign: bool
 
 
-class Converted(NamedTuple):
+Categories = Counter[Any]  # the values of a categorical column, and how often each occurs
+
+
+class RejectKind(NamedTuple):
+    """How many rows are rejected for one kind of reason, and the first of them."""
+
+    rows: int
+    first: Reject
+
+
+class ConvertedBlock(NamedTuple):
     """One block's n accepted rows, as arrays (n,) and a part of the spool, and what became of the others."""
 
     part: bytes
-    source: np.ndarray  # int32, index into Plan.readings
-    row: np.ndarray  # int64, number within the source
-    split: np.ndarray  # int8, one of SPLITS
-    digest: np.ndarray  # uint64, of the normalised conversation
-    prompt: np.ndarray  # uint64, of what is asked, normalised
-    value: np.ndarray | None  # uint64, of Plan.value_column; 0 where it is missing
-    signatures: np.ndarray | None  # uint8 (n, quality.PERMUTATIONS)
+    source: npt.NDArray[np.int32]  # index into ConversionRules.formats
+    row: npt.NDArray[np.int64]  # number within the source
+    split: npt.NDArray[np.int8]  # one of SPLITS
+    digest: npt.NDArray[np.uint64]  # of the normalised conversation
+    prompt: npt.NDArray[np.uint64]  # of what is asked, normalised
+    value: npt.NDArray[np.uint64] | None  # of ConversionRules.value_column; 0 where it is missing
+    signatures: npt.NDArray[np.uint8] | None  # (n, minhash.PERMUTATIONS)
     rejects: bytes  # lines of rejects.jsonl
-    kinds: dict[str, list]  # kind of reject: [how many, the first as in rejects.jsonl]
-    rejected: Counter  # by source
-    telling: dict[str, Counter | None]  # a column's values, or UNTELLING
+    kinds: dict[str, RejectKind]
+    rejected: Counter[str]  # by source
+    categories: dict[str, Categories | None]  # by column; None where it is not categorical
 
 
 def blocks(path: Path) -> list[tuple[int, int]]:
@@ -99,13 +112,14 @@ def surveyor(path: Path) -> Callable[[tuple[int, int]], Survey]:
     return partial(_survey, path)
 
 
-def converter(path: Path, plan: Plan) -> Callable[[tuple[int, int]], Converted]:
+def converter(path: Path, rules: ConversionRules) -> Callable[[tuple[int, int]], ConvertedBlock]:
     """The function that converts one block of the file."""
-    return _Converter(path, plan).convert
+    return _Converter(path, rules).convert
 
 
 def _survey(path: Path, block: tuple[int, int]) -> Survey:
-    rows, column_sets = Counter(), {}
+    rows: Counter[str] = Counter()
+    column_sets: dict[str, ColumnSets] = {}
     for line in _lines(path, block):
         record = parse_line(line)
         source = record["source"]
@@ -123,15 +137,16 @@ def _survey(path: Path, block: tuple[int, int]) -> Survey:
 class _Converter:
     """Converts blocks; one in each worker."""
 
-    def __init__(self, path: Path, plan: Plan):
-        self.path, self.plan = path, plan
-        self.numbers = {source: number for number, source in enumerate(plan.readings)}
-        self.signer = Signer() if plan.sign else None
+    def __init__(self, path: Path, rules: ConversionRules) -> None:
+        self.path, self.rules = path, rules
+        self.index = {source: index for index, source in enumerate(rules.formats)}
+        self.signer = Signer() if rules.sign else None
 
-    def convert(self, block: tuple[int, int]) -> Converted:
-        plan, rows, rejects = self.plan, _Rows(), _Rejects()
+    def convert(self, block: tuple[int, int]) -> ConvertedBlock:
+        """Convert one block of rows.jsonl."""
+        rules, rows, rejects = self.rules, _AcceptedRows(), _Rejects()
         texts: list[str] = []
-        telling: dict[str, list] = {}
+        categorical: dict[str, list[Any]] = {}
         for line in _lines(self.path, block):
             record = parse_line(line)
             source, split = record["source"], record["split"]
@@ -141,54 +156,54 @@ class _Converter:
                 rejects.add(record, reason)
                 continue
             rows.add(conversation, encoded)
-            rows.places.append((self.numbers[source], record["row"], SPLITS[split]))
+            rows.places.append((self.index[source], record["row"], SPLITS[split]))
             data = record["data"]
-            if plan.value_column:
-                rows.values.append(hash_value(data.get(plan.value_column)))
-            if plan.sign:
-                texts.append(whole_text(conversation))
-            for column in plan.telling[source]:
-                telling.setdefault(column, []).append(data.get(column))
+            if rules.value_column:
+                rows.values.append(hash_value(data.get(rules.value_column)))
+            if rules.sign:
+                texts.append(full_text(conversation))
+            for column in rules.categorical[source]:
+                categorical.setdefault(column, []).append(data.get(column))
         places = np.array(rows.places, dtype=np.int64).reshape(-1, 3)
-        return Converted(
+        return ConvertedBlock(
             part=rows.pack(),
             source=places[:, 0].astype(np.int32),
             row=places[:, 1].copy(),
             split=places[:, 2].astype(np.int8),
             digest=np.frombuffer(b"".join(rows.digests), dtype="<u8"),
             prompt=np.frombuffer(b"".join(rows.prompts), dtype="<u8"),
-            value=np.frombuffer(b"".join(rows.values), dtype="<u8") if plan.value_column else None,
+            value=np.frombuffer(b"".join(rows.values), dtype="<u8") if rules.value_column else None,
             signatures=self.signer.sign(texts) if self.signer else None,
             rejects=b"".join(rejects.lines),
             kinds=rejects.kinds,
             rejected=rejects.by_source,
-            telling={column: count_values(values) for column, values in telling.items()},
+            categories={column: count_values(values) for column, values in categorical.items()},
         )
 
-    def _read(self, record: dict, split: str | None) -> tuple[dict, bytes]:
+    def _read(self, record: dict[str, Any], split: str | None) -> tuple[Conversation, bytes]:
         """The conversation, and its JSON."""
         if "error" in record:
             raise Rejected("unreadable row", str(record["error"]))
-        data, reading = record["data"], self.plan.readings[record["source"]]
+        data, source = record["data"], self.rules.formats[record["source"]]
         if not isinstance(data, dict):
             raise Rejected("unreadable row", "not an object with named columns")
         if split == "test":
-            conversation = to_prompt(data, reading)
+            conversation = to_prompt(data, source)
         else:
-            conversation = to_conversation(data, reading, self.plan.system_prompt)
+            conversation = to_conversation(data, source, self.rules.system_prompt)
         try:
             return conversation, orjson.dumps(conversation)
         except TypeError as error:
             raise why_not_json(conversation, error) from None
 
 
-class _Rows:
+class _AcceptedRows:
     """The accepted rows of one block as columns."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.places: list[tuple[int, int, int]] = []
         self.conversations: list[bytes] = []
-        self.numbers: list[int] = []  # of all rows, one after the other: spool.NUMBERS
+        self.figures: list[int] = []  # of all rows, one after the other: spool.FIGURES
         self.prompt_words: list[bytes] = []
         self.reply_words: list[bytes] = []
         self.digests: list[bytes] = []
@@ -197,20 +212,23 @@ class _Rows:
 
     def pack(self) -> bytes:
         """The part of the spool that holds them."""
-        numbers = np.array(self.numbers, dtype=np.int32).reshape(-1, len(spool.NUMBERS))
-        words = ([_cut_word(word) for word in words] for words in (self.prompt_words, self.reply_words))
-        return spool.pack(self.conversations, numbers, *words)
+        figures = np.array(self.figures, dtype=np.int32).reshape(-1, len(spool.FIGURES))
+        prompt_words, reply_words = (
+            [_cut_word(word) for word in words] for words in (self.prompt_words, self.reply_words)
+        )
+        return spool.pack(self.conversations, figures, prompt_words, reply_words)
 
-    def add(self, conversation: dict, encoded: bytes) -> None:
-        """Take one conversation and its JSON; all that is ever told of it is read off here, in one pass."""
+    def add(self, conversation: Conversation, encoded: bytes) -> None:
+        """Take one conversation and its JSON; all its figures and hashes are made here, in one pass."""
         self.conversations.append(encoded)
-        if "text" in conversation:
-            self._add_text(conversation["text"])
+        text = conversation.get("text")
+        if text is not None:
+            self._add_text(text)
             return
         systems = users = replies = results = prompt_characters = reply_characters = first = last = 0
         prompt_word = reply_word = b""
         pieces: list[bytes] = []  # role, normalised text, and what else there is, for each message
-        for message in conversation["messages"]:
+        for message in conversation.get("messages", []):
             role, content = message["role"], message["content"]
             text = normalise(content)
             last = len(pieces)
@@ -240,19 +258,19 @@ class _Rows:
         prompt = pieces[first:last]
         if "tools" in conversation:
             pieces.append(orjson.dumps(conversation["tools"], option=orjson.OPT_SORT_KEYS))
-        digest = _hash(APART.join(pieces))
+        digest = _hash(SEPARATOR.join(pieces))
         self.digests.append(digest)
-        self.prompts.append(_hash(APART.join(prompt)) if prompt else digest)
-        self.numbers += (systems, users, replies, results, prompt_characters, reply_characters)
+        self.prompts.append(_hash(SEPARATOR.join(prompt)) if prompt else digest)
+        self.figures += (systems, users, replies, results, prompt_characters, reply_characters)
         self.prompt_words.append(prompt_word)
         self.reply_words.append(reply_word)
 
     def _add_text(self, text: str) -> None:
         plain = normalise(text)
-        digest = _hash(b"text" + APART + plain)
+        digest = _hash(b"text" + SEPARATOR + plain)
         self.digests.append(digest)
         self.prompts.append(digest)
-        self.numbers += (0, 0, 0, 0, spool.NO_PROMPT, len(text))
+        self.figures += (0, 0, 0, 0, spool.NO_PROMPT, len(text))
         self.prompt_words.append(b"")
         self.reply_words.append(plain.partition(b" ")[0])
 
@@ -260,14 +278,20 @@ class _Rows:
 class _Rejects:
     """The rejected rows of one block."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lines: list[bytes] = []
-        self.kinds: dict[str, list] = {}
-        self.by_source: Counter = Counter()
+        self.kinds: dict[str, RejectKind] = {}
+        self.by_source: Counter[str] = Counter()
 
-    def add(self, record: dict, reason: Rejected) -> None:
+    def add(self, record: dict[str, Any], reason: Rejected) -> None:
+        """Take a row as rows.jsonl has it, and why it can't be used."""
         data = record.get("data", record.get("raw"))
-        reject = {"source": record["source"], "row": record["row"], "reason": _encodable(str(reason)), "data": data}
+        reject: Reject = {
+            "source": record["source"],
+            "row": record["row"],
+            "reason": _encodable(str(reason)),
+            "data": data,
+        }
         try:
             line = orjson.dumps(reject, option=orjson.OPT_SORT_KEYS)
         except TypeError:  # lone surrogates, large numbers, deep nesting: as escaped JSON
@@ -276,21 +300,23 @@ class _Rejects:
             line = orjson.dumps(reject, option=orjson.OPT_SORT_KEYS)
         self.lines += (line, b"\n")
         self.by_source[record["source"]] += 1
-        self.kinds.setdefault(reason.kind, [0, reject])[0] += 1
+        known = self.kinds.get(reason.kind, RejectKind(0, reject))
+        self.kinds[reason.kind] = known._replace(rows=known.rows + 1)
 
 
-def whole_text(conversation: dict) -> str:
+def full_text(conversation: Conversation) -> str:
     """All contents of a conversation: what near-duplicates are found by."""
     if "text" in conversation:
         return conversation["text"]
-    return "\n".join([message["content"] for message in conversation["messages"]])
+    return "\n".join([message["content"] for message in conversation.get("messages", [])])
 
 
-def prompt_text(conversation: dict) -> str:
+def prompt_text(conversation: Conversation) -> str:
     """What the user says, or a plain text as a whole: what overlap with held-out rows is found by."""
     if "text" in conversation:
         return conversation["text"]
-    return "\n".join([message["content"] for message in conversation["messages"] if message["role"] == "user"])
+    messages = conversation.get("messages", [])
+    return "\n".join([message["content"] for message in messages if message["role"] == "user"])
 
 
 def normalise(text: str) -> bytes:
@@ -316,25 +342,25 @@ def hash_value(value: Any) -> bytes:
     return _hash(text.encode("utf-8", "backslashreplace"))
 
 
-def count_values(values: list) -> Counter | None:
-    """How often each value of a column occurs, where it has few short ones of one type (text, true/false, integer)."""
+def count_values(values: list[Any]) -> Categories | None:
+    """How often each value of a column occurs, None where it isn't categorical."""
     try:
         counts = Counter(values)
     except TypeError:
-        return UNTELLING
+        return None
     del counts[None], counts[""]
-    return counts if tells(counts) else UNTELLING
+    return counts if is_categorical(counts) else None
 
 
-def tells(counts: Counter) -> bool:
-    """Whether a column of these values can be shown as a small table."""
-    if len(counts) > TELLING_VALUES:
+def is_categorical(counts: Categories) -> bool:
+    """Whether a column has few short values of one type (text, true/false, integer), as a small table can show."""
+    if len(counts) > CATEGORIES:
         return False
     types = set(map(type, counts))
     return not counts or (
         len(types) == 1
         and types <= {str, bool, int}
-        and all(len(text) <= TELLING_CHARACTERS and is_unicode(text) for text in map(str, counts))
+        and all(len(text) <= CATEGORY_CHARACTERS and is_unicode(text) for text in map(str, counts))
     )
 
 
@@ -351,7 +377,7 @@ def _lines(path: Path, block: tuple[int, int]) -> Iterator[bytes]:
     return filter(None, data.split(b"\n"))
 
 
-def parse_line(line: bytes) -> dict:
+def parse_line(line: bytes) -> dict[str, Any]:
     """One record of rows.jsonl, half surrogate pairs and all; NaN is a missing value."""
     # orjson rounds integers beyond 64 bits to floats: in a tool call that would be another number, silently.
     if not ((b"tool" in line or b"function" in line) and LONG_NUMBER.search(line)):
@@ -365,16 +391,18 @@ def parse_line(line: bytes) -> dict:
         raise UserError(f"rows.jsonl of the stage data is damaged: {error}: {line[:80]!r}") from error
 
 
-def _extras(message: dict) -> bytes:
+def _extras(message: Message) -> bytes:
     """What a message has beside role and content, normalised. Identities of calls are left out: they are drawn anew
     for each copy of a conversation."""
-    rest = {key: value for key, value in message.items() if key not in ("role", "content", "tool_call_id")}
-    if "tool_calls" in rest:
-        rest["tool_calls"] = [call["function"] for call in rest["tool_calls"]]
+    rest: dict[str, Any] = {
+        key: value for key, value in message.items() if key not in ("role", "content", "tool_call_id")
+    }
+    if "tool_calls" in message:
+        rest["tool_calls"] = [call["function"] for call in message["tool_calls"]]
     return normalise(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS).decode())
 
 
-def _called(message: dict) -> bytes:
+def _called(message: Message) -> bytes:
     calls = message.get("tool_calls")
     return calls[0]["function"]["name"].encode() if calls else b""
 

@@ -1,60 +1,80 @@
 """Which accepted rows are worth nothing or would spoil the evaluation: duplicates, near-duplicates, leaked prompts.
 
-Rows are numbered in the order of the data. Each finding is a pair of arrays, the rows found and the row that each of
-them matches, in ascending order of the first.
+Rows are numbered in the order of the data. Each finding is arrays of one length, the rows found and the row that each
+of them matches, in ascending order of the first.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
-from adder.core import hardware, parallel
-from adder.core.progress import Progress
+from adder.core import parallel
+from adder.core.stage_spec import Context
 from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, prompt_text
-from adder.formatting.minhash import HeldoutIndex, estimated_similarity, near_duplicates
+from adder.formatting.heldout_overlap import HeldoutIndex
+from adder.formatting.minhash import Signatures, estimated_similarity, near_duplicates
 from adder.formatting.spool import Spool
 
-Pairs = tuple[np.ndarray, np.ndarray]
+Integers = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+Sides = npt.NDArray[np.int8]  # one of TRAIN, HELDOUT, TEST and UNDECIDED a row
 CHUNK = 1 << 16  # rows
 OVERLAP_ENOUGH = 20_000  # rows that are worth a worker
 
 
-def find_duplicates(side: np.ndarray, digest: np.ndarray) -> Pairs:
+class Matches(NamedTuple):
+    """Rows found, and the row that each of them matches."""
+
+    rows: Integers
+    matches: Integers
+
+
+class PartialMatches(NamedTuple):
+    """Rows found, the row that each of them matches, and how far: a share or similarity, 0 to 1."""
+
+    rows: Integers
+    matches: Integers
+    shares: npt.NDArray[np.float64]
+
+
+def find_duplicates(side: Sides, digest: Hashes) -> Matches:
     """Rows whose digest an earlier row of the same side has, and the first such row. Test rows are left alone."""
     rows = np.flatnonzero(side != TEST)
     rows = rows[np.lexsort((side[rows], digest[rows]))]  # stable: equal ones stay in order
     if not len(rows):
-        return rows, rows
+        return Matches(rows, rows)
     new = np.ones(len(rows), dtype=bool)
     new[1:] = (digest[rows[1:]] != digest[rows[:-1]]) | (side[rows[1:]] != side[rows[:-1]])
     first = rows[np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))]
-    return _ordered(rows[~new], first[~new])
+    found, matches = rows[~new], first[~new]
+    order = np.argsort(found)
+    return Matches(found[order], matches[order])
 
 
-def find_leaks(side: np.ndarray, prompt: np.ndarray) -> Pairs:
+def find_leaks(side: Sides, prompt: Hashes) -> Matches:
     """Training rows that ask what a held-out or test row asks, and the first such row."""
     held = np.flatnonzero((side == HELDOUT) | (side == TEST))
     train = np.flatnonzero(side == TRAIN)
     if not len(held):
-        return train[:0], train[:0]
+        return Matches(train[:0], train[:0])
     prompts, first = np.unique(prompt[held], return_index=True)
     place = np.minimum(np.searchsorted(prompts, prompt[train]), len(prompts) - 1)
     found = prompts[place] == prompt[train]
-    return train[found], held[first[place[found]]]
+    return Matches(train[found], held[first[place[found]]])
 
 
-def find_overlap(
-    spool: Spool, side: np.ndarray, share: float, progress: Progress
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def find_overlap(spool: Spool, side: Sides, share: float, context: Context) -> PartialMatches:
     """Training rows whose prompt overlaps with a held-out or test row's by more than `share`; that row; the share."""
     held = np.flatnonzero((side == HELDOUT) | (side == TEST))
     if not len(held):
-        return held, held, np.zeros(0)
+        return PartialMatches(held, held, np.zeros(0))
     index = HeldoutIndex([prompt_text(orjson.loads(text)) for text in spool.conversations(held)], share)
 
-    def make() -> Callable[[tuple[int, np.ndarray]], list[tuple[int, int, float]]]:
-        def overlaps(part_and_rows: tuple[int, np.ndarray]) -> list[tuple[int, int, float]]:
+    def make() -> Callable[[tuple[int, Integers]], list[tuple[int, int, float]]]:
+        def overlaps(part_and_rows: tuple[int, Integers]) -> list[tuple[int, int, float]]:
             part, rows = part_and_rows
             texts = spool.read(part).column("conversation").take(rows).to_pylist()
             found = index.overlaps([prompt_text(orjson.loads(text)) for text in texts])
@@ -63,22 +83,22 @@ def find_overlap(
         return overlaps
 
     training = ((part, np.flatnonzero(side[spool.slice(part)] == TRAIN)) for part in spool.parts())
-    workers = parallel.worker_count(len(side), OVERLAP_ENOUGH, hardware.threads())
-    rows, matches, shares, done = [], [], [], 0
+    workers = parallel.worker_count(len(side), OVERLAP_ENOUGH, context.threads)
+    rows: list[int] = []
+    matches: list[int] = []
+    shares: list[float] = []
     for part, found in enumerate(parallel.map_batches(make, training, workers)):
         start = int(spool.starts[part])
         for row, match, value in found:
             rows.append(start + row)
-            matches.append(held[match])
+            matches.append(int(held[match]))
             shares.append(value)
         done = int(spool.starts[part + 1])
-        progress.line(f"{done:,} of {len(side):,} rows compared with the held-out ones")
-    return np.array(rows, dtype=np.int64), np.array(matches, dtype=np.int64), np.array(shares)
+        context.progress.line(f"{done:,} of {len(side):,} rows compared with the held-out ones")
+    return PartialMatches(np.array(rows, np.int64), np.array(matches, np.int64), np.array(shares, np.float64))
 
 
-def find_near_duplicates(
-    signatures: np.ndarray, rows: np.ndarray, similarity: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def find_near_duplicates(signatures: Signatures, rows: Integers, similarity: float) -> PartialMatches:
     """Those of `rows` that nearly repeat an earlier one that is kept, that one, and their estimated similarity.
 
     `signatures`: uint8 (all rows, permutations), which is overwritten: those of `rows` move to its start, so that they
@@ -91,9 +111,4 @@ def find_near_duplicates(
     matches = near_duplicates(signatures, similarity)
     found = np.flatnonzero(matches >= 0)
     alike = (estimated_similarity(signatures[row], signatures[matches[row]]) for row in found)
-    return rows[found], rows[matches[found]], np.fromiter(alike, np.float64, len(found))
-
-
-def _ordered(rows: np.ndarray, matches: np.ndarray) -> Pairs:
-    order = np.argsort(rows)
-    return rows[order], matches[order]
+    return PartialMatches(rows[found], rows[matches[found]], np.fromiter(alike, np.float64, len(found)))

@@ -4,18 +4,23 @@ All hashes are uint64 arrays, one value a row, uniform over their range.
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from adder.core.errors import UserError
+from adder.formatting.stage import FormatSettings
+
+Hashes = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
 
 MISSING = 0  # the hash that stands for "no value" in the column of group_by or stratify_by
 RANGE = 2.0**64
 
 
-def choose_heldout(heldout: dict, prompt: np.ndarray, digest: np.ndarray, value: np.ndarray | None) -> np.ndarray:
+def choose_heldout(settings: FormatSettings, prompt: Hashes, digest: Hashes, value: Hashes | None) -> Mask:
     """Which of n rows are held out, as bool (n,).
 
-    heldout: {share or size, group_by or stratify_by or neither}. `prompt` is the hash of what is asked, `digest` that
-    of the whole conversation, `value` that of the column of group_by or stratify_by.
+    settings: share or size; group_by, stratify_by or neither. `prompt` is the hash of what is asked, `digest` that of
+    the whole conversation, `value` that of the column of group_by or stratify_by.
 
     - share: the rows whose prompt's hash, read as a number in [0, 1), is below it. A row stays where it is whatever is
       added. size: the rows with the lowest hashes; a new row displaces one of them at most.
@@ -25,7 +30,7 @@ def choose_heldout(heldout: dict, prompt: np.ndarray, digest: np.ndarray, value:
       at most one, of its own value (with a size, rounding may pass one row from a value to another).
     Raises UserError where as much is to be held out as there is.
     """
-    share, size = heldout.get("share"), heldout.get("size")
+    share, size = settings.share, settings.size
     if (share is None) == (size is None):
         raise UserError("data.heldout needs one of share, size and sources")
     if size is not None and size >= len(prompt):
@@ -33,42 +38,41 @@ def choose_heldout(heldout: dict, prompt: np.ndarray, digest: np.ndarray, value:
             f"data.heldout.size is {size:,}, but there are only {len(prompt):,} usable rows and some must be left to "
             "train on"
         )
-    if heldout.get("stratify_by"):
+    if settings.stratify_by and value is not None:
         return _stratified(share, size, prompt, digest, value)
-    key = groups_of(prompt, value) if heldout.get("group_by") else prompt
-    if share is not None:
-        return key < _limit(share)
-    if heldout.get("group_by"):
-        return _whole_groups(key, size, heldout["group_by"])
+    key = groups_of(prompt, value) if settings.group_by and value is not None else prompt
+    if size is None:
+        return key < _limit(share or 0.0)
+    if settings.group_by:
+        return _fitting_groups(key, size, settings.group_by)
     held = np.zeros(len(prompt), dtype=bool)
     held[np.lexsort((digest, prompt))[:size]] = True
     return held
 
 
-def groups_of(prompt: np.ndarray, value: np.ndarray) -> np.ndarray:
+def groups_of(prompt: Hashes, value: Hashes) -> Hashes:
     """What each row goes by under group_by: its value's hash, and without a value its prompt's."""
     return np.where(value == MISSING, prompt, value)
 
 
-def describe(heldout: dict, held: int, left: int, own_sources: bool) -> str:
-    """One sentence on how the held-out rows were chosen."""
+def describe(settings: FormatSettings, held: int, left: int, own_sources: bool) -> str:
+    """One sentence on how the held-out rows were chosen: `held` of them, and `left` to train on."""
     if own_sources:
         return f"The {held:,} held-out rows come from sources of their own."
-    share, size = heldout.get("share"), heldout.get("size")
-    wanted = f"{share:.3g} of the rows" if share is not None else f"{size:,} rows"
+    wanted = f"{settings.share:.3g} of the rows" if settings.share is not None else f"{settings.size:,} rows"
     led = f"{held:,} of {held + left:,} rows are held out (asked for: {wanted})"
-    if heldout.get("group_by"):
+    if settings.group_by:
         return (
-            f"{led}, chosen by a hash of the column '{heldout['group_by']}': all rows of one value are on one side, "
+            f"{led}, chosen by a hash of the column '{settings.group_by}': all rows of one value are on one side, "
             "and stay there when others are added."
         )
-    if heldout.get("stratify_by"):
-        return f"{led}, the same part of each value of the column '{heldout['stratify_by']}', by a hash of the prompt."
-    stays = "a row stays where it is" if share is not None else "one of them at most is displaced"
+    if settings.stratify_by:
+        return f"{led}, the same part of each value of the column '{settings.stratify_by}', by a hash of the prompt."
+    stays = "a row stays where it is" if settings.share is not None else "one of them at most is displaced"
     return f"{led}, chosen by a hash of the prompt: {stays} when another is added."
 
 
-def scramble(hashes: np.ndarray, salt: int) -> np.ndarray:
+def scramble(hashes: Hashes, salt: int) -> Hashes:
     """Other uniform hashes, uint64, that tell nothing of the first: SplitMix64's finaliser (Steele et al. 2014)."""
     mixed = hashes + np.uint64((salt * 0x9E3779B97F4A7C15) % 2**64)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -76,20 +80,21 @@ def scramble(hashes: np.ndarray, salt: int) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def copies_of(digest: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def copies_of(digest: Hashes, weight: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """How often each row is used, int64 (n,): the weight's whole part, and once more for a fixed part of the rows.
 
     A weight of 2.3 gives each row twice and three tenths of them, chosen by their digests, a third time.
     """
-    whole = np.floor(weight)
-    return (whole + (scramble(digest, 1) / RANGE < weight - whole)).astype(np.int64)
+    times = np.floor(weight)
+    return (times + (scramble(digest, 1) / RANGE < weight - times)).astype(np.int64)
 
 
 def _limit(share: float) -> np.uint64:
     return np.uint64(min(int(share * RANGE), 2**64 - 1))
 
 
-def _whole_groups(key: np.ndarray, size: int, column: str) -> np.ndarray:
+def _fitting_groups(key: Hashes, size: int, column: str) -> Mask:
+    """Groups in the order of their hashes, each that still fits into `size` rows."""
     _, group, counts = np.unique(key, return_inverse=True, return_counts=True)  # sorted: in the order of the hashes
     taken = np.zeros(len(counts), dtype=bool)
     waiting, room = np.flatnonzero(counts <= size), size
@@ -106,14 +111,13 @@ def _whole_groups(key: np.ndarray, size: int, column: str) -> np.ndarray:
     return taken[group]
 
 
-def _stratified(
-    share: float | None, size: int | None, prompt: np.ndarray, digest: np.ndarray, value: np.ndarray
-) -> np.ndarray:
+def _stratified(share: float | None, size: int | None, prompt: Hashes, digest: Hashes, value: Hashes) -> Mask:
+    """Of each value the rows with the lowest hashes: by `size` together, without one the `share` of each."""
     values, counts = np.unique(value, return_counts=True)
-    if share is not None:
+    if size is None:
         # Rounded up or down by the value's own hash: values of few rows get their part on the average, and how many
         # are held out of one value depends on no other.
-        quota = np.floor(share * counts + scramble(values, 2) / RANGE).astype(np.int64)
+        quota = np.floor((share or 0.0) * counts + scramble(values, 2) / RANGE).astype(np.int64)
     else:
         exact = size * counts / len(prompt)
         quota = np.floor(exact).astype(np.int64)
@@ -121,7 +125,7 @@ def _stratified(
         quota[np.lexsort((values, quota - exact))[: size - int(quota.sum())]] += 1
     order = np.lexsort((digest, prompt, value))
     starts = np.cumsum(counts) - counts
-    rank = np.arange(len(value)) - np.repeat(starts, counts)
+    place = np.arange(len(value)) - np.repeat(starts, counts)
     held = np.zeros(len(value), dtype=bool)
-    held[order] = rank < np.repeat(quota, counts)
+    held[order] = place < np.repeat(quota, counts)
     return held

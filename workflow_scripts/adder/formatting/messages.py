@@ -1,12 +1,15 @@
 """The messages of a conversation, out of the ways in which people write them: OpenAI's, ShareGPT's, axolotl's, TRL's.
 
-`conversations.py` says what they become. Whatever is ambiguous or would be lost is a `Rejected`, never a guess.
+`conversation.py` says what they become. Whatever is ambiguous or would be lost is a `Rejected`, never a guess.
 """
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
-ROLES = {
+from adder.formatting.conversation import Conversation, Function, Message, Role, ToolCall
+
+ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -29,23 +32,23 @@ CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the value is the call, 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNREAD = ("tools", "functions", "images", "audio", "video")  # to ignore them would train on something else
-NOTHING = (None, "", [])
+BLANK = (None, "", [])
 
 
 class Rejected(Exception):
     """A row that can't be used. `kind` is counted; `detail` says what was found in this row."""
 
-    def __init__(self, kind: str, detail: str = ""):
+    def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
 
 
-def user(content: Any, where: str) -> dict:
+def user(content: Any, where: str) -> Message:
     """A user message; `where` names the content if it is no text."""
     return {"role": "user", "content": text_of(content, where)}
 
 
-def assistant(content: Any, where: str) -> dict:
+def assistant(content: Any, where: str) -> Message:
     """A reply; `where` names the content if it is no text."""
     return {"role": "assistant", "content": text_of(content, where)}
 
@@ -55,13 +58,13 @@ def text_of(value: Any, where: str) -> str:
     if not isinstance(value, str):
         if isinstance(value, list):
             return text_of("".join([_part(part, where) for part in value]), where)
-        raise Rejected("content is not text", f"{where} is {kind_of(value)}")
+        raise Rejected("content is not text", f"{where} is {json_type(value)}")
     if not value or value.isspace():
         raise Rejected("content is empty", where)
     return value
 
 
-def read_messages(value: Any, column: str) -> list[dict]:
+def read_messages(value: Any, column: str) -> list[Message]:
     """Role/content or from/value objects as messages, in whatever order they stand.
 
     An empty system message is left out: it says nothing.
@@ -69,34 +72,33 @@ def read_messages(value: Any, column: str) -> list[dict]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # as a table's cell holds it
         value = parse_json(value, column)
     if not isinstance(value, list):
-        raise Rejected(f"{column} is not a list", f"found {kind_of(value)}")
-    messages = [_message(message, number) for number, message in enumerate(value, 1)]
-    if messages and messages[0] is None:
-        messages = messages[1:]
+        raise Rejected(f"{column} is not a list", f"found {json_type(value)}")
+    read = [_message(message, number) for number, message in enumerate(value, 1)]
+    messages = [message for message in read if message is not None]
     if not messages:
         raise Rejected(f"{column} is empty")
     return messages
 
 
-def read_tools(value: Any) -> list[dict]:
+def read_tools(value: Any) -> list[dict[str, Any]]:
     """Tool definitions in OpenAI's form, from a list or its JSON; {"type": "function"} is put around bare ones."""
     value = parse_json(value, "tools") if isinstance(value, str) else value
     value = [value] if isinstance(value, dict) else value
     if value is None:
         return []
     if not isinstance(value, list):
-        raise Rejected("tools are not a list of definitions", f"found {kind_of(value)}")
-    tools = []
+        raise Rejected("tools are not a list of definitions", f"found {json_type(value)}")
+    tools: list[dict[str, Any]] = []
     for number, tool in enumerate(value, 1):
         tool = parse_json(tool, f"tool {number}") if isinstance(tool, str) else tool
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise Rejected("tools are not a list of definitions", f"tool {number} has no name")
-        tools.append(tool if function is not tool else {"type": "function", "function": tool})
+        tools.append({"type": "function", "function": tool} if function is tool else tool)
     return tools
 
 
-def check_order(messages: list[dict]) -> None:
+def check_order(messages: list[Message]) -> None:
     """Refuse an order of roles that is wrong for every chat template, and replies none of which is to be trained on."""
     roles = [message["role"] for message in messages]
     if roles == ["user", "assistant"] and "train" not in messages[1]:  # nearly all there are
@@ -121,27 +123,28 @@ def parse_json(text: str, where: str) -> Any:
         raise Rejected("broken JSON within the row", f"{where}: {error or 'nested too deep'}") from None
 
 
-def why_not_json(conversation: dict, error: Exception) -> Rejected:
+def why_not_json(conversation: Conversation, error: Exception) -> Rejected:
     """The reason why a conversation can't be encoded as JSON in UTF-8."""
-    for number, message in enumerate(conversation.get("messages", [conversation]), 1):
-        where = f"{message['role']} message {number}" if "role" in message else "text"
+    if _has_lone_surrogate(conversation.get("text")):
+        return Rejected("invalid unicode", "text has half a surrogate pair")
+    for number, message in enumerate(conversation.get("messages", []), 1):
         if _has_lone_surrogate(message):
-            return Rejected("invalid unicode", f"{where} has half a surrogate pair")
+            return Rejected("invalid unicode", f"{message['role']} message {number} has half a surrogate pair")
     if _has_lone_surrogate(conversation.get("tools")):
         return Rejected("invalid unicode", "tools have half a surrogate pair")
     return Rejected("tools or tool calls that JSON can't hold", str(error))
 
 
-def kind_of(value: Any) -> str:
+def json_type(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _message(message: Any, number: int) -> dict | None:
+def _message(message: Any, number: int) -> Message | None:
     """One message; None for an empty system message at the start."""
     if not isinstance(message, dict):
-        raise Rejected("a message is not an object", f"message {number} is {kind_of(message)}")
+        raise Rejected("a message is not an object", f"message {number} is {json_type(message)}")
     role_key = "role" if "role" in message else "from"
     name = message.get(role_key)
     role = ROLES.get(name) if isinstance(name, str) else None
@@ -155,11 +158,11 @@ def _message(message: Any, number: int) -> dict | None:
         return {"role": role, "content": text_of(content, where)}
     if name in CALL_ROLES:
         calls = _tool_calls(parse_json(content, where) if isinstance(content, str) else content, where)
-        read = {"role": role, "content": "", "tool_calls": calls}
-    elif role == "system" and number == 1 and content in NOTHING:
+        read: Message = {"role": role, "content": "", "tool_calls": calls}
+    elif role == "system" and number == 1 and content in BLANK:
         return None
     elif role == "assistant" and (message.get("tool_calls") or message.get("function_call")):
-        content = "" if content in NOTHING else content
+        content = "" if content in BLANK else content
         text = "" if isinstance(content, str) and not content.strip() else text_of(content, where)
         read = {"role": role, "content": text}
     else:
@@ -168,18 +171,18 @@ def _message(message: Any, number: int) -> dict | None:
     return read
 
 
-def _unusual_role(name: Any, number: int, key: str) -> tuple[str, str]:
+def _unusual_role(name: Any, number: int, key: str) -> tuple[str, Role]:
     """A role in other case or with spaces around it."""
     plain = name.strip().lower() if isinstance(name, str) else ""
     if plain not in ROLES:
-        found = f"'{name[:40]}'" if isinstance(name, str) else kind_of(name)
+        found = f"'{name[:40]}'" if isinstance(name, str) else json_type(name)
         raise Rejected("unknown role", f"message {number} has {key} {found}; known are {', '.join(ROLES)}")
     return plain, ROLES[plain]
 
 
-def _read_extras(message: dict, read: dict, where: str) -> None:
+def _read_extras(message: Mapping[str, Any], read: Message, where: str) -> None:
     """What a message has beside role and content: reasoning, tool calls and results, a name, a weight."""
-    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) not in NOTHING), None)
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) not in BLANK), None)
     calls = message.get("tool_calls") or message.get("function_call")
     if read["role"] == "assistant":
         if reasoning is not None:
@@ -198,11 +201,11 @@ def _read_extras(message: dict, read: dict, where: str) -> None:
         value = message.get(key)
         if value not in (None, "") and (key == "name" or read["role"] == "tool"):
             if not isinstance(value, str):
-                raise Rejected(f"{key} is not text", f"{where}: {kind_of(value)}")
+                raise Rejected(f"{key} is not text", f"{where}: {json_type(value)}")
             read[key] = value
 
 
-def _trained(message: dict, where: str) -> bool:
+def _trained(message: Mapping[str, Any], where: str) -> bool:
     """Whether a reply is to be trained on: OpenAI's `weight`, axolotl's `train` and `training`, and `masked`."""
     trained = True
     for key in ("weight", "train", "training", "masked"):
@@ -210,20 +213,20 @@ def _trained(message: dict, where: str) -> bool:
         if mark is None:
             continue
         if not isinstance(mark, bool | int | float) or mark not in (0, 1):
-            found = repr(mark)[:40] if isinstance(mark, str | int | float) else kind_of(mark)
+            found = repr(mark)[:40] if isinstance(mark, str | int | float) else json_type(mark)
             raise Rejected("a weight or train mark other than 0 and 1", f"{where} has {key}: {found}")
         trained = trained and bool(mark) != (key == "masked")
     return trained
 
 
-def _tool_calls(calls: Any, where: str) -> list[dict]:
+def _tool_calls(calls: Any, where: str) -> list[ToolCall]:
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not calls:
-        raise Rejected("broken tool call", f"{where}: expected a list of calls, found {kind_of(calls)}")
+        raise Rejected("broken tool call", f"{where}: expected a list of calls, found {json_type(calls)}")
     return [_tool_call(call, where) for call in calls]
 
 
-def _tool_call(call: Any, where: str) -> dict:
+def _tool_call(call: Any, where: str) -> ToolCall:
     """One call in OpenAI's form, from that or from a bare {"name", "arguments"}; arguments become an object."""
     call = parse_json(call, where) if isinstance(call, str) else call
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -236,18 +239,20 @@ def _tool_call(call: Any, where: str) -> dict:
         arguments = parse_json(arguments, f"{where}, the arguments of {function['name'][:40]}")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        found = kind_of(arguments)
+        found = json_type(arguments)
         raise Rejected(
             "broken tool call", f"{where}: the arguments of {function['name'][:40]} are {found}, not an object"
         )
     identity = call.get("id")
-    read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return {"type": "function", "id": identity, **read} if isinstance(identity, str) and identity else read
+    called: Function = {"name": function["name"], "arguments": arguments}
+    if isinstance(identity, str) and identity:
+        return {"type": "function", "id": identity, "function": called}
+    return {"type": "function", "function": called}
 
 
-def _check_results(messages: list[dict]) -> None:
+def _check_results(messages: list[Message]) -> None:
     """Each tool result follows a reply with tool calls, or another result of it, and answers a call that was made."""
-    calls: list[dict] = []
+    calls: list[ToolCall] = []
     for number, message in enumerate(messages, 1):
         if message["role"] != "tool":
             calls = message.get("tool_calls", [])
@@ -263,18 +268,18 @@ def _check_results(messages: list[dict]) -> None:
 def _part(part: Any, where: str) -> str:
     """The text of one typed part of a content."""
     if not isinstance(part, dict):
-        raise Rejected("content is not text", f"{where} is a list that holds {kind_of(part)}")
+        raise Rejected("content is not text", f"{where} is a list that holds {json_type(part)}")
     kind = part.get("type", "text")
     if isinstance(kind, str) and kind in TEXT_PARTS:
         text = part.get("text")
         if isinstance(text, str):
             return text
-        raise Rejected("content is not text", f"{where}: a text part holds {kind_of(text)}")
-    found = kind[:40] if isinstance(kind, str) else kind_of(kind)
+        raise Rejected("content is not text", f"{where}: a text part holds {json_type(text)}")
+    found = kind[:40] if isinstance(kind, str) else json_type(kind)
     raise Rejected("content has a part that is not text", f"{where} has a part of the type '{found}'")
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 

@@ -1,6 +1,6 @@
 """What the stage "format" leaves for people and for the report: card.json, rejects.jsonl and the rows it dropped."""
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, TypedDict
 
 from adder.core.length_summary import LengthSummary
 from adder.formatting.conversation import Message
@@ -164,12 +164,3 @@ class Card(Counts, ConversationFigures):
     columns: dict[str, list[list[Any]]]
     quality: Quality
     split: str
-
-
-class SourceReading(TypedDict, total=False):
-    """How the rows of one source are to be read: an entry of reading.json, which the stage "data" writes."""
-
-    row_format: str
-    columns: dict[str, str]
-    weight: float
-    split: NotRequired[str | None]

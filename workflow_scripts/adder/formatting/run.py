@@ -6,232 +6,223 @@ on; then the conversations pass through once more into the two Parquet files.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import numpy.typing as npt
 
-from adder.core import hardware, parallel
+from adder.core import parallel
 from adder.core.errors import UserError
-from adder.core.files import read_json, write_json, write_jsonl
+from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
-from adder.formatting import block_converter, card_figures, deduplication, minhash
-from adder.formatting import heldout_split as split
-from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, UNDECIDED, Plan, Survey
-from adder.formatting.row_formats import reading_of
+from adder.core.stage_spec import Context
+from adder.data.records import Reading
+from adder.formatting import block_converter, card_figures, heldout_split, minhash
+from adder.formatting.accepted_rows import CLASSES, LEFT_OUT, AcceptedRows
+from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, UNDECIDED, ConversionRules, RejectKind, Survey
+from adder.formatting.conversation_file import write_conversations
+from adder.formatting.findings import decide, quality, write_findings
+from adder.formatting.records import Card, Counts
+from adder.formatting.row_formats import ColumnSets, SourceFormat, source_format
 from adder.formatting.spool import Spool
+from adder.formatting.stage import FormatSettings
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),  # "source:row"; "source:row#2" where a weight repeats a row
-        ("source", pa.string()),
-        ("conversation", pa.string()),  # JSON: {"messages", "tools"?} or {"text"}
-        ("digest", pa.int64()),  # of the content; samples are drawn by it
-    ]
-)
-# What becomes of an accepted row, beside TRAIN, HELDOUT and TEST.
-DUPLICATE, NEAR_DUPLICATE, LEAKED, LEFT_OUT = range(UNDECIDED + 1, UNDECIDED + 5)
-CLASSES = {
-    "train": TRAIN,
-    "heldout": HELDOUT,
-    "tests": TEST,
-    "duplicates": DUPLICATE,
-    "near_duplicates": NEAR_DUPLICATE,
-    "leaked": LEAKED,
-    "left_out": LEFT_OUT,
-}
 COUNTS = ("rows_in", *CLASSES, "rejected")
 FEW_HELDOUT = 30  # an interval over fewer rows is too wide to tell anything but the plainest difference
 ENOUGH = 4 << 20  # bytes of rows that are worth a worker
-GROUP_ROWS, GROUP_BYTES = 8192, 32 << 20  # of a row group of Parquet, the unit in which the next stage reads
-MOST_COLUMNS = 20  # columns of one source that are looked at for telling values
-SAME, OVERLAP = "same prompt", "8-word overlap"  # how a training row leaked
+MOST_COLUMNS = 20  # columns of one source that are looked at for categories
 SHOWN = 200  # characters of a rejected row in a message
 
+Readings = dict[str, Reading]
+Result = TypeVar("Result")
 
-@dataclass
-class Rows:
-    """The accepted rows as arrays; `split` becomes each row's class (CLASSES)."""
 
-    sources: list[str]
-    source: np.ndarray
-    row: np.ndarray
-    split: np.ndarray
-    digest: np.ndarray
-    prompt: np.ndarray
-    value: np.ndarray | None
-    signatures: np.ndarray | None
+@dataclass(frozen=True)
+class FormatInputs:
+    """Folders of the stages that are read."""
 
-    def id(self, index: int) -> str:
-        return f"{self.sources[self.source[index]]}:{self.row[index]}"
+    data: Path
 
 
 @dataclass
 class Rejects:
-    """What rejects.jsonl holds, in numbers: by kind [how many, the first], and by source."""
+    """How many rows rejects.jsonl holds, by kind of reason and by source."""
 
-    kinds: dict[str, list]
-    by_source: Counter
+    kinds: dict[str, RejectKind] = field(default_factory=dict)
+    by_source: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kinds: dict[str, RejectKind], by_source: Counter[str]) -> None:
+        """Take those of one block."""
+        self.by_source.update(by_source)
+        for kind, found in kinds.items():
+            known = self.kinds.get(kind, RejectKind(0, found.first))
+            self.kinds[kind] = known._replace(rows=known.rows + found.rows)
 
     def because(self) -> str:
         """The most frequent reasons, each with its first row; "" if there are none."""
-        kinds = sorted(self.kinds.items(), key=lambda item: -item[1][0])[:3]
+        most = sorted(self.kinds.values(), key=lambda kind: -kind.rows)[:3]
         lines = [
             f"\n  {count:,} rows: {first['reason']} (first: {first['source']}, row {first['row']}: "
             f"{str(first['data'])[:SHOWN]})"
-            for _, (count, first) in kinds
+            for count, first in most
         ]
         return "".join([". Rejected:", *lines]) if lines else ""
 
 
-@dataclass
-class Findings:
-    """Rows found and what each matches: duplicates (dropped), leaked prompts and near-duplicates with their share."""
-
-    duplicates: tuple[np.ndarray, np.ndarray]
-    leaks: tuple[np.ndarray, np.ndarray]
-    overlap: tuple[np.ndarray, np.ndarray, np.ndarray]
-    near: tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) -> dict:
-    """Write train.parquet and heldout.parquet (SCHEMA), what was dropped and why (*.jsonl), and card.json.
+def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Context) -> Counts:
+    """Write train.parquet and heldout.parquet (conversation_file.SCHEMA), what was dropped and why (*.jsonl; see
+    records), and card.json (records.Card).
 
     Where `group_by` chose the held-out rows, heldout.parquet has a column more, `group` (16 hex digits), which tells
-    rows that are alike to the evaluation.
-
-    settings: the section Format, and heldout {share, size, group_by, stratify_by}, which is used where the rows have no
+    rows that are alike to the evaluation. `share`, `size`, `group_by` and `stratify_by` are used where the rows have no
     held-out sources. Every row ends in exactly one of CLASSES or is rejected; `tests` are rows of protected test sets,
-    which are in no file. The card's `leaked` counts training rows dropped because a held-out or test row asks the same,
-    `heldout_in_train` the held-out rows that had such a twin (repeated rows included). Returns the card's counts.
+    which are in no file. Returns the card's counts.
+
     Raises UserError where nothing is left to train on or to hold out, more is to be held out than there is, more than
     settings.max_rejected can't be used, or a column that is named is nowhere.
     """
-    rows_path = inputs["data"] / "rows.jsonl"
-    reading = read_json(inputs["data"] / "reading.json")
-    survey, plan = _look(rows_path, reading, settings, progress)
+    rows_path, progress = inputs.data / "rows.jsonl", context.progress
+    readings: Readings = read_json(inputs.data / "reading.json")
+    survey = _survey(rows_path, context)
+    rules = _rules(readings, survey, settings, progress)
     spool = Spool(out / "spool")
-    rows, rejects, columns = _convert(rows_path, survey, plan, spool, out / "rejects.jsonl", progress)
-    _refuse_unusable(survey.rows.total(), rows, rejects, settings["max_rejected"])
+    rows, rejects, columns = _convert(rows_path, survey.rows.total(), rules, spool, out / "rejects.jsonl", context)
+    _refuse_unusable(survey.rows.total(), rows, rejects, settings.max_rejected)
 
-    own_sources = not (rows.split == UNDECIDED).any()
-    heldout_in_train, findings = _decide(rows, spool, settings, progress)
-    copies = _weigh(rows, np.array([reading[name].get("weight", 1.0) for name in rows.sources]))
-    counts = _count(rows, rejects, survey)
-    _refuse_empty(counts, settings["heldout"], rejects)
+    own_sources = not rows.are(UNDECIDED).any()
+    findings = decide(rows, spool, settings, context)
+    copies = _weigh(rows, np.array([readings[name]["weight"] for name in rows.sources]))
+    by_source = _count(rows, rejects, survey)
+    counts = _total(by_source)
+    _refuse_empty(counts, settings.share, rejects)
 
-    figures = _write_split(out / "train.parquet", spool, rows, copies * (rows.split == TRAIN), progress)
-    group = split.groups_of(rows.prompt, rows.value) if settings["heldout"].get("group_by") else None
-    _write_split(out / "heldout.parquet", spool, rows, (rows.split == HELDOUT).astype(np.int64), progress, group)
-    _write_findings(out, rows, findings)
-    train_rows = int(copies[rows.split == TRAIN].sum())
-    card = {
+    figures = write_conversations(out / "train.parquet", spool, rows, copies * rows.are(TRAIN), progress)
+    group = None
+    if settings.group_by and rows.value is not None:
+        group = heldout_split.groups_of(rows.prompt, rows.value)
+    write_conversations(out / "heldout.parquet", spool, rows, rows.are(HELDOUT).astype(np.int64), progress, group)
+    write_findings(out, rows, findings)
+    train_rows = int(copies[rows.are(TRAIN)].sum())
+    card: Card = {
         **counts,
+        "by_source": by_source,
         "train_rows": train_rows,
         "repeats": train_rows - counts["train"],
         "accepted": counts["train"] + counts["heldout"],
-        "heldout_in_train": heldout_in_train,
-        "rejects_by_reason": {kind: count for kind, (count, _) in sorted(rejects.kinds.items())},
-        "row_format": {name: found.row_format for name, found in plan.readings.items()},
-        "samples": card_figures.samples(spool, np.flatnonzero(rows.split == TRAIN), rows.digest),
+        "heldout_in_train": findings.heldout_in_train,
+        "rejects_by_reason": {kind: found.rows for kind, found in sorted(rejects.kinds.items())},
+        "row_format": {name: source.name for name, source in rules.formats.items()},
+        "samples": card_figures.samples(spool, np.flatnonzero(rows.are(TRAIN)), rows.digest),
         "columns": columns.result(),
-        "quality": _quality(rows, spool, findings, settings),
-        "split": split.describe(settings["heldout"], counts["heldout"], counts["train"], own_sources),
+        "quality": quality(rows, spool, findings, settings),
+        "split": heldout_split.describe(settings, counts["heldout"], counts["train"], own_sources),
         **figures.result(),
     }
     write_json(out / "card.json", card)
-    summary = {key: card[key] for key in COUNTS}
-    progress.say(", ".join(f"{summary[key]:,} {key.replace('_', ' ')}" for key in COUNTS if summary[key]))
-    if rejects.kinds:
-        progress.say(f"warning: rows can't be used, each is in this stage's rejects.jsonl{rejects.because()}")
-    if counts["heldout"] < FEW_HELDOUT:
-        few = counts["heldout"]
-        progress.say(
-            f"warning: {few} held out may be too few for a verdict, {FEW_HELDOUT} tell more: data.heldout takes a size "
-            "or a share"
-        )
-    return summary
+    _say(counts, rejects, progress)
+    return counts
 
 
-def _look(rows_path: Path, reading: dict, settings: dict, progress: Progress) -> tuple[Survey, Plan]:
-    """A first look at all rows, and how they are to be read."""
+def _survey(rows_path: Path, context: Context) -> Survey:
+    """A first look at all rows."""
     survey = Survey(Counter(), {})
-    for found in _over_blocks(partial(block_converter.surveyor, rows_path), rows_path):
+    for found in _over_blocks(partial(block_converter.surveyor, rows_path), rows_path, context.threads):
         survey.add(found)
-        progress.line(f"{survey.rows.total():,} rows seen")
-    nothing: Counter = Counter()
-    readings = {name: reading_of(name, asked, survey.column_sets.get(name, nothing)) for name, asked in reading.items()}
-    by_source = {name: Counter(c for columns in survey.column_sets.get(name, ()) for c in columns) for name in reading}
-    heldout = settings["heldout"]
-    value_column = heldout.get("group_by") or heldout.get("stratify_by")
-    if value_column and not any(value_column in columns for columns in by_source.values()):
-        which = "group_by" if heldout.get("group_by") else "stratify_by"
-        there = sorted(set().union(*by_source.values()))
+        context.progress.line(f"{survey.rows.total():,} rows seen")
+    return survey
+
+
+def _rules(readings: Readings, survey: Survey, settings: FormatSettings, progress: Progress) -> ConversionRules:
+    """How the rows are to be read, as the settings and a look at their columns tell."""
+    nothing: ColumnSets = Counter()
+    formats = {
+        name: source_format(name, asked["row_format"], asked["columns"], survey.column_sets.get(name, nothing))
+        for name, asked in readings.items()
+    }
+    columns = {name: {c for columns in survey.column_sets.get(name, ()) for c in columns} for name in readings}
+    value_column = settings.group_by or settings.stratify_by
+    if value_column and not any(value_column in there for there in columns.values()):
+        which = "group_by" if settings.group_by else "stratify_by"
+        there = sorted(set().union(*columns.values()))
         raise UserError(
             f"data.heldout.{which} names the column '{value_column}', which no row has. The columns there: "
             f"{', '.join(there[:30])}"
         )
-    telling = {
-        name: [c for c in sorted(columns) if c not in readings[name].own_columns() and block_converter.is_unicode(c)][
-            :MOST_COLUMNS
-        ]
-        for name, columns in by_source.items()
-    }
-    for name, found in readings.items():
-        progress.say(f"{name}: {(found.row_format or 'no known row format').replace('_', ' ')}")
-    sign = settings["near_duplicates"] != "off"
-    return survey, Plan(readings, settings["system_prompt"], value_column, telling, sign)
+    for name, source in formats.items():
+        progress.say(f"{name}: {(source.name or 'no known row format').replace('_', ' ')}")
+    categorical = {name: _maybe_categorical(there, formats[name]) for name, there in columns.items()}
+    sign = settings.near_duplicates != "off"
+    return ConversionRules(formats, settings.system_prompt, value_column, categorical, sign)
 
 
-def _over_blocks(make, rows_path: Path) -> Iterator:
+def _maybe_categorical(columns: set[str], source: SourceFormat) -> list[str]:
+    """The columns that are looked at for categories: those that the row format doesn't read."""
+    own = source.own_columns()
+    return [name for name in sorted(columns) if name not in own and block_converter.is_unicode(name)][:MOST_COLUMNS]
+
+
+def _over_blocks(
+    make: Callable[[], Callable[[tuple[int, int]], Result]], rows_path: Path, threads: int
+) -> Iterator[Result]:
     """The results over all blocks of rows.jsonl, in order."""
-    workers = parallel.worker_count(rows_path.stat().st_size, ENOUGH, hardware.threads())
+    workers = parallel.worker_count(rows_path.stat().st_size, ENOUGH, threads)
     return parallel.map_batches(make, block_converter.blocks(rows_path), workers)
 
 
 def _convert(
-    rows_path: Path, survey: Survey, plan: Plan, spool: Spool, rejects_path: Path, progress: Progress
-) -> tuple[Rows, Rejects, card_figures.Columns]:
+    rows_path: Path, total: int, rules: ConversionRules, spool: Spool, rejects_path: Path, context: Context
+) -> tuple[AcceptedRows, Rejects, card_figures.CategoricalColumns]:
     """Convert all rows: conversations into the spool, rejects into their file, the rest into arrays."""
-    total = survey.rows.total()
-    rejects, columns = Rejects({}, Counter()), card_figures.Columns()
-    arrays: dict[str, list] = {name: [] for name in ("source", "row", "split", "digest", "prompt", "value")}
+    rejects, columns = Rejects(), card_figures.CategoricalColumns()
     # The one large array is filled in place: to join parts would take its memory twice.
-    signatures = np.empty((total if plan.sign else 0, minhash.PERMUTATIONS), dtype=np.uint8)
+    signatures = np.empty((total if rules.sign else 0, minhash.PERMUTATIONS), dtype=np.uint8)
+    blocks: list[block_converter.ConvertedBlock] = []
     accepted = 0
     with rejects_path.open("wb") as rejects_file:
-        for block in _over_blocks(partial(block_converter.converter, rows_path, plan), rows_path):
+        make = partial(block_converter.converter, rows_path, rules)
+        for block in _over_blocks(make, rows_path, context.threads):
             count = len(block.row)
             spool.append(block.part, count)
-            for name, parts in arrays.items():
-                parts.append(getattr(block, name))
-            if plan.sign:
+            if block.signatures is not None:
                 signatures[accepted : accepted + count] = block.signatures
             accepted += count
             rejects_file.write(block.rejects)
-            rejects.by_source.update(block.rejected)
-            for kind, (number, first) in block.kinds.items():
-                rejects.kinds.setdefault(kind, [0, first])[0] += number
-            columns.add(block.telling)
+            rejects.add(block.kinds, block.rejected)
+            columns.add(block.categories)
+            # What stays of a block is its small arrays.
+            blocks.append(block._replace(part=b"", rejects=b"", signatures=None, categories={}, kinds={}))
             rejected = rejects.by_source.total()
-            progress.line(f"{accepted + rejected:,} of {total:,} rows read, {rejected:,} rejected")
+            context.progress.line(f"{accepted + rejected:,} of {total:,} rows read, {rejected:,} rejected")
     spool.finish()
     assert accepted + rejects.by_source.total() == total
-    if not plan.value_column:
-        del arrays["value"]
-    joined = {name: np.concatenate(parts) if parts else np.zeros(0, np.int64) for name, parts in arrays.items()}
-    rows = Rows(list(plan.readings), value=joined.pop("value", None), signatures=signatures[:accepted], **joined)
+    values = [block.value for block in blocks if block.value is not None]
+    rows = AcceptedRows(
+        sources=list(rules.formats),
+        source=_joined([block.source for block in blocks], np.int32),
+        row=_joined([block.row for block in blocks], np.int64),
+        split=_joined([block.split for block in blocks], np.int8),
+        digest=_joined([block.digest for block in blocks], np.uint64),
+        prompt=_joined([block.prompt for block in blocks], np.uint64),
+        value=_joined(values, np.uint64) if rules.value_column else None,
+        signatures=signatures[:accepted],
+    )
     return rows, rejects, columns
 
 
-def _refuse_unusable(total: int, rows: Rows, rejects: Rejects, limit: float) -> None:
-    if not (rows.split != TEST).any():
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+def _joined(parts: list[npt.NDArray[Scalar]], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
+    return np.concatenate([np.zeros(0, dtype), *parts])
+
+
+def _refuse_unusable(total: int, rows: AcceptedRows, rejects: Rejects, limit: float) -> None:
+    """Raise UserError where no row is left but of test sets, or more than the share `limit` is rejected."""
+    if rows.are(TEST).all():
         raise UserError(f"no row can be used{rejects.because()}")
     rejected = rejects.by_source.total()
     if rejected > limit * total:
@@ -242,61 +233,50 @@ def _refuse_unusable(total: int, rows: Rows, rejects: Rejects, limit: float) -> 
         )
 
 
-def _decide(rows: Rows, spool: Spool, settings: dict, progress: Progress) -> tuple[int, Findings]:
-    """Set each row's class; how many held-out rows were asked in training too, and all that was found."""
-    none = np.zeros(0, dtype=np.int64)
-    duplicates = deduplication.find_duplicates(rows.split, rows.digest) if settings["drop_duplicates"] else (none, none)
-    sides = rows.split.copy()
-    rows.split[duplicates[0]] = DUPLICATE
-    undecided = np.flatnonzero(rows.split == UNDECIDED)
-    if len(undecided):
-        value = None if rows.value is None else rows.value[undecided]
-        held = split.choose_heldout(settings["heldout"], rows.prompt[undecided], rows.digest[undecided], value)
-        rows.split[undecided] = sides[undecided] = np.where(held, HELDOUT, TRAIN)
-    asked = np.isin(rows.prompt[sides == HELDOUT], rows.prompt[sides == TRAIN])
-
-    leaks = deduplication.find_leaks(rows.split, rows.prompt)
-    rows.split[leaks[0]] = LEAKED
-    overlap = (none, none, none)
-    if settings["overlap"] != "off":
-        overlap = deduplication.find_overlap(spool, rows.split, settings["overlap_share"], progress)
-        if settings["overlap"] == "drop":
-            rows.split[overlap[0]] = LEAKED
-    near = (none, none, none)
-    if settings["near_duplicates"] != "off":
-        progress.line("looking for near-duplicates")
-        train = np.flatnonzero(rows.split == TRAIN)
-        near = deduplication.find_near_duplicates(rows.signatures, train, settings["near_duplicate_similarity"])
-        if settings["near_duplicates"] == "drop":
-            rows.split[near[0]] = NEAR_DUPLICATE
-    rows.signatures = None
-    return int(asked.sum()), Findings(duplicates, leaks, overlap, near)
-
-
-def _weigh(rows: Rows, weights: np.ndarray) -> np.ndarray:
-    """How often each row is used, int64 (rows,); a training row that is not used becomes LEFT_OUT."""
-    train = rows.split == TRAIN
+def _weigh(rows: AcceptedRows, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """How often each row is used, (n,); a training row that is not used becomes LEFT_OUT. weights: by source."""
+    train = rows.are(TRAIN)
     copies = np.ones(len(train), dtype=np.int64)
     if (weights != 1).any():
-        copies[train] = split.copies_of(rows.digest[train], weights[rows.source[train]])
+        copies[train] = heldout_split.copies_of(rows.digest[train], weights[rows.source[train]])
         rows.split[train & (copies == 0)] = LEFT_OUT
     return copies
 
 
-def _count(rows: Rows, rejects: Rejects, survey: Survey) -> dict:
-    """The card's COUNTS, as a whole and by source. Every row that was read is in exactly one class."""
-    width = LEFT_OUT + 1
-    table = np.bincount(rows.source * width + rows.split, minlength=len(rows.sources) * width).reshape(-1, width)
-    by_source = {}
-    for name, counted in zip(rows.sources, table.tolist(), strict=True):
-        counts = {"rows_in": survey.rows[name], **{key: counted[place] for key, place in CLASSES.items()}}
-        counts["rejected"] = rejects.by_source[name]
-        assert sum(counts.values()) == 2 * counts["rows_in"], (name, counts)
-        by_source[name] = counts
-    return {**{key: sum(c[key] for c in by_source.values()) for key in COUNTS}, "by_source": by_source}
+def _count(rows: AcceptedRows, rejects: Rejects, survey: Survey) -> dict[str, Counts]:
+    """The card's counts by source. Every row that was read is in exactly one class."""
+    by_source: dict[str, Counts] = {}
+    for name, found in zip(rows.sources, rows.count_by_source(), strict=True):
+        rows_in, rejected = survey.rows[name], rejects.by_source[name]
+        assert sum(found.values()) + rejected == rows_in, (name, found)
+        by_source[name] = {
+            "rows_in": rows_in,
+            "train": found["train"],
+            "heldout": found["heldout"],
+            "tests": found["tests"],
+            "duplicates": found["duplicates"],
+            "near_duplicates": found["near_duplicates"],
+            "leaked": found["leaked"],
+            "left_out": found["left_out"],
+            "rejected": rejected,
+        }
+    return by_source
 
 
-def _refuse_empty(counts: dict, heldout: dict, rejects: Rejects) -> None:
+def _total(by_source: dict[str, Counts]) -> Counts:
+    """The counts of all sources together."""
+    total: Counts = {
+        "rows_in": 0, "train": 0, "heldout": 0, "tests": 0, "duplicates": 0, "near_duplicates": 0, "leaked": 0,
+        "left_out": 0, "rejected": 0,
+    }  # fmt: skip
+    for counts in by_source.values():
+        for key in total:
+            total[key] += counts[key]
+    return total
+
+
+def _refuse_empty(counts: Counts, share: float | None, rejects: Rejects) -> None:
+    """Raise UserError where nothing is left to train on or nothing is held out."""
     dropped = (
         f"{counts['duplicates']:,} duplicates, {counts['leaked']:,} also held out, {counts['rejected']:,} rejected"
     )
@@ -308,131 +288,18 @@ def _refuse_empty(counts: dict, heldout: dict, rejects: Rejects) -> None:
         raise UserError(f"no row is left to train on: {held}, {dropped}{rejects.because()}")
     if not counts["heldout"]:
         hint = ""
-        if heldout.get("share") is not None:
-            hint = f"; data.heldout.share {heldout['share']} of few rows can come to none, data.heldout.size is exact"
+        if share is not None:
+            hint = f"; data.heldout.share {share} of few rows can come to none, data.heldout.size is exact"
         raise UserError(f"no row is held out: {counts['train']:,} to train on, {dropped}{hint}{rejects.because()}")
 
 
-def _write_split(
-    path: Path, spool: Spool, rows: Rows, copies: np.ndarray, progress: Progress, group: np.ndarray | None = None
-) -> card_figures.TrainFigures:
-    """Write each row as often as `copies` (rows,) says, in order; figures over the rows, each counted once.
-
-    `group`: uint64 (rows,), written as a column of its own.
-    """
-    figures, waiting, size = card_figures.TrainFigures(), [], 0
-    schema = SCHEMA if group is None else SCHEMA.append(pa.field("group", pa.string()))
-    names = pa.array(rows.sources, type=pa.string())
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["source"]) as writer:
-        for part in spool.parts():
-            place = spool.slice(part)
-            wanted = copies[place]
-            chosen = np.flatnonzero(wanted)
-            if not len(chosen):
-                continue
-            columns = spool.read(part)
-            columns = columns if len(chosen) == len(columns) else columns.take(pa.array(chosen))
-            figures.add(columns)
-            chosen += place.start
-            table = _table(columns.column("conversation"), rows, chosen, copies[chosen], names)
-            if group is not None:
-                own = np.repeat(group[chosen], copies[chosen]).tolist()
-                table = table.append_column(schema.field("group"), pa.array([f"{one:016x}" for one in own]))
-            waiting.append(table)
-            size += waiting[-1].nbytes
-            if size >= GROUP_BYTES or sum(map(len, waiting)) >= GROUP_ROWS:
-                writer.write_table(pa.concat_tables(waiting), row_group_size=GROUP_ROWS)
-                waiting, size = [], 0
-            progress.line(f"{path.name}: {place.stop:,} of {len(copies):,} rows")
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting), row_group_size=GROUP_ROWS)
-    return figures
-
-
-def _table(conversation: pa.Array, rows: Rows, chosen: np.ndarray, copies: np.ndarray, names: pa.Array) -> pa.Table:
-    """The table of some rows, each repeated; repeats of a row differ in id and digest."""
-    repeated = np.repeat(np.arange(len(chosen)), copies)
-    number = np.arange(len(repeated)) - np.repeat(np.cumsum(copies) - copies, copies)
-    index = chosen[repeated]
-    digest = rows.digest[index]
-    source = names.take(pa.array(rows.source[index]))
-    identity = pc.binary_join_element_wise(source, pc.cast(pa.array(rows.row[index]), pa.string()), ":")
-    if len(repeated) > len(chosen):
-        conversation = conversation.take(pa.array(repeated))
-        suffixes = pa.array(["", *(f"#{n}" for n in range(2, int(copies.max()) + 1))])
-        identity = pc.binary_join_element_wise(identity, suffixes.take(pa.array(number)), "")
-        digest = np.where(number == 0, digest, split.scramble(digest ^ split.scramble(number.astype(np.uint64), 3), 4))
-    arrays = [identity, source, conversation.cast(pa.string()), pa.array(digest.view(np.int64))]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
-
-
-def _write_findings(out: Path, rows: Rows, findings: Findings) -> None:
-    """duplicates.jsonl, near_duplicates.jsonl, leaked.jsonl: one line a row, with the row that it matches."""
-
-    def lines(found: tuple[np.ndarray, ...]) -> Iterator[tuple[int, dict]]:
-        for index, match in zip(map(int, found[0]), map(int, found[1]), strict=True):
-            source = rows.sources[rows.source[index]]
-            yield index, {"source": source, "row": int(rows.row[index]), "matches": rows.id(match)}
-
-    write_jsonl(out / "duplicates.jsonl", (line for _, line in lines(findings.duplicates)))
-    near = zip(lines(findings.near), map(float, findings.near[2]), strict=True)
-    write_jsonl(
-        out / "near_duplicates.jsonl",
-        (
-            {**line, "similarity": round(similarity, 4), "dropped": bool(rows.split[index] == NEAR_DUPLICATE)}
-            for (index, line), similarity in near
-        ),
-    )
-    overlap = zip(lines(findings.overlap), map(float, findings.overlap[2]), strict=True)
-    same = ({**line, "how": SAME, "share": 1.0, "dropped": True} for _, line in lines(findings.leaks))
-    overlapping = (
-        {**line, "how": OVERLAP, "share": round(share, 4), "dropped": bool(rows.split[index] == LEAKED)}
-        for (index, line), share in overlap
-    )
-    write_jsonl(out / "leaked.jsonl", chain(same, overlapping))
-
-
-def _quality(rows: Rows, spool: Spool, findings: Findings, settings: dict) -> dict:
-    """What was looked for, how, what was found, and a few examples side by side."""
-
-    def shown(*indices: np.ndarray) -> list[list[dict]]:
-        """For each example the rows of it as {id, text}."""
-        flat = np.concatenate([found[: card_figures.EXAMPLES] for found in indices]).astype(np.int64)
-        texts = card_figures.example_texts(spool, flat)
-        each = [{"id": rows.id(index), "text": text} for index, text in zip(flat.tolist(), texts, strict=True)]
-        count = len(each) // len(indices)
-        return [each[place::count] for place in range(count)] if count else []
-
-    duplicates, near = findings.duplicates, findings.near
-    # Overlap first: that two prompts are the same needs no example to be believed.
-    leaks = [np.concatenate(pair) for pair in zip(findings.overlap[:2], findings.leaks, strict=True)]
-    shares = np.concatenate([findings.overlap[2], np.ones(len(findings.leaks[0]))]).tolist()
-    hows = [OVERLAP] * len(findings.overlap[0]) + [SAME] * len(findings.leaks[0])
-    similarity, share = settings["near_duplicate_similarity"], settings["overlap_share"]
-    return {
-        "duplicates": {
-            "examples": [{**a, "matches": b["id"]} for a, b in shown(*duplicates)],
-        },
-        "near_duplicates": {
-            "action": settings["near_duplicates"],
-            "method": minhash.near_duplicate_method(similarity),
-            "similarity": similarity,
-            "found": len(near[0]),
-            "dropped": int((rows.split[near[0]] == NEAR_DUPLICATE).sum()),
-            "examples": [
-                {"a": a, "b": b, "similarity": round(alike, 4)}
-                for (a, b), alike in zip(shown(near[0], near[1]), near[2].tolist(), strict=False)
-            ],
-        },
-        "overlap": {
-            "action": settings["overlap"],
-            "method": minhash.overlap_method(share),
-            "share": share,
-            "found": len(leaks[0]),
-            "dropped": int((rows.split[leaks[0]] == LEAKED).sum()),
-            "examples": [
-                {"train": a, "heldout": b, "share": round(value, 4), "how": how}
-                for (a, b), value, how in zip(shown(*leaks), shares, hows, strict=False)
-            ],
-        },
-    }
+def _say(counts: Counts, rejects: Rejects, progress: Progress) -> None:
+    """Tell people what became of the rows, and what they should know of it."""
+    progress.say(", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in COUNTS if counts[key]))
+    if rejects.kinds:
+        progress.say(f"warning: rows can't be used, each is in this stage's rejects.jsonl{rejects.because()}")
+    if counts["heldout"] < FEW_HELDOUT:
+        progress.say(
+            f"warning: {counts['heldout']} held out may be too few for a verdict, {FEW_HELDOUT} tell more: "
+            "data.heldout takes a size or a share"
+        )

@@ -30,13 +30,13 @@ class Format(Section):
 class FormatSettings(Format):
     """What decides the conversations: the section `format`, and how rows are held out."""
 
-    share: float | None
+    share: float | None = None
     """See `data.heldout`."""
-    size: int | None
+    size: int | None = None
     """See `data.heldout`."""
-    group_by: str | None
+    group_by: str | None = None
     """See `data.heldout`."""
-    stratify_by: str | None
+    stratify_by: str | None = None
     """See `data.heldout`."""
 
 

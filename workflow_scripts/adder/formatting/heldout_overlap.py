@@ -1,0 +1,147 @@
+"""Overlap of training prompts with the prompts that judge the model, found by the sequences of words they share."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from adder.formatting.words import hash_sequences, hash_words
+
+Hashes = npt.NDArray[np.uint64]
+Integers = npt.NDArray[np.int64]
+
+NGRAM = 8  # words
+SHORTEST = 4  # words of a held-out prompt, below which only equality counts
+# Sequences in more held-out prompts than this are boilerplate. Ten is also where NVIDIA's NeMo Curator begins to call
+# one too common (TaskDecontamination, max_matches).
+COMMON = 10
+
+
+def overlap_method(share: float) -> str:
+    """How overlap with held-out and test prompts is found, as a sentence for people."""
+    return (
+        f"A training prompt overlaps with a held-out or test prompt where more than {100 * share:g} % of that prompt's "
+        f"words lie in {NGRAM}-word sequences that both have, or where a whole prompt of {SHORTEST} to {NGRAM - 1} "
+        f"words makes up more than {100 * share:g} % of it (Lambert et al. 2024, Tülu 3, arXiv:2411.15124, section "
+        f"3.2); sequences in more than {COMMON} such prompts are boilerplate and don't count."
+    )
+
+
+class HeldoutIndex:
+    """Finds training prompts that overlap with a held-out or test prompt.
+
+    The rule is that of Lambert et al. 2024 (Tülu 3, arXiv:2411.15124, section 3.2, there on tokens): a held-out word
+    counts if it lies in an 8-word sequence that the same training prompt has too, and the two overlap where more than
+    `share` of the held-out prompt's words do. Two additions:
+    - A held-out prompt of 4 to 7 words overlaps where all of it stands in the training prompt and makes up more than
+      `share` of that: a longer request that begins with a common short one is another request.
+    - Sequences that stand in many held-out prompts (more than COMMON, or than half of fewer than 20) are boilerplate,
+      such as an instruction before every question: words that lie in no other sequence count for neither side.
+    """
+
+    def __init__(self, prompts: Sequence[str], share: float) -> None:
+        self.share = share
+        words, offsets = hash_words(prompts)
+        lengths = np.diff(offsets)
+        self._of = _distinct(words, offsets)  # equal prompts are one, named by the first
+        self._tables = [self._table(words, offsets, length, lengths == length) for length in range(SHORTEST, NGRAM)]
+        self._tables.append(self._table(words, offsets, NGRAM, lengths >= NGRAM))
+        self._tables = [table for table in self._tables if len(table.hashes)]
+
+    def overlaps(self, texts: Sequence[str]) -> list[tuple[int, float] | None]:
+        """For each training prompt the held-out prompt (its index) with the largest share above the limit, and that
+        share; the first of equals; None where there is none."""
+        words, offsets = hash_words(texts)
+        sizes = np.diff(offsets)
+        best: list[tuple[int, float] | None] = [None] * len(texts)
+        for table in self._tables:
+            hashes, first = hash_sequences(words, offsets, table.length)
+            found = table.find(hashes)
+            hits = np.flatnonzero(found >= 0)
+            if not len(hits):
+                continue
+            text_of = np.searchsorted(offsets, first[hits], side="right") - 1
+            for text, prompt, share in table.shares(text_of, found[hits]):
+                earlier = best[text]
+                if table.length < NGRAM and table.length <= self.share * sizes[text]:
+                    continue
+                if share > self.share and (earlier is None or (-share, prompt) < (-earlier[1], earlier[0])):
+                    best[text] = (prompt, share)
+        return best
+
+    def _table(self, words: Hashes, offsets: Integers, length: int, members: npt.NDArray[np.bool_]) -> "_Table":
+        members = members & (self._of == np.arange(len(self._of)))
+        hashes, first = hash_sequences(words, offsets, length)
+        prompt = np.searchsorted(offsets, first, side="right") - 1
+        taken = members[prompt]
+        prompts = int(members.sum())
+        return _Table(hashes[taken], prompt[taken], (first - offsets[prompt])[taken], length, prompts)
+
+
+class _Table:
+    """The held-out sequences of one length, boilerplate left out: sorted distinct hashes, and where each stands."""
+
+    def __init__(self, hashes: Hashes, prompt: Integers, place: Integers, length: int, prompts: int) -> None:
+        self.length = length
+        order = np.lexsort((place, prompt, hashes))
+        hashes, prompt, place = hashes[order], prompt[order], place[order]
+        rare = _prompts_with(hashes, prompt) <= min(COMMON, max(2, prompts // 2))
+        self._prompt, self._place = prompt[rare], place[rare]
+        self.hashes, self._start, self._count = np.unique(hashes[rare], return_index=True, return_counts=True)
+        counted, _, covered = _cover(np.zeros(len(self._prompt), np.int64), self._prompt, self._place, length)
+        self._words = dict(zip(counted.tolist(), covered.tolist(), strict=True)) if len(counted) else {}
+        # Most sequences of training prompts are in no held-out one: a table of bits answers that in a few nanoseconds.
+        bits = max(16, (16 * len(self.hashes)).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._maybe = np.zeros(1 << bits, bool)
+        self._maybe[self.hashes >> self._shift] = True
+
+    def find(self, hashes: Hashes) -> Integers:
+        """The index of each hash among `self.hashes`, or -1; int64."""
+        found = np.full(len(hashes), -1, np.int64)
+        maybe = np.flatnonzero(self._maybe[hashes >> self._shift])
+        place = np.minimum(np.searchsorted(self.hashes, hashes[maybe]), len(self.hashes) - 1)
+        found[maybe] = np.where(self.hashes[place] == hashes[maybe], place, -1)
+        return found
+
+    def shares(self, text: Integers, found: Integers) -> Iterator[tuple[int, int, float]]:
+        """Each text and held-out prompt with a common sequence, and the share of the prompt's words in such.
+
+        `text`, `found`: one entry a sequence, the text that has it and its index among `self.hashes`.
+        """
+        count = self._count[found]
+        entry = np.repeat(self._start[found] - (np.cumsum(count) - count), count) + np.arange(count.sum())
+        prompt, texts, covered = _cover(np.repeat(text, count), self._prompt[entry], self._place[entry], self.length)
+        for one, other, words in zip(texts.tolist(), prompt.tolist(), covered.tolist(), strict=True):
+            yield one, other, words / self._words[other]
+
+
+def _distinct(words: Hashes, offsets: Integers) -> Integers:
+    """For each text the first text of the same words; int64 (texts,)."""
+    first: dict[bytes, int] = {}
+    ends = offsets.tolist()
+    pairs = enumerate(zip(ends, ends[1:], strict=False))
+    return np.array([first.setdefault(words[a:b].tobytes(), number) for number, (a, b) in pairs], dtype=np.int64)
+
+
+def _prompts_with(hashes: Hashes, prompt: Integers) -> Integers:
+    """For each entry, sorted by hash and prompt, how many different prompts have its hash."""
+    if not len(hashes):
+        return np.empty(0, np.int64)
+    new_hash = np.concatenate([[True], hashes[1:] != hashes[:-1]])
+    new_pair = new_hash | np.concatenate([[True], prompt[1:] != prompt[:-1]])
+    counts = np.add.reduceat(new_pair.astype(np.int64), np.flatnonzero(new_hash))
+    return counts[np.cumsum(new_hash) - 1]
+
+
+def _cover(text: Integers, prompt: Integers, place: Integers, length: int) -> tuple[Integers, Integers, Integers]:
+    """Each pair of prompt and text, and how many of the prompt's words lie in a sequence that begins at a `place`."""
+    order = np.lexsort((place, prompt, text))
+    text, prompt, place = text[order], prompt[order], place[order]
+    if not len(order):
+        return prompt, text, place
+    new = np.concatenate([[True], (text[1:] != text[:-1]) | (prompt[1:] != prompt[:-1])])
+    ahead = np.full(len(place), length)
+    ahead[:-1] = np.where(new[1:], length, np.minimum(np.diff(place), length))
+    starts = np.flatnonzero(new)
+    return prompt[starts], text[starts], np.add.reduceat(ahead, starts)
