@@ -215,7 +215,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         write_rows(options.data, rows, count)
         for arm in ("tokenizer_only", "adder", "adder_checked", "trl_map"):
             if count <= MOST.get(arm, options.trl_most):
-                results.append(measure(arm, model, rows, count, cores))
+                results += [measure(arm, model, rows, count, cores)]
         if count == options.rows // 10 and cores > 1:
             results += [measure(arm, model, rows, count, 1) for arm in ("tokenizer_only", "adder")]
         rows.unlink()

@@ -6,6 +6,7 @@ Plain TRL is SFTTrainer with PEFT, packing and everything else as it comes, on t
 import json
 import time
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,8 +69,8 @@ def prepare(model: str, sources: dict, work: Path, effective_batch: int, prompt:
 class Clock:
     """Seconds of each optimizer step of any trainer in this process, and of the process's cores; starts by `watch`."""
 
-    steps: list[float] = []
-    cpu: list[float] = []
+    steps: ClassVar[list[float]] = []
+    cpu: ClassVar[list[float]] = []
 
     @classmethod
     def watch(cls) -> None:

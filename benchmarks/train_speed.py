@@ -159,7 +159,7 @@ def build(arm: str, shape: dict, layers: int):
             rope=True, swiglu=by_hand, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False
         )
     kernel = OTHER_ATTENTION.get(arm)
-    if kernel is None or kernel == packed_attention.VARLEN and speed_model.device() == "cpu":
+    if kernel is None or (kernel == packed_attention.VARLEN and speed_model.device() == "cpu"):
         kernel = packed_attention.choose_attention(LlamaConfig(**shape), "bfloat16", speed_model.device()).value
     model = speed_model.base_model(shape, layers, kernel)
     if arm == "adder_trl_head":

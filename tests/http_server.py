@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         web, path = self.web, urlsplit(self.path).path
         web.asked.append((self.path, dict(self.headers)))
         if path in web.redirects:

@@ -70,10 +70,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def do_HEAD(self):  # noqa: N802
+    def do_HEAD(self):
         self.answer()
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self.answer()
 
     def answer(self):
@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         found = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "tags": []}
         self.json(found | {"private": repo not in self.server.public})
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         path = unquote(urlsplit(self.path).path)
         authorization = self.headers.get("Authorization")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.commit(repo, [json.loads(line) for line in body.splitlines()])
         self.refuse(404, "EntryNotFound")
 
-    def do_PUT(self):  # noqa: N802
+    def do_PUT(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked.append((self.command, self.path, self.headers.get("Authorization")))
         assert self.path == f"/upload/{hashlib.sha256(body).hexdigest()}"

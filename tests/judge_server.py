@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         judge = self.judge
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with judge.lock:

@@ -1,5 +1,6 @@
 """Finished stage folders as the stages write them, made up but consistent: what the report's tests read."""
 
+import itertools
 import json
 import math
 import random
@@ -147,7 +148,7 @@ def write_stage_folders(
     settings = {
         "run": name, "title": name, "resolved": resolved(method, tasks, judged, price_per_hour),
         "shows": {stage: dict(SPECS[stage.split("_")[0]].shows) for stage in inputs},
-        "stages": {stage: folder.name for stage, folder in inputs.items()}, 
+        "stages": {stage: folder.name for stage, folder in inputs.items()},
         "tasks": [
             {"task": task + (HOSTILE if hostile else ""), "max_drop": TASKS[task][-1]} for task in tasks
         ],
@@ -402,7 +403,7 @@ def write_lengths(folder: Path, rng: random.Random) -> None:
     tokens = sorted(int(rng.lognormvariate(4.66, 0.22)) for _ in range(980))
     at = {name: tokens[int(share * 979)] for name, share in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))}
     edges = list(range(40, tokens[-1] + 12, 8))
-    counts = [sum(low <= n < high for n in tokens) for low, high in zip(edges, edges[1:], strict=False)]
+    counts = [sum(low <= n < high for n in tokens) for low, high in itertools.pairwise(edges)]
     candidates = []
     for length in (128, 192, 256, 512, 1024):
         cut = sum(n > length for n in tokens)

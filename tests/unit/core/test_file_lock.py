@@ -79,5 +79,5 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
     with file_lock.take(tmp_path, "another Snakemake"), file_lock.held(tmp_path / "one", pytest.fail) as waited:
         assert not waited
     monkeypatch.setattr(file_lock.fcntl, "flock", answers(errno.EIO))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no"):
         file_lock.take(tmp_path, "another Snakemake")

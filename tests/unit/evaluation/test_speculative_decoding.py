@@ -105,7 +105,7 @@ def test_losses_come_with_the_replies():
     model = make("Qwen3")
     requests = []
     for number, prompt in enumerate(prompts(5, 6)):
-        ids = prompt + [20 + number, 30, 3, 40]  # the last one is unlabelled, as a line's end behind the end of turn
+        ids = [*prompt, 20 + number, 30, 3, 40]  # the last one is unlabelled, as a line's end behind the end of turn
         labels = [-100] * len(prompt) + ids[len(prompt) : -1] + [-100]
         labels[9] = ids[9]  # an earlier reply's token, inside the prompt
         requests.append(speculative_decoding.Request(ids, len(prompt), labels))

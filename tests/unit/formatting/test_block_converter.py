@@ -1,5 +1,6 @@
 """A block of rows to conversations, hashes and counts."""
 
+import itertools
 from collections import Counter
 
 from hypothesis import given
@@ -68,6 +69,6 @@ def test_blocks_are_whole_lines_and_all_of_them(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_bytes(b"".join(lines))
     found = block_converter.blocks(tmp_path / "rows.jsonl")
     assert found[0][0] == 0 and found[-1][1] == len(b"".join(lines))
-    assert all(before[1] == after[0] for before, after in zip(found, found[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(found))
     ends = {sum(map(len, lines[: n + 1])) for n in range(len(lines))}
     assert {end for _, end in found} <= ends

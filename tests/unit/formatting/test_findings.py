@@ -140,7 +140,7 @@ def test_multi_turn_prompts_leak_only_when_the_whole_prompt_is_the_same(tmp_path
     rows = [
         ("train", {"messages": talk}),
         ("train", {"messages": other}),
-        ("heldout", {"messages": talk[:3] + [reply("yes")]}),
+        ("heldout", {"messages": [*talk[:3], reply("yes")]}),
     ]
     formatted = format_rows(tmp_path, rows)
     assert [row["row"] for row in formatted.leaked] == [1]

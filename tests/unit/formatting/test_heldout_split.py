@@ -45,7 +45,7 @@ def test_one_new_row_displaces_at_most_one_of_a_fixed_size(tmp_path_factory, que
     old_rows = [qa(q, f"answer {n % 2}") for n, q in enumerate(questions)]
     if len({json.dumps(row) for row in old_rows}) <= size or len(set(questions)) <= size:
         return
-    new_rows = old_rows[:place] + [qa(new, "a new answer")] + old_rows[place:]
+    new_rows = [*old_rows[:place], qa(new, "a new answer"), *old_rows[place:]]
     before = format_rows(tmp_path / "before", old_rows, {"size": size})
     after = format_rows(tmp_path / "after", new_rows, {"size": size})
     texts_before, texts_after = ({json.dumps(row["messages"]) for row in f.heldout} for f in (before, after))

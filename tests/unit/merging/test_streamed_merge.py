@@ -1,6 +1,7 @@
 """Weights are merged block by block: every byte that nothing adapts stays, and one wrong byte is found."""
 
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_blocks_cover_a_file_once_and_in_order(tmp_path):
     plan = layout(base / "model.safetensors")
     found = list(streamed_merge.blocks(plan, deltas))
     assert found[0].start == 0 and found[-1].stop == plan.size
-    assert all(one.stop == other.start for one, other in zip(found, found[1:], strict=False))
+    assert all(one.stop == other.start for one, other in itertools.pairwise(found))
     assert sum(isinstance(block, ChangedBlock) and block.tensor.name == WIDE for block in found) == 3
 
 

@@ -145,7 +145,7 @@ def test_differences_are_those_of_the_definition():
     generator = torch.Generator().manual_seed(0)
     make = [[(torch.randn(n, 7, generator=generator), torch.arange(n)) for n in (3, 2)] for _ in range(3)]
     found = verification.differences(make[0], iter(make[1]), make[2])
-    before, after, bare = (torch.cat([logits for logits, _ in pairs]).double() for pairs in make)
+    before, after, _ = (torch.cat([logits for logits, _ in pairs]).double() for pairs in make)
     target = torch.cat([t for _, t in make[0]])
     kl = torch.nn.functional.kl_div(
         after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean"

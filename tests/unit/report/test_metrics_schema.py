@@ -164,5 +164,5 @@ def test_the_page_explains_every_column_of_the_comparison(tmp_path):
 
 
 def test_the_version_is_the_one_described():
-    assert SCHEMA_VERSION == SCHEMA["properties"]["schema_version"]["const"]
+    assert SCHEMA["properties"]["schema_version"]["const"] == SCHEMA_VERSION
     assert f"`schema_version` is {SCHEMA_VERSION}." in PAGE

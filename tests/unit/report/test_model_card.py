@@ -33,7 +33,7 @@ def make(tmp_path, model: str = "wheel", change=None, **how) -> tuple[str, dict,
 
 
 def test_the_hub_reads_what_the_model_is(tmp_path):
-    card, facts, metrics = make(tmp_path, "hub", tasks=("gsm8k", "my_tone"))
+    card, _, metrics = make(tmp_path, "hub", tasks=("gsm8k", "my_tone"))
     data = ModelCard(card).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "llama3.1")
     assert (data.base_model, data["base_model_relation"]) == ("org/base", "finetune")
@@ -55,7 +55,7 @@ def test_the_hub_reads_what_the_model_is(tmp_path):
 
 
 def test_people_read_what_was_measured(tmp_path):
-    card, facts, metrics = make(tmp_path, "hub", tasks=("gsm8k",), judged=True, merge_bases=True)
+    card, _, metrics = make(tmp_path, "hub", tasks=("gsm8k",), judged=True, merge_bases=True)
     assert metrics["verdict"]["sentence"] in card
     assert "[org/base](https://huggingface.co/org/base)" in card and "ab" * 20 in card
     exact = re.search(r"\| Exact match \| (.*) \| (.*) \| (.*) \| (.*) \| 200 \|", card)

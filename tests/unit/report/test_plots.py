@@ -1,5 +1,6 @@
 """Plots: round ticks, escaped labels, spikes that neither vanish nor flatten the rest."""
 
+import itertools
 import re
 
 from adder.report import formatting, plots
@@ -76,7 +77,7 @@ def test_losses_of_very_different_sizes_get_a_logarithmic_axis():
     drawn = plots.lines(series, "step", str, "Loss", adapt=True)
     assert "logarithmic axis" in drawn and "above the axis" not in drawn
     heights = [float(pair.split(",")[1]) for pair in re.search(r'polyline[^>]*points="([^"]*)"', drawn)[1].split()]
-    steps = [after - before for before, after in zip(heights, heights[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(heights)]
     assert max(steps) - min(steps) < 0.3, "a constant ratio is a straight line"
     zero = [plots.Series("loss", "tuned", [*falling, (100, 0.0)])]
     assert "nan" not in plots.lines(zero, "step", str, "Loss", adapt=True)
@@ -104,4 +105,4 @@ def test_labels_of_marks_stay_on_the_plot():
     assert len(labels) == 4 and len({y for _, _, y, _ in labels}) == 4
     for anchor, x, _, label in labels:
         left = float(x) - (6.0 * len(label) if anchor == "end" else 0)
-        assert 0 <= left and left + 6.0 * len(label) <= plots.WIDTH
+        assert left >= 0 and left + 6.0 * len(label) <= plots.WIDTH

@@ -40,7 +40,7 @@ def test_control_tokens_that_someone_typed_are_refused_not_parsed(labellers, who
 def test_earlier_reasoning_that_the_template_drops_bears_no_loss(labellers):
     labeller = labellers["qwen_think"]
     messages = conversation("a?", "<think>\nhm\n</think>\n\nA.", "b?", "<think>\nho\n</think>\n\nB.")
-    ids, labels, _ = label(labeller, messages)
+    _, labels, _ = label(labeller, messages)
     assert labelled_text(labeller.tokenizer, labels) == "A.<|im_end|><think>\nho\n</think>\n\nB.<|im_end|>"
 
 
@@ -99,7 +99,7 @@ def test_conversations_that_a_template_refuses_keep_its_reason(labellers):
 def test_loss_on_the_last_reply_only():
     for name in ("chatml", "mistral", "marked_wide", "vicuna"):
         labeller = Labeller(FAMILIES[name].tokenizer(), "last")
-        ids, labels, replies = label(labeller, conversation("a?", "A.", "b?", "B."))
+        _, labels, replies = label(labeller, conversation("a?", "A.", "b?", "B."))
         assert labelled_text(labeller.tokenizer, labels) == FAMILIES[name].before + "B." + FAMILIES[name].end
         assert len(replies) == 1
 

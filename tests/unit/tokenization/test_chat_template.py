@@ -96,6 +96,6 @@ def test_contents_are_given_as_parts_where_a_template_needs_them():
 def test_reasoning_without_a_place_in_the_template_is_written_into_the_reply():
     labeller = Labeller(FAMILIES["chatml"].tokenizer())
     assert not labeller.finder.template.folds_reasoning
-    ids, labels, _ = label(labeller, CONVERSATIONS["reasoning"][:2])
+    _, labels, _ = label(labeller, CONVERSATIONS["reasoning"][:2])
     assert labelled_text(labeller.tokenizer, labels) == "<think>\nI saw it.\n</think>\n\nHere, I think.<|im_end|>"
     assert labeller.finder.template.folds_reasoning

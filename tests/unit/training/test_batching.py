@@ -23,7 +23,7 @@ def test_divisors():
 def test_packs_are_dealt_so_that_processes_have_about_as_many_tokens():
     tokens = [70, 100, 40, 90, 60, 80, 30]
     shares = deal([1, 0, 5, 3, 4, 2], tokens, processes=2, passes=2, micro_batch=2)
-    assert sorted(sum(sum(shares, []), [])) == [0, 1, 2, 3, 4, 5]
+    assert sorted(pack for share in shares for passes in share for pack in passes) == [0, 1, 2, 3, 4, 5]
     assert [sum(tokens[pack] for passes in share for pack in passes) for share in shares] == [230, 210]
     assert [len(share) for share in shares] == [2, 2] and shares[0][0][0] == 1  # in the order in which they came
 

@@ -32,7 +32,8 @@ class Stamp(NamedTuple):
 
     def is_other(self, later: "Stamp") -> bool:
         """Whether the file may have another content by then. A change time that came with another number of links is
-        that of a link."""
+        that of a link.
+        """
         return self[:3] != later[:3] or (self.changed != later.changed and self.links == later.links)
 
 

@@ -25,7 +25,8 @@ def take(folder: Path, name: str) -> TextIO:
     Raises UserError, which names the process that has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")  # not "w": until it is ours, what is in it is the other's
+    # Not "w": until it is ours, what is in it is the other's. It stays open for as long as the lock is held.
+    file = open(folder / ".lock", "a+")  # noqa: SIM115
     if not _lock(file):
         who = _holder(file)
         file.close()

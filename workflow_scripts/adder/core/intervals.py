@@ -274,7 +274,8 @@ def verdict(
 
 def is_sure(difference: Change) -> bool:
     """Whether a difference, {ci95, p, …}, counts: its interval leaves out 0, and p < 0.05. A bound that is no number
-    (None in files) leaves out nothing."""
+    (None in files) leaves out nothing.
+    """
     low, high = difference["ci95"]
     return None not in (low, high) and (low > 0 or high < 0) and difference["p"] < 0.05
 

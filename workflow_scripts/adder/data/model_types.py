@@ -35,7 +35,8 @@ class ModelOrigin(TypedDict):
 
 class ModelSummary(ModelOrigin):
     """What is said of a fetched model. source: as in the settings; parameters: their count, tied weights once;
-    context_length: positions that the model was made for, where its configuration tells."""
+    context_length: positions that the model was made for, where its configuration tells.
+    """
 
     source: str
     parameters: int

@@ -168,7 +168,8 @@ def _row_identity(settings: RowSettings, where: str, digests: FileDigests) -> di
 
 def _source_identity(source: Source, where: str, digests: FileDigests) -> dict[str, object]:
     """A local file counts by its name and content, a converter with what it imports from beside it; a URL or a hub data
-    set counts by its settings."""
+    set counts by its settings.
+    """
     identity = source.model_dump(mode="json")
     if source.path is not None:
         identity["path"] = digests.named(local_files(source.path, f"{where}.path", digests.root))

@@ -73,7 +73,8 @@ class Endpoint:
 
     def ask(self, messages: list[dict]) -> str:
         """The judge's answer, tried again while it is busy or out of reach. Raises Unanswered; UserError where no
-        request can succeed."""
+        request can succeed.
+        """
         attempt = 1
         while True:
             try:
@@ -200,7 +201,8 @@ def judge_pairs(
     pairs: list[dict], endpoint: Endpoint, criteria: str | None, checkpoints: Path, progress: Progress
 ) -> tuple[list[dict], int]:
     """The pairs that were judged, with `first` and `second` ("tuned", "base" or "tie": what was preferred in either
-    order) and `reasons`, and how many weren't. Raises UserError as soon as those are too many."""
+    order) and `reasons`, and how many weren't. Raises UserError as soon as those are too many.
+    """
     judgements, failures = [], []
     checkpoints.mkdir(parents=True, exist_ok=True)
     kept = [read_json(path) for path in checkpoints.glob("*.json")]

@@ -31,7 +31,9 @@ class ScoredRow(TypedDict):
 class Parts(Protocol):
     """Numerator and denominator of one row."""
 
-    def __call__(self, row: ScoredRow, /) -> tuple[float, float]: ...
+    def __call__(self, row: ScoredRow, /) -> tuple[float, float]:
+        """(numerator, denominator) of `row`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 # The engine runs in this process: one of its own would start by running Snakemake's script again.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from lm_eval.models.vllm_causallms import VLLM  # noqa: E402
+from lm_eval.models.vllm_causallms import VLLM
 
 MEMORY_SHARE = 0.85  # of the GPU's memory, once the model that measured the losses has left it
 

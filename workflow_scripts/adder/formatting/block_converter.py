@@ -393,7 +393,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 def _extras(message: Message) -> bytes:
     """What a message has beside role and content, normalised. Identities of calls are left out: they are drawn anew
-    for each copy of a conversation."""
+    for each copy of a conversation.
+    """
     rest: dict[str, Any] = {
         key: value for key, value in message.items() if key not in ("role", "content", "tool_call_id")
     }

@@ -1,5 +1,6 @@
 """Overlap of training prompts with the prompts that judge the model, found by the sequences of words they share."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -50,7 +51,8 @@ class HeldoutIndex:
 
     def overlaps(self, texts: Sequence[str]) -> list[tuple[int, float] | None]:
         """For each training prompt the held-out prompt (its index) with the largest share above the limit, and that
-        share; the first of equals; None where there is none."""
+        share; the first of equals; None where there is none.
+        """
         words, offsets = hash_words(texts)
         sizes = np.diff(offsets)
         best: list[tuple[int, float] | None] = [None] * len(texts)
@@ -120,7 +122,7 @@ def _distinct(words: Hashes, offsets: Integers) -> Integers:
     """For each text the first text of the same words; int64 (texts,)."""
     first: dict[bytes, int] = {}
     ends = offsets.tolist()
-    pairs = enumerate(zip(ends, ends[1:], strict=False))
+    pairs = enumerate(itertools.pairwise(ends))
     return np.array([first.setdefault(words[a:b].tobytes(), number) for number, (a, b) in pairs], dtype=np.int64)
 
 

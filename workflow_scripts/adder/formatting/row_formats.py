@@ -86,7 +86,8 @@ def row_format(
 @row_format("messages", "messages", optional=SHARED)
 def _from_messages(row: Row) -> list[Message]:
     """`messages`: a list of `{role, content}`: text or typed parts, tool calls and results with a `tools` column,
-    `reasoning_content`, `weight: 0` or `train: false` on what is not to be learnt"""
+    `reasoning_content`, `weight: 0` or `train: false` on what is not to be learnt
+    """
     return read_messages(row["messages"], "messages")
 
 

@@ -91,7 +91,7 @@ def _unsupported(name: str, head_size: int, cap: float | None, dropout: float) -
         return "the model drops attention scores, which this kernel can't"
     if name in {TRITON, FLEX} and head_size < MIN_TRITON_HEAD_SIZE:
         return f"the model's head size is {head_size}, where this kernel takes {MIN_TRITON_HEAD_SIZE} or more"
-    if name in {VARLEN, FA2} and head_size % HEAD_SIZE_MULTIPLE or head_size > MAX_HEAD_SIZE:
+    if (name in {VARLEN, FA2} and head_size % HEAD_SIZE_MULTIPLE) or head_size > MAX_HEAD_SIZE:
         return f"the model's head size is {head_size}, where this kernel takes multiples of 8 up to 256"
     return None
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     class _Untyped(type):
         def __getattr__(cls, name: str) -> Any: ...
 
-    class tl(metaclass=_Untyped):  # noqa: N801, the name by which everyone imports triton.language
+    class tl(metaclass=_Untyped):
         """triton.language."""
 
         constexpr: TypeAlias = Any

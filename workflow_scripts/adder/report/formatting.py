@@ -39,7 +39,7 @@ def number(value: float | None) -> str:
         return "–"
     if not math.isfinite(value):
         return "∞" if value > 0 else "–"
-    if value == 0 or float(value).is_integer() and abs(value) < 1e15:
+    if value == 0 or (float(value).is_integer() and abs(value) < 1e15):
         return f"{value:,.0f}".replace("-", "−")
     size_of = abs(value)
     if size_of >= 100:

@@ -5,6 +5,7 @@ dark. Each plot is drawn 440 units wide, so that it stays legible on a phone and
 Labels go through `escape`, for they may come from data.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -446,7 +447,7 @@ def _outline(points: Sequence[Point], most: int) -> list[Point]:
         return list(points)
     ends = [n * len(points) // (most // 2) for n in range(most // 2 + 1)]
     kept = []
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         stretch = points[start:end]
         pair = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
         kept += sorted(pair)

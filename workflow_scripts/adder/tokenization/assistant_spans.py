@@ -1,5 +1,6 @@
 """Where in a rendered conversation each reply stands, found from the chat template itself."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class AssistantSpanFinder:
             found = _Conversation(self, messages, tools, text)
             spans = {turn: found.span(turn) for turn in turns}
         ordered = [spans[turn] for turn in turns]
-        if any(before[1] > after[0] for before, after in zip(ordered, ordered[1:], strict=False)):
+        if any(before[1] > after[0] for before, after in itertools.pairwise(ordered)):
             raise UnusableRow("the chat template doesn't write the turns in their order")
         self._check_inputs(messages, tools, text)
         return Rendered(text, [spans[turn] for turn in wanted], [spans[turn] for turn in masked])

@@ -227,6 +227,7 @@ class Worker:
         self._group: tuple[int, pa.Table] | None = None  # the row group read last, of which the next piece may be too
 
     def __call__(self, piece: Piece) -> Labelled:
+        """Token ids and labels of a piece."""
         if self._group is None or self._group[0] != piece.group:
             self._group = piece.group, self.file.read_row_group(piece.group, columns=COLUMNS, use_threads=False)
         table = self._group[1].slice(piece.start, piece.stop - piece.start)

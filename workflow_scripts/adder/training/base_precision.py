@@ -195,7 +195,7 @@ def parity(model: PeftModel, batch: dict) -> dict:
             "train.frozen_products: the packs give the adapter no gradient to compare fp8 with bf16 by, and nothing to "
             "learn from; look at tokenize.loss_on, lengths.truncate and train.target_modules"
         )
-    names = sum(kinds.values(), [])
+    names = [name for own in kinds.values() for name in own]
     cosines = {kind: _cosine(_vector(found, own), _vector(expected, own)) for kind, own in kinds.items()}
     lowest = min(cosines, key=cosines.get)
     whole, exact = _vector(found, names), _vector(expected, names)

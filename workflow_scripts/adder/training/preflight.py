@@ -4,6 +4,7 @@ One forward and backward pass over one pack. The model, its gradients and the ge
 they were, so that a run with it and one without end with the same bytes.
 """
 
+import itertools
 import math
 import shutil
 import time
@@ -98,7 +99,7 @@ def shown(tokenizer, pack: dict) -> dict:
     borders = [start, *changes.tolist(), stop]
     pieces = [
         {"text": tokenizer.decode(ids[a:b].tolist()), "loss": int(carries[a]), "example": int(example[a])}
-        for a, b in zip(borders, borders[1:], strict=False)
+        for a, b in itertools.pairwise(borders)
     ]
     return {"pieces": pieces, "from": start, "tokens": len(ids)}
 

@@ -126,7 +126,7 @@ def test_a_full_training_that_one_process_began_goes_on_in_shards(inputs, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "kinds, error, text",
+    ("kinds", "error", "text"),
     [
         ({1: "failed", 0: "user"}, UserError, "a mistake of 0"),  # the sentence for the user, whoever was first
         ({1: "failed", 0: "failed"}, RuntimeError, "failed of 1"),  # of two, the one that the other's is due to
@@ -148,7 +148,7 @@ def test_what_one_of_the_processes_ended_with_is_how_the_training_ends(monkeypat
 
 
 @pytest.mark.parametrize(
-    "wanted, packs, number, why",
+    ("wanted", "packs", "number", "why"),
     [
         ("auto", 16, 4, "each of the 4 GPUs here"),
         (2, 16, 2, "as set by runtime.gpus"),
@@ -170,7 +170,7 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch):
         launcher.choose(2, "cpu", 16)
 
 
-@pytest.mark.parametrize("method, of_linear, of_rest", [("full", 16, 16), ("lora", 2, 2), ("qlora", 33 / 64, 2)])
+@pytest.mark.parametrize(("method", "of_linear", "of_rest"), [("full", 16, 16), ("lora", 2, 2), ("qlora", 33 / 64, 2)])
 def test_a_model_that_fills_a_gpu_goes_into_shards(tiny_model_dir, monkeypatch, method, of_linear, of_rest):
     """80 % of a GPU are for the bytes of the weights and their training."""
     weights = load_file(tiny_model_dir / "model.safetensors")
@@ -203,7 +203,7 @@ METHODS = [("qlora", "ddp"), ("qlora", "fsdp"), ("lora", "fsdp"), ("full", "ddp"
 
 @pytest.mark.gpu
 @two_gpus
-@pytest.mark.parametrize("method, how", METHODS)
+@pytest.mark.parametrize(("method", "how"), METHODS)
 def test_two_gpus_learn_as_one(wide_inputs, tmp_path, method, how):
     """bf16 over other batches: 1 % of a loss, and 10 % of a gradient's norm, of which two apart would miss 30 %."""
     values = settings(compute_dtype="bfloat16", epochs=4, keep="best") | {"method": method}

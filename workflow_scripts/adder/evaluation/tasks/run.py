@@ -77,7 +77,7 @@ def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress) 
 def ask(model: Respondent, tasks: dict[str, Task], limit: int | None, as_chat: bool) -> dict:
     """Run lm-eval on the tasks, with its own seeds, and few-shot examples as turns of a chat where there is one."""
     random.seed(SEEDS["python"])
-    np.random.seed(SEEDS["numpy"])  # noqa: NPY002 (what tasks use)
+    np.random.seed(SEEDS["numpy"])
     torch.manual_seed(SEEDS["torch"])
     # `evaluate`, not `simple_evaluate`: that one also asks the hub about the model and lists the machine's packages.
     return lm_eval.evaluate(

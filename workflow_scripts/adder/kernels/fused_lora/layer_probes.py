@@ -121,8 +121,8 @@ def records_agree(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> boo
         if not isinstance(value, torch.Tensor) or not isinstance(other, torch.Tensor):
             if value is not other and value != other:
                 return False
-        elif value.shape != other.shape:
-            return False
-        elif not (value.float() - other.float()).norm() <= tolerance * value.float().norm():
+        elif (
+            value.shape != other.shape or not (value.float() - other.float()).norm() <= tolerance * value.float().norm()
+        ):
             return False
     return True

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainerCallback
@@ -76,7 +76,7 @@ class Place:
 class Tracker(TrainerCallback):
     """Guards one of transformers' callbacks: `start` makes it, `on_log` passes rows on, `on_train_end` closes it."""
 
-    running: dict[str, "Tracker"] = {}  # a process holds one run of a service at a time
+    running: ClassVar[dict[str, "Tracker"]] = {}  # a process holds one run of a service at a time
 
     def __init__(self, name: str, place: Place, settings: dict, progress: Progress):
         self.name, self.place, self.settings, self.progress = name, place, settings, progress
@@ -219,7 +219,7 @@ class Worker:
             function, answer = task
             try:
                 answer.put((function(), None))
-            except BaseException as error:  # noqa: BLE001 - a client that calls sys.exit ends nothing but itself
+            except BaseException as error:
                 answer.put((None, error))
 
 
