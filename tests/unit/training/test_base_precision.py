@@ -18,9 +18,11 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context
 from adder.kernels.fused_lora import attach
 from adder.report import formatting
 from adder.report import run as report
+from adder.report.stage import ResolvedSetting
 from adder.training import base_model, base_precision, step_planner
 from adder.training import run as train
 from adder.training.packed_dataset import PackedExamples
@@ -239,10 +241,10 @@ def test_the_report_shows_the_comparison(hopper, packs, monkeypatch, tmp_path, w
     tolerate(monkeypatch, WIDE)
     choice = base_precision.attach(untrained(), "bfloat16", wanted, packs)["frozen_products"]
     settings, inputs = write_stage_folders(tmp_path / "stages", heldout=5)
-    settings["resolved"].append({"key": "train.frozen_products", "value": wanted, "origin": origin})
+    settings.resolved.append(ResolvedSetting(key="train.frozen_products", value=wanted, origin=origin))
     plan = read_json(inputs["train"] / "plan.json")
     write_json(inputs["train"] / "plan.json", plan | {"frozen_products": choice.to_dict()})
-    report.run(settings, inputs, tmp_path, Progress.silent())
+    report.run(settings, inputs, tmp_path, Context(Progress.silent()))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     shown = re.sub("<[^>]*>", " ", page[page.index("Products with the frozen") : page.index('<section id="filmstrip"')])
     words = html.unescape(" ".join(shown.split()))

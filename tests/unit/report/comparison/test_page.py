@@ -6,13 +6,11 @@ import hashlib
 import io
 import re
 
-import numpy as np
 import pytest
-import yaml
 
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json, write_jsonl
-from adder.report.comparison import facts, plots, sentences
+from adder.report.comparison import facts, sentences
 from adder.report.comparison import page as compare
 from compare_fixture import change_metrics, copy_run, sweep, write_run
 from page_parser import Page
@@ -30,12 +28,12 @@ def of_rates(root, rights, **options):
 
 
 def made(runs, out):
-    """Compare runs; return (what run() returned, the page, the table's rows)."""
+    """Compare runs; return (what was compared, the page, the table's rows)."""
     out.mkdir(exist_ok=True)
-    verdict = compare.run(runs, out)
+    found = compare.run(runs, out)
     page = Page((out / "compare.html").read_text(encoding="utf-8"))
     assert page.stack == []
-    return verdict, page, list(csv.DictReader(io.StringIO((out / "compare.csv").read_text(encoding="utf-8"))))
+    return found, page, list(csv.DictReader(io.StringIO((out / "compare.csv").read_text(encoding="utf-8"))))
 
 
 @pytest.fixture(scope="module")
@@ -46,30 +44,30 @@ def clear(tmp_path_factory):
 
 
 def test_a_run_that_is_surely_better_than_all_others_is_the_one_to_use(clear):
-    verdict, page, rows = clear
-    assert verdict["word"] == "best" and verdict["run"] == "middle" and verdict["rivals"] == []
-    assert verdict["sentence"].startswith("Use middle: its exact match of 9")
-    assert "surely the best of the 3 runs" in verdict["sentence"] and "the next, low" in verdict["sentence"]
+    found, page, rows = clear
+    assert found.verdict.word == "best" and found.verdict.run == "middle" and found.verdict.rivals == []
+    assert sentences.sentence(found).startswith("Use middle: its exact match of 9")
+    assert "surely the best of the 3 runs" in sentences.sentence(found) and "the next, low" in sentences.sentence(found)
     assert page.words.index("Use middle:") < page.words.index("Every run, the best first")
     assert [row["run"] for row in rows] == ["middle", "low", "high"]
     assert [row["status"] for row in rows] == ["best", "worse", "worse"]
 
 
 def test_the_sentence_has_the_figures_of_the_table(clear):
-    verdict, _, rows = clear
+    found, _, rows = clear
     best, second = rows[:2]
     by = 100 * (float(best["exact_match"]) - float(second["exact_match"]))
     low, high = -100 * float(second["difference_high"]), -100 * float(second["difference_low"])
-    shown = verdict["sentence"].replace("\u00a0", " ")
+    shown = sentences.sentence(found).replace("\u00a0", " ")
     assert f"{by:.1f} points above" in shown and f"95 % interval {low:.1f} to {high:.1f}" in shown
     assert by == pytest.approx(-100 * float(second["difference_to_best"]))
 
 
 def test_runs_that_are_alike_are_not_told_apart(tmp_path):
-    verdict, page, rows = made(of_rates(tmp_path, (0.915, 0.93, 0.3)), tmp_path / "out")
-    assert verdict["word"] == "can't tell" and verdict["rivals"] == ["low"] and verdict["run"] == "middle"
+    found, page, rows = made(of_rates(tmp_path, (0.915, 0.93, 0.3)), tmp_path / "out")
+    assert found.verdict.word == "can't tell" and found.verdict.rivals == ["low"] and found.verdict.run == "middle"
     assert "Can't tell middle from low" in page.words and "leaves it open" in page.words
-    assert verdict["needed_n"] > 200 and "held-out rows would be needed to tell it from low" in page.words
+    assert found.verdict.needed_n > 200 and "held-out rows would be needed to tell it from low" in page.words
     assert {row["run"]: row["status"] for row in rows} == {"middle": "ahead", "low": "can't tell", "high": "worse"}
 
 
@@ -79,9 +77,9 @@ def test_runs_with_the_same_replies_are_not_told_apart(tmp_path):
         other_model(runs[name], name)
         metrics = read_json(runs[name]["report"] / "metrics.json")
         change_metrics(runs[name], cost=metrics["cost"] | {"total_seconds": seconds})
-    verdict, page, rows = made(runs, tmp_path / "out")
-    assert verdict["word"] == "can't tell" and len(verdict["rivals"]) == 2 and verdict["needed_n"] is None
-    assert verdict["run"] == "low" and verdict["same_model"] == []
+    found, page, rows = made(runs, tmp_path / "out")
+    assert found.verdict.word == "can't tell" and len(found.verdict.rivals) == 2 and found.verdict.needed_n is None
+    assert found.verdict.run == "low" and found.verdict.same_model == []
     assert "would be needed" not in page.words and "highest score" not in page.words
     assert "for low, middle and high alike, on the same 200 held-out rows" in page.words
     assert "low, middle and high score the same, so take low, which took the least time" in page.words
@@ -101,17 +99,17 @@ def other_model(folders, name):
 
 def test_runs_of_one_model_are_said_to_be_that(tmp_path):
     first = write_run(tmp_path, "a", right=0.9)
-    verdict, page, rows = made({"a": first, "b": write_run(tmp_path, "b", right=0.9)}, tmp_path / "out")
-    assert verdict["sentence"].startswith("a and b are one and the same model: exact match is ")
+    found, page, rows = made({"a": first, "b": write_run(tmp_path, "b", right=0.9)}, tmp_path / "out")
+    assert sentences.sentence(found).startswith("a and b are one and the same model: exact match is ")
     assert "The merged models of a and b are the same, byte for byte, so take either." in page.words
     assert re.search(r"a and b took .* each\.", page.words) and "no more than any" not in page.words
     assert [row["status"] for row in rows] == ["equal", "equal"]
     assert '<section id="verdict" class="verdict better"' in (tmp_path / "out" / "compare.html").read_text()
     # A third that can't be told from them is still in question, and another model.
     third = copy_run(first, tmp_path, "c", 0.89, {}, 400)
-    verdict, page, _ = made({"a": first, "b": first, "c": third}, tmp_path / "third")
-    assert verdict["rivals"] == ["b", "c"] and verdict["same_model"] == ["b"]
-    assert "Can't tell a from b and c" in verdict["sentence"]
+    found, page, _ = made({"a": first, "b": first, "c": third}, tmp_path / "third")
+    assert found.verdict.rivals == ["b", "c"] and found.verdict.same_model == ["b"]
+    assert "Can't tell a from b and c" in sentences.sentence(found)
     assert "The merged models of a and b are the same, byte for byte, so take " in page.words
 
 
@@ -127,55 +125,15 @@ def test_the_stroke_is_explained_where_it_is_drawn(tmp_path):
     assert (tmp_path / "near" / "compare.html").read_text(encoding="utf-8").count('class="stroke"') == 1
 
 
-def test_runs_are_compared_row_by_row(tmp_path):
-    """The same replies but for six rows that one run has wrong: as independent samples nobody could tell."""
-    first = write_run(tmp_path, "first", right=0.5)
-    second = copy_run(first, tmp_path, "second", 0.0, {}, 400)
-    rows = list(read_jsonl(first["evaluate_tuned"] / "samples.jsonl"))
-    right = [row["id"] for row in rows if row["exact_match"]]
-    write_jsonl(
-        second["evaluate_tuned"] / "samples.jsonl",
-        # In another order, too: rows belong together by their ids.
-        [row | {"exact_match": int(row["exact_match"] and row["id"] not in right[:6])} for row in reversed(rows)],
-    )
-    metrics = read_json(second["report"] / "metrics.json")
-    metrics["heldout"]["exact_match"]["tuned"]["value"] = (len(right) - 6) / len(rows)
-    write_json(second["report"] / "metrics.json", metrics)
-    found = facts.compare({"first": first, "second": second})
-    difference = found["runs"][1]["against_best"]
-    assert difference["paired"] and difference["sure"] and difference["p"] == pytest.approx(2 * 0.5**6)
-    rows = [facts.held_out("exact_match", run["evaluate_tuned"] / "samples.jsonl") for run in (first, second)]
-    assert facts.independent(*rows)["p"] > 0.4
-    # Rows of one group are one: five groups can't tell.
-    groups = [f"{n % 5}" for n in range(len(rows[0]["items"]))]
-    grouped = facts.difference(rows[0] | {"groups": groups}, rows[1] | {"groups": groups}, 0.0)
-    assert grouped["value"] == difference["value"] and grouped["p"] > 0.05
-
-
 def test_different_held_out_rows_are_not_paired_and_the_page_says_so(tmp_path):
     runs = {name: write_run(tmp_path, name, right=right, heldout=rows)
             for name, right, rows in (("a", 0.9, 200), ("b", 0.5, 180))}  # fmt: skip
-    verdict, page, rows = made(runs, tmp_path / "out")
-    assert verdict["sentence"].endswith("more than chance explains, but on different held-out rows.")
+    found, page, rows = made(runs, tmp_path / "out")
+    assert sentences.sentence(found).endswith("more than chance explains, but on different held-out rows.")
     assert "were not evaluated on the same held-out rows" in page.words
     assert "All runs answered the same held-out rows" not in page.words
     assert rows[1]["paired"] == "False"
     assert '<section id="verdict" class="verdict unsure"' in (tmp_path / "out" / "compare.html").read_text()
-
-
-def test_independent_difference_is_the_textbook_one():
-    best, other = ({"values": np.array(values), "groups": None} for values in ([1.0, 1, 1, 0], [1.0, 0, 0, 0, 0]))
-    found = facts.independent(best, other)
-    # Variances 0.25 and 0.2, so the standard error is sqrt(0.25 / 4 + 0.2 / 5) = 0.32016.
-    assert found["value"] == pytest.approx(-0.55)
-    assert found["ci95"] == pytest.approx([-0.55 - 1.96 * 0.32016, -0.55 + 1.96 * 0.32016], abs=1e-4)
-    assert found["p"] == pytest.approx(0.0858, abs=1e-3)  # two-sided, of z = 1.718
-    single = best | {"values": best["values"][:1]}
-    assert facts.independent(single, other) == {"value": pytest.approx(-0.8)}
-    # Two alike rows of a group tell no more than one.
-    twice = [{"values": np.repeat(run["values"], 2), "groups": np.repeat(np.arange(len(run["values"])), 2)}
-             for run in (best, other)]  # fmt: skip
-    assert facts.independent(*twice)["ci95"] == pytest.approx(found["ci95"])
 
 
 def test_losses_of_other_tokens_are_not_compared(tmp_path):
@@ -187,8 +145,8 @@ def test_losses_of_other_tokens_are_not_compared(tmp_path):
     metrics["heldout"]["loss"]["tuned"]["value"] = 0.01
     write_json(runs["low"]["report"] / "metrics.json", metrics)
     found = facts.compare(runs)
-    assert found["metric"] == "loss" and found["runs"][0]["name"] == "low"  # the lowest loss leads
-    assert found["verdict"]["word"] == "can't tell" and len(found["verdict"]["rivals"]) == 2
+    assert found.metric == "loss" and found.runs[0].name == "low"  # the lowest loss leads
+    assert found.verdict.word == "can't tell" and len(found.verdict.rivals) == 2
     assert "different numbers of tokens, so a loss per token can't decide" in sentences.sentence(found)
 
 
@@ -200,61 +158,18 @@ def test_lower_is_better_for_the_loss(tmp_path):
         metrics = read_json(runs[name]["report"] / "metrics.json")
         metrics["heldout"]["loss"]["tuned"]["value"] *= factor
         write_json(runs[name]["report"] / "metrics.json", metrics)
-    verdict, _, rows = made(runs, tmp_path / "out")
+    found, _, rows = made(runs, tmp_path / "out")
     assert (
-        verdict["run"] == "middle"
-        and verdict["word"] == "best"
-        and "below that of the next, low" in verdict["sentence"]
+        found.verdict.run == "middle"
+        and found.verdict.word == "best"
+        and "below that of the next, low" in sentences.sentence(found)
     )
     assert [row["run"] for row in rows] == ["middle", "low", "high"]
 
 
-def test_p_is_corrected_for_the_pairs_that_are_still_in_question():
-    differences = [{"p": p, "ci95": [0.1, 0.2]} for p in (0.01, 0.04, 0.03, 0.004)]
-    facts.judge_differences(differences)
-    # Sorted: 0.004 x 10 pairs of five runs, 0.01 x 6 of four, 0.03 x 3, 0.04 x 1, none below the one before it.
-    assert [one["p_corrected"] for one in differences] == pytest.approx([0.06, 0.09, 0.09, 0.04])
-    assert [one["sure"] for one in differences] == [False, False, False, True]
-    across = [{"p": 1e-5, "ci95": [-0.1, 0.2]}, {"p": 1e-5, "ci95": None}]
-    facts.judge_differences(across)
-    assert not any(one["sure"] for one in across)
-
-
-def test_equal_runs_are_seldom_told_apart_however_many_there_are():
-    """Twelve runs that are all right in 70 % of 150 rows: a run called worse than the best would be wrong.
-
-    At most 5 % of the tries may have one; of 400 tries more than 31 would with a probability below 1 %. If each p were
-    only multiplied by the eleven comparisons, it would be about 70.
-    """
-    random, wrong = np.random.default_rng(3), 0
-    for _ in range(400):
-        # Rows of their own: independent samples, whose p is not on the safe side as McNemar's is.
-        runs = [
-            {"items": [(f"{run}:{n}", "") for n in range(150)], "values": values.astype(float)}
-            | {"groups": None, "tokens": None}
-            for run, values in enumerate(random.random((12, 150)) < 0.7)
-        ]
-        runs.sort(key=lambda run: -run["values"].mean())
-        differences = [facts.difference(runs[0], run, 0.0) for run in runs[1:]]
-        facts.judge_differences(differences)
-        wrong += any(one["sure"] for one in differences)
-    assert wrong <= 31
-
-
-def test_many_runs_are_told_apart_by_their_loss():
-    """Ten thousand draws of signs have no p below 1e-4, which times the 1,225 pairs of fifty runs would be 0.12."""
-    random = np.random.default_rng(4)
-    items, tokens = [(str(n), "") for n in range(200)], [40] * 200
-    hard = random.lognormal(0, 0.5, 200)
-    runs = [{"items": items, "tokens": tokens, "groups": None, "values": hard * (0.1 + 0.02 * n)} for n in range(50)]
-    differences = [facts.difference(runs[0], run, 0.0) for run in runs[1:]]
-    facts.judge_differences(differences)
-    assert all(one["sure"] for one in differences)
-
-
 def test_one_run_has_a_page_too(tmp_path):
-    verdict, page, rows = made({"default": write_run(tmp_path, "default")}, tmp_path / "out")
-    assert verdict["word"] == "one" and verdict["sentence"].startswith(
+    found, page, rows = made({"default": write_run(tmp_path, "default")}, tmp_path / "out")
+    assert found.verdict.word == "one" and sentences.sentence(found).startswith(
         "default is the only run. The tuned model is better"
     )
     assert len(rows) == 1 and rows[0]["difference_to_best"] == ""
@@ -285,31 +200,24 @@ def test_settings_that_differ_are_columns_and_what_stages_chose_stands_apart(tmp
         for name, rate, batch in (("a", 1e-4, 4), ("b", 2e-4, 8))
     }
     found = facts.compare(runs)
-    assert found["differing"] == {"set": ["train.learning_rate"], "chosen": ["train.micro_batch_size"]}
+    assert found.differing == (["train.learning_rate"], ["train.micro_batch_size"])
     _, page, rows = made(runs, tmp_path / "out")
     assert [row["train.learning_rate"] for row in rows] == ["0.0001", "0.0002"]
     assert "report.title" not in rows[0] and "report.title" not in page.words
     assert "Chosen differently" in page.words and "Which settings lead where" not in page.words
 
 
-def test_a_value_that_one_run_sets_and_another_leaves_to_the_stage_counts_as_set(tmp_path):
-    first = write_run(tmp_path, "a", {}, {"train.micro_batch_size": 4})
-    second = write_run(tmp_path, "b", {"train.micro_batch_size": 8})
-    found = facts.compare({"a": first, "b": second})
-    assert found["differing"]["set"] == ["train.micro_batch_size"]
-
-
 def test_a_run_that_forgot_too_much_is_not_the_one_to_use(tmp_path):
     runs = of_rates(tmp_path, (0.6, 0.95, 0.4))
     change_metrics(runs["middle"], guard={"passed": False, "failed": ["gsm8k"]})
-    verdict, page, rows = made(runs, tmp_path / "out")
-    assert verdict["run"] == "low" and verdict["word"] == "best"
+    found, page, rows = made(runs, tmp_path / "out")
+    assert found.verdict.run == "low" and found.verdict.word == "best"
     assert rows[-1]["run"] == "middle" and rows[-1]["status"] == "failed: gsm8k"
     assert "Ruled out, for losing more than it may in a guarded task: middle." in page.words
     for name in ("low", "high"):
         change_metrics(runs[name], guard={"passed": False, "failed": ["gsm8k"]})
-    verdict, _, _ = made(runs, tmp_path / "out")
-    assert verdict["word"] == "refused" and verdict["sentence"].startswith("Use none of them")
+    found, _, _ = made(runs, tmp_path / "out")
+    assert found.verdict.word == "refused" and sentences.sentence(found).startswith("Use none of them")
 
 
 def test_tasks_are_columns(tmp_path):
@@ -377,15 +285,6 @@ def test_a_missing_file_is_named_and_nothing_is_written(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_runs_without_a_score_in_common_are_refused(tmp_path):
-    runs = {name: write_run(tmp_path, name) for name in ("a", "b")}
-    heldout = read_json(runs["a"]["report"] / "metrics.json")["heldout"]
-    change_metrics(runs["a"], heldout={"exact_match": heldout["exact_match"]})
-    change_metrics(runs["b"], heldout={"loss": heldout["loss"]})
-    with pytest.raises(UserError, match="no held-out score in common: a has exact_match; b has loss"):
-        facts.compare(runs)
-
-
 def test_a_score_that_is_not_finite_is_left_out(tmp_path):
     runs = of_rates(tmp_path, (0.6, 0.95, 0.4))
     metrics = read_json(runs["high"]["report"] / "metrics.json")
@@ -403,54 +302,8 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_run_yaml_is_read_as_it_is_written(tmp_path):
-    run = write_run(tmp_path, "a", {"train.learning_rate": 1e-5})
-    assert yaml.safe_load((run["report"] / "run.yaml").read_text())["settings"]["train.learning_rate"]["value"] == 1e-5
-    assert facts.value_of(facts.load("a", run), "train.learning_rate") == 1e-5
-
-
-@pytest.mark.parametrize(
-    ("value", "metric", "text"),
-    [
-        (0.0123, "exact_match", "+1.2\u00a0points"), (-0.0123, "exact_match", "−1.2\u00a0points"),
-        (-0.0001, "exact_match", "0.0\u00a0points"), (-0.25, "loss", "−0.250"), (0.0, "loss", "0"),
-    ],
-)  # fmt: skip
-def test_differences_have_a_sign_unless_they_are_nothing(value, metric, text):
-    assert sentences.change(value, metric) == text
-
-
 def test_a_curve_is_smoothed_without_losing_its_end():
     points = [(n, float(n % 2)) for n in range(1, 601)]
     smooth = compare.smooth(points)
     assert len(smooth) <= 60 and smooth[-1][0] == 600 and smooth[0][0] == 11
     assert compare.smooth(points[:40]) == points[:40]
-
-
-def test_a_run_that_diverged_does_not_flatten_the_others():
-    def curve(end):
-        return [(n, 2.0 - 0.015 * n) for n in range(99)] + [(99, end)]
-
-    series = [{"name": f"r{n}", "kind": f"r{n}", "run": n, "points": curve(0.5)} for n in range(4)]
-    series.append({"name": "lost", "kind": "r4", "run": 4, "points": curve(900.0)})
-    drawn = plots.overlay(series, "step", str, "loss")
-    assert "1 run above the axis, up to 900" in drawn
-    # A loss of 2 stands near the top, not on the floor as it would on an axis up to 900.
-    assert float(re.search(r'class="curve" points="54.0,([\d.]+)', drawn).group(1)) < 60
-
-
-def test_axes_of_numbers_and_of_words():
-    share, labels = plots._scale([1e-5, 1e-4, 1e-3])
-    assert [share(value) for value in (1e-5, 1e-4, 1e-3)] == pytest.approx([0, 0.5, 1])
-    assert [text for _, text in labels] == ["1e-05", "0.0001", "0.001"]
-    share, _ = plots._scale([8, 16, 12])
-    assert share(12) == 0.5  # less than a factor of eight: linear
-    share, labels = plots._scale(["qlora", None, True, 3])
-    assert sorted(share(value) for value in ("qlora", None, True, 3)) == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert [text for _, text in labels] == ["3", "none", "qlora", "true"]
-
-
-def test_the_line_of_the_cost_plot_joins_the_runs_that_no_cheaper_one_beats():
-    points = [{"name": name, "x": x, "y": y} for name, x, y in (("a", 1, 5), ("b", 2, 4), ("c", 3, 9), ("d", 3, 8))]
-    assert [one["name"] for one in plots._front(points, lower_is_better=False)] == ["a", "c"]
-    assert [one["name"] for one in plots._front(points, lower_is_better=True)] == ["a", "b"]

@@ -11,16 +11,23 @@ Journal of the American Statistical Association 81 (1986) 826). The best of two 
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypedDict
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
 from adder.core import intervals
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl
 from adder.evaluation.metrics import SCORES
+from adder.report.resolved_settings import RunYaml, SettingRecord
+from adder.report.run_metrics import Cost, Finding, GuardWord, Metrics
+from adder.report.scores import Comparison as ScoreComparison
 from adder.report.scores import per_row
 
 # Settings that only say how things are called.
@@ -28,131 +35,250 @@ NAMES = ("report.title",)
 CURVES = ("loss", "eval_loss")
 
 
-def compare(runs: dict[str, dict[str, Path]]) -> dict:
-    """Return the whole comparison of `runs` (run: {stage: folder}), the best run first.
+class RunScore(TypedDict):
+    """A score that can be compared: it is a finite number."""
 
-    {metric, paired (None for one run), rows (how many held-out rows, None where runs differ in them), runs: [{name,
-    rank, score, scores, base, verdict, tasks, guard, findings, against_best, settings, cost, steps, model (its files'
-    digests), curves}], verdict, differing: {"set": [keys], "chosen": [keys]}}.
+    value: float
+    ci95: list[float] | None
+    n: int | None
+
+
+class TaskScore(NamedTuple):
+    """The tuned model's score on a task, and what is measured there."""
+
+    value: float | None
+    metric: str
+
+
+class RunCost(NamedTuple):
+    """Seconds of all of a run's stages, shared ones counted in full, and their price where one is known."""
+
+    seconds: float
+    price: float | None
+    currency: str | None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One value a held-out row, in the order of their ids.
+
+    items: (id, digest of the reference) of each. values: float64 (rows,); None where rows don't have this score one by
+    one. groups: each row's, or None. tokens: labelled tokens of each row, where the score is the loss.
+    """
+
+    items: list[tuple[str, str]]
+    values: npt.NDArray[np.float64] | None
+    groups: Sequence[str] | None = None
+    tokens: list[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Score of a run less that of the best run, with its 95 % interval.
+
+    paired: by row, where both have the same rows; else as of two independent samples. comparable: false for losses per
+    token where the same replies have other numbers of tokens, which are in different units. needed_n: rows that would
+    tell the two apart. p_corrected: for the pairs of runs. sure: p_corrected is below 0.05, the interval leaves out 0.
+    """
+
+    value: float
+    ci95: list[float] | None = None
+    p: float = 1.0
+    paired: bool = False
+    comparable: bool = True
+    needed_n: int | None = None
+    p_corrected: float = 1.0
+    sure: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """What one run's stages left for the comparison.
+
+    scores and base: of the tuned model and of the base, by metric. verdict: of tuned against base. model: digests of
+    the merged model's files. curves: (step, value) by name, a name of CURVES.
+    """
+
+    name: str
+    scores: dict[str, RunScore]
+    base: dict[str, RunScore]
+    verdict: intervals.Verdict
+    tasks: dict[str, TaskScore]
+    guard: GuardWord | None
+    findings: list[Finding]
+    settings: dict[str, SettingRecord]
+    cost: RunCost
+    steps: int
+    model: dict[str, str]
+    curves: dict[str, list[tuple[int, float]]]
+
+    @property
+    def refused(self) -> bool:
+        """Whether the run lost more than it may in a guarded task."""
+        return bool(self.guard) and not self.guard["passed"]
+
+    def setting(self, key: str) -> Any:
+        """The run's value of a setting; None where it has no such setting."""
+        return self.settings[key]["value"] if key in self.settings else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedRun(LoadedRun):
+    """A run beside the others: its place, from 1, its score, and how that differs from the best run's."""
+
+    rank: int
+    score: RunScore
+    against_best: Difference | None
+
+
+class Recommendation(NamedTuple):
+    """Which run to use.
+
+    word: "one" run only; "best", surely better than all others; "can't tell" it from its `rivals`; "refused", where
+    every run fell too far in a guarded task. tied: the rivals that score the same, and same_model those of them whose
+    merged model is the best's, byte for byte. cheapest: the run that took least time, of the best and its rivals where
+    there are any, else of all. needed_n: rows that would tell the best from the first rival, None where that can't be
+    said.
+    """
+
+    word: Literal["one", "best", "can't tell", "refused"]
+    run: str
+    rivals: list[str]
+    tied: list[str]
+    same_model: list[str]
+    cheapest: str
+    needed_n: int | None
+
+
+class Differing(NamedTuple):
+    """The keys of settings that are not the same in all runs: set by people, and chosen by stages in every run."""
+
+    set: list[str]
+    chosen: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs side by side, the best first.
+
+    metric: the score that decides. paired: None for one run. rows: how many held-out rows, None where runs differ in
+    them.
+    """
+
+    metric: str
+    paired: bool | None
+    rows: int | None
+    runs: list[RankedRun]
+    differing: Differing
+    verdict: Recommendation
+
+
+def compare(runs: Mapping[str, Mapping[str, Path]]) -> Comparison:
+    """Compare `runs` (run: {stage: folder}).
+
     Raises UserError where a file is missing or the runs have no score in common.
     """
-    loaded = [load(name, folders) for name, folders in runs.items()]
+    loaded = list(starmap(load, runs.items()))
     metric = main_metric(loaded)
-    for run, folders in zip(loaded, runs.values(), strict=True):
-        run["score"] = run["scores"][metric]
-        run["rows"] = held_out(metric, folders["evaluate_tuned"] / "samples.jsonl")
-    ranked = rank(loaded, metric)
-    best = ranked[0]
-    for run in ranked[1:]:
-        run["against_best"] = difference(best["rows"], run["rows"], run["score"]["value"] - best["score"]["value"])
-    judge_differences([run["against_best"] for run in ranked[1:]])
-    paired = all(run["against_best"]["paired"] for run in ranked[1:]) if len(ranked) > 1 else None
-    same_rows = all(run["rows"]["items"] == best["rows"]["items"] for run in ranked)
-    found = {
-        "metric": metric,
-        "paired": paired,
-        "rows": len(best["rows"]["items"]) if same_rows else None,
-        "runs": [{name: value for name, value in run.items() if name != "rows"} for run in ranked],
-        "differing": differing(ranked),
-    }
-    return found | {"verdict": verdict(found)}
+    rows = {name: held_out(metric, folders["evaluate_tuned"] / "samples.jsonl") for name, folders in runs.items()}
+    best, *others = rank(loaded, metric)
+    first = best.scores[metric]
+    differences = judge_differences([
+        difference(rows[best.name], rows[run.name], run.scores[metric]["value"] - first["value"]) for run in others
+    ])  # fmt: skip
+    ranked = [
+        RankedRun(**vars(run), rank=place, score=run.scores[metric], against_best=found)
+        for place, (run, found) in enumerate(zip([best, *others], [None, *differences], strict=True), 1)
+    ]
+    same_rows = all(rows[run.name].items == rows[best.name].items for run in others)
+    return Comparison(
+        metric=metric,
+        paired=all(found.paired for found in differences) if others else None,
+        rows=len(rows[best.name].items) if same_rows else None,
+        runs=ranked,
+        differing=differing(ranked),
+        verdict=recommend(ranked),
+    )
 
 
-def load(name: str, folders: dict[str, Path]) -> dict:
+def load(name: str, folders: Mapping[str, Path]) -> LoadedRun:
     """Read what one run's stages left for the comparison."""
-    metrics = _read(folders["report"] / "metrics.json", read_json)
-    record = _read(folders["report"] / "run.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
-    train = _read(folders["train"] / "train.json", read_json)
+    metrics: Metrics = _read(folders["report"] / "metrics.json", read_json)
+    record: RunYaml = _read(
+        folders["report"] / "run.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))
+    )
     curve = _read(folders["train"] / "metrics.jsonl", lambda path: list(read_jsonl(path)))
     merged = _read(folders["merge"] / "stage.json", read_json)["outputs"]
-    return {
-        "name": name,
-        "scores": _scores(metrics["heldout"], "tuned"),
-        "base": _scores(metrics["heldout"], "base"),
-        "verdict": metrics["verdict"],
-        "tasks": {task["task"]: task["tuned"] | {"metric": task["metric"]} for task in metrics["tasks"]},
-        "guard": metrics["guard"],
-        "findings": metrics["doctor"] or [],
-        "settings": record["settings"],
-        "cost": cost(metrics["cost"]),
-        "steps": train["steps"],
-        "model": {path: file["digest"] for path, file in merged.items() if path.startswith("model/")},
-        "curves": {key: [(row["step"], row[key]) for row in curve if _number(row.get(key))] for key in CURVES},
-        "against_best": None,
-    }
+    return LoadedRun(
+        name=name,
+        scores=_scores(metrics["heldout"], "tuned"),
+        base=_scores(metrics["heldout"], "base"),
+        verdict=metrics["verdict"],
+        tasks={task["task"]: TaskScore(task["tuned"]["value"], task["metric"]) for task in metrics["tasks"]},
+        guard=metrics["guard"],
+        findings=metrics["doctor"] or [],
+        settings=record["settings"],
+        cost=cost(metrics["cost"]),
+        steps=_read(folders["train"] / "train.json", read_json)["steps"],
+        model={path: file["digest"] for path, file in merged.items() if path.startswith("model/")},
+        curves={key: [(row["step"], row[key]) for row in curve if _number(row.get(key))] for key in CURVES},
+    )
 
 
-def cost(found: dict) -> dict:
-    """Seconds of all of a run's stages, shared ones counted in full, and their price: {seconds, price, currency}."""
-    price = found["price"] or {}
-    return {"seconds": found["total_seconds"], "price": price.get("value"), "currency": price.get("currency")}
+def cost(found: Cost) -> RunCost:
+    """A run's cost, as its metrics.json has it."""
+    price = found["price"]
+    return RunCost(found["total_seconds"], price and price["value"], price and price["currency"])
 
 
-def main_metric(runs: Sequence[dict]) -> str:
+def main_metric(runs: Sequence[LoadedRun]) -> str:
     """The score that decides: one that a run's own verdict is about and that all runs have, the report's first of such.
 
     Raises UserError where the runs have no score in common.
     """
-    common = [metric for metric in SCORES if all(metric in run["scores"] for run in runs)]
+    common = [metric for metric in SCORES if all(metric in run.scores for run in runs)]
     if not common:
         raise UserError(
             "compare: the runs have no held-out score in common: "
-            + "; ".join(f"{run['name']} has {', '.join(run['scores']) or 'none'}" for run in runs)
+            + "; ".join(f"{run.name} has {', '.join(run.scores) or 'none'}" for run in runs)
         )
-    asked = [metric for metric in common if any(run["verdict"]["metric"] == metric for run in runs)]
+    asked = [metric for metric in common if any(run.verdict["metric"] == metric for run in runs)]
     return (asked or common)[0]
 
 
-def held_out(metric: str, path: Path) -> dict:
-    """One value a held-out row, in the order of their ids.
-
-    {items: [(id, digest of the reference)], values: float64 (rows,) or None, groups: each row's or None, tokens:
-    labelled tokens a row}. Texts without a reply to judge have just a loss. `values` is None where rows don't have this
-    score one by one.
-    """
+def held_out(metric: str, path: Path) -> HeldOut:
+    """A run's values of a score (`path`: the tuned model's samples.jsonl). Texts without a reply have just a loss."""
     rows = [row for row in _read(path, lambda path: list(read_jsonl(path))) if metric == "loss" or _replied(row)]
     rows.sort(key=lambda row: row["id"])
-    return {
-        "items": [(row["id"], hashlib.blake2b(str(row["reference"]).encode()).hexdigest()) for row in rows],
-        "values": per_row(metric, rows),
-        "groups": intervals.clusters_of(rows),
-        "tokens": [row.get("labelled_tokens") for row in rows] if metric == "loss" else None,
-    }
+    return HeldOut(
+        items=[(row["id"], hashlib.blake2b(str(row["reference"]).encode()).hexdigest()) for row in rows],
+        values=per_row(metric, rows),
+        groups=intervals.clusters_of(rows),
+        tokens=[row["labelled_tokens"] for row in rows] if metric == "loss" else None,
+    )
 
 
-def rank(runs: Sequence[dict], metric: str) -> list[dict]:
+def rank(runs: Sequence[LoadedRun], metric: str) -> list[LoadedRun]:
     """The runs, best first; of equals the cheaper one. Runs that fell too far in a guarded task come last."""
     sign = -1 if SCORES[metric].better == "higher" else 1
-    order = sorted(
-        runs,
-        key=lambda run: (refused(run), sign * run["score"]["value"], run["cost"]["seconds"], run["name"]),
-    )
-    for place, run in enumerate(order, 1):
-        run["rank"] = place
-    return order
+    return sorted(runs, key=lambda run: (run.refused, sign * run.scores[metric]["value"], run.cost.seconds, run.name))
 
 
-def difference(best: dict, other: dict, value: float) -> dict:
-    """Score of `other` less that of `best` with its 95 % interval: {value, ci95, p, paired, comparable, needed_n}.
-
-    Paired by row where both have the same rows, else as of two independent samples. `comparable` is false for losses
-    per token where the same replies have other numbers of tokens: those are in different units.
-    """
-    unknown = {"value": value, "ci95": None, "p": 1.0, "paired": False, "comparable": True, "needed_n": None}
-    if best["values"] is None or other["values"] is None:
+def difference(best: HeldOut, other: HeldOut, value: float) -> Difference:
+    """How a run differs from the best; `value` is the difference of their scores, for where rows don't tell."""
+    unknown = Difference(value=value)
+    if best.values is None or other.values is None:
         return unknown
-    same = best["items"] == other["items"]
-    if same and best["tokens"] != other["tokens"]:
-        return unknown | {"comparable": False}
-    if same:
-        found = intervals.paired_difference(best["values"], other["values"], best["groups"])
-        needed = intervals.needed_n(other["values"] - best["values"], best["groups"])
-        paired = {"value": found["value"], "ci95": found["ci95"], "p": small_p(found), "paired": True}
-        return unknown | paired | {"needed_n": needed}
-    return unknown | independent(best, other)
+    if best.items != other.items:
+        return independent(best, other)
+    if best.tokens != other.tokens:
+        return replace(unknown, comparable=False)
+    found = intervals.paired_difference(best.values, other.values, best.groups)
+    needed = intervals.needed_n(other.values - best.values, best.groups)
+    return Difference(value=found["value"], ci95=found["ci95"], p=small_p(found), paired=True, needed_n=needed)
 
 
-def small_p(found: dict) -> float:
+def small_p(found: intervals.Difference) -> float:
     """The p of a paired difference, beyond what drawing signs can show: there the normal distribution's.
 
     Ten thousand draws have no p below 1e-4, too much to be multiplied by the pairs of many runs.
@@ -168,91 +294,79 @@ def normal_p(value: float, error: float) -> float:
     return math.erfc(abs(value) / error / math.sqrt(2)) if error else float(value == 0)
 
 
-def independent(best: dict, other: dict) -> dict:
-    """Difference of two means of different rows, of what `held_out` returned, with the normal 95 % interval: {value,
-    ci95, p}.
-
-    With fewer than two rows on a side there is no interval.
-    """
-    value = float(other["values"].mean() - best["values"].mean())
-    if min(len(best["values"]), len(other["values"])) < 2:
-        return {"value": value}
-    error = math.hypot(*(intervals.standard_error(run["values"], run["groups"]) for run in (best, other)))
+def independent(best: HeldOut, other: HeldOut) -> Difference:
+    """Difference of two means of different rows, with the normal 95 % interval; none with fewer than two rows."""
+    assert best.values is not None and other.values is not None
+    value = float(other.values.mean() - best.values.mean())
+    if min(len(best.values), len(other.values)) < 2:
+        return Difference(value=value)
+    error = math.hypot(
+        intervals.standard_error(best.values, best.groups), intervals.standard_error(other.values, other.groups)
+    )
     half = intervals.Z95 * error
-    return {"value": value, "ci95": [value - half, value + half], "p": normal_p(value, error)}
+    return Difference(value=value, ci95=[value - half, value + half], p=normal_p(value, error))
 
 
-def judge_differences(differences: Sequence[dict]) -> None:
-    """Add to the differences from the best run `p_corrected`, and `sure`: below 0.05, and the interval leaves out 0."""
-    order = sorted(differences, key=lambda one: one["p"])
+def judge_differences(differences: Sequence[Difference]) -> list[Difference]:
+    """The differences from the best run, in the same order, with p corrected and a word on which are sure."""
+    judged = list(differences)
+    order = sorted(range(len(judged)), key=lambda index: judged[index].p)
     highest = 0.0
-    for place, one in enumerate(order):
-        left = len(order) + 1 - place
-        highest = max(highest, min(1.0, one["p"] * left * (left - 1) / 2))
-        low, high = one["ci95"] or (0.0, 0.0)
-        one["p_corrected"] = highest
-        one["sure"] = highest < 0.05 and (low > 0 or high < 0)
+    for place, index in enumerate(order):
+        one, left = judged[index], len(order) + 1 - place
+        highest = max(highest, min(1.0, one.p * left * (left - 1) / 2))
+        low, high = one.ci95 or (0.0, 0.0)
+        judged[index] = replace(one, p_corrected=highest, sure=highest < 0.05 and (low > 0 or high < 0))
+    return judged
 
 
-def verdict(found: dict) -> dict:
-    """Which run to use: {word, run, rivals, tied, same_model, cheapest, needed_n}.
-
-    `word`: "one" run only; "best", surely better than all others; "can't tell" it from its `rivals`; "refused", where
-    every run fell too far in a guarded task. `tied`: the rivals that score the same, and `same_model` those of them
-    whose merged model is the best's, byte for byte. `cheapest`: the run that took least time, of the best and its
-    rivals where there are any, else of all. `needed_n`: rows that would tell the best from the first rival, None where
-    that can't be said.
-    """
-    best, *others = found["runs"]
-    rivals = [run for run in others if not run["against_best"]["sure"] and not refused(run)]
-    tied = [run for run in rivals if math.isclose(run["score"]["value"], best["score"]["value"], rel_tol=1e-9)]
-    word = "refused" if refused(best) else "one" if not others else "can't tell" if rivals else "best"
+def recommend(runs: Sequence[RankedRun]) -> Recommendation:
+    """Which of the runs, the best first, to use."""
+    best, *others = runs
+    against = [(run, run.against_best) for run in others if run.against_best]
+    rivals = [(run, found) for run, found in against if not found.sure and not run.refused]
+    tied = [run for run, _ in rivals if math.isclose(run.score["value"], best.score["value"], rel_tol=1e-9)]
     # Of runs that took the same time the better one, for they are in order and min takes the first.
-    cheapest = min([best, *(rivals or others)], key=lambda run: run["cost"]["seconds"])
-    return {
-        "word": word,
-        "run": best["name"],
-        "rivals": [run["name"] for run in rivals],
-        "tied": [run["name"] for run in tied],
-        "same_model": [run["name"] for run in tied if run["model"] == best["model"]],
-        "cheapest": cheapest["name"],
-        "needed_n": rivals[0]["against_best"]["needed_n"] if rivals and not tied else None,
-    }
+    cheapest = min([best, *([run for run, _ in rivals] or others)], key=lambda run: run.cost.seconds)
+    return Recommendation(
+        word="refused" if best.refused else "one" if not others else "can't tell" if rivals else "best",
+        run=best.name,
+        rivals=[run.name for run, _ in rivals],
+        tied=[run.name for run in tied],
+        same_model=[run.name for run in tied if run.model == best.model],
+        cheapest=cheapest.name,
+        needed_n=rivals[0][1].needed_n if rivals and not tied else None,
+    )
 
 
-def differing(runs: Sequence[dict]) -> dict[str, list[str]]:
-    """The keys of settings that are not the same in all runs: `set` by people, and `chosen` by stages in every run."""
-    keys = dict.fromkeys(key for run in runs for key in run["settings"] if key not in NAMES)
-    found: dict[str, list[str]] = {"set": [], "chosen": []}
+def differing(runs: Sequence[LoadedRun]) -> Differing:
+    """The keys of settings that are not the same in all runs."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in NAMES)
+    found = Differing([], [])
     for key in keys:
-        rows = [run["settings"].get(key) for run in runs]
+        rows = [run.settings.get(key) for run in runs]
         values = [row and row["value"] for row in rows]
         if any(value != values[0] for value in values):
-            found["chosen" if all(row is None or row["from"] == "chosen" for row in rows) else "set"].append(key)
+            chosen = all(row is None or row["from"] == "chosen" for row in rows)
+            (found.chosen if chosen else found.set).append(key)
     return found
 
 
-def value_of(run: dict, key: str) -> Any:
-    """A run's value of a setting; None where it has no such setting."""
-    return (run["settings"].get(key) or {}).get("value")
-
-
-def refused(run: dict) -> bool:
-    """Whether a run lost more than it may in a guarded task."""
-    return bool(run["guard"]) and not run["guard"]["passed"]
-
-
-def _scores(heldout: dict, who: str) -> dict[str, dict]:
+def _scores(heldout: Mapping[str, ScoreComparison], who: Literal["base", "tuned"]) -> dict[str, RunScore]:
     """The scores of base or tuned by metric; one that isn't finite can't be compared."""
-    found = {metric: heldout.get(metric, {}).get(who) for metric in SCORES}
-    return {metric: score for metric, score in found.items() if score and score["value"] is not None}
+    found: dict[str, RunScore] = {}
+    for metric in SCORES:
+        score = heldout[metric][who] if metric in heldout else None
+        if score and (value := score["value"]) is not None:
+            found[metric] = {"value": value, "ci95": score["ci95"], "n": score["n"]}
+    return found
 
 
-def _replied(row: dict) -> bool:
+def _replied(row: Mapping[str, Any]) -> bool:
     return row.get("reply") is not None
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 

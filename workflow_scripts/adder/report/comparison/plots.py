@@ -5,12 +5,12 @@ shows, hides and highlights it. `kind` is the CSS class of its colour. Labels go
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from adder.report.formatting import setting
-from adder.report.plots import WIDTH, Box, log_ticks, needs_log, svg, thin, ticks, usual_top
+from adder.report.plots import WIDTH, Box, Show, log_ticks, needs_log, svg, thin, ticks, usual_top
 
 MAX_TARGETS = 1500  # points of a plot that answer to the pointer; more would only make the page heavy
 AXIS_STEP = 130  # between the axes of parallel coordinates: room for a setting's name
@@ -18,13 +18,65 @@ MAX_NAMED = 8  # runs that have their name beside their dot; of more only those 
 LETTER = 6.2  # width of a letter, roughly, at the style sheet's size
 
 
-def overlay(series: Sequence[dict], x_name: str, show: Callable[[float], str], label: str, dots: bool = False) -> str:
-    """A curve a run over the same x; a series is {"name", "kind", "run", "points": [(x, y)]}. "" without points.
+class OfRun(Protocol):
+    """A mark of a run."""
+
+    @property
+    def kind(self) -> str:
+        """CSS class of its colour."""
+        ...
+
+    @property
+    def run(self) -> int:
+        """The run's number."""
+        ...
+
+
+class RunCurve(NamedTuple):
+    """A run's curve."""
+
+    name: str
+    kind: str
+    run: int
+    points: Sequence[tuple[float, float]]
+
+
+class Axis(NamedTuple):
+    """An axis of parallel coordinates: a value a run; `flip`: the smallest value on top."""
+
+    name: str
+    values: Sequence[Any]
+    flip: bool = False
+
+
+class RunLine(NamedTuple):
+    """A run's line through parallel coordinates, and what it says under the pointer."""
+
+    name: str
+    kind: str
+    run: int
+    title: str
+
+
+class RunPoint(NamedTuple):
+    """A run's dot with its 95 % interval in y, and what it says under the pointer."""
+
+    name: str
+    kind: str
+    run: int
+    x: float
+    y: float
+    ci95: Sequence[float] | None
+    title: str
+
+
+def overlay(series: Sequence[RunCurve], x_name: str, show: Show, label: str, dots: bool = False) -> str:
+    """A curve a run over the same x; "" without points.
 
     Values of very different sizes get a logarithmic axis. What lies far above all else is cut off at the axis' end, so
     that one run that diverged doesn't flatten the others; the plot says so.
     """
-    every = sorted(point for one in series for point in one["points"])
+    every = sorted(point for one in series for point in one.points)
     if not every:
         return ""
     ys = [y for _, y in every]
@@ -35,16 +87,16 @@ def overlay(series: Sequence[dict], x_name: str, show: Callable[[float], str], l
     box = Box(54, 16, WIDTH - 8, 208, every[0][0], every[-1][0], low, high, log)
     marks = box.axes(x_name, show)
     notes = ["logarithmic axis"] if log else []
-    if over := sum(any(y > high for _, y in one["points"]) for one in series):
+    if over := sum(any(y > high for _, y in one.points) for one in series):
         notes.append(f"{over} {'run' if over == 1 else 'runs'} above the axis, up to {show(max(ys))}")
     if notes:
         marks.append(f'<text class="tick" x="{box.left}" y="{box.bottom + 31}">{escape("; ".join(notes))}</text>')
     most = max(2, MAX_TARGETS // len(series))
     for one in reversed(series):
-        places = [(box.x(x), box.y(y)) for x, y in one["points"]]
+        places = [(box.x(x), box.y(y)) for x, y in one.points]
         lines = _lines(places)
-        for (x, y), (cx, cy) in thin(list(zip(one["points"], places, strict=True)), most):
-            text = escape(f"{one['name']} · {x_name} {x:,g} · {show(y)}")
+        for (x, y), (cx, cy) in thin(list(zip(one.points, places, strict=True)), most):
+            text = escape(f"{one.name} · {x_name} {x:,g} · {show(y)}")
             lines += [
                 f'<g class="hit"><title>{text}</title><circle class="target" cx="{cx:.1f}" cy="{cy:.1f}" r="6"/>'
                 f'<circle class="dot{"" if dots else " quiet"}" cx="{cx:.1f}" cy="{cy:.1f}" r="3"/>'
@@ -54,12 +106,11 @@ def overlay(series: Sequence[dict], x_name: str, show: Callable[[float], str], l
     return svg(WIDTH, box.bottom + 36, label, marks)
 
 
-def parallel(axes: Sequence[dict], runs: Sequence[dict], label: str) -> str:
+def parallel(axes: Sequence[Axis], runs: Sequence[RunLine], label: str) -> str:
     """Parallel coordinates: an upright axis a setting and the score as the last, a line a run.
 
-    An axis is {"name", "values": one a run, "flip": the smallest value on top}; a run is {"name", "kind", "run",
-    "title"}, in the order of the values. Numbers that span a factor of eight or more get a logarithmic axis; what isn't
-    a number, a place each.
+    The runs stand in the order of the axes' values. Numbers that span a factor of eight or more get a logarithmic axis;
+    what isn't a number, a place each.
     """
     left, top, bottom = 74, 46, 226
     width = max(WIDTH, left + AXIS_STEP * (len(axes) - 1) + 92)
@@ -67,16 +118,16 @@ def parallel(axes: Sequence[dict], runs: Sequence[dict], label: str) -> str:
     drawn_axes, places = [], []
     for place, axis in enumerate(axes):
         x = left + step * place
-        share, labels = _scale(axis["values"])
+        share, labels = _scale(axis.values)
 
-        def y(value: Any, share=share, flip=axis["flip"]) -> float:
+        def y(value: Any, share=share, flip=axis.flip) -> float:
             at = 1 - share(value) if flip else share(value)
             return bottom - (bottom - top) * at
 
-        places.append([(x, y(value)) for value in axis["values"]])
+        places.append([(x, y(value)) for value in axis.values])
         drawn_axes.append(f'<line class="axis upright" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
         # Names stand on two levels, so that long ones side by side don't run into each other.
-        name = f"{escape(_short(axis['name'], 1.7 * AXIS_STEP))}<title>{escape(axis['name'])}</title>"
+        name = f"{escape(_short(axis.name, 1.7 * AXIS_STEP))}<title>{escape(axis.name)}</title>"
         drawn_axes.append(f'<text class="name middle" x="{x:.1f}" y="{14 if place % 2 else 32}">{name}</text>')
         for value, text in labels:
             text = f"{escape(_short(text, AXIS_STEP - 46))}<title>{escape(text)}</title>"
@@ -85,7 +136,7 @@ def parallel(axes: Sequence[dict], runs: Sequence[dict], label: str) -> str:
     marks = []
     for one, points in reversed(lines):
         dots = [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
-        title = escape(f"{one['name']}: {one['title']}")
+        title = escape(f"{one.name}: {one.title}")
         read = f'<text class="read middle" x="{width / 2:g}" y="{bottom + 24}">{title}</text>'
         drawn = "".join([f"<title>{title}</title>", *_lines(points), *dots, read])
         marks.append(_run(one, [f'<g class="hit">{drawn}</g>']))
@@ -93,27 +144,24 @@ def parallel(axes: Sequence[dict], runs: Sequence[dict], label: str) -> str:
     return svg(width, bottom + 34, label, [*marks, *drawn_axes], "plot broad" if width > WIDTH else "plot")
 
 
-def scatter(
-    points: Sequence[dict], x_name: str, show: Callable[[float], str], label: str, lower_is_better: bool
-) -> str:
-    """Score against cost, a dot a run with its 95 % interval; a point is {"name", "kind", "run", "x", "y", "ci95",
-    "title"}.
+def scatter(points: Sequence[RunPoint], x_name: str, show: Show, label: str, lower_is_better: bool) -> str:
+    """Score against cost, a dot a run with its 95 % interval.
 
     A line joins the runs that no cheaper run beats; where there are many runs, only those have their name beside them.
     """
-    ends = [end for one in points for end in (one["y"], *(one["ci95"] or []))]
+    ends = [end for one in points for end in (one.y, *(one.ci95 or []))]
     room = (max(ends) - min(ends)) * 0.06 or abs(ends[0]) * 0.1 or 1.0
     low = min(ends) - room if min(ends) < 0 else max(0.0, min(ends) - room)
-    box = Box(54, 16, WIDTH - 8, 208, 0.0, max(one["x"] for one in points) * 1.08 or 1.0, low, max(ends) + room)
+    box = Box(54, 16, WIDTH - 8, 208, 0.0, max(one.x for one in points) * 1.08 or 1.0, low, max(ends) + room)
     marks = box.axes(x_name, show)
     front = _front(points, lower_is_better)
-    marks.append(f'<polyline class="front" points="{_points([(box.x(p["x"]), box.y(p["y"])) for p in front])}"/>')
+    marks.append(f'<polyline class="front" points="{_points([(box.x(p.x), box.y(p.y)) for p in front])}"/>')
     for one in reversed(points):
-        x, y = box.x(one["x"]), box.y(one["y"])
-        title = escape(f"{one['name']}: {one['title']}")
+        x, y = box.x(one.x), box.y(one.y)
+        title = escape(f"{one.name}: {one.title}")
         drawn = [f"<title>{title}</title>"]
-        if one["ci95"]:
-            low_y, high_y = (box.y(end) for end in one["ci95"])
+        if one.ci95:
+            low_y, high_y = (box.y(end) for end in one.ci95)
             drawn.append(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{low_y:.1f}" y2="{high_y:.1f}"/>')
         drawn.append(f'<circle class="target" cx="{x:.1f}" cy="{y:.1f}" r="9"/>')
         drawn.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
@@ -123,7 +171,7 @@ def scatter(
     return svg(WIDTH, box.bottom + 36, label, marks + _names(named, box))
 
 
-def interval(score: dict, base: float | None, low: float, high: float, text: str) -> str:
+def interval(score: Mapping[str, Any], base: float | None, low: float, high: float, text: str) -> str:
     """A score with its 95 % interval on a line from `low` to `high`, for a cell of a table; the base as a stroke."""
 
     def x(value: float) -> float:
@@ -163,21 +211,21 @@ def _scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[tuple[An
     return share, [(value, f"{value:.3g}") for value in labels]
 
 
-def _front(points: Sequence[dict], lower_is_better: bool) -> list[dict]:
+def _front(points: Sequence[RunPoint], lower_is_better: bool) -> list[RunPoint]:
     """The points that no other beats at the same or less cost, by cost."""
-    kept: list[dict] = []
-    for one in sorted(points, key=lambda point: (point["x"], point["y"] if lower_is_better else -point["y"])):
-        if not kept or (one["y"] < kept[-1]["y"] if lower_is_better else one["y"] > kept[-1]["y"]):
+    kept: list[RunPoint] = []
+    for one in sorted(points, key=lambda point: (point.x, point.y if lower_is_better else -point.y)):
+        if not kept or (one.y < kept[-1].y if lower_is_better else one.y > kept[-1].y):
             kept.append(one)
     return kept
 
 
-def _names(points: Sequence[dict], box: Box) -> list[str]:
+def _names(points: Sequence[RunPoint], box: Box) -> list[str]:
     """The runs' names beside their dots, the first ones first: left, right, above or below, where there is room."""
-    taken = [(box.x(one["x"]) - 5, box.x(one["x"]) + 5, box.y(one["y"])) for one in points]
+    taken = [(box.x(one.x) - 5, box.x(one.x) + 5, box.y(one.y)) for one in points]
     marks = []
     for one in points:
-        text, x, y = _short(one["name"], 150), box.x(one["x"]), box.y(one["y"])
+        text, x, y = _short(one.name, 150), box.x(one.x), box.y(one.y)
         wide = LETTER * len(text)
         for left, at in ((x - 9 - wide, y), (x + 9, y), (x - wide / 2, y - 13), (x - wide / 2, y + 13)):
             free = all(abs(at - other) >= 11 or left + wide < start or left > end for start, end, other in taken)
@@ -199,8 +247,8 @@ def _points(places: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
-def _run(one: dict, marks: Sequence[str]) -> str:
-    return f'<g class="run {escape(one["kind"])}" data-run="{one["run"]}">{"".join(marks)}</g>'
+def _run(one: OfRun, marks: Sequence[str]) -> str:
+    return f'<g class="run {escape(one.kind)}" data-run="{one.run}">{"".join(marks)}</g>'
 
 
 def _short(text: str, room: float) -> str:
