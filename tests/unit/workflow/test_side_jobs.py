@@ -1,0 +1,91 @@
+"""The jobs beside the stages: what they leave for people, and that a mistake ends them with a sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from adder.core.files import read_json, write_json
+from adder.workflow import side_jobs
+from compare_fixture import write_run
+
+
+def stage_folders(root: Path, method: str = "lora") -> dict[str, Path]:
+    """Folders as the stages leave them, of a few bytes."""
+    folders = {name: root / "stages" / name for name in ("report", "merge", "train", "gguf")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    for page in (*side_jobs.PAGES, "model_card.md"):
+        (folders["report"] / page).write_text(page)
+    for folder in (folders["merge"] / "model", *([folders["train"] / "adapter"] if method == "lora" else [])):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("weights")
+    (folders["gguf"] / "model.gguf").write_text("weights")
+    return folders
+
+
+def test_a_runs_weights_are_links_and_its_small_files_copies(tmp_path):
+    stages, target = stage_folders(tmp_path), tmp_path / "default"
+    target.mkdir()
+    side_jobs.link_run(stages, target, tmp_path / "log")
+    model = target / "merged_model"
+    assert (model / "model.safetensors").samefile(stages["merge"] / "model" / "model.safetensors")
+    assert (target / "model.gguf").samefile(stages["gguf"] / "model.gguf")
+    assert not (model / "config.json").samefile(stages["merge"] / "model" / "config.json")
+    assert (model / "README.md").read_text() == "model_card.md"
+    for page in side_jobs.PAGES:
+        (target / page).write_text("edited by somebody")
+        assert (stages["report"] / page).read_text() == page
+    assert "merge: " in (tmp_path / "log").read_text()
+
+
+def test_what_a_run_no_longer_has_does_not_stay(tmp_path):
+    target = tmp_path / "default"
+    target.mkdir()
+    side_jobs.link_run(stage_folders(tmp_path / "a"), target, tmp_path / "log")
+    stages = stage_folders(tmp_path / "b", method="full")
+    del stages["gguf"]
+    side_jobs.link_run(stages, target, tmp_path / "log")
+    assert not (target / "adapter").exists() and not (target / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(("drop", "passes"), [(0.01, True), (0.05, False)])
+def test_the_guard_ends_the_job_of_a_run_that_forgot_too_much(tmp_path, drop, passes):
+    task = {"task": "arc", "metric": "acc", "max_drop": 0.03, "higher_is_better": True, "base": {"value": 0.5}}
+    difference = {"value": -drop, "ci95": [-0.09, 0.02]}
+    write_json(
+        tmp_path / "metrics.json", {"tasks": [{**task, "tuned": {"value": 0.5 - drop}, "difference": difference}]}
+    )
+    arguments = (tmp_path / "metrics.json", tmp_path / "guard.json", tmp_path / "log")
+    if passes:
+        side_jobs.check_guard(*arguments)
+        assert read_json(tmp_path / "guard.json")["passed"]
+    else:
+        with pytest.raises(
+            SystemExit, match=r"guard: arc: acc got worse by 0\.05.*report\.html are there all the same"
+        ):
+            side_jobs.check_guard(*arguments)
+        assert not (tmp_path / "guard.json").exists()
+    assert (tmp_path / "log").read_text().startswith("arc: acc")
+
+
+def test_the_comparison_leaves_its_sentence_in_the_log_and_a_mistake_too(tmp_path, capfd):
+    runs = {name: write_run(tmp_path, name, right=right, heldout=20) for name, right in (("a", 0.9), ("b", 0.2))}
+    side_jobs.compare_runs(runs, tmp_path, tmp_path / "log")
+    assert (tmp_path / "log").read_text().startswith("Use a: ") and (tmp_path / "compare.csv").exists()
+    (runs["b"]["train"] / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit) as ended:
+        side_jobs.compare_runs(runs, tmp_path, tmp_path / "log")
+    assert ended.value.code == 1 and "metrics.jsonl is missing" in (tmp_path / "log").read_text()
+    assert "compare: cannot go on: compare: " in capfd.readouterr().err
+
+
+def test_an_upload_without_a_token_ends_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    write_json(tmp_path / "metrics.json", {"verdict": {"sentence": "Better."}})
+    (tmp_path / "merged_model").mkdir()
+    with pytest.raises(SystemExit):
+        side_jobs.push_run(
+            tmp_path / "merged_model", "me/mine", True, "default", tmp_path / "pushed.json", tmp_path / "log"
+        )
+    assert "set HF_TOKEN" in (tmp_path / "log").read_text() and not (tmp_path / "pushed.json").exists()

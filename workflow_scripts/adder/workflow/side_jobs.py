@@ -1,0 +1,97 @@
+"""The jobs beside the stages: a run's model and pages where people look, its guard, its upload, the comparison of runs.
+
+Each writes what it did, or the user's mistake, into its log; a mistake ends the process with status 1.
+"""
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from adder.core.errors import UserError
+from adder.core.files import link_or_copy, read_json, write_json
+from adder.core.progress import Progress
+from adder.workflow.stage_runner import link_tree
+
+PAGES = ("report.html", "card.md", "metrics.json", "run.yaml")
+LARGE = (".safetensors", ".gguf")
+
+
+def link_run(stages: Mapping[str, Path], target: Path, log: Path) -> None:
+    """Put a run's model and pages into `target`: the weights as hard links, all else as copies.
+
+    People edit and mail small files, and Snakemake sets the time stamp of its outputs: neither may reach into a stage.
+    `stages`: the folders of report, merge, train, and of gguf where there is one.
+    """
+    for page in PAGES:
+        (target / page).write_bytes((stages["report"] / page).read_bytes())
+    _link_folder(stages["merge"] / "model", target / "merged_model")
+    _link_folder(stages["train"] / "adapter", target / "adapter")
+    shutil.copyfile(stages["report"] / "model_card.md", target / "merged_model" / "README.md")
+    (target / "model.gguf").unlink(missing_ok=True)
+    if "gguf" in stages:
+        link_or_copy(stages["gguf"] / "model.gguf", target / "model.gguf")
+    log.write_text("".join(f"{name}: {folder}\n" for name, folder in stages.items()), encoding="utf-8")
+
+
+def check_guard(metrics: Path, result: Path, log: Path) -> None:
+    """Write the guard's word on a run (its `metrics`.json) to `result`.
+
+    Ends the process with a sentence where a task's score fell further than its settings allow.
+    """
+    from adder.report import regression_guard
+
+    found = regression_guard.check(read_json(metrics)["tasks"])
+    log.write_text(f"{found['sentence']}\n", encoding="utf-8")
+    if not found["passed"]:
+        report = metrics.with_name("report.html")
+        sys.exit(f"guard: {found['sentence']} The model and {report} are there all the same.")
+    write_json(result, found)
+
+
+def compare_runs(runs: Mapping[str, Mapping[str, Path]], out: Path, log: Path) -> None:
+    """Write the comparison's page and table into `out`; `runs`: the folders of each run's stages by name."""
+    from adder.report.comparison import page
+    from adder.report.comparison.sentences import sentence
+
+    progress = Progress("compare")
+    with _mistakes_logged(log, progress):
+        verdict = sentence(page.run(runs, out))
+        log.write_text(f"{verdict}\n", encoding="utf-8")
+        progress.say(verdict)
+
+
+def push_run(folder: Path, hub: str, private: bool, run: str, result: Path, log: Path) -> None:
+    """Upload a run's merged model (`folder`) to the repository `hub`; write to `result` where it is."""
+    from adder.export.hub_push import push
+
+    verdict = read_json(folder.parent / "metrics.json")["verdict"]["sentence"]
+    progress = Progress("push")
+    with _mistakes_logged(log, progress):
+        found = push(folder, hub, private, f"{run}: {verdict}", progress)
+        log.write_text(f"{found['url']} at commit {found['commit']}\n", encoding="utf-8")
+        write_json(result, found)
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """Put a stage's folder into the run's; where the run no longer has it, nothing stays."""
+    if source.is_dir():
+        link_tree(source, target, _link_large)
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def _link_large(source: str, place: str) -> None:
+    """Link weights, copy what is small."""
+    (link_or_copy if source.endswith(LARGE) else shutil.copy2)(source, place)
+
+
+@contextlib.contextmanager
+def _mistakes_logged(log: Path, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        log.write_text(f"{error}\n", encoding="utf-8")
+        progress.say(f"cannot go on: {error}")
+        sys.exit(1)
