@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from adder.data.stage import Source
 from adder.evaluation.tasks.stage import EvaluationTask
-from adder.workflow import score_docs
+from adder.workflow import row_format_docs, score_docs
 from adder.workflow.settings import Config, section_of
 from adder.workflow.stages import SPECS
 
@@ -33,11 +33,12 @@ def tables() -> str:
 def documents(root: Path) -> dict[Path, str]:
     """What the declarations say, by file below the project's directory `root`, as it should be."""
     readme, profile = root / "config" / "README.md", root / "profiles" / "slurm" / "config.yaml"
-    scores = root / "docs" / "evaluation.md"
+    scores, rows = root / "docs" / "evaluation.md", root / "docs" / "data.md"
     return {
         root / "config" / "schema.json": schema(),
         readme: filled(readme.read_text()),
         scores: score_docs.filled(scores.read_text()),
+        rows: row_format_docs.filled(rows.read_text()),
         profile: profile.read_text().partition(RESOURCES)[0] + RESOURCES + cluster_resources(),
     }
 
