@@ -22,7 +22,7 @@ def test_dropout_mask_is_random_enough():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rank", [3, 16, 40])
 def test_dropout_kernels_are_their_references(dtype, size, rank):
-    """The same mask as the reference's, to the last number: one wrong would be seen."""
+    """The same mask as the reference's, to the last value: one wrong would be seen."""
     (rows, width), p, seed = size, 0.3, 2**31 - 7
     x, a = random(*size, dtype=dtype, gap=64), random(rank, width, dtype=dtype)
     grad = random(rows, rank, dtype=dtype, gap=8)

@@ -66,10 +66,10 @@ def test_quantising_kernel_is_its_reference(dtype, size):
 )
 def test_kernel_that_quantises_and_multiplies_is_its_reference(dtype, size, rank):
     x, b = random(*size, dtype=dtype), random(size[1], rank, dtype=dtype, gap=8)
-    found, product = fp8.quantise_and_matmul(x, x.float().abs().amax(-1), b)
+    found, low_rank = fp8.quantise_and_matmul(x, x.float().abs().amax(-1), b)
     assert_same_fp8(found, fp8.quantise_reference(x))
-    assert product.shape == (size[0], rank) and product.dtype == dtype
-    assert not rank or off(product, x.float() @ b.float()) < ROUNDING[dtype]
+    assert low_rank.shape == (size[0], rank) and low_rank.dtype == dtype
+    assert not rank or off(low_rank, x.float() @ b.float()) < ROUNDING[dtype]
 
 
 @pytest.mark.gpu
@@ -114,7 +114,7 @@ def test_lora_kernel_is_its_reference(dtype, rows, width, rank, more):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 16, 32), (300, 1408, 512), (257, 6144, 4096)])
 def test_fp8_matmul_on_tensor_cores_is_its_reference(tokens, outputs, inputs):
-    """Both directions on the tensor cores against the dequantised numbers in fp32: rounding to bf16, and the narrow
+    """Both directions on the tensor cores against the dequantised values in fp32: rounding to bf16, and the narrow
     sums of Hopper's fp8 instructions, which keep about 14 bits."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("fp8 matmuls need compute capability 9.0")

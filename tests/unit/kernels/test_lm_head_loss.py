@@ -43,8 +43,8 @@ def test_an_evaluation_makes_no_gradient():
 def test_chunks_cover_every_token_once():
     for tokens, vocabulary in ((1, 128256), (5000, 128256), (9000, 32000), (300, 2**28)):
         chunks = lm_head_loss._chunks(tokens, vocabulary)
-        numbers = [i for chunk in chunks for i in range(chunk.start, chunk.stop)]
-        assert numbers == list(range(tokens))
+        covered = [i for chunk in chunks for i in range(chunk.start, chunk.stop)]
+        assert covered == list(range(tokens))
         assert all(chunk.stop - chunk.start <= max(128, lm_head_loss.CHUNK_LOGITS // vocabulary) for chunk in chunks)
 
 

@@ -246,9 +246,9 @@ def test_blocks_hold_what_the_mask_says(window):
     seen = expected.view(count, packed_attention.FLEX_BLOCK, count, packed_attention.FLEX_BLOCK).sum((1, 3))
     partial, full = torch.zeros(count, count, dtype=torch.bool), torch.zeros(count, count, dtype=torch.bool)
     lists = [(partial, mask.kv_num_blocks, mask.kv_indices), (full, mask.full_kv_num_blocks, mask.full_kv_indices)]
-    for dense, numbers, indices in lists:
+    for dense, counts, indices in lists:
         for row in range(count):
-            dense[row, indices[0, 0, row, : numbers[0, 0, row]].long()] = True
+            dense[row, indices[0, 0, row, : counts[0, 0, row]].long()] = True
     assert torch.equal(full, seen == packed_attention.FLEX_BLOCK**2)
     assert torch.equal(partial, (seen > 0) & ~full)
 

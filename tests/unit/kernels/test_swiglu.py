@@ -66,7 +66,7 @@ deferred_cases = pytest.mark.parametrize(
 @pytest.mark.parametrize("size", SIZES)
 @deferred_cases
 def test_lora_swiglu_fp8_kernel_is_its_reference(dtype, size, activation, ranks, biased):
-    """The errors of three roundings: of gate_up, of what comes of it, of its product."""
+    """The errors of three roundings: of gate_up, of what comes of it, of its matmul."""
     (rows, width), (down, *others) = size, ranks
     gate_up, a = random(rows, 2 * width, dtype=dtype), random(down, width, dtype=dtype)
     low_rank, deferred = deferred_of(*size, *others, biased, dtype)
@@ -107,7 +107,7 @@ def test_swiglu_backward_kernel_adds_deferred_lora(dtype, size, activation, rank
 def test_forward_and_backward_have_the_same_hidden_values(dtype, activation, rank):
     """Multiplied with ones, they come out of both kernels: h·aᵀ forward, the gradient to a backward.
 
-    But for one number in fifty, which a multiplication fused with an addition may round the other way.
+    But for one value in fifty, which a multiplication fused with an addition may round the other way.
     """
     rows, width = 13, 64
     gate_up, grad = random(rows, 2 * width, dtype=dtype), random(rows, width, dtype=dtype)

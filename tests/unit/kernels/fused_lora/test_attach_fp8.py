@@ -90,7 +90,7 @@ def test_training_in_fp8_ends_where_training_ends():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma"])
 def test_fp8_on_a_gpu_is_its_reference(name):
-    """bf16 and fp8 on the tensor cores against the same fp8 numbers multiplied in fp32 on the CPU.
+    """bf16 and fp8 on the tensor cores against the same fp8 values multiplied in fp32 on the CPU.
 
     What fp8 takes away is the same in both; what is left between them is bf16's own error and the few values that
     round to the neighbour when their bf16 input differs in its last bit.

@@ -95,10 +95,10 @@ def test_queries_and_keys_rotated_by_the_launch_that_adds_lora_are_the_same(name
     batch, calls = batch_of(9, 23), []
     found = step(model, batch)
 
-    def in_two(y, low_rank, b, bias, cos, sin, size, turned):
+    def in_two(y, low_rank, b, bias, cos, sin, size, rotated_heads):
         calls.append(1)
         fp8.add_lora(y, low_rank, b, None, bias)
-        heads = y.unflatten(1, (-1, size))[:, :turned]
+        heads = y.unflatten(1, (-1, size))[:, :rotated_heads]
         apply_rope(heads, cos, sin)
 
     monkeypatch.setattr(autograd_functions, "add_lora_and_rope", in_two)

@@ -96,7 +96,7 @@ def test_nf4_values_are_those_of_bitsandbytes(tmp_path, hold):
 
 @pytest.mark.gpu
 def test_nf4_on_a_gpu(tmp_path):
-    """Values held or dequantised in each product: the same gradients to the bit, and as exact as PEFT's."""
+    """Values held or dequantised in each matmul: the same gradients to the bit, and as exact as PEFT's."""
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "head_dim": 64}
     folder = save_tiny_model(tmp_path / "model", **shape)
     batch = batch_of(*LENGTHS, device="cuda")
