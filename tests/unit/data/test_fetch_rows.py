@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import http_server
-from adder.data.stage import RowSettings
+from adder.core.file_digests import FileDigests
+from adder.data.stage import DATA, RowSettings
 from adder.workflow import stage_runner
 from data_stages import SUM_LINES, write_rows
 
@@ -54,11 +55,13 @@ def test_no_secret_reaches_record_or_log_of_a_stage(tmp_path, monkeypatch):
     with http_server.serving({"/rows.jsonl": SUM_LINES}) as web:
         for name in ("rows", "none"):
             source = {"url": f"{web.url}/{name}.jsonl?token=${{MY_SECRET}}", "token_env": "MY_SECRET"}
-            settings = RowSettings.model_validate({"sources": [source]}).model_dump(mode="json")
+            settings = RowSettings.model_validate({"sources": [source]})
+            identity = DATA.identity(settings, "data", FileDigests(tmp_path / "digests.json", tmp_path))
+            parameters = {"settings": settings.model_dump(mode="json"), "identity": identity}
             where = {"inputs": {}, "results": results, "key": name, "log": results / f"{name}.log"}
             expected = contextlib.nullcontext() if name == "rows" else pytest.raises(SystemExit)
             with expected:
-                stage_runner.execute("data", {"settings": settings, "identity": settings}, **where)
+                stage_runner.execute("data", parameters, **where)
         assert secret in web.asked[0][0] and secret in web.asked[1][1]["Authorization"]
     record = (results / "stages/data/rows/stage.json").read_text()
     assert "${MY_SECRET}" in record and "HTTP 404" in (results / "none.log").read_text()
