@@ -20,7 +20,7 @@ from adder.core import file_lock
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import read_json
-from adder.workflow import config_file, library_versions, stage_graph
+from adder.workflow import config_file, library_versions, run_folder, side_jobs, stage_graph
 from adder.workflow import settings as adder_settings
 from adder.workflow.code_digest import closure
 from adder.workflow.stages import SPECS
@@ -91,7 +91,6 @@ STAGES = {
 RUN_OF = {stage.folder: run for run, stages in RUNS.items() for stage in stages.values()}
 # Runs that may be refused in the end, because a task's score fell too far.
 GUARDED = [run for run, settings in SETTINGS.items() if any(t.max_drop is not None for t in settings.evaluate.tasks)]
-PAGES = ["report.html", "card.md", "metrics.json", "run.yaml"]
 # Stages that compute take all cores that they are given, so that two of them never share a GPU or the cores.
 ALL_CORES = 1024
 

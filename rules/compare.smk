@@ -1,9 +1,13 @@
 # All runs on one page and in one table.
 
+keys = {run: stages["report"].key for run, stages in RUNS.items()}
+run_folder.request(PLACE, ".compare", keys, PLACE / run_folder.COMPARED)
+
 
 rule compare_runs:
     input:
         [f"{RESULTS}/{stages['report'].folder}/stage.json" for stages in RUNS.values()],
+        request=f"{RESULTS}/cache/requests/.compare.json",
         code=code_of("adder.report.comparison.page"),
     output:
         page=report(
@@ -26,10 +30,7 @@ rule compare_runs:
     params:
         # As text, in which the order of the YAML's keys has no part.
         runs=canonical(
-            {
-                run: {name: f"{RESULTS}/{stage.folder}" for name, stage in stages.items()}
-                for run, stages in RUNS.items()
-            }
+            {run: {name: str(PLACE / stage.folder) for name, stage in stages.items()} for run, stages in RUNS.items()}
         ),
     message:
         "Comparing the runs"

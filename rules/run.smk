@@ -4,11 +4,20 @@
 report: "captions/workflow.rst"
 
 
+def shown_stages(run):
+    """The stages that a run's folder is made of, by name."""
+    return {name: stage for name, stage in RUNS[run].items() if name in run_folder.SHOWN}
+
+
 def finished(wildcards):
-    """Input function: the records of what a run's folder is made of."""
-    stages = RUNS[wildcards.run]
-    names = [name for name in ("train", "merge", "report", "gguf") if name in stages]
-    return {name: f"{RESULTS}/{stages[name].folder}/stage.json" for name in names}
+    """Input function: the records of what a run's folder is made of, and the request for it."""
+    stages = {name: f"{RESULTS}/{stage.folder}/stage.json" for name, stage in shown_stages(wildcards.run).items()}
+    return {**stages, "request": f"{RESULTS}/cache/requests/{wildcards.run}.json"}
+
+
+for run in RUNS:
+    keys = {name: stage.key for name, stage in shown_stages(run).items()}
+    run_folder.request(PLACE, run, keys, PLACE / run / run_folder.RECORD)
 
 
 def to_be_pushed(wildcards):
@@ -48,16 +57,13 @@ rule link_run:
     input:
         unpack(finished),
     output:
-        [shown_in_report(page) for page in PAGES],
+        [shown_in_report(page) for page in side_jobs.PAGES],
         model=f"{RESULTS}/{{run}}/merged_model/config.json",
     log:
         f"{RESULTS}/logs/link/{{run}}.log",
     localrule: True
     conda:
         "../envs/adder.yaml"
-    params:
-        # A changed key is what makes this rule run.
-        stages=lambda wildcards, input: sorted(input),
     message:
         "Putting the results of run '{wildcards.run}' into their place"
     script:

@@ -9,5 +9,6 @@ runs = json.loads(snakemake.params.runs)
 compare_runs(
     {run: {stage: Path(folder) for stage, folder in stages.items()} for run, stages in runs.items()},
     Path(snakemake.output.page).parent,
+    Path(snakemake.input.request),
     Path(snakemake.log[0]),
 )

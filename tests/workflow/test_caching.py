@@ -42,7 +42,7 @@ def untouched(project):
 def test_the_first_run_runs_everything(project):
     assert project.first_run == dict.fromkeys(ALL, "ran")
     folder = project.folder / "results" / "default"
-    made = {"merged_model", "adapter", "report.html", "card.md", "metrics.json", "run.yaml"}
+    made = {"merged_model", "adapter", "report.html", "card.md", "metrics.json", "run.yaml", "stages.json"}
     assert {path.name for path in folder.iterdir()} == made
 
 
@@ -110,6 +110,18 @@ def test_edited_code(untouched, name):
     path = untouched.folder / "workflow_scripts" / "adder" / CODE[name][0]
     path.write_text(path.read_text() + "\n\nNEW = 1\n")
     assert shown(untouched.planned()) == documented()[name]
+
+
+def test_a_run_folder_follows_its_configuration_whatever_snakemake_remembers(project):
+    """A → B → A, with .snakemake removed in between: all stages are there, and the folder must be A's again."""
+    title = {"report": {"title": "Another title"}}
+    page = project.folder / "results" / "default" / "report.html"
+    project.run(config=title)
+    assert "Another title" in page.read_text()
+    shutil.rmtree(project.folder / ".snakemake")
+    assert project.run() == {}
+    assert "Another title" not in page.read_text()
+    assert "Nothing to be done" in project.snakemake("merged_model")
 
 
 def test_an_upgrade_is_said_before_the_first_job(project):

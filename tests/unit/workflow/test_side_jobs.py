@@ -37,6 +37,7 @@ def test_a_runs_weights_are_links_and_its_small_files_copies(tmp_path):
         (target / page).write_text("edited by somebody")
         assert (stages["report"] / page).read_text() == page
     assert "merge: " in (tmp_path / "log").read_text()
+    assert read_json(target / "stages.json") == {name: folder.name for name, folder in stages.items()}
 
 
 def test_what_a_run_no_longer_has_does_not_stay(tmp_path):
@@ -71,11 +72,13 @@ def test_the_guard_ends_the_job_of_a_run_that_forgot_too_much(tmp_path, drop, pa
 
 def test_the_comparison_leaves_its_sentence_in_the_log_and_a_mistake_too(tmp_path, capfd):
     runs = {name: write_run(tmp_path, name, right=right, heldout=20) for name, right in (("a", 0.9), ("b", 0.2))}
-    side_jobs.compare_runs(runs, tmp_path, tmp_path / "log")
+    write_json(tmp_path / "request.json", {"a": "1", "b": "2"})
+    side_jobs.compare_runs(runs, tmp_path, tmp_path / "request.json", tmp_path / "log")
+    assert read_json(tmp_path / "cache" / "compared.json") == {"a": "1", "b": "2"}
     assert (tmp_path / "log").read_text().startswith("Use a: ") and (tmp_path / "compare.csv").exists()
     (runs["b"]["train"] / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit) as ended:
-        side_jobs.compare_runs(runs, tmp_path, tmp_path / "log")
+        side_jobs.compare_runs(runs, tmp_path, tmp_path / "request.json", tmp_path / "log")
     assert ended.value.code == 1 and "metrics.jsonl is missing" in (tmp_path / "log").read_text()
     assert "compare: cannot go on: compare: " in capfd.readouterr().err
 

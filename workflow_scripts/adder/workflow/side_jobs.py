@@ -12,6 +12,7 @@ from pathlib import Path
 from adder.core.errors import UserError
 from adder.core.files import link_or_copy, read_json, write_json
 from adder.core.progress import Progress
+from adder.workflow.run_folder import COMPARED, RECORD
 from adder.workflow.stage_runner import link_tree
 
 PAGES = ("report.html", "card.md", "metrics.json", "run.yaml")
@@ -32,6 +33,7 @@ def link_run(stages: Mapping[str, Path], target: Path, log: Path) -> None:
     (target / "model.gguf").unlink(missing_ok=True)
     if "gguf" in stages:
         link_or_copy(stages["gguf"] / "model.gguf", target / "model.gguf")
+    write_json(target / RECORD, {name: folder.name for name, folder in stages.items()})
     log.write_text("".join(f"{name}: {folder}\n" for name, folder in stages.items()), encoding="utf-8")
 
 
@@ -50,14 +52,19 @@ def check_guard(metrics: Path, result: Path, log: Path) -> None:
     write_json(result, found)
 
 
-def compare_runs(runs: Mapping[str, Mapping[str, Path]], out: Path, log: Path) -> None:
-    """Write the comparison's page and table into `out`; `runs`: the folders of each run's stages by name."""
+def compare_runs(runs: Mapping[str, Mapping[str, Path]], out: Path, request: Path, log: Path) -> None:
+    """Write the comparison's page and table into `out`, and the `request` that they answer into its place there.
+
+    `runs`: the folders of each run's stages by name.
+    """
     from adder.report.comparison import page
     from adder.report.comparison.sentences import sentence
 
     progress = Progress("compare")
     with _mistakes_logged(log, progress):
         verdict = sentence(page.run(runs, out))
+        (out / COMPARED).parent.mkdir(exist_ok=True)
+        shutil.copyfile(request, out / COMPARED)
         log.write_text(f"{verdict}\n", encoding="utf-8")
         progress.say(verdict)
 
