@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from adder.core.files import read_table, write_jsonl
 from project import ROOT, Project, write_rows
 
 STAGE = '''"""The stage "vocabulary": how many different words the training rows have."""
@@ -131,6 +132,28 @@ def test_a_stage_is_five_files(addition):
     target = addition.project.snakemake("merged_model", "-n", config={"vocabulary": {"lower_case": False}})
     assert re.search(r"^count_vocabulary +1$", target, flags=re.MULTILINE)
     assert not re.search(r"^download_data ", target, flags=re.MULTILINE)
+
+
+ROW_FORMAT = '''@row_format("email", "subject", "body", "answer", optional=SHARED)
+def _from_email(row: Row) -> list[Message]:
+    """`subject`, `body`, `answer`: a letter and what was written back"""
+    return [user(f"{row['subject']}\\n\\n{row['body']}", "body"), _reply(row, "answer")]
+
+
+'''
+
+
+def test_a_row_format_is_one_file(addition):
+    addition.edit("formatting/row_formats.py", '@row_format("text"', ROW_FORMAT)
+    assert addition.touched() == 1
+    rows = ({"subject": "Kettle", "body": f"It broke {i} times.", "answer": f"Sorry, {i} times!"} for i in range(20))
+    write_jsonl(addition.project.folder / "rows.jsonl", rows)
+    addition.adder("document")
+    assert "`subject`, `body`, `answer`" in "".join(p.read_text() for p in addition.project.folder.glob("docs/*.md"))
+    key = key_of(addition, "format")
+    addition.project.run(f"results/stages/format/{key}/stage.json")
+    (*_, last) = read_table(addition.project.folder / f"results/stages/format/{key}/train.parquet").to_pylist()
+    assert "Kettle" in str(last) and "Sorry" in str(last)
 
 
 SCORE = '''@reply_score("First word", spoken="the share of right first words", zero_or_one=True)
