@@ -148,7 +148,11 @@ def test_a_row_format_is_one_file(addition):
     assert addition.touched() == 1
     rows = ({"subject": "Kettle", "body": f"It broke {i} times.", "answer": f"Sorry, {i} times!"} for i in range(20))
     write_jsonl(addition.project.folder / "rows.jsonl", rows)
+    addition.project.configure({"data": {"sources": [{"path": "rows.jsonl", "row_format": "email"}]}})
+    addition.adder("check")
+    addition.project.configure()
     addition.adder("document")
+    assert '"email"' in (addition.project.folder / "config" / "schema.json").read_text()
     assert "`subject`, `body`, `answer`" in "".join(p.read_text() for p in addition.project.folder.glob("docs/*.md"))
     key = key_of(addition, "format")
     addition.project.run(f"results/stages/format/{key}/stage.json")

@@ -7,7 +7,14 @@ import pytest
 
 from adder.core.errors import UserError
 from adder.formatting.messages import Rejected
-from adder.formatting.row_formats import ROW_FORMATS, SourceFormat, recognise, source_format, to_prompt
+from adder.formatting.row_formats import (
+    ROW_FORMATS,
+    SourceFormat,
+    recognise,
+    row_format_names,
+    source_format,
+    to_prompt,
+)
 from format_stage import (
     call,
     format_of,
@@ -261,3 +268,16 @@ def test_a_transcript_must_start_with_what_is_asked():
         read({"chosen": "so\n\nHuman: q\n\nAssistant: a", "rejected": "b"}, "preference")
     with pytest.raises(Rejected, match="needs a `prompt` column"):
         read({"chosen": "a", "rejected": "b"}, "preference")
+
+
+def test_formats_are_looked_for_in_an_order_in_which_none_hides_another():
+    """A format whose columns hold another's must come first."""
+    forms = list(ROW_FORMATS.values())
+    for number, form in enumerate(forms):
+        assert not any(set(form.known_by) > set(earlier.known_by) for earlier in forms[:number]), form.name
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(UserError, match="rows: there is no row format 'dialog'; known are messages, sharegpt"):
+        read({"question": "q"}, "dialog")
+    assert row_format_names() == ("auto", *ROW_FORMATS)

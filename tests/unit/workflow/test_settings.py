@@ -55,6 +55,10 @@ def test_defaults_are_those_that_the_readme_promises():
             ["evaluate.tasks.0.max_drop: should be greater than or equal to 0 and less than or equal to 1 (found 2)"],
         ),
         ({"lengths": {"max_seq_length": 3}}, ["lengths.max_seq_length: should be 'auto' or greater than or equal to"]),
+        (
+            {"data": {"sources": [{"path": "a.jsonl", "row_format": "share_gpt"}]}},
+            ["data.sources.0.row_format: should be 'auto', 'messages', 'sharegpt', "],
+        ),
         ({"train": {"method": "qlorra"}}, ["train.method: should be 'qlora', 'lora' or 'full' (found 'qlorra')"]),
         (
             {"train": {"method": "full", "lora_r": 8}},
@@ -147,7 +151,7 @@ def test_runs_override_and_lists_are_replaced():
 
 def test_every_setting_knows_where_it_came_from():
     config = merged(BASE, {"train": {"epochs": 3}, "runs": {"a": {"train": {"lora_r": 8}}}})
-    origins = {row["key"]: (row["value"], row["origin"]) for row in resolved(load(config)["a"], config, "a")}
+    origins = {row.key: (row.value, row.origin) for row in resolved(load(config)["a"], config, "a")}
     assert origins["train.epochs"] == (3.0, "config")
     assert origins["train.lora_r"] == (8, "run")
     assert origins["train.lora_alpha"] == (32.0, "default")
@@ -157,7 +161,7 @@ def test_what_runs_share_of_lora_does_not_concern_a_full_training_among_them():
     config = merged(BASE, {"train": {"lora_r": 8}, "runs": {"lora": {}, "full": {"train": {"method": "full"}}}})
     runs = load(config)
     assert (runs["lora"].train.lora_r, runs["full"].train.method) == (8, "full")
-    keys = {name: {row["key"] for row in resolved(run, config, name)} for name, run in runs.items()}
+    keys = {name: {row.key for row in resolved(run, config, name)} for name, run in runs.items()}
     assert "train.lora_r" in keys["lora"] - keys["full"] and "train.epochs" in keys["full"]
 
 

@@ -2,9 +2,6 @@
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-RowFormatName = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"
-]
 Origin = Literal["path", "url", "hub", "builtin"]
 Split = Literal["train", "heldout", "test"]
 
@@ -35,9 +32,12 @@ RowRecord = ReadableRecord | UnreadableRecord
 
 
 class Reading(TypedDict):
-    """How a file's rows are to be read; reading.json has one for each file's short name."""
+    """How a file's rows are to be read; reading.json has one for each file's short name.
 
-    row_format: RowFormatName
+    row_format: a name of formatting.row_formats, or "auto".
+    """
+
+    row_format: str
     columns: dict[str, str]
     weight: float
     split: Split | None

@@ -12,7 +12,7 @@ from adder.core.section import Section
 from adder.core.stage_spec import Memory, StageSpec
 from adder.data.converter import imported_files
 from adder.data.model_types import ModelSettings
-from adder.data.records import Origin, RowFormatName
+from adder.data.records import Origin
 
 # Settings of a source that only some origins have.
 NEEDED_ORIGIN: dict[str, tuple[Origin, ...]] = {
@@ -53,7 +53,8 @@ class Source(Section):
     convert: str | None = None
     """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format. It may
     import Python files beside it."""
-    row_format: RowFormatName = "auto"
+    # Formats are registered above this package, so that a new one changes nothing here; workflow.settings checks it.
+    row_format: str = "auto"
     """What a row is; `auto` goes by its columns. `preference` trains on the `chosen` reply; `text` on all of a text."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the row format's columns in this source, where they differ: `{question: problem, answer: solution}`."""

@@ -186,6 +186,11 @@ def _reply(row: Row, column: str) -> Message:
     return message
 
 
+def row_format_names() -> tuple[str, ...]:
+    """What `row_format` may be set to."""
+    return ("auto", *ROW_FORMATS)
+
+
 class SourceFormat(NamedTuple):
     """How to read the rows of one source: the row format (None: unknown), the columns to rename ({canonical: actual}),
     and whether the format was named by the user, who then asked for what preference data means.
@@ -217,7 +222,7 @@ def source_format(source: str, row_format: str, columns: Mapping[str, str], colu
     """Decide how to read a source, from the column sets of all its rows.
 
     row_format and columns as in the settings; with "auto" the format is the one that most rows have. Raises UserError
-    for a column mapping that names what the format or the source doesn't have.
+    for an unknown format and for a column mapping that names what the format or the source doesn't have.
     """
     there = sorted({column for columns_of_row in column_sets for column in columns_of_row})
     for canonical, actual in columns.items():
@@ -227,6 +232,8 @@ def source_format(source: str, row_format: str, columns: Mapping[str, str], colu
                 f"{', '.join(there[:30]) or 'none'}"
             )
     named = row_format != "auto"
+    if named and row_format not in ROW_FORMATS:
+        raise UserError(f"{source}: there is no row format '{row_format}'; known are {', '.join(ROW_FORMATS)}")
     form = ROW_FORMATS[row_format] if named else _most_frequent(column_sets, columns)
     allowed = form.columns if form else {name for known in ROW_FORMATS.values() for name in known.columns}
     unknown = next((canonical for canonical in columns if canonical not in allowed), None)

@@ -18,6 +18,7 @@ from adder.data.model_types import ModelSettings
 from adder.data.stage import Data
 from adder.evaluation.stage import Evaluate
 from adder.export.stage import Export
+from adder.formatting.row_formats import row_format_names
 from adder.formatting.stage import Format
 from adder.merging.stage import Merge
 from adder.packing.stage import Lengths
@@ -77,6 +78,7 @@ def load(config: dict) -> dict[str, Settings]:
             problems[f"runs.{name}.runtime: belongs to the machine, not to a run; move it to the top level"] = None
         try:
             loaded[name] = Settings.model_validate(_of_run(base, override or {}))
+            problems.update(dict.fromkeys(_unknown_row_formats(loaded[name].data)))
         except ValidationError as error:
             problems.update(dict.fromkeys(_sentences(error.errors(), base, override or {}, name)))
     if problems:
@@ -136,6 +138,18 @@ def _name_problems(name: Any) -> list[str]:
     if text and all(c.isalnum() or c in "-_." for c in text) and not text.startswith(".") and text != "stages":
         return []
     return [f"runs.{text}: a run's name is a directory's name; letters, digits, '-', '_' and '.' are allowed"]
+
+
+def _unknown_row_formats(data: Data) -> list[str]:
+    """One line a source whose `row_format` is not registered in formatting.row_formats."""
+    groups = {"sources": data.sources, "heldout.sources": data.heldout.sources or [], "tests": data.tests}
+    *names, last = (repr(name) for name in row_format_names())
+    return [
+        f"data.{where}.{number}.row_format: should be {', '.join(names)} or {last} (found {source.row_format!r})"
+        for where, sources in groups.items()
+        for number, source in enumerate(sources)
+        if source.row_format not in row_format_names()
+    ]
 
 
 def _sentences(errors: Sequence[Mapping[str, Any]], base: dict, override: dict, run: str) -> list[str]:

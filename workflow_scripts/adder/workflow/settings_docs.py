@@ -11,18 +11,24 @@ from pydantic_core import PydanticUndefined
 
 from adder.data.stage import Source
 from adder.evaluation.tasks.stage import EvaluationTask
+from adder.formatting.row_formats import row_format_names
 from adder.workflow import row_format_docs, score_docs
 from adder.workflow.settings import Config, section_of
 from adder.workflow.stages import SPECS
 
 LISTED = {Source: "sources", EvaluationTask: "tasks"}
+# What a setting may be, where a registry above its section says it.
+REGISTERED: dict[tuple[type[BaseModel], str], tuple[str, ...]] = {(Source, "row_format"): row_format_names()}
 BEGIN, END = "<!-- settings: begin (made by `make settings`) -->", "<!-- settings: end -->"
 RESOURCES = "# From here on made by `make settings`, from the stages' declarations.\n"
 
 
 def schema() -> str:
     """Return the JSON schema of the YAML file; editors complete and check settings with it."""
-    return json.dumps(Config.model_json_schema(), indent=2, sort_keys=True) + "\n"
+    described = Config.model_json_schema()
+    for (section, name), values in REGISTERED.items():
+        described["$defs"][section.__name__]["properties"][name]["enum"] = list(values)
+    return json.dumps(described, indent=2, sort_keys=True) + "\n"
 
 
 def tables() -> str:
@@ -73,7 +79,9 @@ def _section_tables(section: type[BaseModel], prefix: str, listed: set) -> list[
         if nested and not many:
             continue
         text = re.sub(r"\s+", " ", field.description or "").replace("|", "\\|")
-        rows.append(f"| `{prefix}{name}` | {_values(field)} | {_default(field)} | {text} |")
+        registered = REGISTERED.get((section, name))
+        values = " or ".join(f"`{value}`" for value in registered) if registered else _values(field)
+        rows.append(f"| `{prefix}{name}` | {values} | {_default(field)} | {text} |")
     head = f"### {prefix.rstrip('.') or 'Top level'}\n\n{section.__doc__}\n\n"
     table = head + "| setting | values | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
     return ([table] if rows else []) + inner
