@@ -6,7 +6,10 @@ Plain TRL is SFTTrainer with PEFT, packing and everything else as it comes, on t
 import json
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from adder.training.stage import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,7 +93,7 @@ class Clock:
 
 
 def train_with_trl(
-    work: Path, out: Path, settings: dict, packs_per_step: int, max_length: int, dtype: str, **options
+    work: Path, out: Path, settings: "TrainSettings", packs_per_step: int, max_length: int, dtype: str, **options
 ) -> list[dict]:
     """Train on the prepared tokens by SFTTrainer into `out`/adapter (`out`/model for method full); its log.
 
@@ -105,8 +108,8 @@ def train_with_trl(
 
     from adder.tokenization.token_table import TokenTable
 
-    set_seed(settings["seed"])
-    full, compute = settings["method"] == "full", getattr(torch, dtype)
+    set_seed(settings.seed)
+    full, compute = settings.method == "full", getattr(torch, dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -118,12 +121,12 @@ def train_with_trl(
         work / "model" / "model",
         dtype=torch.float32 if full else compute,
         device_map={"": 0 if device == "cuda" else "cpu"},
-        quantization_config=quantised if settings["method"] == "qlora" else None,
+        quantization_config=quantised if settings.method == "qlora" else None,
     )
     lora = LoraConfig(
-        r=settings["lora_r"],
-        lora_alpha=settings["lora_alpha"],
-        lora_dropout=settings["lora_dropout"],
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -137,13 +140,13 @@ def train_with_trl(
             "packing": True,
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": packs_per_step,
-            "num_train_epochs": settings["epochs"],
-            "learning_rate": settings["learning_rate"],
-            "lr_scheduler_type": settings["lr_scheduler"],
-            "warmup_steps": settings["warmup_ratio"],
-            "weight_decay": settings["weight_decay"],
-            "max_grad_norm": settings["max_grad_norm"],
-            "seed": settings["seed"],
+            "num_train_epochs": settings.epochs,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": settings.lr_scheduler,
+            "warmup_steps": settings.warmup_ratio,
+            "weight_decay": settings.weight_decay,
+            "max_grad_norm": settings.max_grad_norm,
+            "seed": settings.seed,
             "use_cpu": device == "cpu",
             "bf16": dtype == "bfloat16",
             "logging_steps": 1,

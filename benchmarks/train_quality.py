@@ -38,9 +38,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from plain_trl import PROMPT, ROOT, SNIPS, Clock, prepare, snips_sources, train_with_trl
+
+if TYPE_CHECKING:
+    from adder.training.stage import TrainSettings
 
 ARMS = ("trl", "adder", "adder_fp8")
 PRODUCTS = {"adder": "bf16", "adder_fp8": "fp8"}
@@ -81,9 +85,9 @@ def load_prepared(options, work: Path) -> None:
     write_json(work / "model" / "source.json", {"source": options.model, **origin})
 
 
-def train_settings(options, arm: str, rate: float, seed: int) -> dict:
+def train_settings(options: argparse.Namespace, arm: str, rate: float, seed: int) -> "TrainSettings":
     """The train stage's settings for one run."""
-    from adder.workflow.settings import Train
+    from adder.training.stage import TrainSettings
 
     values = {
         "method": options.method,
@@ -97,26 +101,28 @@ def train_settings(options, arm: str, rate: float, seed: int) -> dict:
     if options.method != "full":
         values |= {"lora_r": options.lora_r, "lora_alpha": 2 * options.lora_r, "lora_dropout": 0.0}
         values["frozen_products"] = PRODUCTS.get(arm, "auto")
-    return Train(**values | options.train).model_dump(mode="json") | {"reshuffle": False}
+    return TrainSettings(**values | options.train, reshuffle=False)
 
 
-def train_arm(options, arm: str, settings: dict, work: Path, out: Path) -> list[float]:
+def train_arm(options: argparse.Namespace, arm: str, settings: "TrainSettings", work: Path, out: Path) -> list[float]:
     """Train by one arm into `out`; the loss of each step."""
     from adder.core import hardware, precision
     from adder.core.progress import Progress
-    from adder.training import batching
-    from adder.training import run as train
+    from adder.core.stage_spec import Context, Runtime
+    from adder.training import batching, run
     from adder.training.packed_dataset import PackedExamples
+    from adder.training.records import TrainInputs
 
     if arm != "trl":
-        inputs = {name: work / name for name in ("model", "tokenize", "lengths")}
-        train.run(settings, inputs, out, Progress.silent(), runtime={"checkpoints": 0, "gpus": 1})
+        inputs = TrainInputs(lengths=work / "lengths", tokenize=work / "tokenize", model=work / "model")
+        runtime = Runtime(checkpoints=0, gpus=1, report_to=[])
+        run.run(settings, inputs, out, Context(Progress.silent(), runtime, out))
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in log if "loss" in row]
     packs = PackedExamples(work / "tokenize/train.arrow", work / "lengths/packs.parquet", 0, False).seq_lengths
     per_step, _ = batching.packs_per_step(options.effective_batch, packs)
     length = json.loads((work / "lengths/lengths.json").read_text())["max_seq_length"]["value"]
-    dtype = precision.compute_dtype(hardware.device()).value
+    dtype = precision.compute_dtype(hardware.device("auto")).value
     log = train_with_trl(
         work,
         out,
@@ -139,7 +145,7 @@ def trained_model(method: str, work: Path, out: Path):
 
     from adder.core import hardware, precision
 
-    device = hardware.device()
+    device = hardware.device("auto")
     folder = out / "model" if method == "full" else work / "model" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if method != "full":

@@ -433,8 +433,10 @@ def measure_stage(arm: str, options, report) -> None:
 
     from adder.core.files import read_json, write_json, write_table
     from adder.core.progress import Progress
-    from adder.training import run as train
-    from adder.workflow.settings import Train
+    from adder.core.stage_spec import Context, Runtime
+    from adder.training import run
+    from adder.training.records import TrainInputs
+    from adder.training.stage import TrainSettings
 
     ((micro, _),) = ARMS[arm]
     gpus = 2 if arm == "adder_stage_2gpus" else 1
@@ -459,19 +461,20 @@ def measure_stage(arm: str, options, report) -> None:
     schema = pa.schema([(name, pa.list_(pa.int32())) for name in table])
     write_table(inputs["lengths"] / "packs.parquet", pa.table(table, schema=schema))
     examples = sum(map(len, packs)) / len(packs) * micro * gpus
-    settings = Train(
+    settings = TrainSettings(
         epochs=1,
         effective_batch_size=round(examples),
         lora_dropout=0.0,
         eval_samples=0,
         samples=0,
         frozen_products="fp8" if arm == "adder_stage_fp8" else "bf16",
+        reshuffle=False,
     )
     out = folder / "out"
     out.mkdir()
     reset_peak()
-    values = settings.model_dump(mode="json") | {"reshuffle": False}
-    train.run(values, inputs, out, Progress.silent(), runtime={"checkpoints": 0, "gpus": gpus})
+    runtime = Runtime(checkpoints=0, gpus=gpus, report_to=[])
+    run.run(settings, TrainInputs(**inputs), out, Context(Progress.silent(), runtime, out))
     summary, plan = read_json(out / "train.json"), read_json(out / "plan.json")
     row = {
         "real_tokens_per_second": summary["tokens_per_second"],

@@ -22,8 +22,12 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from plain_trl import ROOT, Clock, prepare, ticket_sources, train_with_trl
+
+if TYPE_CHECKING:
+    from adder.training.stage import TrainSettings
 
 ARMS = ("trl", "trl_no_checkpointing", "adder")
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
@@ -31,12 +35,19 @@ EFFECTIVE_BATCH = 8
 LAST = 10  # steps whose mean is the final loss
 
 
-def settings() -> dict:
+def settings() -> "TrainSettings":
     """The train stage's settings in both arms."""
-    from adder.workflow.settings import Train
+    from adder.training.stage import TrainSettings
 
-    values = {"epochs": 1, "learning_rate": 5e-4, "effective_batch_size": EFFECTIVE_BATCH, "lora_dropout": 0.0}
-    return Train(**values, eval_samples=0, samples=0).model_dump(mode="json") | {"reshuffle": False}
+    return TrainSettings(
+        epochs=1,
+        learning_rate=5e-4,
+        effective_batch_size=EFFECTIVE_BATCH,
+        lora_dropout=0.0,
+        eval_samples=0,
+        samples=0,
+        reshuffle=False,
+    )
 
 
 def run_arm(arm: str, work: Path) -> dict:
@@ -45,11 +56,12 @@ def run_arm(arm: str, work: Path) -> dict:
 
     from adder.core import hardware, precision
     from adder.core.progress import Progress
-    from adder.training import batching
-    from adder.training import run as train
+    from adder.core.stage_spec import Context, Runtime
+    from adder.training import batching, run
     from adder.training.packed_dataset import PackedExamples
+    from adder.training.records import TrainInputs
 
-    hardware.use_threads()
+    hardware.use_threads("auto")
     Clock.watch()
     out = work / arm
     out.mkdir()
@@ -58,8 +70,9 @@ def run_arm(arm: str, work: Path) -> dict:
     per_step, _ = batching.packs_per_step(EFFECTIVE_BATCH, packs)
     start = time.perf_counter()
     if arm == "adder":
-        inputs = {name: work / name for name in ("model", "tokenize", "lengths")}
-        train.run(settings(), inputs, out, Progress.silent(), runtime={"checkpoints": 0})
+        inputs = TrainInputs(lengths=work / "lengths", tokenize=work / "tokenize", model=work / "model")
+        runtime = Runtime(checkpoints=0, gpus=1, report_to=[])
+        run.run(settings(), inputs, out, Context(Progress.silent(), runtime, out))
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         plan = json.loads((out / "plan.json").read_text())
         dtype = plan["compute_dtype"]["value"]
@@ -102,7 +115,7 @@ def compare(options) -> dict:
         }
         for arm in options.arms:
             command = [sys.executable, __file__, "--arm", arm, "--work", str(work)]
-            threads = {name: str(hardware.threads()) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+            threads = {name: str(hardware.threads("auto")) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
             environment = os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:

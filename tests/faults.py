@@ -15,7 +15,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adder.training.stage import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,9 +30,9 @@ PHASES = ("step", "checkpoint", "evaluation", "final save")
 STEPS = 24
 
 
-def settings(**changes) -> dict:
+def settings(**changes: Any) -> "TrainSettings":
     """Training settings under which every source of chance is on: dropout, shuffled packs, several epochs."""
-    from adder.workflow.settings import Train
+    from training_stage import train_settings
 
     values = {
         "epochs": 4,
@@ -38,43 +45,45 @@ def settings(**changes) -> dict:
         "eval_times": 6,
         "samples": 2,
         "keep": "best",
+        "reshuffle": True,
     }
-    return Train(**{**values, **changes}).model_dump(mode="json") | {"reshuffle": True}
+    return train_settings(**{**values, **changes})
 
 
-def announce(phase: str, function, channel):
+def announce(phase: str, function: Callable[..., Any], channel: Connection) -> Callable[..., Any]:
     """`function`, telling the parent through `channel` when it begins."""
 
-    def announced(*args, **kwargs):
+    def announced(*args: Any, **kwargs: Any) -> Any:
         channel.send(phase)
         return function(*args, **kwargs)
 
     return announced
 
 
-def train_once(inputs: dict, out: Path, checkpoints: Path, channel=None) -> None:
+def train_once(inputs: dict[str, Path], out: Path, checkpoints: Path, channel: Connection | None = None) -> None:
     """One start of the training stage's function, in this process."""
-    from adder.core.progress import Progress
-    from adder.training import run as train
+    from adder.training import lora, trainer
+    from training_stage import run_training
 
     if channel is not None:
-        owner = train.Trainer
+        owner = trainer.Trainer
         for phase, name in (("step", "training_step"), ("checkpoint", "_save_checkpoint"), ("evaluation", "evaluate")):
             setattr(owner, name, announce(phase, getattr(owner, name), channel))
-        train.adapter.save = announce("final save", train.adapter.save, channel)
+        lora.save = announce("final save", lora.save, channel)
     out.mkdir(exist_ok=True)
-    train.run(settings(), inputs, out, Progress.silent(), checkpoints=checkpoints, runtime={"checkpoints": 6})
+    run_training(settings(), inputs, out, checkpoints=checkpoints, runtime={"checkpoints": 6})
 
 
-def start(inputs: dict, folder: Path):
+def start(inputs: dict[str, Path], folder: Path) -> tuple[BaseProcess, Connection]:
     """Fork a start that writes into `folder`; return the process and the end of the pipe that hears its phases."""
     # Forked from a process that has imported everything: a start takes a fraction of a second.
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
 
-    def quietly():
+    def quietly() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
         train_once(inputs, folder / "out", folder / "checkpoints", there)
 
     process = context.Process(target=quietly)
@@ -83,7 +92,7 @@ def start(inputs: dict, folder: Path):
     return process, here
 
 
-def kill_within(process, channel, phase: str, occurrence: int, chance: random.Random) -> bool:
+def kill_within(process: BaseProcess, channel: Connection, phase: str, occurrence: int, chance: random.Random) -> bool:
     """Kill the process within the `occurrence`-th time that it enters `phase`; False if it ended before."""
     seen = 0
     lengths = {"step": 0.03, "checkpoint": 0.05, "evaluation": 0.03, "final save": 0.008}  # about, in seconds
@@ -100,7 +109,7 @@ def kill_within(process, channel, phase: str, occurrence: int, chance: random.Ra
         return False
 
 
-def outcome(folder: Path) -> dict:
+def outcome(folder: Path) -> dict[str, Any]:
     """Digest of each file of the adapter, the sampled replies, and the curves but for the speed."""
     from adder.core.files import digest_file, read_jsonl
 
@@ -110,7 +119,7 @@ def outcome(folder: Path) -> dict:
     return {"adapter": adapter, "curves": curves, "samples": list(read_jsonl(folder / "out" / "samples.jsonl"))}
 
 
-def finish(inputs: dict, folder: Path) -> None:
+def finish(inputs: dict[str, Path], folder: Path) -> None:
     """Start, and let it train to its end. Raises AssertionError where it fails by itself."""
     process, channel = start(inputs, folder)
     try:
@@ -121,7 +130,7 @@ def finish(inputs: dict, folder: Path) -> None:
     assert process.exitcode == 0, "a start that nobody disturbed failed"
 
 
-def live(inputs: dict, folder: Path, kills: int, chance: random.Random, done: Counter) -> None:
+def live(inputs: dict[str, Path], folder: Path, kills: int, chance: random.Random, done: Counter[str]) -> None:
     """Start, kill and start again until `kills` have been made in this life, then let it finish."""
     made = 0
     while made < kills:
@@ -137,7 +146,7 @@ def live(inputs: dict, folder: Path, kills: int, chance: random.Random, done: Co
     finish(inputs, folder)
 
 
-def run(kills: int, folder: Path, seed: int = 0, say=lambda text: None) -> Counter:
+def run(kills: int, folder: Path, seed: int = 0, say: Callable[[str], None] = lambda text: None) -> Counter[str]:
     """Make at least `kills` kills over several lives; return how many fell into each phase. Raises AssertionError."""
     from tiny import save_tiny_model, write_training_inputs
 
@@ -146,7 +155,7 @@ def run(kills: int, folder: Path, seed: int = 0, say=lambda text: None) -> Count
     (folder / "whole").mkdir()
     finish(inputs, folder / "whole")
     expected = outcome(folder / "whole")
-    done: Counter = Counter()
+    done: Counter[str] = Counter()
     number = 0
     while done.total() < kills:
         number += 1

@@ -9,6 +9,7 @@ import html
 import math
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,13 +25,13 @@ from adder.report import formatting
 from adder.report import run as report
 from adder.report.stage import ResolvedSetting
 from adder.training import base_model, base_precision, step_planner
-from adder.training import run as train
+from adder.training.monitoring.preflight_warnings import warnings
 from adder.training.packed_dataset import PackedExamples
-from adder.workflow.settings import Train
 from fp8_cases import SHAPE, cosine
 from fused_lora_cases import LENGTHS, batch_of, family, step, with_adapter
 from report_fixture import write_stage_folders
 from tiny import save_tiny_model, write_training_inputs
+from training_stage import run_training, train_settings
 
 WIDE, NARROW = {"LOSS_TOLERANCE": 10.0, "LEAST_COSINE": 0.5}, {"LOSS_TOLERANCE": 10.0, "LEAST_COSINE": 1.1}
 
@@ -67,6 +68,12 @@ def untrained(**changes):
     return model
 
 
+def said_of(choice: Choice) -> list[str]:
+    """Warnings of a set-up in which only the precision can be wrong."""
+    figures = {"base_loss": 1.0, "ln_vocabulary": 9.0, "layers_without_gradient": [], "labelled_share": 0.5}
+    return warnings(figures, {"frozen_products": choice.to_dict()})
+
+
 def never(*_):
     raise AssertionError("compared where nothing is to be chosen")
 
@@ -81,15 +88,15 @@ def test_parity_measures_and_leaves_nothing_behind():
     loss, found = step(model, batch)
     model.zero_grad(set_to_none=True)
     model.train()
-    report = base_precision.parity(model, batch)
-    tokens = report["tokens"]
+    parity = base_precision.parity(model, batch)
+    tokens = parity.tokens
     assert tokens == sum(length - length // 2 for length in (9, 23, 14))
-    assert report["loss"] == pytest.approx(loss / tokens, rel=1e-5)
-    assert report["reference_loss"] == pytest.approx(reference / tokens, rel=1e-5)
-    assert report["loss_difference"] == pytest.approx((loss - reference) / tokens, abs=1e-5)
-    assert report["gradient_cosine"] == pytest.approx(cosine(found, expected), abs=1e-3)
-    assert 0.9 < report["gradient_norm_ratio"] < 1.1 and report["compared"] == "A and B"
-    assert report["lowest_cosine"] <= report["gradient_cosine"] + 0.02 and report["lowest_layer"].endswith("_proj")
+    assert parity.loss == pytest.approx(loss / tokens, rel=1e-5)
+    assert parity.reference_loss == pytest.approx(reference / tokens, rel=1e-5)
+    assert parity.loss_difference == pytest.approx((loss - reference) / tokens, abs=1e-5)
+    assert parity.gradient_cosine == pytest.approx(cosine(found, expected), abs=1e-3)
+    assert 0.9 < parity.gradient_norm_ratio < 1.1 and parity.compared == "A and B"
+    assert parity.lowest_cosine <= parity.gradient_cosine + 0.02 and parity.lowest_layer.endswith("_proj")
     assert model.training and all(p.grad is None for p in model.parameters())
     # Recomputing is off again, and so are the gradients of embeddings that transformers switches on with it.
     assert not model.is_activation_checkpointing and not model.get_input_embeddings()._forward_hooks
@@ -102,7 +109,7 @@ def test_parity_is_that_of_fp8_and_not_of_dropout():
         attach.attach(model, precision="fp8")
     found = base_precision.parity(dropping, batch_of(9, 23))
     assert found == base_precision.parity(plain, batch_of(9, 23))
-    assert found["compared"] == "B" and 0.9 < found["gradient_cosine"] < 1
+    assert found.compared == "B" and 0.9 < found.gradient_cosine < 1
 
 
 def test_the_packs_that_are_tried_are_spread_over_all(packs, monkeypatch):
@@ -116,34 +123,34 @@ def test_auto_takes_fp8_where_it_changes_little(hopper, packs, monkeypatch):
     tolerate(monkeypatch, WIDE)
     model = untrained()
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    choices = base_precision.attach(model, "bfloat16", "auto", packs)
+    choices = base_precision.attach_fused_lora(model, "bfloat16", "auto", packs)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == state[:2]
     assert torch.equal(torch.get_rng_state(), state[2])
-    choice = choices["frozen_products"]
-    assert (choice.value, choices["lora_products"].value) == ("fp8", "folded, fp8")
+    choice = choices.frozen_products
+    assert (choice.value, choices.lora_products.value) == ("fp8", "folded, fp8")
     batch = base_precision._batch(packs, list(range(12)), torch.device("cpu"))
     found = base_precision.parity(model, batch)
     bf16, fp8, allowed = choice.alternatives
-    assert bf16 == {"products": "bf16", "loss": found["reference_loss"]}
-    assert fp8["within"] and all(fp8[name] == found[name] for name in ("loss", "loss_difference", "gradient_cosine"))
+    assert bf16 == {"products": "bf16", "loss": found.reference_loss}
+    assert fp8["within"] and all(
+        fp8[name] == getattr(found, name) for name in ("loss", "loss_difference", "gradient_cosine")
+    )
     assert fp8["loss_difference_share"] == pytest.approx(abs(fp8["loss"] / bf16["loss"] - 1))
     assert allowed == {"products": "allowed", "loss_difference": 10.0, "gradient_cosine": 0.5}
-    assert f"12 of the packs, {found['tokens']} tokens that carry loss" in choice.reason
-    assert (
-        f"{found['loss']:.4f} nats in fp8" in choice.reason and "gradients of B (those of A are zero" in choice.reason
-    )
-    assert base_precision.warnings(choice) == []
+    assert f"12 of the packs, {found.tokens} tokens that carry loss" in choice.reason
+    assert f"{found.loss:.4f} nats in fp8" in choice.reason and "gradients of B (those of A are zero" in choice.reason
+    assert said_of(choice) == []
 
 
 @pytest.mark.parametrize("narrow", [{"LOSS_TOLERANCE": 1e-9, "LEAST_COSINE": 0.5}, NARROW], ids=["loss", "gradient"])
 def test_auto_goes_back_to_16_bits_where_fp8_changes_too_much(hopper, packs, monkeypatch, narrow):
     tolerate(monkeypatch, narrow)
     model, plain = untrained(), untrained()
-    choices = base_precision.attach(model, "bfloat16", "auto", packs)
-    choice = choices["frozen_products"]
-    assert (choice.value, choices["lora_products"].value) == ("bf16", "folded")
+    choices = base_precision.attach_fused_lora(model, "bfloat16", "auto", packs)
+    choice = choices.frozen_products
+    assert (choice.value, choices.lora_products.value) == ("bf16", "folded")
     assert "it changes too much" in choice.reason and choice.alternatives[1]["within"] is False
-    assert base_precision.warnings(choice) == []
+    assert said_of(choice) == []
     assert all(group.fp8 is None for group in attach._groups(model))
     attach.attach(plain)
     found, expected = (step(each, batch_of(9, 23)) for each in (model, plain))
@@ -153,18 +160,21 @@ def test_auto_goes_back_to_16_bits_where_fp8_changes_too_much(hopper, packs, mon
 def test_what_is_set_is_done_and_warned_of_where_it_changes_too_much(hopper, packs, monkeypatch):
     for tolerances, said in ((WIDE, 0), (NARROW, 1)):
         tolerate(monkeypatch, tolerances)
-        choices = base_precision.attach(untrained(), "bfloat16", "fp8", packs)
-        assert (choices["frozen_products"].value, choices["lora_products"].value) == ("fp8", "folded, fp8")
-        warnings = base_precision.warnings(choices["frozen_products"])
-        assert len(warnings) == said
-    assert "changes more than auto would allow" in warnings[0] and "(at least 1.1)" in warnings[0]
+        choices = base_precision.attach_fused_lora(untrained(), "bfloat16", "fp8", packs)
+        assert (choices.frozen_products.value, choices.lora_products.value) == ("fp8", "folded, fp8")
+        found = said_of(choices.frozen_products)
+        assert len(found) == said
+    assert "changes more than auto would allow" in found[0] and "(at least 1.1)" in found[0]
     monkeypatch.setattr(base_precision, "parity", never)
-    assert base_precision.attach(untrained(), "bfloat16", "bf16", packs)["frozen_products"] == Choice("bf16", "as set")
+    assert base_precision.attach_fused_lora(untrained(), "bfloat16", "bf16", packs).frozen_products == Choice(
+        "bf16", "as set"
+    )
 
 
 def test_a_figure_that_is_no_number_is_not_within():
-    assert not base_precision.is_within({"loss_difference": math.nan, "gradient_cosine": 1.0})
-    assert not base_precision.is_within({"loss_difference": 0.0, "gradient_cosine": math.nan})
+    fine = base_precision.Parity(100, 2.0, 2.0, 1.0, 1.0, "B", 1.0, "q_proj")
+    assert fine.within
+    assert not replace(fine, loss=math.nan).within and not replace(fine, gradient_cosine=math.nan).within
 
 
 @pytest.mark.parametrize(
@@ -177,7 +187,7 @@ def test_a_figure_that_is_no_number_is_not_within():
 def test_auto_tries_fp8_only_where_it_may_pay(hopper, packs, monkeypatch, name, value, reason):
     monkeypatch.setattr(base_precision, name, value)
     monkeypatch.setattr(base_precision, "parity", never)
-    choice = base_precision.attach(untrained(), "bfloat16", "auto", packs)["frozen_products"]
+    choice = base_precision.attach_fused_lora(untrained(), "bfloat16", "auto", packs).frozen_products
     assert choice.value == "bf16" and reason in choice.reason
 
 
@@ -195,18 +205,18 @@ def test_where_fp8_cannot_be_had_auto_does_without_and_the_setting_is_refused(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(base_precision.hardware, "free_memory", lambda device: free)
     monkeypatch.setattr(base_precision, "parity", never)
-    choice = base_precision.attach(untrained(), dtype, "auto", packs, Choice("fp8", "on another card"))
-    assert choice["frozen_products"].value == "bf16" and message in choice["frozen_products"].reason
+    choice = base_precision.attach_fused_lora(untrained(), dtype, "auto", packs, Choice("fp8", "on another card"))
+    assert choice.frozen_products.value == "bf16" and message in choice.frozen_products.reason
     with pytest.raises(UserError, match=f"train.frozen_products: 'fp8' needs.*{message}"):
-        base_precision.attach(untrained(), dtype, "fp8", packs)
+        base_precision.attach_fused_lora(untrained(), dtype, "fp8", packs)
 
 
 def test_a_continued_training_keeps_its_products(hopper, packs, monkeypatch):
     monkeypatch.setattr(base_precision, "parity", never)
     for value, folded in (("fp8", "folded, fp8"), ("bf16", "folded")):
         kept = Choice(value, "measured at the start")
-        choices = base_precision.attach(untrained(), "bfloat16", "auto", packs, kept)
-        assert choices["frozen_products"] is kept and choices["lora_products"].value == folded
+        choices = base_precision.attach_fused_lora(untrained(), "bfloat16", "auto", packs, kept)
+        assert choices.frozen_products is kept and choices.lora_products.value == folded
 
 
 def test_a_comparison_that_runs_out_of_memory_leaves_16_bits(hopper, packs, monkeypatch):
@@ -214,18 +224,18 @@ def test_a_comparison_that_runs_out_of_memory_leaves_16_bits(hopper, packs, monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(base_precision, "parity", full)
-    choices = base_precision.attach(untrained(), "bfloat16", "auto", packs)
-    assert (choices["frozen_products"].value, choices["lora_products"].value) == ("bf16", "folded")
-    assert "not enough memory" in choices["frozen_products"].reason
-    choice = base_precision.attach(untrained(), "bfloat16", "fp8", packs)["frozen_products"]
-    assert choice.value == "fp8" and "not enough memory" in base_precision.warnings(choice)[0]
+    choices = base_precision.attach_fused_lora(untrained(), "bfloat16", "auto", packs)
+    assert (choices.frozen_products.value, choices.lora_products.value) == ("bf16", "folded")
+    assert "not enough memory" in choices.frozen_products.reason
+    choice = base_precision.attach_fused_lora(untrained(), "bfloat16", "fp8", packs).frozen_products
+    assert choice.value == "fp8" and "not enough memory" in said_of(choice)[0]
 
 
 def test_sizes_that_fp8_cannot_multiply_stay_in_16_bits(hopper, packs):
     model = with_adapter(family("Llama", hidden_size=56))
-    choices = base_precision.attach(model, "bfloat16", "fp8", packs)
-    assert choices["lora_products"].value == "folded"
-    assert "nothing here can be multiplied in fp8" in choices["frozen_products"].reason
+    choices = base_precision.attach_fused_lora(model, "bfloat16", "fp8", packs)
+    assert choices.lora_products.value == "folded"
+    assert "nothing here can be multiplied in fp8" in choices.frozen_products.reason
 
 
 def test_packs_without_a_gradient_are_refused():
@@ -239,7 +249,7 @@ def test_packs_without_a_gradient_are_refused():
 @pytest.mark.parametrize(("wanted", "origin"), [("auto", "default"), ("fp8", "config")])
 def test_the_report_shows_the_comparison(hopper, packs, monkeypatch, tmp_path, wanted, origin):
     tolerate(monkeypatch, WIDE)
-    choice = base_precision.attach(untrained(), "bfloat16", wanted, packs)["frozen_products"]
+    choice = base_precision.attach_fused_lora(untrained(), "bfloat16", wanted, packs).frozen_products
     settings, inputs = write_stage_folders(tmp_path / "stages", heldout=5)
     settings.resolved.append(ResolvedSetting(key="train.frozen_products", value=wanted, origin=origin))
     plan = read_json(inputs["train"] / "plan.json")
@@ -275,9 +285,9 @@ def test_nf4_in_fp8_on_a_gpu(tmp_path):
     model = nf4_on_gpu(tmp_path / "model")
     choice = attach.attach_where_it_pays(model, "bfloat16", "fp8")
     assert choice.value == "folded, fp8" and choice.alternatives[0]["decoder_layers"] == 2
-    report = base_precision.parity(model, batch_of(*LENGTHS, device="cuda"))
-    print(report)
-    assert report["gradient_cosine"] > 0.93 and abs(report["loss_difference"]) < 0.02 * report["reference_loss"]
+    parity = base_precision.parity(model, batch_of(*LENGTHS, device="cuda"))
+    print(parity)
+    assert parity.gradient_cosine > 0.93 and abs(parity.loss_difference) < 0.02 * parity.reference_loss
 
 
 @pytest.mark.gpu
@@ -291,8 +301,8 @@ def test_what_fp8_held_is_free_after_a_comparison_that_it_fails(tmp_path, packs,
         gc.collect()  # what earlier tests left behind
         before = torch.cuda.memory_allocated()
         model = nf4_on_gpu(tmp_path / wanted)
-        choices = base_precision.attach(model, "bfloat16", wanted, packs)
-        assert choices["frozen_products"].value == "bf16" and choices["lora_products"].alternatives[0]["held"]
+        choices = base_precision.attach_fused_lora(model, "bfloat16", wanted, packs)
+        assert choices.frozen_products.value == "bf16" and choices.lora_products.alternatives[0]["held"]
         held[wanted] = torch.cuda.memory_allocated() - before
         del model
     print(held)
@@ -313,18 +323,20 @@ def test_the_train_stage_compares_and_chooses(tmp_path, monkeypatch, wanted, tol
     inputs = write_training_inputs(tmp_path / "inputs", save_tiny_model(tmp_path / "model"))
     summaries = {}
     for products in ("bf16", wanted):
-        settings = Train(epochs=8, learning_rate=1e-2, effective_batch_size=6, frozen_products=products)
+        settings = train_settings(epochs=8, learning_rate=1e-2, effective_batch_size=6, frozen_products=products)
         out = tmp_path / products
         out.mkdir()
-        settings = settings.model_dump(mode="json") | {"reshuffle": False}
-        train.run(settings, inputs, out, Progress.silent(), checkpoints=tmp_path / f"{products}-checkpoints")
+        run_training(settings, inputs, out, Progress.silent(), checkpoints=tmp_path / f"{products}-checkpoints")
         summaries[products] = read_json(out / "train.json")
     plan = read_json(out / "plan.json")
     assert plan["frozen_products"]["value"] == value and len(plan["frozen_products"]["alternatives"]) == 3
     assert plan["lora_products"]["value"] == {"fp8": "folded, fp8", "bf16": "folded"}[value]
-    assert step_planner.load(tmp_path / f"{wanted}-checkpoints")["frozen_products"].to_dict() == plan["frozen_products"]
-    warnings = [line for line in summaries[wanted]["preflight"]["warnings"] if "frozen_products" in line]
-    assert len(warnings) == warned
+    assert (
+        step_planner.load_choices(tmp_path / f"{wanted}-checkpoints").frozen_products.to_dict()
+        == plan["frozen_products"]
+    )
+    found = warnings(summaries[wanted]["preflight"], plan)
+    assert len([line for line in found if "frozen_products" in line]) == warned
     assert summaries[wanted]["final_loss"] == pytest.approx(
         summaries["bf16"]["final_loss"], abs=0.03 * summaries["bf16"]["first_loss"]
     )

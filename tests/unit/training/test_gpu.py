@@ -9,9 +9,8 @@ from adder.core.files import read_json
 from adder.core.progress import Progress
 from adder.kernels import labelled_loss
 from adder.training import base_model
-from adder.training import run as train
-from adder.workflow.settings import Train
 from tiny import pack_rows, save_tiny_model, token_row, write_training_inputs
+from training_stage import run_training, train_settings
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (9, 130, 64, 5, 257)
@@ -61,10 +60,10 @@ def test_packing_isolates_examples(tmp_path, heads, groups):
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
 def test_every_method_trains(tmp_path, method, dtype):
     inputs = write_training_inputs(tmp_path / "inputs", save_tiny_model(tmp_path / "model"))
-    values = Train(epochs=8, learning_rate=1e-2, effective_batch_size=6, compute_dtype=dtype).model_dump(mode="json")
+    values = {"epochs": 8, "learning_rate": 1e-2, "effective_batch_size": 6, "compute_dtype": dtype}
     out = tmp_path / "out"
     out.mkdir()
-    train.run(values | {"method": method, "reshuffle": False}, inputs, out, Progress.silent())
+    run_training(train_settings(method=method, **values), inputs, out, Progress.silent())
     summary, plan = read_json(out / "train.json"), read_json(out / "plan.json")
     assert summary["final_loss"] < summary["first_loss"]
     assert plan["micro_batch_size"]["value"] == 2
@@ -77,7 +76,7 @@ def test_quantised_training_keeps_fp32_adapters(tmp_path):
     inputs = write_training_inputs(tmp_path / "inputs", save_tiny_model(tmp_path / "model"))
     out = tmp_path / "out"
     out.mkdir()
-    train.run(Train(epochs=1).model_dump(mode="json") | {"reshuffle": False}, inputs, out, Progress.silent())
+    run_training(train_settings(epochs=1), inputs, out, Progress.silent())
     from safetensors.torch import load_file
 
     weights = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -89,7 +88,7 @@ def test_a_model_for_shards_is_quantised_by_the_gpu_and_waits_in_main_memory(tmp
 
     2 MiB: a weight is half a MiB in bf16, and all of them 14, or 3.5 packed.
     """
-    monkeypatch.setattr(base_model.attention, "choose", lambda *_: Choice("sdpa", "tries nothing on the GPU"))
+    monkeypatch.setattr(base_model.packed_attention, "choose", lambda *_: Choice("sdpa", "tries nothing on the GPU"))
     shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 4, "num_key_value_heads": 4}
     folder = save_tiny_model(tmp_path / "model", **shape)
     direct, _ = base_model.load(folder, "qlora", "bfloat16", "cuda")

@@ -26,11 +26,11 @@ from adder.kernels import labelled_loss
 from adder.merging import run as merging
 from adder.merging.stage import MergeSettings
 from adder.tokenization.token_table import TokenTable
-from adder.training import base_model, lora, neftune
-from adder.training import run as train
+from adder.training import base_model, lora, neftune, trainer
 from adder.training.packed_dataset import PackedExamples, heldout_examples
-from adder.workflow.settings import Train
+from adder.training.stage import TrainSettings
 from tiny import pack_rows, save_tiny_model, tiny_tokenizer, token_row, write_tokens, write_training_inputs
+from training_stage import run_training, train_settings
 
 # The settings of each kind, and the methods that it goes with.
 BOTH = ("qlora", "lora")
@@ -58,10 +58,10 @@ CASES = [
 ]
 
 
-def settings(**changes) -> dict:
+def settings(**changes) -> TrainSettings:
     values = {"epochs": 4, "learning_rate": 1e-2, "effective_batch_size": 6, "lora_r": 4, "compute_dtype": "float32"}
     values |= {"eval_samples": 8, "eval_times": 1, "samples": 0}
-    return Train(**{**values, **changes}).model_dump(mode="json") | {"reshuffle": False}
+    return train_settings(**{**values, **changes})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +89,7 @@ def plain(row: dict) -> dict:
 
 def run(inputs, out, **changes) -> dict:
     out.mkdir()
-    train.run(settings(**changes), inputs, out, Progress.silent(), runtime={"checkpoints": 0})
+    run_training(settings(**changes), inputs, out, Progress.silent(), runtime={"checkpoints": 0})
     return read_json(out / "train.json")
 
 
@@ -167,7 +167,7 @@ def test_a_killed_run_continues_to_the_same_adapter(inputs, tmp_path, monkeypatc
     class Killed(BaseException):
         pass
 
-    step = train.Trainer.training_step
+    step = trainer.Trainer.training_step
 
     def die_late(self, *args, **kwargs):
         if self.state.global_step == 5:
@@ -176,13 +176,13 @@ def test_a_killed_run_continues_to_the_same_adapter(inputs, tmp_path, monkeypatc
 
     values = settings(**values, eval_times=4)
     (tmp_path / "whole").mkdir()
-    train.run(values, inputs, tmp_path / "whole", Progress.silent())
+    run_training(values, inputs, tmp_path / "whole", Progress.silent())
     (tmp_path / "out").mkdir()
     options = {"checkpoints": tmp_path / "checkpoints", "runtime": {"checkpoints": 3}}
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Trainer, "training_step", die_late)
-        train.run(values, inputs, tmp_path / "out", Progress.silent(), **options)
-    train.run(values, inputs, tmp_path / "out", Progress.silent(), **options)
+        patch.setattr(trainer.Trainer, "training_step", die_late)
+        run_training(values, inputs, tmp_path / "out", Progress.silent(), **options)
+    run_training(values, inputs, tmp_path / "out", Progress.silent(), **options)
     assert read_json(tmp_path / "out" / "train.json")["resumed_from"] == 4
     assert adapter_digests(tmp_path / "out") == adapter_digests(tmp_path / "whole")
 

@@ -21,20 +21,19 @@ from adder.core.errors import UserError
 from adder.core.files import digest_file, read_json, read_jsonl
 from adder.core.progress import Progress
 from adder.kernels import labelled_loss
-from adder.training import base_model, checkpoints, lora, packed_dataset, trainer
-from adder.training import run as train
+from adder.training import base_model, checkpoints, fit, lora, packed_dataset, trainer
+from adder.training.monitoring.preflight_warnings import warnings
 from adder.training.packed_dataset import heldout_examples
-from adder.workflow.settings import Train
+from adder.training.stage import TrainSettings
 from tiny import pack_rows, save_tiny_model, token_row, write_training_inputs
+from training_stage import run_training, train_settings
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def settings(**changes) -> dict:
+def settings(**changes) -> TrainSettings:
     values = {"epochs": 2, "learning_rate": 1e-3, "effective_batch_size": 6, "lora_r": 4, "compute_dtype": "float32"}
-    reshuffle = changes.pop("reshuffle", False)
-    found = Train(**{**values, "eval_samples": 4, "eval_times": 2, **changes}).model_dump(mode="json")
-    return found | {"reshuffle": reshuffle}
+    return train_settings(**{**values, "eval_samples": 4, "eval_times": 2, **changes})
 
 
 def collate(rows: list[dict]) -> dict:
@@ -159,7 +158,7 @@ def inputs(tmp_path_factory, tiny_model_dir):
 
 def run(inputs, out: Path, **changes) -> dict:
     out.mkdir()
-    train.run(settings(**changes), inputs, out, Progress.silent())
+    run_training(settings(**changes), inputs, out, Progress.silent())
     return read_json(out / "train.json")
 
 
@@ -171,8 +170,8 @@ def adapter_digests(folder: Path) -> dict:
 def test_every_method_trains_and_writes_what_it_should(inputs, tmp_path, method):
     out = tmp_path / "out"
     out.mkdir()
-    values = settings(epochs=4, learning_rate=1e-2) | {"method": method}
-    train.run(values, inputs, out, Progress.silent())
+    values = settings(epochs=4, learning_rate=1e-2, method=method)
+    run_training(values, inputs, out, Progress.silent())
     summary = read_json(out / "train.json")
     assert summary["final_loss"] < summary["first_loss"]
     rows = list(read_jsonl(out / "metrics.jsonl"))
@@ -219,8 +218,8 @@ def test_the_whole_model_is_in_training_mode_while_it_trains(inputs, tmp_path, m
 
     monkeypatch.setattr(trainer, "labelled_losses", watched)
     (tmp_path / "out").mkdir()
-    train.run(
-        settings(epochs=4, eval_times=3, samples=0) | {"method": method}, inputs, tmp_path / "out", Progress.silent()
+    run_training(
+        settings(epochs=4, eval_times=3, samples=0, method=method), inputs, tmp_path / "out", Progress.silent()
     )
     by_third = [modes[start : start + 9] for start in (0, 9, 18)]
     assert by_third == 3 * [8 * [{True}] + [{False}]]
@@ -234,7 +233,7 @@ def test_samples_and_evaluations_disturb_nothing(inputs, tmp_path, method):
     looks = {"looked": {"samples": 3, "eval_times": 3}, "not": {"samples": 0, "eval_samples": 0}}
     for name, folder in folders.items():
         folder.mkdir()
-        train.run(settings(**values, **looks[name]) | {"method": method}, inputs, folder, Progress.silent())
+        run_training(settings(**values, **looks[name], method=method), inputs, folder, Progress.silent())
     made = [
         {path.name: digest_file(path) for path in sorted((folder / kind).glob("*.safetensors"))}
         for folder in folders.values()
@@ -247,7 +246,7 @@ def test_the_held_out_loss_does_not_change_with_the_batch(inputs, tmp_path, monk
     """The mean over tokens, as the finished model's own: batches of examples of unlike lengths weigh as they should."""
     found = []
     for size in (1, 3, 8):
-        monkeypatch.setattr(train, "_eval_batch", lambda *_, size=size: size)
+        monkeypatch.setattr(fit, "eval_batch_size", lambda *_, size=size: size)
         found.append(run(inputs, tmp_path / str(size), eval_samples=8)["eval_loss"])
     assert max(found) - min(found) < 1e-5  # fp32 sums in another order
 
@@ -310,7 +309,7 @@ def test_a_training_that_gets_no_better_is_stopped(inputs, tmp_path):
 def test_progress_says_over_how_many_rows_the_loss_is_and_that_times_are_rough(inputs, tmp_path):
     stream = io.StringIO()
     (tmp_path / "out").mkdir()
-    train.run(settings(eval_samples=3), inputs, tmp_path / "out", Progress("train", stream))
+    run_training(settings(eval_samples=3), inputs, tmp_path / "out", Progress("train", stream))
     shown = stream.getvalue()
     assert re.search(r"^train: step (\d+)/\1, held-out loss \d\.\d{4} over 3 rows$", shown, re.MULTILINE)
     assert re.search(r"^train: roughly \S+ seconds for \d+ steps, by the time of one pack; ", shown, re.MULTILINE)
@@ -340,13 +339,13 @@ def test_qlora_says_once_that_experts_in_one_tensor_stay_unquantised(tmp_path):
     mixture, stream = write_training_inputs(tmp_path / "inputs", folder), io.StringIO()
     for method in ("qlora", "lora"):
         (tmp_path / method).mkdir()
-        train.run(settings(method=method), mixture, tmp_path / method, Progress("train", stream))
+        run_training(settings(method=method), mixture, tmp_path / method, Progress("train", stream))
     # Of a layer 12,288 numbers in the attention's matrices (and 256 in the router) and 73,728 in the experts'.
     told = "of the numbers in the layers' matrices 86% stay in float32 (0.00059 GB, 8 times what NF4 would take): "
     assert stream.getvalue().count(f"train: warning: train.method: qlora, but {told}") == 1
     plan = read_json(tmp_path / "qlora" / "plan.json")
     assert plan["nf4_weights"]["value"] == "14% of the matrices" and told in plan["nf4_weights"]["reason"]
-    assert any(told in line for line in read_json(tmp_path / "qlora" / "train.json")["preflight"]["warnings"])
+    assert any(told in line for line in warnings(read_json(tmp_path / "qlora" / "train.json")["preflight"], plan))
     assert "nf4_weights" not in read_json(tmp_path / "lora" / "plan.json")
 
 
@@ -368,26 +367,30 @@ def test_a_base_whose_loss_is_no_number_is_not_trained(tmp_path):
 STOPPED = """
 import json, os, signal, sys
 from pathlib import Path
-from adder.training import run as train
-from adder.core.progress import Progress
-at, name, settings, inputs, out, checkpoints = json.loads(sys.argv[1])
+from adder.training import trainer
+from training_stage import run_training, train_settings
+at, name, values, inputs, out, checkpoints = json.loads(sys.argv[1])
 signal.signal(getattr(signal, name), signal.SIG_DFL)  # under nohup a closed terminal is ignored
 def stop(self, *args, **kwargs):
     if self.state.global_step >= at:
         os.kill(os.getpid(), getattr(signal, name))
     return step(self, *args, **kwargs)
-step, train.Trainer.training_step = train.Trainer.training_step, stop
+step, trainer.Trainer.training_step = trainer.Trainer.training_step, stop
 Path(out).mkdir()
 inputs = {name: Path(path) for name, path in inputs.items()}
-train.run(settings, inputs, Path(out), Progress.silent(), checkpoints=Path(checkpoints), runtime={"checkpoints": 3})
+runtime = {"checkpoints": 3}
+run_training(train_settings(**values), inputs, Path(out), checkpoints=Path(checkpoints), runtime=runtime)
 """
 
 
-def stopped_at(step: int, signal: str, values: dict, inputs: dict, folder: Path) -> subprocess.CompletedProcess:
+def stopped_at(
+    step: int, signal: str, values: TrainSettings, inputs: dict[str, Path], folder: Path
+) -> subprocess.CompletedProcess:
     """Train in a process that sends itself a signal when step `step` begins."""
     paths = {name: str(path) for name, path in inputs.items()}
-    arguments = json.dumps([step, signal, values, paths, str(folder / "out"), str(folder / "c")])
-    paths = [str(ROOT / "workflow_scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    chosen = values.model_dump(mode="json")
+    arguments = json.dumps([step, signal, chosen, paths, str(folder / "out"), str(folder / "c")])
+    paths = [str(ROOT / "workflow_scripts"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, "-c", STOPPED, arguments], env=environment, capture_output=True, text=True)
 
@@ -409,27 +412,27 @@ def test_told_to_stop_it_writes_a_checkpoint_that_the_next_start_continues(input
     assert checkpoints.newest_whole(tmp_path / "c").name == "checkpoint-8"
     for name, options in (("out", {"checkpoints": tmp_path / "c", "runtime": {"checkpoints": 3}}), ("whole", {})):
         (tmp_path / name).mkdir(exist_ok=True)
-        train.run(values, inputs, tmp_path / name, Progress.silent(), **options)
+        run_training(values, inputs, tmp_path / name, Progress.silent(), **options)
     assert read_json(tmp_path / "out" / "train.json")["resumed_from"] == 8
     assert adapter_digests(tmp_path / "out") == adapter_digests(tmp_path / "whole")
 
 
 def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(inputs, tmp_path, monkeypatch):
     """A limit on the size of files stands for the disk: the second checkpoint's optimizer state doesn't fit."""
-    written = train.Trainer._save_optimizer_and_scheduler
+    written = trainer.Trainer._save_optimizer_and_scheduler
 
     def save(self, folder):
         if self.state.global_step > 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         written(self, folder)
 
-    monkeypatch.setattr(train.Trainer, "_save_optimizer_and_scheduler", save)
+    monkeypatch.setattr(trainer.Trainer, "_save_optimizer_and_scheduler", save)
     out = tmp_path / "out"
     out.mkdir()
     try:
         with pytest.raises(UserError, match=r"a checkpoint can't be written to .*/c .*GB free there.*start again"):
             options = {"checkpoints": tmp_path / "c", "runtime": {"checkpoints": 3}}
-            train.run(settings(), inputs, out, Progress.silent(), **options)
+            run_training(settings(), inputs, out, Progress.silent(), **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert checkpoints.newest_whole(tmp_path / "c") is not None

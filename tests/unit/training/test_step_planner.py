@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ from adder.core.errors import UserError
 from adder.core.files import digest_file, read_json, read_jsonl
 from adder.core.progress import Progress
 from adder.kernels import labelled_loss
-from adder.training import base_model, lora, step_planner
-from adder.training import run as train
+from adder.training import base_model, lora, step_planner, trainer
 from adder.training.checkpoints import newest_whole
-from adder.training.step_planner import CHECKPOINTING, Plan, Trial, Trials
-from adder.workflow.settings import Train
+from adder.training.stage import TrainSettings
+from adder.training.step_planner import CHECKPOINTING, StepChoices, StepPlan, Trial, Trials
 from tiny import save_tiny_model, write_training_inputs
+from training_stage import run_training, train_settings
 
 PACKS = [[100, 100, 100]] * 40  # three examples each
 LEVELS = list(CHECKPOINTING)
@@ -27,14 +28,22 @@ TIME = {"none": 1.0, "every 4th layer": 1.12, "every 2nd layer": 1.25, "all laye
 GB = 10**9
 
 
-def settings(**changes) -> dict:
-    return {
-        "effective_batch_size": 48,
-        "micro_batch_size": "auto",
-        "gradient_checkpointing": "auto",
-        "method": "qlora",
-        **changes,
-    }
+ONE = Choice(1, "one process")
+NAMES = ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+
+
+def settings(**changes) -> TrainSettings:
+    return train_settings(**{"effective_batch_size": 48, **changes})
+
+
+def choose(values: TrainSettings, device: str, levels: list[str], try_plan) -> StepChoices:
+    """The choices of one process over PACKS."""
+    per_step = step_planner.step_packs(values, PACKS)
+    return step_planner.choose_step(values, PACKS, per_step, device, levels, try_plan, ONE)
+
+
+def values_of(choices: StepChoices) -> tuple:
+    return tuple(getattr(choices, name).value for name in NAMES)
 
 
 class Card:
@@ -44,7 +53,7 @@ class Card:
         self.room, self.weights, self.pack, self.launch, self.seconds = room, weights, pack, launch, seconds
         self.tried: list[tuple[int, str]] = []
 
-    def __call__(self, plan: Plan) -> Trial:
+    def __call__(self, plan: StepPlan) -> Trial:
         self.tried.append((plan.micro_batch, plan.checkpointing))
         peak = self.weights + self.pack * plan.micro_batch * KEPT[plan.checkpointing]
         if peak > self.room / (1 - 0.08):
@@ -55,8 +64,7 @@ class Card:
 
 
 def chosen(card: Card, **changes) -> tuple:
-    choices = step_planner.choose(settings(**changes), PACKS, "cuda", LEVELS, card)
-    return tuple(choices[name].value for name in step_planner.CHOICES)
+    return values_of(choose(settings(**changes), "cuda", LEVELS, card))
 
 
 def test_with_room_nothing_is_recomputed_and_one_larger_batch_shows_that_it_gains_nothing():
@@ -88,9 +96,9 @@ def test_recomputing_as_little_as_needed_where_one_pack_does_not_fit():
 
 def test_what_the_line_through_two_trials_rules_out_is_not_tried():
     card = Card(room=20, launch=1.0)
-    choices = step_planner.choose(settings(), PACKS, "cuda", LEVELS, card)
+    choices = choose(settings(), "cuda", LEVELS, card)
     assert (4, "none") not in card.tried
-    row = next(row for row in choices["micro_batch_size"].alternatives if row["micro_batch"] == 4)
+    row = next(row for row in choices.micro_batch_size.alternatives if row["micro_batch"] == 4)
     assert row == {
         "micro_batch": 4,
         "checkpointing": "none",
@@ -101,7 +109,7 @@ def test_what_the_line_through_two_trials_rules_out_is_not_tried():
 
 
 def test_every_trial_is_an_alternative_and_the_reason_compares():
-    choice = step_planner.choose(settings(), PACKS, "cuda", LEVELS, Card(room=70))["micro_batch_size"]
+    choice = choose(settings(), "cuda", LEVELS, Card(room=70)).micro_batch_size
     assert [row["micro_batch"] for row in choice.alternatives] == [1, 2]
     assert choice.alternatives[0]["tokens_per_second"] == 2000 and choice.alternatives[0]["fits"]
     assert "the fastest of 2 plans that fit" in choice.reason and "2,000 tokens/s" in choice.reason
@@ -109,7 +117,7 @@ def test_every_trial_is_an_alternative_and_the_reason_compares():
 
 def test_of_plans_that_two_timings_hardly_tell_apart_the_one_in_fewer_passes_is_taken():
     def trial(micro: int, speed: float, level: str = "none") -> step_planner.Trial:
-        return step_planner.Trial(step_planner.Plan(micro, 16 // micro, level), True, GB, speed, 70 * GB)
+        return step_planner.Trial(step_planner.StepPlan(micro, 16 // micro, level), True, GB, speed, 70 * GB)
 
     def taken(*trials: step_planner.Trial) -> int:
         return step_planner._best(list(trials)).plan.micro_batch
@@ -131,10 +139,8 @@ def test_set_values_are_kept():
     card = Card(room=70)
     assert chosen(card, micro_batch_size=2, gradient_checkpointing=True) == (2, 8, True)
     assert card.tried == [(2, "all layers")]
-    choices = step_planner.choose(
-        settings(micro_batch_size=2, gradient_checkpointing=True), PACKS, "cuda", LEVELS, Card(room=70)
-    )
-    assert choices["gradient_checkpointing"].reason == "as set" and "as set" in choices["micro_batch_size"].reason
+    choices = choose(settings(micro_batch_size=2, gradient_checkpointing=True), "cuda", LEVELS, Card(room=70))
+    assert choices.gradient_checkpointing.reason == "as set" and "as set" in choices.micro_batch_size.reason
 
 
 def test_a_size_that_is_set_recomputes_no_more_than_it_must():
@@ -162,8 +168,8 @@ def test_on_a_cpu_the_largest_batch_of_enough_tokens_is_taken_untimed():
     def trial(plan):
         return Trial(plan, fits=True, peak_memory_bytes=1)
 
-    choices = step_planner.choose(settings(effective_batch_size=18), PACKS, "cpu", LEVELS, trial)
-    assert [choices[name].value for name in step_planner.CHOICES] == [3, 2, False]
+    choices = choose(settings(effective_batch_size=18), "cpu", LEVELS, trial)
+    assert values_of(choices) == (3, 2, False)
 
 
 def test_on_a_cpu_without_room_the_batch_shrinks_before_layers_are_recomputed():
@@ -173,9 +179,9 @@ def test_on_a_cpu_without_room_the_batch_shrinks_before_layers_are_recomputed():
         def trial(plan, most=most):
             return Trial(plan, fits=plan.micro_batch * KEPT[plan.checkpointing] <= most, peak_memory_bytes=1)
 
-        choices = step_planner.choose(settings(effective_batch_size=18), PACKS, "cpu", LEVELS, trial)
-        found.append([choices[name].value for name in step_planner.CHOICES])
-    assert found == [[2, 3, False], [3, 2, True]]
+        choices = choose(settings(effective_batch_size=18), "cpu", LEVELS, trial)
+        found.append(values_of(choices))
+    assert found == [(2, 3, False), (3, 2, True)]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +196,7 @@ def quantised(folder: Path, held: bool, monkeypatch) -> torch.nn.Module:
     monkeypatch.setattr(base_model, "choose_nf4_values", lambda *args: Choice(value, "test"))
     model, _ = base_model.load(folder, "qlora", "float32", "cpu")
     torch.manual_seed(0)
-    model = lora.add_adapter(model, Train(lora_r=4, lora_dropout=0.1).model_dump(mode="json"))
+    model = lora.add_adapter(model, train_settings(lora_r=4, lora_dropout=0.1))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -218,8 +224,8 @@ def test_trials_leave_model_and_random_numbers_as_they_were(deep_model_dir, held
     before = state_of(model)
     generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     trials = Trials(model, PACKS, "float32", "cpu")
-    for level in step_planner.supported(model, "cpu"):
-        assert trials(Plan(2, 2, level)).fits
+    for level in step_planner.supported_checkpointing(model, "cpu"):
+        assert trials(StepPlan(2, 2, level)).fits
     # What a trial on a GPU does beside counting: TRL's head over the model, a backward pass.
     with step_planner._as_before(model, "every 2nd layer"), step_planner._fused_head(trials.bare):
         losses = model(**step_planner.made_up([20, 12], 300, "cpu"), fused_lm_head=True).log_probs
@@ -233,10 +239,12 @@ def test_trials_leave_model_and_random_numbers_as_they_were(deep_model_dir, held
 def test_counted_memory_falls_with_what_is_recomputed(deep_model_dir, monkeypatch):
     model = quantised(deep_model_dir, True, monkeypatch)
     trials = Trials(model, PACKS, "float32", "cpu")
-    found = [trials(Plan(1, 1, level)).peak_memory_bytes for level in step_planner.supported(model, "cpu")]
+    found = [
+        trials(StepPlan(1, 1, level)).peak_memory_bytes for level in step_planner.supported_checkpointing(model, "cpu")
+    ]
     assert found == sorted(found, reverse=True) and found[-1] < 0.5 * found[0]
     later = trials.later
-    one, two = (trials(Plan(size, 1)).peak_memory_bytes - later for size in (1, 2))
+    one, two = (trials(StepPlan(size, 1)).peak_memory_bytes - later for size in (1, 2))
     assert two == pytest.approx(2 * one, rel=1e-6)
     assert later == 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -246,7 +254,7 @@ def test_too_little_main_memory_is_an_error_and_not_a_kill(deep_model_dir, monke
     monkeypatch.setattr(step_planner.hardware, "free_memory", lambda device: 100_000)
     trials = Trials(model, PACKS, "float32", "cpu")
     with pytest.raises(UserError, match="not even 1 pack of 300 tokens fits in this machine's memory with gradient"):
-        step_planner.choose(settings(), PACKS, "cpu", step_planner.supported(model, "cpu"), trials)
+        choose(settings(), "cpu", step_planner.supported_checkpointing(model, "cpu"), trials)
 
 
 @pytest.mark.parametrize("level", ["every 4th layer", "every 2nd layer", "all layers"])
@@ -262,12 +270,12 @@ def test_recomputing_some_layers_changes_no_gradient(deep_model_dir, level, monk
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
 
     expected = gradients()
-    step_planner.apply(model, level)
+    step_planner.apply_checkpointing(model, level)
     flags = [layer.gradient_checkpointing for layer in model.get_base_model().model.layers]
     every = CHECKPOINTING[level].get("every_n_layers", 1)
     assert flags == [number % every == 0 for number in range(8)]
     assert all(torch.equal(a, b) for a, b in zip(expected, gradients(), strict=True))
-    step_planner.apply(model, "none")
+    step_planner.apply_checkpointing(model, "none")
     assert not model.is_activation_checkpointing
 
 
@@ -277,16 +285,14 @@ def test_recomputing_some_layers_changes_no_gradient(deep_model_dir, level, monk
 def test_a_plan_is_read_as_it_was_written(tmp_path):
     for level in CHECKPOINTING:
         value = step_planner.SETTING.get(level, level)
-        choices = dict(
-            zip(step_planner.CHOICES, (Choice(2, "a", [{"x": 1}]), Choice(3, "b"), Choice(value, "c")), strict=True)
-        )
-        step_planner.save(choices, tmp_path)
-        assert step_planner.load(tmp_path) == choices and step_planner.of(choices) == Plan(2, 3, level)
-    assert step_planner.load(tmp_path / "none") is None
+        choices = StepChoices(ONE, Choice(2, "a", [{"x": 1}]), Choice(3, "b"), Choice(value, "c"))
+        step_planner.save_choices(choices, tmp_path)
+        assert step_planner.load_choices(tmp_path) == choices and choices.plan == StepPlan(2, 3, level)
+    assert step_planner.load_choices(tmp_path / "none") is None
 
 
 def test_the_next_smaller_plan_is_the_same_step():
-    plan, seen = Plan(6, 2), []
+    plan, seen = StepPlan(6, 2), []
     while plan is not None:
         seen.append((plan.micro_batch, plan.accumulation, plan.checkpointing))
         plan = step_planner.smaller(plan, ["none", "every 2nd layer", "all layers"])
@@ -295,16 +301,16 @@ def test_the_next_smaller_plan_is_the_same_step():
 
 
 def test_no_smaller_plan_is_an_error():
-    choices = dict(zip(step_planner.CHOICES, (Choice(1, ""), Choice(4, ""), Choice(True, "")), strict=True))
+    choices = StepChoices(ONE, Choice(1, ""), Choice(4, ""), Choice(True, ""))
     with pytest.raises(UserError, match="memory ran out in step 8 with 1 pack .* nothing smaller is left"):
         step_planner.fall_back(choices, ["none", "all layers"], 7, 0)
 
 
-def values(**changes) -> dict:
+def values(**changes) -> TrainSettings:
     """Training settings with chance in them: dropout, shuffled packs."""
     found = {"epochs": 2, "learning_rate": 1e-3, "effective_batch_size": 12, "lora_r": 4, "compute_dtype": "float32"}
     found |= {"eval_samples": 4, "eval_times": 2, "lora_dropout": 0.1, **changes}
-    return Train(**found).model_dump(mode="json") | {"reshuffle": True}
+    return train_settings(**found, reshuffle=True)
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +326,7 @@ def start(inputs: dict, folder: Path, said: list[str] | None = None, **changes) 
     progress = Progress.silent()
     if said is not None:
         progress.say = said.append
-    train.run(values(**changes), inputs, out, progress, checkpoints=folder / "c", runtime={"checkpoints": 3})
+    run_training(values(**changes), inputs, out, progress, checkpoints=folder / "c", runtime={"checkpoints": 3})
     return read_json(out / "plan.json")
 
 
@@ -330,7 +336,7 @@ def digests(folder: Path) -> dict:
 
 def full_at(monkeypatch, step: int, largest: int, before=None) -> list[int]:
     """From optimizer step `step` (counted from 0) on, a forward pass over more than `largest` packs finds no memory."""
-    computed, seen = train.Trainer.training_step, []
+    computed, seen = trainer.Trainer.training_step, []
 
     def training_step(self, *args, **kwargs):
         micro = self.args.per_device_train_batch_size
@@ -341,7 +347,7 @@ def full_at(monkeypatch, step: int, largest: int, before=None) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return computed(self, *args, **kwargs)
 
-    monkeypatch.setattr(train.Trainer, "training_step", training_step)
+    monkeypatch.setattr(trainer.Trainer, "training_step", training_step)
     return seen
 
 
@@ -355,7 +361,7 @@ def test_out_of_memory_goes_on_from_the_checkpoint_with_a_smaller_plan(inputs, t
     checkpoint = newest_whole(at / "c")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert 0 < step <= 7
-    assert [plan[name]["value"] for name in step_planner.CHOICES] == [2, 2, False]
+    assert [plan[name]["value"] for name in NAMES] == [2, 2, False]
     fall = plan["memory_fallback"]
     assert "memory ran out in step 8 with 4 packs" in fall["reason"] and f"checkpoint of step {step}" in fall["reason"]
     assert fall["alternatives"] == [{"step": 8, "continued_from": step, "micro_batch": 4, "checkpointing": "none"}]
@@ -364,10 +370,10 @@ def test_out_of_memory_goes_on_from_the_checkpoint_with_a_smaller_plan(inputs, t
     steps = [row["step"] for row in read_jsonl(tmp_path / "one" / "out" / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, summary["planned_steps"] + 1)) and summary["effective_batch"]["packs"] == 4
 
-    choices = step_planner.load(at / "c")
-    assert step_planner.of(choices) == Plan(4, 1)
-    choices |= {"micro_batch_size": Choice(2, "test"), "gradient_accumulation_steps": Choice(2, "test")}
-    step_planner.save(choices, at / "c")
+    choices = step_planner.load_choices(at / "c")
+    assert choices.plan == StepPlan(4, 1)
+    smaller = replace(choices, micro_batch_size=Choice(2, "test"), gradient_accumulation_steps=Choice(2, "test"))
+    step_planner.save_choices(smaller, at / "c")
     start(inputs, at)
     assert digests(at) == digests(tmp_path / "one")
 
@@ -394,13 +400,13 @@ def test_a_continued_run_keeps_the_plan_that_it_began_with(inputs, tmp_path, mon
             raise Killed
         return computed(self, *args, **kwargs)
 
-    computed = train.Trainer.training_step
+    computed = trainer.Trainer.training_step
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Trainer, "training_step", killed)
+        patch.setattr(trainer.Trainer, "training_step", killed)
         start(inputs, tmp_path / "cut")
     monkeypatch.setattr(step_planner, "CPU_TOKENS", 1)
     plan = start(inputs, tmp_path / "cut")
     assert plan["micro_batch_size"]["value"] == 4
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
     whole = read_json(tmp_path / "whole" / "out" / "plan.json")
-    assert all(plan[name] == whole[name] for name in step_planner.CHOICES)
+    assert all(plan[name] == whole[name] for name in NAMES)

@@ -14,15 +14,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adder.core import hardware
+from adder.core.choice import Choice
 from adder.core.files import read_json, read_jsonl, write_table
 from adder.core.progress import Progress
 from adder.kernels import labelled_loss, packed_attention
 from adder.kernels.fused_lora import attach
-from adder.training import base_model, lora, step_planner
-from adder.training import run as train
-from adder.training.step_planner import CHECKPOINTING, Plan, Trials
-from adder.workflow.settings import Train
+from adder.training import base_model, lora, step_planner, trainer
+from adder.training.stage import TrainSettings
+from adder.training.step_planner import CHECKPOINTING, Packs, StepChoices, StepPlan, Trials
 from tiny import save_tiny_model, token_row, write_tokens, write_training_inputs
+from training_stage import run_training, train_settings
 
 pytestmark = pytest.mark.gpu
 SETTINGS = {
@@ -59,8 +60,15 @@ def cap(monkeypatch):
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def settings(**changes) -> dict:
-    return Train(lora_dropout=0.0, **changes).model_dump(mode="json")
+def settings(**changes) -> TrainSettings:
+    return train_settings(lora_dropout=0.0, **changes)
+
+
+def choose(values: TrainSettings, packs: Packs, model: torch.nn.Module, trials: Trials) -> StepChoices:
+    """The choices of one process."""
+    levels = step_planner.supported_checkpointing(model, "cuda")
+    per_step = step_planner.step_packs(values, packs)
+    return step_planner.choose_step(values, packs, per_step, "cuda", levels, trials, Choice(1, "one process"))
 
 
 def llama_8b(dtype: torch.dtype, kernel: str) -> torch.nn.Module:
@@ -114,17 +122,15 @@ def test_an_8b_model_is_planned_for_a_smaller_card_and_stays_within_it(cap, giga
     torch.cuda.empty_cache()
     start = time.perf_counter()
     trials = Trials(model, PACKS, dtype, "cuda")
-    choices = step_planner.choose(
-        SETTINGS | {"effective_batch_size": 64}, PACKS, "cuda", step_planner.supported(model, "cuda"), trials
-    )
+    choices = choose(settings(effective_batch_size=64), PACKS, model, trials)
     seconds = time.perf_counter() - start
-    plan = step_planner.of(choices)
+    plan = choices.plan
     print(f"\n{gigabytes} GB, {dtype}, {products}: planned in {seconds:.1f} s: {plan}")
-    for row in choices["micro_batch_size"].alternatives:
+    for row in choices.micro_batch_size.alternatives:
         print(json.dumps(row))
-    print(choices["micro_batch_size"].reason, "|", choices["gradient_checkpointing"].reason, flush=True)
+    print(choices.micro_batch_size.reason, "|", choices.gradient_checkpointing.reason, flush=True)
     assert seconds < 60
-    step_planner.apply(model, plan.checkpointing)
+    step_planner.apply_checkpointing(model, plan.checkpointing)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
@@ -158,10 +164,10 @@ def test_less_memory_recomputes_more_and_every_trial_is_an_alternative(cap):
     for gigabytes in (60, 8, 3.5):
         cap(gigabytes)
         trials = Trials(model, packs, "bfloat16", "cuda")
-        choices = step_planner.choose(SETTINGS, packs, "cuda", step_planner.supported(model, "cuda"), trials)
-        rows = choices["micro_batch_size"].alternatives
+        choices = choose(settings(), packs, model, trials)
+        rows = choices.micro_batch_size.alternatives
         fitting = [row for row in rows if row["fits"]]
-        plan, fastest = step_planner.of(choices), max(fitting, key=lambda row: row["tokens_per_second"])
+        plan, fastest = choices.plan, max(fitting, key=lambda row: row["tokens_per_second"])
         best = next(
             r for r in fitting if (r["micro_batch"], r["checkpointing"]) == (plan.micro_batch, plan.checkpointing)
         )
@@ -169,14 +175,14 @@ def test_less_memory_recomputes_more_and_every_trial_is_an_alternative(cap):
         assert best["tokens_per_second"] * step_planner.GAIN >= fastest["tokens_per_second"] - 1  # they are rounded
         assert best["peak_memory_bytes"] <= (1 - step_planner.HEADROOM["cuda"]) * gigabytes * 1e9
         print(f"\n{gigabytes} GB:", *map(json.dumps, rows), sep="\n", flush=True)
-        found.append(list(CHECKPOINTING).index(step_planner.of(choices).checkpointing))
+        found.append(list(CHECKPOINTING).index(choices.plan.checkpointing))
     assert found == sorted(found) and found[0] == 0 and found[-1] > 0
 
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_trials_leave_model_and_random_numbers_as_they_were(tmp_path, fold):
     model, _ = base_model.load(save_tiny_model(tmp_path / "model"), "qlora", "bfloat16", "cuda")
-    model = lora.add_adapter(model, Train(lora_dropout=0.1).model_dump(mode="json"))
+    model = lora.add_adapter(model, train_settings(lora_dropout=0.1))
     if fold:
         attach.attach(model)
 
@@ -193,9 +199,9 @@ def test_trials_leave_model_and_random_numbers_as_they_were(tmp_path, fold):
 
     before, drawn = state(), torch.cuda.get_rng_state()
     trials = Trials(model, [[30, 20]] * 8, "bfloat16", "cuda")
-    step_planner.choose(SETTINGS, [[30, 20]] * 8, "cuda", step_planner.supported(model, "cuda"), trials)
+    choose(settings(), [[30, 20]] * 8, model, trials)
     for level in CHECKPOINTING:
-        assert trials(Plan(2, 2, level)).fits
+        assert trials(StepPlan(2, 2, level)).fits
     after = state()
     assert all(torch.equal(before["tensors"][name], after["tensors"][name]) for name in before["tensors"])
     assert {name: before[name] for name in before if name != "tensors"} == {
@@ -224,7 +230,7 @@ def test_recomputing_and_offloading_change_no_gradient(level, fold):
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
     expected = gradients()
-    step_planner.apply(model, level)
+    step_planner.apply_checkpointing(model, level)
     assert ((gradients() - expected).norm() / expected.norm()).item() < 0.01
 
 
@@ -247,7 +253,7 @@ def long_inputs(folder: Path) -> dict[str, Path]:
 def test_a_card_that_gets_smaller_in_mid_run_is_trained_on_to_the_end(tmp_path, cap, monkeypatch):
     """From step 7 on only 60 % of what the steps before took is there: the allocator itself runs out of memory."""
     inputs = long_inputs(tmp_path)
-    computed, seen = train.Trainer.training_step, []
+    computed, seen = trainer.Trainer.training_step, []
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 7 and not seen:
@@ -256,15 +262,15 @@ def test_a_card_that_gets_smaller_in_mid_run_is_trained_on_to_the_end(tmp_path, 
         return computed(self, *args, **kwargs)
 
     cap(40)
-    monkeypatch.setattr(train.Trainer, "training_step", training_step)
+    monkeypatch.setattr(trainer.Trainer, "training_step", training_step)
     values = settings(epochs=4, effective_batch_size=16, micro_batch_size=8, learning_rate=1e-3, samples=0)
     said, progress = [], Progress.silent()
     progress.say = said.append
     out = tmp_path / "out"
     out.mkdir()
     torch.cuda.reset_peak_memory_stats()
-    train.run(
-        values | {"reshuffle": False},
+    run_training(
+        values,
         inputs,
         out,
         progress,

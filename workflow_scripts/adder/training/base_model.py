@@ -2,40 +2,53 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from adder.core import hardware
 from adder.core.choice import Choice
 from adder.kernels import packed_attention
 
+if TYPE_CHECKING:
+    from bitsandbytes.nn.modules import Linear4bit
+
 # Share of the free memory that the dequantised copy of an NF4 model may take.
 DEQUANTISED_SHARE = 0.5
 
-# Share of the matrices' numbers that may stay unquantised without a word: convolutions of a few taps do.
+# Share of the matrices' parameters that may stay unquantised without a word: convolutions of a few taps do.
 LEFT_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class BaseChoices:
+    """What was chosen in loading a base: attention for packed examples, and of an NF4 model how its values are held.
+
+    nf4_weights: how much of the model is in NF4, where that is less than one expects.
+    """
+
+    attention: Choice
+    nf4_values: Choice | None = None
+    nf4_weights: Choice | None = None
 
 
 def load(
     folder: Path, method: str, dtype: str, device: str, in_shards: bool = False
-) -> tuple[PreTrainedModel, dict[str, Choice]]:
+) -> tuple[PreTrainedModel, BaseChoices]:
     """Load the model in `folder` to be trained by `method` ("qlora", "lora" or "full") in compute dtype `dtype`.
 
-    Returns the model, with the attention for packed examples, and the choices made on the way. The weights of a
-    `full` training are fp32 (products run in `dtype` by autocast); frozen ones are kept in `dtype`. `in_shards`: the
-    model is to be sharded, and waits in main memory for that; NF4 weights stay packed.
+    The weights of a `full` training are fp32 (matmuls run in `dtype` by autocast); frozen ones are kept in `dtype`.
+    `in_shards`: the model is to be sharded, and waits in main memory for that; NF4 weights stay packed.
     """
-    compute = getattr(torch, dtype)
-    choices = {
-        "attention": packed_attention.choose_attention(
-            AutoConfig.from_pretrained(folder).get_text_config(), dtype, device
-        )
-    }
-    options = {
+    compute: torch.dtype = getattr(torch, dtype)
+    attention = packed_attention.choose_attention(AutoConfig.from_pretrained(folder).get_text_config(), dtype, device)
+    options: dict[str, Any] = {
         "dtype": torch.float32 if method == "full" else compute,
-        "attn_implementation": choices["attention"].value,
+        "attn_implementation": attention.value,
         "device_map": {"": torch.cuda.current_device() if device == "cuda" and not in_shards else "cpu"},
     }
     if method == "qlora":
@@ -48,23 +61,31 @@ def load(
     with _quantised_on(device) if method == "qlora" and in_shards else nullcontext():
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.config.use_cache = False
-    if method == "qlora":
-        keep_cpu_weights_intact(model)
-        choices |= left_unquantised(model, dtype)
-        choices["nf4_values"] = (
-            Choice("dequantised in each product", "processes send each other a layer's weights packed")
-            if in_shards
-            else choose_nf4_values(model, compute, device)
-        )
-        if choices["nf4_values"].value == "dequantised once":
-            hold_dequantised(model, compute)
-    return model, choices
+    if method != "qlora":
+        return model, BaseChoices(attention)
+    keep_cpu_weights_intact(model)
+    left = left_unquantised(model, dtype)
+    values = (
+        Choice("dequantised in each product", "processes send each other a layer's weights packed")
+        if in_shards
+        else choose_nf4_values(model, compute, device)
+    )
+    if values.value == "dequantised once":
+        hold_dequantised(model, compute)
+    return model, BaseChoices(attention, values, left)
+
+
+def bare_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model itself, without the adapter around it."""
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(bare, PreTrainedModel)
+    return bare
 
 
 @contextmanager
 def _quantised_on(device: str) -> Iterator[None]:
-    """Let `device` quantise what is loaded into main memory, weight by weight: CPUs take minutes for 8 B numbers."""
-    from bitsandbytes.nn import Params4bit
+    """Let `device` quantise what is loaded into main memory, weight by weight: CPUs take minutes for 8 B parameters."""
+    from bitsandbytes.nn.modules import Params4bit
 
     quantise = Params4bit._quantize
 
@@ -74,7 +95,7 @@ def _quantised_on(device: str) -> Iterator[None]:
         self.quant_state.to(place)
         return self
 
-    Params4bit._quantize = there_and_back
+    Params4bit._quantize = there_and_back  # pyright: ignore[reportAttributeAccessIssue] - untyped, and so replaced
     try:
         yield
     finally:
@@ -91,15 +112,20 @@ def keep_cpu_weights_intact(model: PreTrainedModel) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
-def four_bit_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def four_bit_layers(model: torch.nn.Module) -> "dict[str, Linear4bit]":
     """Return the model's bitsandbytes NF4 layers by name."""
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit
 
-    return {name: m for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
 
 
-def left_unquantised(model: torch.nn.Module, dtype: str) -> dict[str, Choice]:
-    """{"nf4_weights": how much of the model NF4 misses, in percent}, where that is more than LEFT_SHARE; else {}.
+def nf4_state(layer: "Linear4bit") -> Any:
+    """What unpacks an NF4 layer's weight: bitsandbytes' QuantState."""
+    return layer.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue] - of a Params4bit
+
+
+def left_unquantised(model: torch.nn.Module, dtype: str) -> Choice | None:
+    """How much of the model is in NF4, in percent, where NF4 misses more than LEFT_SHARE of it; else None.
 
     bitsandbytes quantises linear layers. Of a mixture of experts transformers may hold all experts of a layer in one
     tensor of three dimensions, which is none: such a model takes several times the memory that one expects of NF4.
@@ -108,20 +134,20 @@ def left_unquantised(model: torch.nn.Module, dtype: str) -> dict[str, Choice]:
     joined = {name: p for name, p in model.named_parameters() if p.dim() >= 3 and p.is_floating_point()}
     left = sum(parameter.numel() for parameter in joined.values())
     if left <= LEFT_SHARE * (packed + left):
-        return {}
+        return None
     size = sum(parameter.numel() * parameter.element_size() for parameter in joined.values())
     reason = (
         f"of the numbers in the layers' matrices {left / (packed + left):.0%} stay in {dtype} ({size / 1e9:.3g} GB, "
         f"{size / left * 2:.0f} times what NF4 would take): this model holds its experts in tensors of three "
         f"dimensions, such as {next(iter(joined))}, and bitsandbytes quantises linear layers only"
     )
-    return {"nf4_weights": Choice(f"{packed / (packed + left):.0%} of the matrices", reason)}
+    return Choice(f"{packed / (packed + left):.0%} of the matrices", reason)
 
 
 def choose_nf4_values(model: PreTrainedModel, dtype: torch.dtype, device: str) -> Choice:
-    """Choose whether NF4 weights are dequantised in every product or once: the same numbers, memory for time."""
-    numbers = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model).values())
-    needed = numbers * dtype.itemsize
+    """Choose whether NF4 weights are dequantised in every matmul or once: the same numbers, memory for time."""
+    count = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model).values())
+    needed = count * dtype.itemsize
     free = hardware.free_memory(device)
     figures = f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
     if device == "cpu" and needed <= DEQUANTISED_SHARE * free:
@@ -139,7 +165,7 @@ def hold_dequantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
     for name, layer in four_bit_layers(model).items():
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+        weight = dequantize_4bit(layer.weight.data, nf4_state(layer)).to(dtype)
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         if layer.bias is not None:
@@ -149,10 +175,17 @@ def hold_dequantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
     forget_quantisation(model)
 
 
-def forget_quantisation(model: PreTrainedModel) -> None:
+def forget_quantisation(model: torch.nn.Module) -> None:
     """Let libraries treat a quantised model as the ordinary frozen one that it has been made into."""
     for attribute in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        delattr(model.config, "quantization_config")
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """How many parameters a model has: an element of an NF4 layer holds several, full or in shards."""
+    packed = four_bit_layers(model).values()
+    more = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in packed)
+    return sum(parameter.numel() for parameter in model.parameters()) + more

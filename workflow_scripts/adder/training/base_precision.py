@@ -1,4 +1,4 @@
-"""Which precision the frozen base's products have: 16 bits, or fp8 after a step on the user's own packs has tried it.
+"""Which precision the frozen base's matmuls have: 16 bits, or fp8 after a step on the user's own packs has tried it.
 
 `auto` takes fp8 only where all of these hold:
 - it can be had: `lacks` says what is missing;
@@ -8,7 +8,7 @@
 Where `fp8` is set the same step is made, and what it finds is only said.
 
 The other side of the comparison is PEFT's own layers, which read the base's own weights: NF4 ones, dequantised in each
-product, or 16-bit ones. So fp8 weights and 16-bit copies of NF4 weights, two bytes a number either way, are never held
+matmul, or 16-bit ones. So fp8 weights and 16-bit copies of NF4 weights, two bytes a number either way, are never held
 at once: with an 8B model NF4's 6 GB and 14 GB in fp8, or in 16 bits if fp8 isn't taken. In both steps all layers
 recompute, so that a step takes little more (by count some 6 GB for 8,192 tokens). Where fp8 weights would take too much
 of the free memory they aren't made, and where a step runs out of it fp8 isn't taken.
@@ -16,6 +16,9 @@ of the free memory they aren't made, and where a step runs out of it fp8 isn't t
 B is zero before training (by most initialisations), and with it the gradient of A, so it is B's that are compared.
 Both are made of the same activations and gradients of outputs: nothing that fp8 changes is missing from B's.
 """
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,15 +29,17 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from adder.core import hardware
 from adder.core.choice import Choice
 from adder.core.errors import UserError
+from adder.core.labels import IGNORE_INDEX
 from adder.core.rng import undisturbed
-from adder.kernels.fused_lora import attach as folded_lora
+from adder.kernels.fused_lora import attach as fused_lora
 from adder.kernels.labelled_loss import mean_loss
 from adder.kernels.triton_utils import triton
+from adder.training.base_model import bare_model
 from adder.training.packed_dataset import PackedExamples
 from adder.training.preflight import as_in_training
 
 # Share of the free memory that weights in fp8 may take where fp8 is set; `auto` leaves as much room to activations as
-# it does beside 16-bit values (folded_lora.HELD_SHARE).
+# it does beside 16-bit values (fused_lora.HELD_SHARE).
 FP8_SHARE = 0.6
 # Hidden size from which on fp8 is taken to be faster: what products gain grows with its square, what quantising and
 # adding LoRA's share cost grows with it, and small products wait for launches anyhow. At 4,096 a step takes three
@@ -50,37 +55,75 @@ LEAST_COSINE = 0.99
 TRIED_TOKENS = 8192
 
 
-def attach(
-    model: PeftModel, dtype: str, wanted: str, packs: PackedExamples, kept: Choice | None = None
-) -> dict[str, Choice]:
-    """Fold LoRA into the base's products (see folded_lora), in the precision that is set or found to be best.
+class MatmulChoices(NamedTuple):
+    """Precision of the frozen base's matmuls, "bf16" (the model's own 16 bits) or "fp8", and how LoRA is computed."""
 
-    `wanted`: train.frozen_products, "auto", "bf16" or "fp8". `kept`: what an earlier start of the same training chose,
-    which holds where it still can be had. Returns the choices `frozen_products`, "bf16" (the model's own 16 bits) or
-    "fp8", with the figures of the comparison as alternatives, and `lora_products`. The model's parameters and all
+    frozen_products: Choice
+    lora_products: Choice
+
+
+@dataclass(frozen=True)
+class Parity:
+    """A step in fp8 beside the same in bf16: losses in nats a token, gradients of all LoRA pairs as one vector.
+
+    tokens: that carry loss. compared: "B", or "A and B" where A's gradients are not all zero. lowest_cosine: among the
+    kinds of layer, with its name (that of k_proj in every layer together, say).
+    """
+
+    tokens: int
+    loss: float
+    reference_loss: float
+    gradient_cosine: float
+    gradient_norm_ratio: float
+    compared: Literal["B", "A and B"]
+    lowest_cosine: float
+    lowest_layer: str
+
+    @property
+    def loss_difference(self) -> float:
+        """What fp8 adds to the loss."""
+        return self.loss - self.reference_loss
+
+    @property
+    def within(self) -> bool:
+        """Whether both are within the tolerances."""
+        return abs(self.loss_difference) <= LOSS_TOLERANCE and self.gradient_cosine >= LEAST_COSINE
+
+
+def attach_fused_lora(
+    model: PeftModel,
+    dtype: str,
+    wanted: Literal["auto", "bf16", "fp8"],
+    packs: PackedExamples,
+    kept: Choice | None = None,
+) -> MatmulChoices:
+    """Fuse LoRA into the base's matmuls (see kernels.fused_lora), in the precision that is set or found to be best.
+
+    `wanted`: train.frozen_products. `kept`: what an earlier start of the same training chose, which holds where it
+    still can be had. The precision has the figures of the comparison as alternatives. The model's parameters and all
     random numbers stay as they were. Raises UserError where fp8 is set and can't be had.
     """
-    missing = lacks(model, dtype, folded_lora.HELD_SHARE if wanted == "auto" else FP8_SHARE)
+    missing = lacks(model, dtype, fused_lora.HELD_SHARE if wanted == "auto" else FP8_SHARE)
     if wanted == "fp8" and missing:
         raise UserError(f"train.frozen_products: 'fp8' needs {missing}; use 'bf16' or 'auto'")
     choice = None if missing else kept
     against = _reason_against(model, wanted, missing)
     if choice is None and against:
         choice = Choice("bf16", against)
-    folded = folded_lora.attach_where_it_pays(model, dtype, choice.value if choice else "fp8")
+    fused = fused_lora.attach_where_it_pays(model, dtype, choice.value if choice else "fp8")
     if choice is None:
-        choice = _tried(model, wanted, packs, folded)
+        choice = _tried(model, wanted, packs, fused)
         if choice.value == "bf16":
-            folded_lora.detach(model)
+            fused_lora.detach(model)
             torch.cuda.empty_cache()  # what fp8 held is free for 16-bit values
-            folded = folded_lora.attach_where_it_pays(model, dtype, "bf16")
-    return {"frozen_products": choice, "lora_products": folded}
+            fused = fused_lora.attach_where_it_pays(model, dtype, "bf16")
+    return MatmulChoices(choice, fused)
 
 
 def lacks(model: PeftModel, dtype: str, share: float) -> str | None:
-    """What fp8 products need and don't have here; None where they can be had.
+    """What fp8 matmuls need and don't have here; None where they can be had.
 
-    `dtype`: of the other products. `share`: of the free memory that the weights in fp8 may take.
+    `dtype`: of the other matmuls. `share`: of the free memory that the weights in fp8 may take.
     """
     major, minor = torch.cuda.get_device_capability()
     if major < 9:
@@ -91,7 +134,7 @@ def lacks(model: PeftModel, dtype: str, share: float) -> str | None:
         return "Triton, which is not installed here"
     layers = [m for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
     bases = [layer.get_base_layer() for layer in layers]
-    needed = 2 * sum(base.in_features * base.out_features for base in bases if hasattr(base, "in_features"))
+    needed = 2 * sum(base.in_features * base.out_features for base in bases if isinstance(base, torch.nn.Linear))
     free = hardware.free_memory("cuda")
     if needed > share * free:
         return f"{needed / 2**30:.1f} GiB for the weights, at most {share:.0%} of the {free / 2**30:.1f} free"
@@ -110,53 +153,47 @@ def _reason_against(model: PeftModel, wanted: str, missing: str | None) -> str |
     return None
 
 
-def _tried(model: PeftModel, wanted: str, packs: PackedExamples, folded: Choice) -> Choice:
-    """The choice after a step with the fp8 products that `folded` tells of."""
-    if folded.value != "folded, fp8":
-        return Choice("bf16", f"nothing here can be multiplied in fp8: {folded.reason}")
+def _tried(model: PeftModel, wanted: str, packs: PackedExamples, fused: Choice) -> Choice:
+    """The choice after a step with the fp8 matmuls that `fused` tells of."""
+    if fused.value != "folded, fp8":
+        return Choice("bf16", f"nothing here can be multiplied in fp8: {fused.reason}")
     numbers = _some_packs(packs)
     try:
         found = parity(model, _batch(packs, numbers, model.device))
     except torch.OutOfMemoryError:
         why = "there was not enough memory to compare it with bf16"
         return Choice("fp8", f"as set; {why}") if wanted == "fp8" else Choice("bf16", f"fp8 isn't taken: {why}")
-    within = is_within(found)
+    within = found.within
     if wanted == "fp8":
         verdict = "as set" if within else "as set, though it changes more than auto would allow"
     else:
         verdict = "faster, and it changes little" if within else "fp8 would be faster, but it changes too much"
     value = "fp8" if within or wanted == "fp8" else "bf16"
-    return Choice(value, f"{verdict}: {_in_words(found, len(numbers))}", _rows(found, within))
+    return Choice(value, f"{verdict}: {_in_words(found, len(numbers))}", _rows(found))
 
 
-def is_within(found: dict) -> bool:
-    """Whether what `parity` found is within the tolerances."""
-    return abs(found["loss_difference"]) <= LOSS_TOLERANCE and found["gradient_cosine"] >= LEAST_COSINE
-
-
-def warnings(choice: Choice) -> list[str]:
-    """A sentence where products are in fp8 that no comparison found harmless, else nothing."""
-    fine = choice.value != "fp8" or any(row.get("within") for row in choice.alternatives)
-    return [] if fine else [f"train.frozen_products: fp8, {choice.reason}"]
-
-
-def _in_words(found: dict, packs: int) -> str:
-    which = "B (those of A are zero at first)" if found["compared"] == "B" else found["compared"]
+def _in_words(found: Parity, packs: int) -> str:
+    which = "B (those of A are zero at first)" if found.compared == "B" else found.compared
     return (
-        f"before training {packs} of the packs, {found['tokens']:,} tokens that carry loss, have a loss of "
-        f"{found['loss']:.4f} nats in fp8 and {found['reference_loss']:.4f} in bf16 "
-        f"({found['loss_difference']:+z.4f}, at most {LOSS_TOLERANCE} either way is allowed), and the gradients of "
-        f"{which} a cosine of {found['gradient_cosine']:.4f} to bf16's (at least {LEAST_COSINE})"
+        f"before training {packs} of the packs, {found.tokens:,} tokens that carry loss, have a loss of "
+        f"{found.loss:.4f} nats in fp8 and {found.reference_loss:.4f} in bf16 "
+        f"({found.loss_difference:+z.4f}, at most {LOSS_TOLERANCE} either way is allowed), and the gradients of "
+        f"{which} a cosine of {found.gradient_cosine:.4f} to bf16's (at least {LEAST_COSINE})"
     )
 
 
-def _rows(found: dict, within: bool) -> list[dict]:
+def _rows(found: Parity) -> list[dict[str, Any]]:
     """The comparison as a table: bf16, fp8, and what is allowed."""
     shown = ("loss", "loss_difference", "gradient_cosine", "gradient_norm_ratio", "lowest_cosine", "lowest_layer")
-    share = abs(found["loss_difference"]) / found["reference_loss"]
+    share = abs(found.loss_difference) / found.reference_loss
     return [
-        {"products": "bf16", "loss": found["reference_loss"]},
-        {"products": "fp8", **{name: found[name] for name in shown}, "loss_difference_share": share, "within": within},
+        {"products": "bf16", "loss": found.reference_loss},
+        {
+            "products": "fp8",
+            **{name: getattr(found, name) for name in shown},
+            "loss_difference_share": share,
+            "within": found.within,
+        },
         {"products": "allowed", "loss_difference": LOSS_TOLERANCE, "gradient_cosine": LEAST_COSINE},
     ]
 
@@ -168,23 +205,20 @@ def _some_packs(packs: PackedExamples) -> list[int]:
     return np.linspace(0, len(sizes) - 1, count).round().astype(int).tolist()
 
 
-def _batch(packs: PackedExamples, numbers: list[int], device: torch.device) -> dict:
+def _batch(packs: PackedExamples, numbers: list[int], device: torch.device) -> dict[str, Any]:
     """Packs as one row, as TRL's collator joins them in training."""
     joined = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packs.pack(n) for n in numbers])
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in joined.items()}
 
 
-def parity(model: PeftModel, batch: dict) -> dict:
-    """Compare a step by the attached products with the same step by PEFT's own: does fp8 change where training goes?
+def parity(model: PeftModel, batch: dict[str, Any]) -> Parity:
+    """Compare a step by the attached layers with the same step by PEFT's own: does fp8 change where training goes?
 
-    batch: what `loss.labelled_losses` takes. Dropout is off and all layers recompute; nothing is stepped, no gradient
-    is left behind. Returns `tokens` (labelled), `loss` and `reference_loss` (mean nats), `loss_difference`,
-    `gradient_cosine` and `gradient_norm_ratio` over all LoRA gradients as one vector, `compared` ("B", or "A and B"
-    where A's are not all zero), and `lowest_cosine` among the kinds of layer with its name, `lowest_layer` (that of
-    k_proj in every layer together, say). Raises UserError where there is no gradient to compare.
+    batch: what `labelled_loss.labelled_losses` takes. Dropout is off and all layers recompute; nothing is stepped, no
+    gradient is left behind. Raises UserError where there is no gradient to compare.
     """
     loss, found = _step(model, batch)
-    with folded_lora.suspended(model):
+    with fused_lora.suspended(model):
         reference, expected = _step(model, batch)
     kinds: dict[str, list[str]] = {}
     for name, gradient in expected.items():
@@ -197,28 +231,27 @@ def parity(model: PeftModel, batch: dict) -> dict:
         )
     names = [name for own in kinds.values() for name in own]
     cosines = {kind: _cosine(_vector(found, own), _vector(expected, own)) for kind, own in kinds.items()}
-    lowest = min(cosines, key=cosines.get)
-    whole, exact = _vector(found, names), _vector(expected, names)
-    return {
-        "tokens": int((batch["labels"][:, 1:] != -100).sum()),
-        "loss": loss,
-        "reference_loss": reference,
-        "loss_difference": loss - reference,
-        "gradient_cosine": _cosine(whole, exact),
-        "gradient_norm_ratio": (whole.norm() / exact.norm()).item(),
-        "compared": "B" if all("lora_B" in name for name in names) else "A and B",
-        "lowest_cosine": cosines[lowest],
-        "lowest_layer": lowest,
-    }
+    lowest = min(cosines, key=lambda kind: cosines[kind])
+    all_found, all_expected = _vector(found, names), _vector(expected, names)
+    return Parity(
+        tokens=int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()),
+        loss=loss,
+        reference_loss=reference,
+        gradient_cosine=_cosine(all_found, all_expected),
+        gradient_norm_ratio=(all_found.norm() / all_expected.norm()).item(),
+        compared="B" if all("lora_B" in name for name in names) else "A and B",
+        lowest_cosine=cosines[lowest],
+        lowest_layer=lowest,
+    )
 
 
-def _step(model: PeftModel, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
+def _step(model: PeftModel, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss and all LoRA gradients, fp32 by name."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
     device = model.device.type
     with undisturbed(), as_in_training(model, model.supports_gradient_checkpointing):
         with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = mean_loss(model.get_base_model(), batch)
+            loss = mean_loss(bare_model(model), batch)
         gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
     return loss.item(), {name: gradient.float() for name, gradient in zip(named, gradients, strict=True)}
 

@@ -1,9 +1,9 @@
 """How many packs an optimizer step sees, for the effective batch that was asked for, and how they are split."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 
-def packs_per_step(effective_batch: int, seq_lengths: Sequence[Sequence[int]]) -> tuple[int, str]:
+def packs_per_step(effective_batch: int, seq_lengths: Sequence[Sized]) -> tuple[int, str]:
     """Return how many packs hold about `effective_batch` examples, at least one, and the sentence that says so.
 
     `seq_lengths`: token counts of the examples in each pack.

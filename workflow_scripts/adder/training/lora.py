@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
@@ -13,14 +14,18 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
-from adder.training.best_weights import trained
+from adder.core.labels import IGNORE_INDEX
+from adder.training.base_model import bare_model
+from adder.training.best_weights import trained_state
 from adder.training.distributed import collectives, fsdp
-from adder.training.packed_dataset import IGNORED, PackedExamples
+from adder.training.packed_dataset import PackedExamples
+from adder.training.records import TrainInputs
+from adder.training.stage import TrainSettings
 
 # PEFT's value for each of ours. LoftQ's start is made here, for weights that are quantised already.
 STARTS = {"default": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "loftq": True, "eva": "eva"}
@@ -29,27 +34,27 @@ NONZERO_STARTS = ("pissa", "olora", "loftq")
 EVA_BATCHES = 32  # different batches that EVA looks at, again and again until its directions settle
 
 
-def add_adapter(model: torch.nn.Module, settings: dict) -> PeftModel:
+def add_adapter(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
     """Put LoRA pairs on the modules that settings name, and make whole modules trainable; all of it in fp32.
 
     Raises UserError for names that don't fit the model, and for what could be trained but not merged.
     """
-    wanted, linear, dtype = settings["target_modules"], linear_names(model), model.dtype
+    wanted, linear, dtype = settings.target_modules, linear_names(model), model.dtype
     _check_modules_to_save(model, settings)
     try:
         if isinstance(wanted, str) and wanted != "all-linear":
             re.compile(wanted)
         config = LoraConfig(
-            r=settings["lora_r"],
-            lora_alpha=settings["lora_alpha"],
-            lora_dropout=settings["lora_dropout"],
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType] - PEFT takes fractions too
+            lora_dropout=settings.lora_dropout,
             target_modules=linear if wanted == "all-linear" else wanted,
-            modules_to_save=list(settings["modules_to_save"]) or None,
+            modules_to_save=list(settings.modules_to_save) or None,
             # A model that stores one tensor for embedding and LM head must come out with one.
-            ensure_weight_tying=_trains_tied(model, settings["modules_to_save"]),
-            use_rslora=settings["use_rslora"],
-            use_dora=settings["use_dora"],
-            init_lora_weights=STARTS[settings["init_lora_weights"]],
+            ensure_weight_tying=_trains_tied(model, settings.modules_to_save),
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+            init_lora_weights=STARTS[settings.init_lora_weights],
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(model, config)
@@ -62,14 +67,16 @@ def add_adapter(model: torch.nn.Module, settings: dict) -> PeftModel:
     _check_mergeable(adapted, wanted, linear)
     keep_fp32(adapted)
     _keep_dtype_between_modules(adapted, dtype)
-    if settings["init_lora_weights"] == "loftq":
+    if settings.init_lora_weights == "loftq":
         _start_from_quantisation_error(adapted)
-    if settings["init_lora_weights"] in NONZERO_STARTS:
-        adapted.start = {name: tuple(part.cpu().clone() for part in _pair(layer)) for name, layer in layers(adapted)}
+    if settings.init_lora_weights in NONZERO_STARTS:
+        pairs = ((name, _pair(layer)) for name, layer in layers(adapted))
+        start = {name: (a.cpu().clone(), b.cpu().clone()) for name, (a, b) in pairs}
+        adapted.lora_start = start  # pyright: ignore[reportArgumentType] - a plain attribute
     return adapted
 
 
-def linear_names(model: torch.nn.Module) -> list[str]:
+def linear_names(model: PreTrainedModel) -> list[str]:
     """Names (last part) of the model's linear layers, found by type, the LM head left out; sorted.
 
     Left out too are names by which PEFT would adapt experts that the model holds in one tensor, as gate_proj in a
@@ -79,24 +86,33 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     config = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in linear}))
     convert_peft_config_for_transformers(config, model, None)
-    return sorted(config.target_modules)
+    return sorted(config.target_modules or ())
 
 
 def layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """The modules that have a LoRA pair, by their names in the base model."""
-    for name, module in model.get_base_model().named_modules():
+    for name, module in bare_model(model).named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
 
 
+def lora_config(model: PeftModel) -> LoraConfig:
+    """The configuration of the adapter."""
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    return config
+
+
 def _pair(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    assert isinstance(a, torch.nn.Linear) and isinstance(b, torch.nn.Linear)
+    return a.weight.data, b.weight.data
 
 
-def _check_modules_to_save(model: torch.nn.Module, settings: dict) -> None:
+def _check_modules_to_save(model: PreTrainedModel, settings: TrainSettings) -> None:
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
-    for wanted in settings["modules_to_save"]:
+    for wanted in settings.modules_to_save:
         # PEFT takes any module whose name ends so.
         found = [name for name in modules if name.endswith(wanted)]
         if not found:
@@ -106,7 +122,7 @@ def _check_modules_to_save(model: torch.nn.Module, settings: dict) -> None:
             )
         for name in found:
             inner = [m for m in modules[name].modules() if isinstance(m, torch.nn.Linear) and m is not head]
-            if settings["method"] == "qlora" and inner:
+            if settings.method == "qlora" and inner:
                 raise UserError(
                     f"train.modules_to_save: {name} is quantised to NF4 by train.method: qlora, and 4-bit weights "
                     "can't be trained whole; give it a LoRA pair (train.target_modules), or use train.method: lora"
@@ -117,7 +133,7 @@ def _has_own_weight(module: torch.nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
-def _trains_tied(model: torch.nn.Module, names: list[str]) -> bool:
+def _trains_tied(model: PreTrainedModel, names: list[str]) -> bool:
     """Whether a module to be trained whole is an embedding or LM head that share one tensor."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
@@ -126,7 +142,7 @@ def _trains_tied(model: torch.nn.Module, names: list[str]) -> bool:
 
 def _check_mergeable(model: PeftModel, wanted: str | list[str], linear: list[str]) -> None:
     """Refuse before training what merge would refuse after it."""
-    config = model.peft_config["default"]
+    config = lora_config(model)
     if config.target_parameters:
         raise UserError(
             f"train.target_modules: {wanted} would adapt {', '.join(sorted(config.target_parameters))}, a weight of "
@@ -140,7 +156,7 @@ def _check_mergeable(model: PeftModel, wanted: str | list[str], linear: list[str
                 f"train.target_modules: {name} is no layer of this model that can be adapted; its linear layers are "
                 f"called {', '.join(linear)}"
             )
-    head = model.get_output_embeddings()
+    head = bare_model(model).get_output_embeddings()
     for name, layer in layers(model):
         if not isinstance(layer.get_base_layer(), torch.nn.Linear) and not _is_conv1d(layer.get_base_layer()):
             raise UserError(
@@ -176,11 +192,11 @@ def _keep_dtype_between_modules(model: PeftModel, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
 
-    def enter(module, inputs):
+    def enter(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         own = next(module.parameters()).dtype
         return tuple(x.to(own) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
 
-    def leave(_module, _inputs, output):
+    def leave(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         return output.to(dtype) if torch.is_tensor(output) else output
 
     for module in model.modules():
@@ -199,7 +215,7 @@ def _start_from_quantisation_error(model: PeftModel) -> None:
     `replace_lora_weights_loftq`, but also where NF4 values are held dequantised, and divided by the pair's scale, which
     PEFT leaves out: with lora_alpha / lora_r = 2 its start would be as far off as zero is.
     """
-    folder = Path(model.get_base_model().name_or_path)
+    folder = Path(bare_model(model).name_or_path or "")
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
@@ -221,15 +237,16 @@ def _start_from_quantisation_error(model: PeftModel) -> None:
             layer.lora_magnitude_vector["default"].weight.data = whole.norm(dim=1)
 
 
-def initialise(model: PeftModel, packs: PackedExamples, settings: dict) -> None:
+def initialise(model: PeftModel, packs: PackedExamples, settings: TrainSettings) -> None:
     """Start the A matrices from the data where settings ask for it (EVA), else do nothing. Run before training.
 
     EVA (Paischer et al. 2024, arXiv:2410.07170): the directions in which each layer's inputs at labelled positions vary
     most, and more rank where they explain more. Raises UserError when there are too few labelled tokens for that.
     """
-    if settings["init_lora_weights"] != "eva":
+    if settings.init_lora_weights != "eva":
         return
-    config = model.peft_config["default"]
+    config = lora_config(model)
+    assert config.eva_config is not None
     needed = round(config.r * config.eva_config.rho)
     batches = _eva_batches(packs, needed)
     if not batches:
@@ -238,22 +255,22 @@ def initialise(model: PeftModel, packs: PackedExamples, settings: dict) -> None:
             "training examples have fewer"
         )
 
-    def forward(peft_model, batch):
+    def forward(peft_model: PeftModel, batch: dict[str, Any]) -> Any:
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        return peft_model.get_base_model().base_model(use_cache=False, **inputs)
+        return bare_model(peft_model).base_model(use_cache=False, **inputs)
 
     initialize_lora_eva_weights(model, dataloader=batches, forward_fn=forward, show_progress_bar=False)
     keep_fp32(model)  # PEFT makes a pair anew where the rank changes
 
 
-def _eva_batches(packs: PackedExamples, needed: int) -> list[dict]:
+def _eva_batches(packs: PackedExamples, needed: int) -> list[dict[str, Any]]:
     """The first packs, in batches of at least `needed` labelled tokens: the decomposition takes no smaller ones."""
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     batches, group, labelled = [], [], 0
     for number in range(len(packs.seq_lengths)):
-        pack = {name: values.tolist() for name, values in packs.pack(number).items()}
-        group.append(pack)
-        labelled += sum(label != IGNORED for label in pack["labels"])
+        pack = packs.pack(number)
+        group.append({name: pack[name].tolist() for name in ("input_ids", "labels", "seq_lengths")})
+        labelled += int((pack["labels"] != IGNORE_INDEX).sum())
         if labelled >= needed:
             batches.append(collate(group))
             group, labelled = [], 0
@@ -262,16 +279,17 @@ def _eva_batches(packs: PackedExamples, needed: int) -> list[dict]:
     return batches
 
 
-def optimizer_groups(model: torch.nn.Module, settings: dict) -> list[dict] | None:
+def optimizer_groups(model: torch.nn.Module, settings: TrainSettings) -> list[dict[str, Any]] | None:
     """Parameter groups of LoRA+ with the rate and weight decay of each; None where settings don't ask for it.
 
     The B matrices learn at `lora_plus_ratio` times the learning rate, all else at the rate itself; vectors don't decay.
     The first group has the rate that is set, since that is the one a trainer logs. Hayou et al. 2024, arXiv:2402.12354.
     """
-    ratio = settings["lora_plus_ratio"]
+    ratio = settings.lora_plus_ratio
     if ratio is None:
         return None
-    rate, groups = settings["learning_rate"], {}
+    rate = settings.learning_rate
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((".lora_B." in name, parameter.ndim < 2), []).append(parameter)
@@ -279,47 +297,53 @@ def optimizer_groups(model: torch.nn.Module, settings: dict) -> list[dict] | Non
         {
             "params": parameters,
             "lr": rate * (ratio if is_b else 1),
-            "weight_decay": 0.0 if is_vector else settings["weight_decay"],
+            "weight_decay": 0.0 if is_vector else settings.weight_decay,
         }
         for (is_b, is_vector), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
 def create_optimizer(
-    model: torch.nn.Module, arguments: TrainingArguments, settings: dict
+    model: PreTrainedModel | PeftModel, arguments: TrainingArguments, settings: TrainSettings
 ) -> torch.optim.Optimizer | None:
     """Return the trainer's kind of optimizer over `optimizer_groups`, for its `optimizers=`; None to leave it alone."""
     groups = optimizer_groups(model, settings)
     if groups is None:
         return None
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # pyright: ignore[reportArgumentType] - any
     return kind(groups, **options)
 
 
-def save(model: torch.nn.Module, inputs: dict[str, Path], out: Path, method: str) -> None:
+def save(model: PreTrainedModel | PeftModel, inputs: TrainInputs, out: Path) -> None:
     """Write the adapter in PEFT's form (or the full model in 16 bit), the same bytes for the same weights.
 
     The adapter is an ordinary one for the base as it was downloaded, whatever its pairs began with. To be called in
-    every process.
+    every rank.
     """
-    if method == "full":
-        model.to(torch.bfloat16)
-        state = trained(model) if fsdp.trains_shards(model) else None
-        if collectives.is_main():
-            model.save_pretrained(out / "model", state_dict=state)
-            AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer").save_pretrained(out / "model")
-        return
-    if not collectives.is_main():
-        return
-    source = read_json(inputs["model"] / "source.json")
-    config = model.peft_config["default"]
+    if not isinstance(model, PeftModel):
+        _save_full_model(model, inputs.tokenizer, out / "model")
+    elif collectives.is_main():
+        _save_adapter(model, inputs.model / "source.json", out / "adapter")
+
+
+def _save_full_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
+    model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType] - a decorator hides its signature
+    state = trained_state(model) if fsdp.trains_shards(model) else None
+    if collectives.is_main():
+        model.save_pretrained(folder, state_dict=state)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def _save_adapter(model: PeftModel, source: Path, folder: Path) -> None:
+    origin, config = read_json(source), lora_config(model)
     # Not the path of this machine's copy: an adapter is loaded elsewhere.
-    config.base_model_name_or_path, config.revision = source["source"], source["revision"]
-    model.save_pretrained(out / "adapter")
-    (out / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the merged model has a real one
-    if hasattr(model, "start"):
-        _subtract_start(out / "adapter", model.start)
-    path = out / "adapter" / "adapter_config.json"
+    config.base_model_name_or_path, config.revision = origin["source"], origin["revision"]
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the merged model has a real one
+    start: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = getattr(model, "lora_start", None)
+    if start is not None:
+        _subtract_start(folder, start)
+    path = folder / "adapter_config.json"
     stored = json.loads(path.read_text())
     for name in ("target_modules", "modules_to_save"):  # sets, in an order of their own; a pattern is a string
         stored[name] = sorted(stored[name]) if isinstance(stored[name], list) else stored[name]

@@ -1,23 +1,29 @@
 """NEFTune: noise on the embeddings while training, for packs."""
 
+from typing import Any
+
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from adder.training.base_model import bare_model
 
 
-def add_noise(model: torch.nn.Module, alpha: float) -> None:
+def add_noise(model: PreTrainedModel | PeftModel, alpha: float) -> None:
     """Add uniform noise of at most alpha / sqrt(tokens * width) to each embedded token of a model in training mode.
 
     Jain et al. 2023, arXiv:2310.05914, in which `tokens` is the length of the example. transformers' own hook takes the
-    length of the whole row, which here is a pack, or several: its noise would be smaller the more examples a pass
+    length of the full row, which here is a pack, or several: its noise would be smaller the more examples a pass
     holds, and so depend on the machine. The examples of a row are told apart by their `position_ids`, which start at 0.
     """
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    position_ids = None
+    bare = bare_model(model)
+    position_ids: torch.Tensor | None = None
 
-    def remember(_module, _inputs, options):
+    def remember(_module: torch.nn.Module, _inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         nonlocal position_ids
         position_ids = options.get("position_ids")
 
-    def noise(module, _inputs, embedded):
+    def noise(module: torch.nn.Module, _inputs: tuple[Any, ...], embedded: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return embedded
         limit = alpha / (lengths(position_ids, embedded) * embedded.shape[-1]).sqrt()

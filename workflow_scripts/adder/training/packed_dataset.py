@@ -4,19 +4,32 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, Generic, TypedDict, TypeVar
 
 import numpy as np
 from datasets import Dataset
-from torch.utils.data import BatchSampler, Sampler
-from transformers import TrainerCallback
+from numpy.typing import NDArray
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset as TorchDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adder.core.files import read_table
+from adder.core.labels import IGNORE_INDEX
 from adder.tokenization.token_table import TokenTable
 from adder.training.batching import deal
 
-IGNORED = -100
-# What a process computes that has no pack left: it must take part in each pass, and learns nothing from this one.
-NOTHING = {"input_ids": [0, 0], "labels": [IGNORED, IGNORED], "seq_lengths": [2]}
+# What a rank computes that has no pack left: it must take part in each pass, and learns nothing from this one.
+EMPTY_PACK = {"input_ids": [0, 0], "labels": [IGNORE_INDEX, IGNORE_INDEX], "seq_lengths": [2]}
+
+Item = TypeVar("Item")
+
+
+class Pack(TypedDict):
+    """Examples joined: their token ids, their labels, and the length of each; int64, as torch has them."""
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    seq_lengths: NDArray[np.int64]
 
 
 class PackedExamples:
@@ -38,7 +51,7 @@ class PackedExamples:
         self._order = np.arange(len(self._pieces["rows"]))
 
     @property
-    def seq_lengths(self) -> list[np.ndarray]:
+    def seq_lengths(self) -> list[NDArray[np.int32]]:
         """Tokens of each piece, by pack."""
         return np.split(self._pieces["seq_lengths"], self._borders[1:-1])
 
@@ -52,8 +65,8 @@ class PackedExamples:
             in_order = np.argsort(lengths, kind="stable")
             self._order[in_order] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
 
-    def pack(self, number: int) -> dict[str, np.ndarray]:
-        """One pack: its pieces' `input_ids` and `labels` joined, and their `seq_lengths`, all int64 as torch has them.
+    def pack(self, number: int) -> Pack:
+        """One pack: its pieces' `input_ids` and `labels` joined, and their `seq_lengths`.
 
         The first label of every piece is -100, since the token that would predict it belongs to another example.
         """
@@ -62,7 +75,7 @@ class PackedExamples:
         for row, start, length in zip(*(self._pieces[name][chosen] for name in self._pieces), strict=True):
             ids.append(self.tokens.input_ids(row)[start : start + length])
             piece = self.tokens.labels(row)[start : start + length].copy()
-            piece[0] = IGNORED
+            piece[0] = IGNORE_INDEX
             labels.append(piece)
         return {
             "input_ids": np.concatenate(ids).astype(np.int64),
@@ -74,15 +87,15 @@ class PackedExamples:
         """The packs as a data set that makes each of them when it is asked for."""
         numbers = Dataset.from_dict({"pack": np.arange(len(self._borders) - 1)})
 
-        def make(batch: dict) -> dict:
+        def make(batch: dict[str, list[int]]) -> dict[str, list[NDArray[np.int64]]]:
             packs = [self.pack(number) for number in batch["pack"]]
             return {name: [pack[name] for pack in packs] for name in ("input_ids", "labels", "seq_lengths")}
 
         return numbers.with_transform(make)
 
 
-class WithNothing:
-    """A data set with NOTHING behind its last row."""
+class WithEmptyPack(TorchDataset[Any]):
+    """A data set with EMPTY_PACK behind its last row."""
 
     def __init__(self, rows: Dataset):
         self.rows = rows
@@ -90,22 +103,28 @@ class WithNothing:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> dict:
-        return NOTHING if number == len(self.rows) else self.rows[number]
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return EMPTY_PACK if number == len(self.rows) else self.rows[number]
 
 
 class DealtBatches(BatchSampler):
-    """The batches of all processes in turn: first each one's first of an optimizer step, then each one's second, ...
+    """The batches of all ranks in turn: first each one's first of an optimizer step, then each one's second, ...
 
     `sampler` has the order of the rows, `tokens` their lengths; `together` rows make a step, whatever the number of
     `processes`, each of which takes `passes` batches for it, and fewer for the last step where that is enough. An empty
-    batch has the row behind the last.
+    batch has the row behind the last. `micro_batch`: rows of a batch, at most.
     """
 
     batch_size, drop_last = None, False  # as accelerate, which gives each process its batches, knows uneven ones
 
     def __init__(
-        self, sampler: Sampler, tokens: Sequence[int], together: int, processes: int, passes: int, micro_batch: int
+        self,
+        sampler: RandomSampler | SequentialSampler,
+        tokens: Sequence[int],
+        together: int,
+        processes: int,
+        passes: int,
+        micro_batch: int,
     ):
         self.sampler, self.tokens, self.together = sampler, tokens, together
         self.processes, self.passes, self.micro_batch = processes, passes, micro_batch
@@ -128,16 +147,17 @@ class DealtBatches(BatchSampler):
         return self.passes if rows == self.together else -(-rows // (self.processes * self.micro_batch))
 
 
-class ReadAhead:
+class ReadAhead(Generic[Item]):
     """Goes through `source`, some of whose items may be read before they are asked for."""
 
-    def __init__(self, source: Iterator):
-        self.source, self.waiting = source, deque()
+    def __init__(self, source: Iterator[Item]):
+        self.source: Iterator[Item] = source
+        self.waiting: deque[Item] = deque()
 
-    def __iter__(self) -> "ReadAhead":
+    def __iter__(self) -> "ReadAhead[Item]":
         return self
 
-    def __next__(self):
+    def __next__(self) -> Item:
         return self.waiting.popleft() if self.waiting else next(self.source)
 
     def read(self, number: int) -> None:
@@ -151,7 +171,9 @@ class RefillPacks(TrainerCallback):
     def __init__(self, packs: PackedExamples):
         self.packs = packs
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Called by the trainer before it reads the first batch of an epoch."""
         self.packs.start_epoch(int(state.epoch or 0))
 
@@ -166,7 +188,7 @@ def heldout_examples(tokens: Path, most: int) -> Dataset | None:
         [
             {
                 "input_ids": row["input_ids"],
-                "labels": [IGNORED, *row["labels"][1:]],
+                "labels": [IGNORE_INDEX, *row["labels"][1:]],
                 "seq_lengths": [len(row["input_ids"])],
             }
             for row in sorted(rows, key=lambda row: (-len(row["input_ids"]), row["id"]))

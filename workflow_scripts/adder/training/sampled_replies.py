@@ -1,60 +1,79 @@
 """Replies to a few held-out prompts while training: what the model says, not only how low its loss is."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from adder.core.files import read_jsonl, write_jsonl
+from adder.core.labels import IGNORE_INDEX
 from adder.core.progress import Progress
 from adder.evaluation.reference_forms import choose_kind, is_match
 from adder.tokenization.token_table import TokenTable
 from adder.training.distributed import collectives
+from adder.training.records import SampleRow
 
-IGNORED = -100
 LONGEST = 256  # new tokens: a look at the replies, not an evaluation
 MARGIN = 8  # tokens more than the longest reference, so that a reply that doesn't end can be told
 
 
-def choose_prompts(tokens: Path, count: int) -> list[dict]:
-    """Up to `count` held-out examples as {id, prompt, reference} (ids), the same ones every time: smallest digests.
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out example's name, the token ids of its prompt and those of the reply that is right."""
+
+    id: str
+    prompt: list[int]
+    reference: list[int]
+
+
+def choose_prompts(tokens: Path, count: int) -> list[Prompt]:
+    """Up to `count` held-out examples, the same ones every time: smallest digests.
 
     The prompt is what stands before the last run of labelled tokens; examples without any are left out.
     """
     table = TokenTable(tokens)
-    chosen = []
+    chosen: list[Prompt] = []
     for row in np.argsort(table.column("digest"), kind="stable").tolist():
         if len(chosen) == count:
             break
         labels, ids = table.labels(row), table.input_ids(row)
-        labelled = np.flatnonzero(labels != IGNORED)
+        labelled = np.flatnonzero(labels != IGNORE_INDEX)
         if not len(labelled):
             continue
         end = int(labelled[-1]) + 1
-        start = int(np.flatnonzero(labels[:end] == IGNORED)[-1]) + 1 if (labels[:end] == IGNORED).any() else 0
+        start = int(np.flatnonzero(labels[:end] == IGNORE_INDEX)[-1]) + 1 if (labels[:end] == IGNORE_INDEX).any() else 0
         if start:
-            name = table.ids([row])[0]
-            chosen.append({"id": name, "prompt": ids[:start].tolist(), "reference": ids[start:end].tolist()})
+            name = table.ids(np.array([row]))[0]
+            chosen.append(Prompt(name, ids[:start].tolist(), ids[start:end].tolist()))
     return chosen
 
 
 class Sampler:
     """Lets the model reply to fixed prompts and keeps the replies in `file`, which outlives a kill.
 
-    `dtype`: of the matrix products, as in training. Each row is {step, id, prompt, reference, reply, exact_match,
-    finished}; step 0 is the base. Rows later than `resumed_step` are dropped: they will come again.
+    `dtype`: of the matmuls, as in training. Rows later than `resumed_step` are dropped: they will come again.
     """
 
-    def __init__(self, prompts: list[dict], tokenizer, dtype: str, file: Path, resumed_step: int, progress: Progress):
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: str,
+        file: Path,
+        resumed_step: int,
+        progress: Progress,
+    ):
         self.prompts, self.tokenizer, self.dtype, self.file, self.progress = prompts, tokenizer, dtype, file, progress
-        known = list(read_jsonl(file)) if file.exists() else []
+        known: list[SampleRow] = list(read_jsonl(file)) if file.exists() else []
         self.rows = [row for row in known if row["step"] <= resumed_step]
-        references = [self._text(prompt["reference"]) for prompt in prompts]
+        references = [self._text(prompt.reference) for prompt in prompts]
         self.kind = choose_kind(references)
-        self.limit = min(LONGEST, max((len(prompt["reference"]) for prompt in prompts), default=0) + MARGIN)
+        self.limit = min(LONGEST, max((len(prompt.reference) for prompt in prompts), default=0) + MARGIN)
 
-    def sample(self, model: torch.nn.Module, step: int) -> float | None:
+    def sample(self, model: PreTrainedModel | PeftModel, step: int) -> float | None:
         """Reply to every prompt; return the share of exact matches, None without prompts. Trains and draws nothing.
 
         To be called in every process: of a model in shards none has all.
@@ -63,17 +82,17 @@ class Sampler:
             return None
         if not any(row["step"] == step for row in self.rows):
             for prompt, ids in zip(self.prompts, self._generate(model), strict=True):
-                reply, reference = self._text(ids), self._text(prompt["reference"])
+                reply, reference = self._text(ids), self._text(prompt.reference)
                 self.rows.append(
-                    {
-                        "step": step,
-                        "id": prompt["id"],
-                        "prompt": self.tokenizer.decode(prompt["prompt"]),
-                        "reference": reference,
-                        "reply": reply,
-                        "exact_match": int(is_match(self.kind, reference, reply)),
-                        "finished": len(ids) < self.limit,
-                    }
+                    SampleRow(
+                        step=step,
+                        id=prompt.id,
+                        prompt=decoded(self.tokenizer, prompt.prompt),
+                        reference=reference,
+                        reply=reply,
+                        exact_match=int(is_match(self.kind, reference, reply)),
+                        finished=len(ids) < self.limit,
+                    )
                 )
             if collectives.is_main():
                 self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,37 +105,35 @@ class Sampler:
         )
         return right / len(now)
 
-    def describe(self, step: int) -> dict:
-        """The replies of one step in numbers, as the doctor takes them."""
-        now = [row for row in self.rows if row["step"] == step]
-        return {
-            "count": len(now),
-            "exact_match": sum(row["exact_match"] for row in now) / len(now),
-            "unfinished_share": sum(not row["finished"] for row in now) / len(now),
-            "empty_share": sum(not row["reply"] for row in now) / len(now),
-            "reply_tokens": sum(len(prompt["reference"]) for prompt in self.prompts) / len(self.prompts),
-        }
+    @property
+    def reply_tokens(self) -> float | None:
+        """Mean length of the references, None without prompts."""
+        if not self.prompts:
+            return None
+        return sum(len(prompt.reference) for prompt in self.prompts) / len(self.prompts)
 
     @torch.no_grad()
-    def _generate(self, model: torch.nn.Module) -> list[list[int]]:
+    def _generate(self, model: PreTrainedModel | PeftModel) -> list[list[int]]:
         """New ids of each reply, greedy, its end included."""
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        width = max(len(prompt["prompt"]) for prompt in self.prompts)
-        pad = self.tokenizer.pad_token_id
+        width = max(len(prompt.prompt) for prompt in self.prompts)
+        pad = token_id(self.tokenizer.pad_token_id)
+        assert pad is not None
         ids = torch.full((len(self.prompts), width), pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(self.prompts):
-            ids[row, width - len(prompt["prompt"]) :] = torch.tensor(prompt["prompt"])
-            mask[row, width - len(prompt["prompt"]) :] = 1
-        ends = sorted({prompt["reference"][-1] for prompt in self.prompts} | {self.tokenizer.eos_token_id} - {None})
+            ids[row, width - len(prompt.prompt) :] = torch.tensor(prompt.prompt)
+            mask[row, width - len(prompt.prompt) :] = 1
+        end = token_id(self.tokenizer.eos_token_id)
+        ends = sorted({prompt.reference[-1] for prompt in self.prompts} | ({end} if end is not None else set()))
         config = GenerationConfig(
             max_new_tokens=self.limit, do_sample=False, use_cache=True, eos_token_id=ends, pad_token_id=pad
         )
         try:
             with torch.autocast(device.type, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
-                output = model.generate(
+                output = model.generate(  # pyright: ignore[reportCallIssue] - a method of the bare model, by PEFT's __getattr__
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
                 )
         finally:
@@ -128,4 +145,17 @@ class Sampler:
         return replies
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return decoded(self.tokenizer, ids, skip_special_tokens=True).strip()
+
+
+def token_id(value: object) -> int | None:
+    """A special token's id as a number; typed as anything by transformers."""
+    assert value is None or isinstance(value, int)
+    return value
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False) -> str:
+    """The text of one row of token ids."""
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str)  # a list only of several rows
+    return text

@@ -6,26 +6,32 @@ run computes as it began, and where memory runs out all the same, the next small
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from adder.core import hardware
 from adder.core.choice import Choice
 from adder.core.errors import UserError
-from adder.core.files import read_json, write_json
+from adder.core.files import atomic_write, read_json, write_json
 from adder.core.rng import undisturbed
 from adder.kernels.labelled_loss import has_plain_head, labelled_losses, supports_training
+from adder.training.base_model import bare_model
 from adder.training.batching import divisors, packs_in_words, packs_per_step
+from adder.training.stage import TrainSettings
 
 # What is kept for the backward pass, from the most memory and the least time to the opposite; transformers' options.
-CHECKPOINTING = {
+CHECKPOINTING: dict[str, dict[str, Any] | None] = {
     "none": None,
     "every 4th layer": {"every_n_layers": 4},
     "every 2nd layer": {"every_n_layers": 2},
@@ -35,7 +41,7 @@ CHECKPOINTING = {
 OFFLOADED = "all layers, offloaded"
 # As the setting says it: true and false where that is meant.
 SETTING = {"none": False, "all layers": True}
-# On a CPU, products with this many rows run at full speed; more only takes memory.
+# On a CPU, matmuls with this many rows run at full speed; more only takes memory.
 CPU_TOKENS = 1024
 # Share of the memory that a plan must leave free: other batch shapes fragment it, and buffers that live longer come on
 # top of a step. A CPU's main memory is shared with everything else on the machine.
@@ -49,15 +55,16 @@ STEP = 1.5
 SECONDS = 20.0
 # A first step that took longer than this is its own timing: warming up is a small part of it.
 LONG_STEP = 2.0
-# AdamW's two moments of each trained number, in fp32; they come with the first step, after the trials.
+# AdamW's two moments of each trained parameter, in fp32; they come with the first step, after the trials.
 OPTIMIZER_BYTES = 8
 COUNTED_TOKENS = 64  # a CPU's memory is counted on so many
 PLAN_FILE = "plan.json"
-CHOICES = ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+
+Packs = Sequence[Sequence[int]] | Sequence[NDArray[np.int32]]  # token counts of the examples in each pack
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """`micro_batch` packs a forward pass, `accumulation` of these a step; `checkpointing`: one of CHECKPOINTING."""
 
     micro_batch: int
@@ -73,16 +80,66 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class StepChoices:
+    """How an optimizer step is computed, with reasons. Kept beside the checkpoints, for the starts that follow.
+
+    `gradient_checkpointing` is as the setting says it, or one of CHECKPOINTING. `frozen_products`: the precision of the
+    frozen base's matmuls, where that was measured. `memory_fallback`: what was done where memory ran out.
+    """
+
+    processes: Choice
+    micro_batch_size: Choice
+    gradient_accumulation_steps: Choice
+    gradient_checkpointing: Choice
+    frozen_products: Choice | None = None
+    memory_fallback: Choice | None = None
+
+    @property
+    def plan(self) -> StepPlan:
+        """The plan that the choices stand for."""
+        named: dict[bool | str, str] = {setting: level for level, setting in SETTING.items()}
+        level = self.gradient_checkpointing.value
+        return StepPlan(self.micro_batch_size.value, self.gradient_accumulation_steps.value, named.get(level, level))
+
+    def named(self) -> dict[str, Choice]:
+        """The choices that were made, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: choice for name, choice in found.items() if choice is not None}
+
+
+class StepPacks(NamedTuple):
+    """How many packs an optimizer step sees, however many processes share it, and the sentence that says so."""
+
+    packs: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Trial:
     """What a plan was seen, or where `tokens_per_second` is None expected, to need."""
 
-    plan: Plan
+    plan: StepPlan
     fits: bool
     peak_memory_bytes: int | None = None
     tokens_per_second: float | None = None
     room_bytes: int | None = None  # that it may take
 
-    def row(self) -> dict:
+    @property
+    def speed(self) -> float:
+        """Tokens a second, 0 where nothing was timed."""
+        return self.tokens_per_second or 0.0
+
+    @property
+    def peak(self) -> int:
+        """Bytes that it takes, 0 where that isn't known."""
+        return self.peak_memory_bytes or 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that it may take, 0 where that isn't known."""
+        return self.room_bytes or 0
+
+    def row(self) -> dict[str, Any]:
         """The trial as one of a choice's alternatives."""
         return {
             "micro_batch": self.plan.micro_batch,
@@ -100,107 +157,117 @@ class MemoryRanOut(Exception):
 # Choosing -------------------------------------------------------------------------------------------------------------
 
 
-def step_packs(settings: dict, seq_lengths: Sequence[Sequence[int]]) -> tuple[int, str]:
-    """Return how many packs an optimizer step sees, however many processes share it, and the sentence that says so."""
-    packs, sentence = packs_per_step(settings["effective_batch_size"], seq_lengths)
-    if settings["micro_batch_size"] != "auto":
-        size = min(settings["micro_batch_size"], packs)
+def step_packs(settings: TrainSettings, seq_lengths: Packs) -> StepPacks:
+    """How many packs make an optimizer step: a multiple of micro_batch_size, where that is set."""
+    packs, sentence = packs_per_step(settings.effective_batch_size, seq_lengths)
+    if settings.micro_batch_size != "auto":
+        size = min(settings.micro_batch_size, packs)
         packs = max(1, round(packs / size)) * size
-    return packs, sentence
+    return StepPacks(packs, sentence)
 
 
-def choose(
-    settings: dict,
-    seq_lengths: Sequence[Sequence[int]],
+def choose_step(
+    settings: TrainSettings,
+    seq_lengths: Packs,
+    per_step: StepPacks,
     device: str,
     levels: Sequence[str],
-    try_plan,
-    processes: int = 1,
-) -> dict[str, Choice]:
-    """Choose micro_batch_size (packs), gradient_accumulation_steps and gradient_checkpointing.
+    try_plan: Callable[[StepPlan], Trial],
+    processes: Choice,
+) -> StepChoices:
+    """Choose the fastest way to compute a step that fits into memory, by trials.
 
-    `seq_lengths`: token counts of the examples in each pack. `levels`: those of CHECKPOINTING that the model supports.
-    `try_plan(plan)` returns a Trial over the longest packs. The plan is that of each of `processes`. Raises UserError
-    if nothing fits.
+    `levels`: those of CHECKPOINTING that the model supports. `try_plan` returns a Trial over the longest packs. The
+    plan is that of each of `processes`. Raises UserError if nothing fits.
     """
-    per_step, sentence = step_packs(settings, seq_lengths)
-    if processes > 1:
-        sentence += f", shared by {processes} processes"
-        per_step = -(-per_step // processes)
-    wanted, checkpointing = settings["micro_batch_size"], settings["gradient_checkpointing"]
-    sizes = divisors(per_step) if wanted == "auto" else [min(wanted, per_step)]
+    share, sentence = per_step
+    if processes.value > 1:
+        sentence += f", shared by {processes.value} processes"
+        share = -(-share // processes.value)
+    wanted, checkpointing = settings.micro_batch_size, settings.gradient_checkpointing
+    sizes = divisors(share) if wanted == "auto" else [min(wanted, share)]
     if checkpointing != "auto":
         levels = ["all layers" if checkpointing else "none"]
     longest = max(map(sum, seq_lengths))
     if device == "cpu":
         sizes = [size for size in sizes if size == sizes[0] or size * longest <= CPU_TOKENS]
-        trials = first_that_fits(sizes, levels, per_step, try_plan)
+        trials = first_that_fits(sizes, levels, share, try_plan)
     else:
-        trials = search(sizes, levels, per_step, seq_lengths, try_plan)
+        trials = search(sizes, levels, share, seq_lengths, try_plan)
     fitting = [trial for trial in trials if trial.fits]
     if not fitting:
-        plan = trials[-1].plan
-        raise UserError(
-            f"not even {packs_in_words(plan.micro_batch)} of {longest} tokens fits in this "
-            f"{'GPU' if device == 'cuda' else 'machine'}'s memory"
-            f"{'' if plan.checkpointing == 'none' else ' with gradient checkpointing'}; lower lengths.max_seq_length "
-            f"or train.lora_r{'' if settings['method'] == 'qlora' else ', or use train.method: qlora'}"
-        )
+        raise _nothing_fits(trials[-1].plan, longest, device, settings.method)
     best = _best(fitting)
     steps = best.plan.accumulation
     why = "as set" if wanted != "auto" else _size_reason(best, trials, device)
-    return {
-        "micro_batch_size": Choice(
+    in_passes = f", in {steps} forward passes{' each' if processes.value > 1 else ''}" if steps > 1 else ""
+    return StepChoices(
+        processes=processes,
+        micro_batch_size=Choice(
             best.plan.micro_batch,
             f"{packs_in_words(best.plan.micro_batch)} a forward pass: {why}",
             [trial.row() for trial in trials],
         ),
-        "gradient_accumulation_steps": Choice(
-            steps,
-            sentence + (f", in {steps} forward passes{' each' if processes > 1 else ''}" if steps > 1 else ""),
-        ),
-        "gradient_checkpointing": Choice(
+        gradient_accumulation_steps=Choice(steps, sentence + in_passes),
+        gradient_checkpointing=Choice(
             SETTING.get(best.plan.checkpointing, best.plan.checkpointing),
             "as set" if checkpointing != "auto" else _checkpointing_reason(best, trials, device),
         ),
-    }
+    )
 
 
-def cautious(
-    settings: dict, seq_lengths: Sequence[Sequence[int]], levels: Sequence[str], processes: int
-) -> dict[str, Choice]:
-    """As choose, without trials: for a model in shards, whose processes a failed trial would leave out of step."""
-    packs, sentence = step_packs(settings, seq_lengths)
-    share = -(-packs // processes)
-    wanted, checkpointing = settings["micro_batch_size"], settings["gradient_checkpointing"]
+def _nothing_fits(least: StepPlan, longest: int, device: str, method: str) -> UserError:
+    return UserError(
+        f"not even {packs_in_words(least.micro_batch)} of {longest} tokens fits in this "
+        f"{'GPU' if device == 'cuda' else 'machine'}'s memory"
+        f"{'' if least.checkpointing == 'none' else ' with gradient checkpointing'}; lower lengths.max_seq_length "
+        f"or train.lora_r{'' if method == 'qlora' else ', or use train.method: qlora'}"
+    )
+
+
+def choose_step_untried(
+    settings: TrainSettings, per_step: StepPacks, levels: Sequence[str], processes: Choice
+) -> StepChoices:
+    """As choose_step, without trials: for a model in shards, whose ranks a failed trial would leave out of step."""
+    share = -(-per_step.packs // processes.value)
+    wanted, checkpointing = settings.micro_batch_size, settings.gradient_checkpointing
     micro = 1 if wanted == "auto" else min(wanted, share)
     recomputed = "all layers" in levels if checkpointing == "auto" else checkpointing
     why = "nothing is tried with a model in shards"
-    return {
-        "micro_batch_size": Choice(
+    return StepChoices(
+        processes=processes,
+        micro_batch_size=Choice(
             micro,
             f"{packs_in_words(micro)} a forward pass: {'as set' if wanted != 'auto' else f'the least, since {why}'}",
         ),
-        "gradient_accumulation_steps": Choice(-(-share // micro), f"{sentence}, shared by {processes} processes"),
-        "gradient_checkpointing": Choice(
+        gradient_accumulation_steps=Choice(
+            -(-share // micro), f"{per_step.reason}, shared by {processes.value} processes"
+        ),
+        gradient_checkpointing=Choice(
             recomputed, "as set" if checkpointing != "auto" else f"needs the least memory, and {why}"
         ),
-    }
+    )
 
 
-def first_that_fits(sizes: list[int], levels: Sequence[str], per_step: int, try_plan) -> list[Trial]:
+def first_that_fits(
+    sizes: list[int], levels: Sequence[str], per_step: int, try_plan: Callable[[StepPlan], Trial]
+) -> list[Trial]:
     """Trials of the largest size with nothing recomputed, then of less and less memory, up to the first that fits."""
     trials = []
     for level in levels:
         for size in reversed(sizes):
-            trials.append(try_plan(Plan(size, -(-per_step // size), level)))
+            trials.append(try_plan(StepPlan(size, -(-per_step // size), level)))
             if trials[-1].fits:
                 return trials
     return trials
 
 
 def search(
-    sizes: list[int], levels: Sequence[str], per_step: int, seq_lengths: Sequence[Sequence[int]], try_plan
+    sizes: list[int],
+    levels: Sequence[str],
+    per_step: int,
+    seq_lengths: Packs,
+    try_plan: Callable[[StepPlan], Trial],
 ) -> list[Trial]:
     """Trials among which the fastest plan is: larger and larger batches with less and less kept.
 
@@ -216,9 +283,9 @@ def search(
             break
         points: list[Trial] = []
         for size in ladder([size for size in sizes if size > fitted]):
-            plan = Plan(size, -(-per_step // size), level)
+            plan = StepPlan(size, -(-per_step // size), level)
             expected = _expected_bytes(points, tokens, size)
-            if expected is not None and expected > points[-1].room_bytes:
+            if expected is not None and expected > points[-1].room:
                 trials.append(Trial(plan, fits=False, peak_memory_bytes=expected))
                 break
             known = [trial for trial in trials if trial.fits]
@@ -229,7 +296,7 @@ def search(
                 break
             fitted = size
             points.append(trials[-1])
-            if len(points) > 1 and points[-1].tokens_per_second < GAIN * points[-2].tokens_per_second:
+            if len(points) > 1 and points[-1].speed < GAIN * points[-2].speed:
                 return trials
         else:
             return trials
@@ -247,25 +314,22 @@ def ladder(sizes: list[int]) -> list[int]:
 
 def _best(fitting: list[Trial]) -> Trial:
     """The fastest; and the largest batch among those that are as fast, with the same checkpointing."""
-
-    def speed(trial: Trial) -> float:
-        return trial.tokens_per_second or 0
-
-    fastest = max(fitting, key=speed)
+    fastest = max(fitting, key=lambda trial: trial.speed)
     alike = [trial for trial in fitting if trial.plan.checkpointing == fastest.plan.checkpointing]
-    return max((trial for trial in alike if speed(trial) * GAIN >= speed(fastest)), key=lambda t: t.plan.micro_batch)
+    near = [trial for trial in alike if trial.speed * GAIN >= fastest.speed]
+    return max(near, key=lambda trial: trial.plan.micro_batch)
 
 
 def _expected_bytes(points: list[Trial], tokens: dict[int, int], size: int) -> int | None:
     """Memory of a size from the last two trials with the same checkpointing, on the line through them."""
     if len(points) < 2:
         return None
-    (x1, y1), (x2, y2) = ((tokens[trial.plan.micro_batch], trial.peak_memory_bytes) for trial in points[-2:])
+    (x1, y1), (x2, y2) = ((tokens[trial.plan.micro_batch], trial.peak) for trial in points[-2:])
     return round(y2 + (y2 - y1) / (x2 - x1) * (tokens[size] - x2))
 
 
 def _expected_seconds(known: Trial, tokens: dict[int, int], size: int) -> float:
-    return tokens[size] / known.tokens_per_second
+    return tokens[size] / known.speed
 
 
 def _size_reason(best: Trial, trials: list[Trial], device: str) -> str:
@@ -275,13 +339,13 @@ def _size_reason(best: Trial, trials: list[Trial], device: str) -> str:
     if len(timed) == 1:
         return "the only plan that a trial step with the longest packs found room for"
     others = [trial for trial in timed if trial is not best]
-    second = max(others, key=lambda trial: trial.tokens_per_second)
+    second = max(others, key=lambda trial: trial.speed)
     near = f"as fast as any (within {100 * (GAIN - 1):.0f} %)"
-    rank = "the fastest" if best.tokens_per_second >= second.tokens_per_second else near
+    rank = "the fastest" if best.speed >= second.speed else near
     return (
         f"{rank} of {len(timed)} plans that fit, by trial steps with the longest packs: "
-        f"{best.tokens_per_second:,.0f} tokens/s and {best.peak_memory_bytes / 2**30:.1f} of "
-        f"{best.room_bytes / 2**30:.1f} GiB, against {second.tokens_per_second:,.0f} tokens/s with {second.plan}"
+        f"{best.speed:,.0f} tokens/s and {best.peak / 2**30:.1f} of "
+        f"{best.room / 2**30:.1f} GiB, against {second.speed:,.0f} tokens/s with {second.plan}"
     )
 
 
@@ -300,44 +364,44 @@ def _checkpointing_reason(best: Trial, trials: list[Trial], device: str) -> str:
 # Trying ---------------------------------------------------------------------------------------------------------------
 
 
-def supported(model: torch.nn.Module, device: str) -> list[str]:
+def supported_checkpointing(model: PreTrainedModel | PeftModel, device: str) -> list[str]:
     """The levels of CHECKPOINTING that make sense for a model on a device."""
     if not model.supports_gradient_checkpointing:
         return ["none"]
     return [level for level in CHECKPOINTING if device == "cuda" or level != OFFLOADED]
 
 
-def apply(model: torch.nn.Module, level: str) -> None:
+def apply_checkpointing(model: PreTrainedModel | PeftModel, level: str) -> None:
     """Let training forward passes of `model` keep what `level` says."""
     if model.supports_gradient_checkpointing:
         model.activation_checkpointing_disable()
     if level != "none":
-        model.activation_checkpointing_enable({"use_reentrant": False}, **CHECKPOINTING[level])
+        model.activation_checkpointing_enable({"use_reentrant": False}, **(CHECKPOINTING[level] or {}))
         # Without reentry gradients reach the layers anyhow; the first layer's input needs none.
         model.disable_input_require_grads()
 
 
 class Trials:
-    """Tries plans for a model: call with a Plan, get a Trial. The model and all random numbers stay as they were.
+    """Tries plans for a model: call with a StepPlan, get a Trial. The model and all random numbers stay as they were.
 
-    `seq_lengths`: token counts of the examples in each pack. `dtype`: of the matrix products.
+    `seq_lengths`: token counts of the examples in each pack. `dtype`: of the matmuls.
     """
 
-    def __init__(self, model: torch.nn.Module, seq_lengths: Sequence[Sequence[int]], dtype: str, device: str):
+    def __init__(self, model: PreTrainedModel | PeftModel, seq_lengths: Packs, dtype: str, device: str):
         self.model, self.dtype, self.device = model, dtype, device
         self.packs = sorted(seq_lengths, key=sum, reverse=True)
-        self.bare = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.bare = bare_model(model)
         self.vocabulary = model.config.get_text_config().vocab_size
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.later = OPTIMIZER_BYTES * trained
         self.counted: dict[str, float] = {}  # bytes a token kept for the backward pass, by checkpointing
 
-    def __call__(self, plan: Plan) -> Trial:
+    def __call__(self, plan: StepPlan) -> Trial:
         """Try the plan on made-up tokens in its longest packs."""
         lengths = [int(length) for pack in self.packs[: plan.micro_batch] for length in pack]
         return self._count(plan, sum(lengths)) if self.device == "cpu" else self._measure(plan, lengths)
 
-    def _measure(self, plan: Plan, lengths: list[int]) -> Trial:
+    def _measure(self, plan: StepPlan, lengths: list[int]) -> Trial:
         """Run steps and see how much memory and time they take."""
         free = hardware.free_memory("cuda") + torch.cuda.memory_reserved()
         room = int(free - HEADROOM["cuda"] * hardware.total_memory("cuda")) - self.later
@@ -367,7 +431,7 @@ class Trials:
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def _count(self, plan: Plan, tokens: int) -> Trial:
+    def _count(self, plan: StepPlan, tokens: int) -> Trial:
         """Count what a few tokens keep for the backward pass: memory grows linearly with tokens."""
         for level in {"none", plan.checkpointing}:
             if level not in self.counted:
@@ -407,17 +471,17 @@ class Trials:
 
 
 @contextmanager
-def _as_before(model: torch.nn.Module, level: str) -> Iterator[None]:
+def _as_before(model: PreTrainedModel | PeftModel, level: str) -> Iterator[None]:
     """In training mode with a level of checkpointing; then modes, gradients and random numbers are as they were."""
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     with undisturbed():
         model.train()
-        apply(model, level)
+        apply_checkpointing(model, level)
         try:
             yield
         finally:
-            apply(model, "none")
+            apply_checkpointing(model, "none")
             for module, mode in modes.items():
                 module.training = mode
             for parameter, gradient in gradients.items():
@@ -425,7 +489,7 @@ def _as_before(model: torch.nn.Module, level: str) -> Iterator[None]:
 
 
 @contextmanager
-def _fused_head(bare: torch.nn.Module) -> Iterator[None]:
+def _fused_head(bare: PreTrainedModel) -> Iterator[None]:
     """With TRL's LM head, which its trainer puts on every model."""
     before = bare.__dict__.get("forward")
     add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
@@ -438,7 +502,7 @@ def _fused_head(bare: torch.nn.Module) -> Iterator[None]:
             bare.forward = before
 
 
-def made_up(lengths: list[int], vocabulary: int, device: str) -> dict:
+def made_up(lengths: list[int], vocabulary: int, device: str) -> dict[str, Any]:
     """One row of joined examples of random tokens, all of which carry loss, as TRL's collator makes them of packs."""
     tokens = torch.randint(0, vocabulary, (1, sum(lengths)), device=device)
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
@@ -456,29 +520,21 @@ def made_up(lengths: list[int], vocabulary: int, device: str) -> dict:
 # Keeping and falling back ---------------------------------------------------------------------------------------------
 
 
-def of(choices: dict[str, Choice]) -> Plan:
-    """The plan that choices stand for."""
-    micro, accumulation, value = (choices[name].value for name in CHOICES)
-    named = {setting: level for level, setting in SETTING.items()}
-    return Plan(micro, accumulation, named.get(value, value))
-
-
-def save(choices: dict[str, Choice], folder: Path) -> None:
+def save_choices(choices: StepChoices, folder: Path) -> None:
     """Keep the choices beside the checkpoints, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{PLAN_FILE}"
-    write_json(partial, {name: choice.to_dict() for name, choice in choices.items()})
-    partial.replace(folder / PLAN_FILE)
+    with atomic_write(folder / PLAN_FILE) as partial:
+        write_json(partial, {name: choice.to_dict() for name, choice in choices.named().items()})
 
 
-def load(folder: Path) -> dict[str, Choice] | None:
+def load_choices(folder: Path) -> StepChoices | None:
     """The choices that an earlier start kept, None where there was none."""
     if not (folder / PLAN_FILE).exists():
         return None
-    return {name: Choice(**stored) for name, stored in read_json(folder / PLAN_FILE).items()}
+    return StepChoices(**{name: Choice(**stored) for name, stored in read_json(folder / PLAN_FILE).items()})
 
 
-def smaller(plan: Plan, levels: Sequence[str]) -> Plan | None:
+def smaller(plan: StepPlan, levels: Sequence[str]) -> StepPlan | None:
     """The plan that needs less memory for the same step: the next smaller batch, at one pack more recomputing."""
     below = [size for size in divisors(plan.micro_batch * plan.accumulation) if size < plan.micro_batch]
     if below:
@@ -487,13 +543,13 @@ def smaller(plan: Plan, levels: Sequence[str]) -> Plan | None:
     return replace(plan, checkpointing=later[0]) if later else None
 
 
-def fall_back(choices: dict[str, Choice], levels: Sequence[str], step: int, continued_from: int) -> dict[str, Choice]:
+def fall_back(choices: StepChoices, levels: Sequence[str], step: int, continued_from: int) -> StepChoices:
     """The choices with the next smaller plan, after memory ran out in the step after `step`.
 
     `continued_from`: the step of the last whole checkpoint, 0 where there is none. `memory_fallback` tells of it; its
     alternatives are all falls so far. Raises UserError where no smaller plan is left.
     """
-    failed = of(choices)
+    failed = choices.plan
     plan = smaller(failed, levels)
     if plan is None:
         raise UserError(
@@ -501,7 +557,7 @@ def fall_back(choices: dict[str, Choice], levels: Sequence[str], step: int, cont
             "lengths.max_seq_length or train.lora_r, or end other programs that hold memory"
         )
     where = f"the checkpoint of step {continued_from}" if continued_from else "the start"
-    earlier = choices["memory_fallback"].alternatives if "memory_fallback" in choices else []
+    earlier = choices.memory_fallback.alternatives if choices.memory_fallback else []
     fall = {
         "step": step + 1,
         "continued_from": continued_from,
@@ -513,13 +569,14 @@ def fall_back(choices: dict[str, Choice], levels: Sequence[str], step: int, cont
         "step in the same order"
     )
     value = SETTING.get(plan.checkpointing, plan.checkpointing)
-    micro, accumulation, checkpointing = (choices[name] for name in CHOICES)
-    return choices | {
-        "micro_batch_size": replace(micro, value=plan.micro_batch, reason=_but(micro.reason)),
-        "gradient_accumulation_steps": replace(accumulation, value=plan.accumulation),
-        "gradient_checkpointing": replace(checkpointing, value=value),
-        "memory_fallback": Choice(str(plan), reason, [*earlier, fall]),
-    }
+    micro = choices.micro_batch_size
+    return replace(
+        choices,
+        micro_batch_size=replace(micro, value=plan.micro_batch, reason=_but(micro.reason)),
+        gradient_accumulation_steps=replace(choices.gradient_accumulation_steps, value=plan.accumulation),
+        gradient_checkpointing=replace(choices.gradient_checkpointing, value=value),
+        memory_fallback=Choice(str(plan), reason, [*earlier, fall]),
+    )
 
 
 def _but(reason: str) -> str:

@@ -11,8 +11,6 @@ from adder.core.progress import Progress
 from adder.kernels import labelled_loss
 from adder.kernels.fused_lora import attach
 from adder.training import lora as adapter
-from adder.training import run as train
-from adder.workflow.settings import Train
 from fused_lora_cases import (
     FAMILIES,
     LENGTHS,
@@ -28,6 +26,7 @@ from fused_lora_cases import (
     worst_error,
 )
 from tiny import pack_rows, token_row, write_training_inputs
+from training_stage import run_training, train_settings
 
 
 def assert_same_step(model, batch: dict, tolerance: float = 2e-5) -> dict:
@@ -156,7 +155,7 @@ def test_fused_training_is_training(tmp_path, tiny_model_dir, monkeypatch):
     inputs = write_training_inputs(tmp_path / "inputs", tiny_model_dir)
     values = {"epochs": 2, "learning_rate": 1e-3, "effective_batch_size": 6, "lora_r": 4, "compute_dtype": "float32"}
     values |= {"method": "lora", "eval_samples": 4, "eval_times": 2, "gradient_checkpointing": True, "lora_dropout": 0}
-    settings = Train(**values).model_dump(mode="json") | {"reshuffle": False}
+    settings = train_settings(**values)
     add_adapter = adapter.add_adapter
     losses, weights = {}, {}
     for kind in ("peft", "fused"):
@@ -170,7 +169,7 @@ def test_fused_training_is_training(tmp_path, tiny_model_dir, monkeypatch):
             monkeypatch.setattr(adapter, "add_adapter", fused)
         out = tmp_path / kind
         out.mkdir()
-        train.run(settings, inputs, out, Progress.silent())
+        run_training(settings, inputs, out, Progress.silent())
         rows = read_jsonl(out / "metrics.jsonl")
         losses[kind] = [row[name] for row in rows for name in ("loss", "eval_loss") if name in row]
         weights[kind] = load_file(out / "adapter" / "adapter_model.safetensors")

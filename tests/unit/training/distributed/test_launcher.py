@@ -1,6 +1,6 @@
 """Several processes train one model: the same curve as one, whatever happens. With gloo on the CPU; on GPUs with NCCL.
 
-The GPU tests need two of them: `python3 -m pytest -m gpu tests/unit/test_several.py`.
+The GPU tests need two of them: `python3 -m pytest -m gpu tests/unit/training/distributed/test_launcher.py`.
 """
 
 import os
@@ -16,19 +16,21 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json
 from adder.core.progress import Progress
-from adder.training import run as train
+from adder.core.stage_spec import Runtime
 from adder.training.checkpoints import newest_whole
 from adder.training.distributed import fsdp, launcher
-from adder.training.step_planner import MemoryRanOut
-from adder.workflow.settings import Train
+from adder.training.fit import TrainJob
+from adder.training.stage import TrainSettings
+from adder.training.step_planner import MemoryRanOut, StepPacks
 from tiny import save_tiny_model, write_training_inputs
+from training_stage import run_training, train_inputs, train_settings
 
 
-def settings(**changes) -> dict:
+def settings(**changes) -> TrainSettings:
     """Three packs of three examples a step, which two processes can't share evenly; every pack filled anew."""
     values = {"epochs": 24, "learning_rate": 1e-3, "effective_batch_size": 9, "lora_r": 4, "lora_dropout": 0.0}
     values |= {"compute_dtype": "float32", "eval_samples": 7, "eval_times": 3, "samples": 2}
-    return Train(**{**values, **changes}).model_dump(mode="json") | {"reshuffle": True}
+    return train_settings(**{**values, **changes}, reshuffle=True)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def inputs(tmp_path_factory, tiny_model_dir) -> dict[str, Path]:
 @pytest.fixture
 def two(monkeypatch):
     """Two processes, also where there is no GPU."""
-    monkeypatch.setattr(launcher, "choose", lambda *_: Choice(2, "for the test"))
+    monkeypatch.setattr(launcher, "choose_process_count", lambda *_: Choice(2, "for the test"))
 
 
 class StopsAt(Progress):
@@ -67,19 +69,19 @@ def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_p
 
     In fp32 only the order of sums differs: 2e-7 of a loss was seen, and 1e-5 leaves room for other CPUs.
     """
-    runtime = {"checkpoints": 2, "results": str(tmp_path)}
+    runtime = {"checkpoints": 2}
     whole, shards = ({"checkpoints": tmp_path / "c", "runtime": runtime | {"sharding": how}} for how in ("ddp", "fsdp"))
     progress = StopsAt(8)
     monkeypatch.setattr(launcher, "POLL", 0.01)  # what it shows reaches it before these quick steps are over
     for name in ("two", "one"):
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=r"told to stop \(SIGTERM\) at step \d+ of 120; a checkpoint is written"):
-        train.run(settings(), inputs, tmp_path / "two", progress, **whole)
+        run_training(settings(), inputs, tmp_path / "two", progress, **whole)
     assert list((tmp_path / "two").iterdir()) == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    train.run(settings(), inputs, tmp_path / "two", progress, **shards)
+    run_training(settings(), inputs, tmp_path / "two", progress, **shards)
     assert any("continuing from the checkpoint at step" in text for text in progress.said)
-    monkeypatch.setattr(launcher, "choose", lambda *_: Choice(1, "for the test"))
-    train.run(settings(), inputs, tmp_path / "one", Progress.silent())
+    monkeypatch.setattr(launcher, "choose_process_count", lambda *_: Choice(1, "for the test"))
+    run_training(settings(), inputs, tmp_path / "one", Progress.silent())
     summaries = {name: read_json(tmp_path / name / "train.json") for name in ("two", "one")}
     assert summaries["two"]["steps"] == summaries["one"]["steps"] == 120
     assert summaries["two"]["effective_batch"] == summaries["one"]["effective_batch"]
@@ -97,15 +99,15 @@ def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_p
 
 def test_a_full_training_that_one_process_began_goes_on_in_shards(inputs, tmp_path, monkeypatch):
     """Weights and AdamW's moments, from a checkpoint and to one, by way of shards; fp32 as above."""
-    values = settings(keep="best", epochs=3) | {"method": "full"}
+    values = settings(keep="best", epochs=3, method="full")
     for name in ("begun", "alone"):
         options = {"checkpoints": tmp_path / f"{name}-c", "runtime": {"checkpoints": 3, "sharding": "fsdp"}}
         (tmp_path / name).mkdir()
         if name == "begun":
             with pytest.raises(UserError, match="told to stop"):
-                train.run(values, inputs, tmp_path / name, StopsAt(3), **options)
-            monkeypatch.setattr(launcher, "choose", lambda *_: Choice(2, "for the test"))
-        train.run(values, inputs, tmp_path / name, Progress.silent(), **options)
+                run_training(values, inputs, tmp_path / name, StopsAt(3), **options)
+            monkeypatch.setattr(launcher, "choose_process_count", lambda *_: Choice(2, "for the test"))
+        run_training(values, inputs, tmp_path / name, Progress.silent(), **options)
         monkeypatch.undo()
     summary, plan = (read_json(tmp_path / "begun" / f"{name}.json") for name in ("train", "plan"))
     assert summary["resumed_from"] >= 3 and plan["sharding"]["value"] == "fsdp"
@@ -125,6 +127,22 @@ def test_a_full_training_that_one_process_began_goes_on_in_shards(inputs, tmp_pa
         assert torch.allclose(moments[0][number]["exp_avg_sq"], moment["exp_avg_sq"], rtol=1e-3, atol=1e-12), number
 
 
+def job(folder: Path, folders: dict[str, Path], processes: int) -> TrainJob:
+    """A training on the CPU."""
+    return TrainJob(
+        settings=settings(),
+        inputs=train_inputs(folders),
+        out=folder,
+        checkpoints=folder / "c",
+        results=folder,
+        runtime=Runtime(),
+        device="cpu",
+        threads=1,
+        step_packs=StepPacks(3, "three"),
+        processes=Choice(processes, "for the test"),
+    )
+
+
 @pytest.mark.parametrize(
     ("kinds", "error", "text"),
     [
@@ -134,8 +152,10 @@ def test_a_full_training_that_one_process_began_goes_on_in_shards(inputs, tmp_pa
         ({0: "done"}, RuntimeError, "was killed"),
     ],
 )
-def test_what_one_of_the_processes_ended_with_is_how_the_training_ends(monkeypatch, kinds, error, text):
-    def run(folder: Path, processes: int, progress: Progress) -> bool:
+def test_what_one_of_the_processes_ended_with_is_how_the_training_ends(
+    monkeypatch, inputs, tmp_path, kinds, error, text
+):
+    def run(folder: Path, processes: int, threads: int, progress: Progress) -> bool:
         for age, (number, kind) in enumerate(kinds.items()):
             path = folder / f"outcome-{number}.json"
             write_json(path, {"kind": kind, "text": f"{'a mistake' if kind == 'user' else kind} of {number}"})
@@ -144,7 +164,7 @@ def test_what_one_of_the_processes_ended_with_is_how_the_training_ends(monkeypat
 
     monkeypatch.setattr(launcher, "_run", run)
     with pytest.raises(error, match=text):
-        launcher.train({}, 2, "cpu", Progress.silent())
+        launcher.fit_in_processes(job(tmp_path, inputs, 2), Progress.silent())
 
 
 @pytest.mark.parametrize(
@@ -158,16 +178,16 @@ def test_what_one_of_the_processes_ended_with_is_how_the_training_ends(monkeypat
 )
 def test_every_gpu_that_there_are_packs_for_is_used(monkeypatch, wanted, packs, number, why):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    choice = launcher.choose(wanted, "cuda", packs)
+    choice = launcher.choose_process_count(wanted, "cuda", packs)
     assert choice.value == number and why in choice.reason
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match="runtime.gpus: 8 were asked for, and torch sees 4 here"):
-        launcher.choose(8, "cuda", 16)
+        launcher.choose_process_count(8, "cuda", 16)
     with pytest.raises(UserError, match="runtime.gpus: 2 were asked for, but training runs on the CPU"):
-        launcher.choose(2, "cpu", 16)
+        launcher.choose_process_count(2, "cpu", 16)
 
 
 @pytest.mark.parametrize(("method", "of_linear", "of_rest"), [("full", 16, 16), ("lora", 2, 2), ("qlora", 33 / 64, 2)])
@@ -179,10 +199,10 @@ def test_a_model_that_fills_a_gpu_goes_into_shards(tiny_model_dir, monkeypatch, 
     needed = of_linear * linear + of_rest * (sum(weight.numel() for weight in weights.values()) - linear)
     for room, how in ((0.99, "fsdp"), (1.01, "ddp")):
         monkeypatch.setattr(hardware, "total_memory", lambda _, room=room: room * needed / 0.8)
-        assert fsdp.choose("auto", settings() | {"method": method}, tiny_model_dir, "cuda").value == how
+        assert fsdp.choose_sharding("auto", settings(method=method), tiny_model_dir, "cuda").value == how
     monkeypatch.setattr(hardware, "total_memory", lambda _: needed)
     with pytest.raises(UserError, match="more than .* of one GPU.* doesn't go with train.init_lora_weights: eva"):
-        fsdp.choose("auto", settings() | {"method": method, "init_lora_weights": "eva"}, tiny_model_dir, "cuda")
+        fsdp.choose_sharding("auto", settings(method=method, init_lora_weights="eva"), tiny_model_dir, "cuda")
 
 
 # On two GPUs ----------------------------------------------------------------------------------------------------------
@@ -206,11 +226,11 @@ METHODS = [("qlora", "ddp"), ("qlora", "fsdp"), ("lora", "fsdp"), ("full", "ddp"
 @pytest.mark.parametrize(("method", "how"), METHODS)
 def test_two_gpus_learn_as_one(wide_inputs, tmp_path, method, how):
     """bf16 over other batches: 1 % of a loss, and 10 % of a gradient's norm, of which two apart would miss 30 %."""
-    values = settings(compute_dtype="bfloat16", epochs=4, keep="best") | {"method": method}
+    values = settings(compute_dtype="bfloat16", epochs=4, keep="best", method=method)
     for name, gpus in (("two", 2), ("one", 1)):
         (tmp_path / name).mkdir()
         runtime = {"checkpoints": 2, "gpus": gpus, "sharding": how}
-        train.run(values, wide_inputs, tmp_path / name, Progress.silent(), runtime=runtime)
+        run_training(values, wide_inputs, tmp_path / name, Progress.silent(), runtime=runtime)
     plans = {name: read_json(tmp_path / name / "plan.json") for name in ("two", "one")}
     assert plans["two"]["processes"]["value"] == 2 and plans["two"]["sharding"]["value"] == how
     if (method, how) == ("qlora", "ddp"):
@@ -225,15 +245,15 @@ def test_two_gpus_learn_as_one(wide_inputs, tmp_path, method, how):
 @two_gpus
 def test_a_training_that_two_gpus_began_goes_on_with_one(wide_inputs, tmp_path):
     """Full training in shards: its checkpoint is an ordinary one. 1 % of a loss, as above."""
-    values = settings(compute_dtype="bfloat16", epochs=12) | {"method": "full"}
+    values = settings(compute_dtype="bfloat16", epochs=12, method="full")
     for name in ("begun", "alone"):
         (tmp_path / name).mkdir()
         options = {"checkpoints": tmp_path / f"{name}-c", "runtime": {"checkpoints": 3, "sharding": "fsdp"}}
         if name == "begun":
             with pytest.raises(UserError, match="told to stop"):
                 both = options | {"runtime": options["runtime"] | {"gpus": 2}}
-                train.run(values, wide_inputs, tmp_path / name, StopsAt(8), **both)
-        train.run(values, wide_inputs, tmp_path / name, Progress.silent(), **options)
+                run_training(values, wide_inputs, tmp_path / name, StopsAt(8), **both)
+        run_training(values, wide_inputs, tmp_path / name, Progress.silent(), **options)
     assert read_json(tmp_path / "begun" / "train.json")["resumed_from"] >= 8
     assert curve(tmp_path / "begun", "loss") == pytest.approx(curve(tmp_path / "alone", "loss"), rel=0.01)
 
@@ -243,24 +263,25 @@ def test_a_training_that_two_gpus_began_goes_on_with_one(wide_inputs, tmp_path):
 def test_memory_that_runs_out_on_one_of_two_gpus_leads_both_to_a_smaller_plan(wide_inputs, tmp_path, monkeypatch):
     """The second asks for 160 GiB when its first step is done."""
     hook = tmp_path / "sitecustomize.py"
+    failed = tmp_path / "failed"
     hook.write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    from adder.training.distributed import collectives as ranks\n"
-        "    average = ranks.average_gradients\n"
+        "    from adder.training.distributed import collectives\n"
+        "    average = collectives.all_reduce_mean_gradients\n"
         "    def fail(parameters):\n"
-        f"        if not os.path.exists({str(tmp_path / 'failed')!r}):\n"
-        f"            open({str(tmp_path / 'failed')!r}, 'w').close()\n"
+        f"        if not os.path.exists({str(failed)!r}):\n"
+        f"            open({str(failed)!r}, 'w').close()\n"
         "            import torch\n"
         "            torch.empty(160 * 2**30, dtype=torch.uint8, device='cuda')\n"
         "        average(parameters)\n"
-        "    ranks.average_gradients = fail\n"
+        "    collectives.all_reduce_mean_gradients = fail\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     said = StopsAt(-1)
     out = tmp_path / "out"
     out.mkdir()
     values = settings(compute_dtype="bfloat16", epochs=2, effective_batch_size=12, micro_batch_size=2)
-    train.run(values, wide_inputs, out, said, runtime={"gpus": 2})
+    run_training(values, wide_inputs, out, said, runtime={"gpus": 2})
     plan = read_json(out / "plan.json")
     assert plan["micro_batch_size"]["value"] == 1 and plan["memory_fallback"]["reason"] in said.said

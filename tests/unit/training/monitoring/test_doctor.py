@@ -4,64 +4,25 @@ What a CPU can't cause (the fp16 scaler's skipped steps) is fed as rows that loo
 """
 
 import math
-import random
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from adder.core.errors import UserError
-from adder.core.files import read_json, read_jsonl, write_json, write_table
-from adder.core.progress import Progress
-from adder.training import run as train
-from adder.training.monitoring.doctor import Doctor, diagnose, explain_nan, in_a_line
-from adder.workflow.settings import Train
-from tiny import save_tiny_model, tiny_tokenizer, write_tokens
-
-VOCABULARY = 24  # tokens that the toy language uses, from FIRST on
-FIRST = 3
-
-
-def example(ids: list[int], prompt: int, number: int) -> dict:
-    return {"id": f"rows:{number}", "input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
-
-
-def chain(number: int, factor: int = 5, noise: float = 0.1, length: int = 16, shift: int = 0) -> dict:
-    """A row of the toy language: each token follows from the one before, but for a share of random ones."""
-    chance = random.Random(number)
-    ids = [chance.randrange(VOCABULARY)]
-    while len(ids) < length:
-        follows = (ids[-1] * factor + 3) % VOCABULARY
-        ids.append(chance.randrange(VOCABULARY) if chance.random() < noise else follows)
-    return example([FIRST + shift + token for token in ids], 4, number)
-
-
-def babble(number: int, length: int = 16) -> dict:
-    """A row without any rule: it can only be learnt by heart."""
-    chance = random.Random(number)
-    return example([FIRST + chance.randrange(300) for _ in range(length)], 4, number)
-
-
-def leaking(number: int) -> dict:
-    """A row whose answer already stands at the end of its prompt."""
-    chance = random.Random(number)
-    prompt = [FIRST + chance.randrange(VOCABULARY) for _ in range(4)]
-    return example(prompt + prompt[-1:] * 4, 4, number)
-
-
-def many(make, count: int, first: int = 0, **options) -> list[dict]:
-    return [make(first + number, **options) for number in range(count)]
-
-
-def heldout(make=chain, **options) -> list[dict]:
-    return many(make, 8, 50_000, **options)
+from adder.core.files import read_jsonl
+from adder.training import trainer
+from adder.training.monitoring.doctor import Findings, diagnose, examine, explain_nan, in_a_line
+from adder.training.monitoring.symptoms import Diagnosis, Replies
+from adder.training.records import MetricsRow, SampleRow, TrainingFacts, metrics_rows
+from adder.training.stage import TrainSettings
+from tiny import save_tiny_model, tiny_tokenizer
+from toy_language import FIRST, babble, chain, example, heldout, leaking, many, quick_settings, write_inputs
+from training_stage import run_training, train_record, train_settings, training_facts
 
 
 @dataclass
@@ -69,89 +30,30 @@ class Run:
     """A finished training: what the doctor saw, and what it said."""
 
     rows: list[dict]
-    facts: dict
-    settings: dict
+    facts: TrainingFacts
+    settings: TrainSettings
     out: Path
-    along: list[dict]  # diagnoses while training
-    final: list[dict]  # diagnoses of the whole run
+    along: list[Diagnosis]  # what was seen while training
+    final: list[Diagnosis]  # what one look at the whole run sees
 
     @property
     def names(self) -> list[str]:
         return [one["name"] for one in self.final]
 
-    def one(self, name: str) -> dict:
+    def one(self, name: str) -> Diagnosis:
         return next(one for one in self.final if one["name"] == name)
 
 
-def write_inputs(folder: Path, model: Path, rows: list[dict], held: list[dict], per_pack: int) -> dict[str, Path]:
-    inputs = {name: folder / name for name in ("model", "tokenize", "lengths")}
-    for path in inputs.values():
-        path.mkdir(parents=True)
-    shutil.copytree(model, inputs["model"] / "model")
-    write_json(inputs["model"] / "source.json", {"source": "tiny", "revision": None})
-    tiny_tokenizer().save_pretrained(inputs["tokenize"] / "tokenizer")
-    write_tokens(inputs["tokenize"] / "train.arrow", rows)
-    write_tokens(inputs["tokenize"] / "heldout.arrow", held)
-    packs = [list(range(at, min(at + per_pack, len(rows)))) for at in range(0, len(rows), per_pack)]
-    table = {
-        "rows": packs,
-        "starts": [[0] * len(pack) for pack in packs],
-        "seq_lengths": [[len(rows[number]["input_ids"]) for number in pack] for pack in packs],
-    }
-    schema = pa.schema([(name, pa.list_(pa.int32())) for name in table])
-    write_table(inputs["lengths"] / "packs.parquet", pa.table(table, schema=schema))
-    return inputs
+LORA = quick_settings()
 
 
-def train_settings(per_step: int = 4, learning_rate: float = 3e-3, **changes) -> dict:
-    """Settings of section train; a learning rate that they would refuse is put in behind their back."""
-    values = {
-        "epochs": 1,
-        "learning_rate": min(learning_rate, 0.5),
-        "effective_batch_size": per_step,
-        "micro_batch_size": 1,
-        "gradient_checkpointing": False,
-        "compute_dtype": "float32",
-        "eval_samples": 8,
-        "eval_times": 4,
-        "samples": 0,
-    }
-    if changes.get("method") != "full":
-        values |= {"lora_r": 4, "lora_dropout": 0}
-    settings = Train(**{**values, **changes}).model_dump(mode="json")
-    return settings | {"reshuffle": False, "learning_rate": learning_rate}
-
-
-LORA = train_settings()
-
-
-def facts_of(rows: list[dict], summary: dict, settings: dict) -> dict:
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    labelled = sum(label != -100 for row in rows for label in row["labels"][1:])
-    return {
-        "ln_vocabulary": math.log(len(tiny_tokenizer())),
-        "trainable_parameters": summary["trainable_parameters"],
-        "labelled_share": labelled / tokens,
-        "dtype": "float32",
-        "examples": len(rows),
-        "epochs": settings["epochs"],
-        "steps": summary["steps"],
-        "effective_batch": settings["effective_batch_size"],
-        "skipped_steps": 0,
-        "samples": None,
-        "base_loss": None,
-    }
-
-
-def watch(rows: list[dict], facts: dict, settings: dict) -> tuple[list[dict], list[dict]]:
-    """Show a doctor the rows one by one as the trainer logs them; return what it found on the way and of the whole."""
-    doctor = Doctor(facts, settings, Progress.silent())
-    state = SimpleNamespace(log_history=[], max_steps=facts["steps"])
-    doctor.on_train_begin(None, state, None)
-    for row in rows:
-        state.log_history.append(row)
-        doctor.on_log(None, state, None)
-    return doctor.diagnoses, diagnose(rows, {**facts, "final": True}, settings)
+def watch(
+    rows: list[MetricsRow], facts: TrainingFacts, settings: TrainSettings
+) -> tuple[list[Diagnosis], list[Diagnosis]]:
+    """What was found on the way, look by look, and what one look at the whole finds."""
+    findings = Findings(facts, settings)
+    findings.replay(rows, [])
+    return findings.diagnoses, examine(rows, facts, settings, final=True)
 
 
 @pytest.fixture
@@ -163,13 +65,14 @@ def trained(tmp_path):
         nonlocal number
         number += 1
         folder = tmp_path / f"run{number}"
-        settings = train_settings(**changes)
-        inputs = write_inputs(folder, model, rows, held or heldout(), settings["effective_batch_size"])
+        settings = quick_settings(**changes)
+        inputs = write_inputs(folder, model, rows, held or heldout(), settings.effective_batch_size)
         out = folder / "out"
         out.mkdir()
-        train.run(settings, inputs, out, Progress.silent())
+        run_training(settings, inputs, out)
         metrics = list(read_jsonl(out / "metrics.jsonl"))
-        facts = facts_of(rows, read_json(out / "train.json"), settings)
+        # The tests say themselves what the base knows.
+        facts = replace(TrainingFacts(**train_record(out)["facts"]), base_loss=None)
         return Run(metrics, facts, settings, out, *watch(metrics, facts, settings))
 
     return train_once
@@ -184,10 +87,10 @@ def untaught(tmp_path_factory) -> Path:
 def base(tmp_path_factory, untaught) -> Path:
     """A base that knows the toy language: loss 0.6 on it (300 steps of full training, once for all tests)."""
     folder = tmp_path_factory.mktemp("base")
-    settings = train_settings(method="full", learning_rate=5e-3)
+    settings = quick_settings(method="full", learning_rate=5e-3)
     inputs = write_inputs(folder, untaught, many(chain, 1200, noise=0.3), heldout(noise=0.3), 4)
     (folder / "out").mkdir()
-    train.run(settings, inputs, folder / "out", Progress.silent())
+    run_training(settings, inputs, folder / "out")
     return folder / "out" / "model"
 
 
@@ -233,10 +136,16 @@ def noisy_run(seed: int, steps: int, batch: int, start: float, floor: float, sha
 @pytest.mark.parametrize(("start", "floor"), [(3.2, 0.02), (1.3, 1.15), (1.05, 1.0), (2.2, 0.5)])
 def test_noise_is_no_illness(batch, start, floor):
     """Made-up curves of 20 to 400 steps, with noise as of small batches: 16 runs a case, not one alarm."""
-    settings = Train().model_dump(mode="json")
+    settings = train_settings()
     for steps in (20, 40, 100, 400):
-        facts = {"ln_vocabulary": 10.8, "trainable_parameters": 4_880_000, "dtype": "bfloat16", "epochs": 1}
-        facts |= {"examples": steps * batch, "steps": steps, "effective_batch": batch}
+        facts = training_facts(
+            ln_vocabulary=10.8,
+            trainable_parameters=4_880_000,
+            dtype="bfloat16",
+            examples=steps * batch,
+            steps=steps,
+            effective_batch=batch,
+        )
         for seed in range(4):
             rows = noisy_run(seed, steps, batch, start, floor, 0.05 if seed < 2 else 0.3)
             along, final = watch(rows, facts, settings)
@@ -253,7 +162,9 @@ def test_a_rate_that_is_far_too_low(base, trained):
     assert "train.learning_rate 1.0e-09 is far too low" in one["cause"]
     assert one["change"] == "train.learning_rate: 2e-4"
     assert found.along[0]["name"] == "loss flat"
-    assert [one["name"] for one in read_json(found.out / "train.json")["diagnoses"]] == ["loss flat"]
+    # What the report says, out of what training wrote.
+    facts, sampled = TrainingFacts(**train_record(found.out)["facts"]), list(read_jsonl(found.out / "samples.jsonl"))
+    assert [one["name"] for one in diagnose(found.rows, sampled, facts, found.settings)] == ["loss flat"]
 
 
 def test_a_rate_that_is_merely_too_low(base, trained):
@@ -283,15 +194,15 @@ def test_labels_that_are_all_masked_but_for_one_row(base, trained):
 
 
 def test_no_label_at_all_is_known_before_the_first_step():
-    found = diagnose([], {"labelled_share": 0.0, "trainable_parameters": 10}, train_settings())
+    found = examine([], training_facts(labelled_share=0.0), LORA)
     assert [(one["name"], one["severity"]) for one in found] == [("labels masked", "stop")]
 
 
 def test_nothing_trainable(untaught):
     """Every parameter frozen: torch would refuse to train, so the doctor is asked before."""
     model = AutoModelForCausalLM.from_pretrained(untaught).requires_grad_(False)
-    facts = {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    found = diagnose([], facts, train_settings(target_modules=["nothing"]))
+    facts = training_facts(trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    found = examine([], facts, quick_settings(target_modules=["nothing"]))
     assert [(one["name"], one["severity"]) for one in found] == [("nothing trainable", "stop")]
     assert found[0]["change"] == "train.target_modules: all-linear"
 
@@ -336,7 +247,7 @@ def test_a_rate_that_is_far_too_high(base, trained, learning_rate):
     found = trained(base, many(chain, 240), learning_rate=learning_rate)
     assert found.names == ["loss diverges"]
     one = found.one("loss diverges")
-    assert "the loss is 3.2" in one["evidence"]
+    assert one["evidence"].startswith("the loss is ") and "it was" in one["evidence"]
     assert one["change"].startswith(f"train.learning_rate: {learning_rate / 10:.1e}")
     assert {one["name"] for one in found.along} >= {"loss diverges"}
 
@@ -364,24 +275,25 @@ def test_broken_rows_make_spikes(base, trained):
 def logged(monkeypatch) -> list[dict]:
     """The rows that the trainer was about to log, the one that ended the run among them."""
     rows: list[dict] = []
-    log = train.Trainer.log
+    log = trainer.Trainer.log
 
     def record(self, logs, *args, **kwargs):
         rows.append({**logs, "step": self.state.global_step})
         return log(self, logs, *args, **kwargs)
 
-    monkeypatch.setattr(train.Trainer, "log", record)
+    monkeypatch.setattr(trainer.Trainer, "log", record)
     return rows
 
 
 def test_a_loss_that_is_no_number_after_steps_too_large(base, trained, logged):
     with pytest.raises(UserError, match="nan at step"):
         trained(base, many(chain, 80), learning_rate=1e8, lr_scheduler="constant")
-    settings = train_settings(learning_rate=1e8)
-    told = explain_nan(logged[:-1], settings, "float32")
+    settings = quick_settings(learning_rate=1e8)
+    rows = metrics_rows(logged)
+    told = explain_nan(rows[:-1], settings, "float32")
     assert "the steps are too large" in told and "train.learning_rate: 1.0e+07" in told
-    assert explain_nan(logged, settings, "float32") == told
-    found = diagnose(logged, {}, settings)
+    assert explain_nan(rows, settings, "float32") == told
+    found = examine(rows, training_facts(), settings)
     assert [(one["name"], one["severity"]) for one in found] == [("loss not a number", "stop")]
     assert found[0]["step"] == logged[-1]["step"]
 
@@ -394,7 +306,8 @@ def test_a_base_with_an_infinity_in_its_weights(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     told = explain_nan([], LORA, "float32")
     assert "the base model's weights" in told and "model.source" in told
-    found = diagnose([{"step": 1, "epoch": 0.1, "loss": first_loss(folder), "grad_norm": math.nan}], {}, LORA)
+    rows = [MetricsRow(step=1, epoch=0.1, loss=first_loss(folder), grad_norm=math.nan)]
+    found = examine(rows, training_facts(), LORA)
     assert [(one["name"], one["severity"]) for one in found] == [("loss not a number", "stop")]
     assert found[0]["cause"].startswith("the base model's weights")
 
@@ -412,7 +325,8 @@ def test_a_number_beyond_float16(untaught):
     """Weights scaled until activations pass 65,504: the loss of the real model in float16 (on a CPU it can't train)."""
     loss = first_loss(untaught, torch.float16, scale=3e6)
     assert not math.isfinite(loss) and math.isfinite(first_loss(untaught, torch.float32, scale=3e6))
-    found = diagnose([{"step": 1, "epoch": 0.1, "loss": loss, "grad_norm": math.nan}], {"dtype": "float16"}, LORA)
+    rows = [MetricsRow(step=1, epoch=0.1, loss=loss, grad_norm=math.nan)]
+    found = examine(rows, training_facts(dtype="float16"), LORA)
     assert found[0]["name"] == "loss not a number" and "65,504" in found[0]["cause"]
     assert found[0]["change"].startswith("train.compute_dtype: bfloat16")
 
@@ -420,19 +334,21 @@ def test_a_number_beyond_float16(untaught):
 def test_skipped_steps_of_the_fp16_scaler():
     """Made-up rows: the scaler lives on a GPU. It skips a few steps to find its scale, which is as it should be."""
     rows = noisy_run(1, 100, 4, 1.3, 0.9, 0.3)
-    facts = {"dtype": "float16", "steps": 100}
+    facts = training_facts(dtype="float16", steps=100)
 
-    def with_overflow(every) -> list[dict]:
-        return [{**row, "grad_norm": math.inf} if "loss" in row and every(row["step"]) else row for row in rows]
+    def with_overflow(every, **more) -> list[MetricsRow]:
+        return [{**row, **more} if "loss" in row and every(row["step"]) else row for row in rows]
 
-    assert diagnose(with_overflow(lambda step: step < 9), {**facts, "skipped_steps": 8}, LORA) == []
-    found = diagnose(with_overflow(lambda step: step % 3 == 0), facts, LORA)
+    few = with_overflow(lambda step: step < 9, grad_norm=math.inf, skipped_step=1)
+    assert examine(few, facts, LORA) == []
+    found = examine(with_overflow(lambda step: step % 3 == 0, grad_norm=math.inf), facts, LORA)
     assert [one["name"] for one in found] == ["gradient overflow"] and "33 of 100 steps" in found[0]["evidence"]
     assert found[0]["change"].startswith("train.compute_dtype: bfloat16")
-    found = diagnose(rows, {**facts, "skipped_steps": 40}, LORA)
+    found = examine(with_overflow(lambda step: step <= 40, skipped_step=1), facts, LORA)
     assert [one["name"] for one in found] == ["gradient overflow"]
     # In other dtypes no gradient may overflow.
-    found = diagnose(with_overflow(lambda step: step == 50), {"dtype": "bfloat16", "steps": 100}, LORA)
+    once = with_overflow(lambda step: step == 50, grad_norm=math.inf)
+    found = examine(once, replace(facts, dtype="bfloat16"), LORA)
     assert [(one["name"], one["step"]) for one in found] == [("gradient overflow", 50)]
 
 
@@ -446,24 +362,24 @@ def test_few_rows_seen_often_are_learnt_by_heart(untaught, trained):
     assert found.names == ["overfitting"]
     evals = {row["step"]: row["eval_loss"] for row in found.rows if "eval_loss" in row}
     assert one["step"] == min(evals, key=evals.get)
-    assert "train.early_stopping" in one["change"] and "train.epochs: 4" in one["change"]
+    assert "train.early_stopping" in one["change"] and "train.epochs: " in one["change"]
     # With the best adapter kept there is nothing to do; with exact matches still rising it is no more than a note.
-    kept = diagnose(found.rows, found.facts, {**found.settings, "keep": "best"})
+    kept = examine(found.rows, found.facts, found.settings.model_copy(update={"keep": "best"}))
     assert [(one["name"], one["severity"]) for one in kept] == [("overfitting", "note")]
     rising = [{**row, "exact_match": row["step"] / 100} if "eval_loss" in row else row for row in found.rows]
-    assert diagnose(rising, found.facts, found.settings)[0]["severity"] == "note"
+    assert examine(rising, found.facts, found.settings)[0]["severity"] == "note"
 
 
 def test_far_more_passes_than_are_usual():
-    facts = {"examples": 5_000, "epochs": 12, "steps": 3750, "effective_batch": 16}
-    assert [one["name"] for one in diagnose([], facts, LORA)] == ["many passes"]
-    assert diagnose([], {**facts, "epochs": 3}, LORA) == []
+    facts = training_facts(examples=5_000, epochs=12, steps=3750, effective_batch=16)
+    assert [one["name"] for one in examine([], facts, LORA)] == ["many passes"]
+    assert examine([], replace(facts, epochs=3), LORA) == []
 
 
 # Good loss, bad replies
 
 
-def replies(model_dir: Path, rows: list[dict], prompts: list[list[int]], end: int | None, limit: int) -> dict:
+def replies(model_dir: Path, rows: list[dict], prompts: list[list[int]], end: int | None, limit: int) -> Replies:
     """Greedy replies of a trained model to `prompts`, held against the rows' own and counted as the sampler does."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     made = []
@@ -471,17 +387,17 @@ def replies(model_dir: Path, rows: list[dict], prompts: list[list[int]], end: in
         options = {"max_new_tokens": limit, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
         made.append(model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist())
     references = [[token for token in row["labels"] if token != -100] for row in rows]
-    return {
-        "count": len(rows),
-        "exact_match": sum(map(list.__eq__, made, references)) / len(rows),
-        "unfinished_share": sum(end is not None and end not in reply for reply in made) / len(rows),
-        "empty_share": sum(reply[:1] == [end] for reply in made) / len(rows),
-        "reply_tokens": len(references[0]),
-    }
+    return Replies(
+        count=len(rows),
+        exact_match=sum(map(list.__eq__, made, references)) / len(rows),
+        unfinished_share=sum(end is not None and end not in reply for reply in made) / len(rows),
+        empty_share=sum(reply[:1] == [end] for reply in made) / len(rows),
+        reply_tokens=len(references[0]),
+    )
 
 
-def named(found: Run, samples: dict) -> list[dict]:
-    return diagnose(found.rows, {**found.facts, "final": True, "samples": samples}, found.settings)
+def named(found: Run, sampled: Replies) -> list[Diagnosis]:
+    return examine(found.rows, found.facts, found.settings, replies=sampled, final=True)
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -498,7 +414,7 @@ def test_replies_that_never_end(base, trained, ended):
     found = trained(base, many(turn, 240), heldout(turn), method="full")
     held = heldout(turn)
     samples = replies(found.out / "model", held, [row["input_ids"][:4] for row in held], end, limit=12)
-    final = named(found, samples | ({} if ended else {"exact_match": None}))
+    final = named(found, samples if ended else replace(samples, exact_match=1.0))
     assert [one["name"] for one in final] == ([] if ended else ["replies never end"])
     if not ended:
         assert "the end of a turn was not learnt" in final[0]["cause"]
@@ -514,14 +430,14 @@ def test_replies_to_prompts_of_another_form(base, trained):
     found = trained(base, rows, held, learning_rate=1e-2, epochs=3, method="full")
     prompts = [row["input_ids"][:4] for row in held]
     right = replies(found.out / "model", held, prompts, None, limit=6)
-    assert right["exact_match"] == 1 and named(found, right) == []
+    assert right.exact_match == 1 and named(found, right) == []
     wrong = replies(found.out / "model", held, [[*prompt, prompt[0]] for prompt in prompts], None, limit=6)
     assert [one["name"] for one in named(found, wrong)] == ["wrong replies"]
     # Of three replies none may be right by chance, and at this loss no long one is.
-    assert named(found, {**wrong, "reply_tokens": 20_000}) == []
+    assert named(found, replace(wrong, reply_tokens=20_000)) == []
     # Before anything is learnt, replies may be wrong and run on.
     begun = [row for row in found.rows if row["epoch"] < 0.1]
-    assert diagnose(begun, {**found.facts, "samples": {**wrong, "unfinished_share": 1.0}}, found.settings) == []
+    assert examine(begun, found.facts, found.settings, replies=replace(wrong, unfinished_share=1.0)) == []
 
 
 # Batch and steps
@@ -534,10 +450,10 @@ def test_a_batch_that_leaves_hardly_any_steps(base, trained):
 
 
 def test_a_batch_that_is_small_for_much_data():
-    facts = {"examples": 100_000, "epochs": 1, "steps": 25_000, "effective_batch": 4}
-    assert [(one["name"], one["severity"]) for one in diagnose([], facts, LORA)] == [("small batch", "note")]
-    assert diagnose([], {**facts, "steps": 6_250, "effective_batch": 16}, LORA) == []
-    assert diagnose([], {**facts, "examples": 620, "steps": 155}, LORA) == []
+    facts = training_facts(examples=100_000, epochs=1, steps=25_000, effective_batch=4)
+    assert [(one["name"], one["severity"]) for one in examine([], facts, LORA)] == [("small batch", "note")]
+    assert examine([], replace(facts, steps=6_250, effective_batch=16), LORA) == []
+    assert examine([], replace(facts, examples=620, steps=155), LORA) == []
 
 
 # Another loss
@@ -549,79 +465,37 @@ def test_the_loss_of_dft_is_not_read_as_nats(base, trained):
     assert found.along == [] and found.final == []
 
 
-# The callback
-
-
-class Killed(TrainerCallback):
-    """Stands for a kill: leaves the training at a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def test_each_diagnosis_is_said_once_also_after_a_kill(base, tmp_path, monkeypatch):
-    """In the real trainer: killed at step 40 and continued from its checkpoint, it ends with the same diagnoses."""
-    rows = many(chain, 240, factor=7)
-    settings = train_settings(learning_rate=1e-9)
-    inputs = write_inputs(tmp_path, base, rows, heldout(factor=7), 4)
-    facts = facts_of(rows, {"trainable_parameters": 10_000, "steps": 60}, settings)
-    made = train.Trainer
-
-    def start(name: str, *more: TrainerCallback) -> tuple[Doctor, list[str]]:
-        said: list[str] = []
-        progress = Progress.silent()
-        progress.say = lambda text, **_: said.append(text)
-        doctor = Doctor(facts, settings, progress)
-        history: list[dict] = []
-
-        def trainer(*args, callbacks, **kwargs):
-            one = made(*args, callbacks=[*callbacks, doctor, *more], **kwargs)
-            history.append(one)
-            return one
-
-        monkeypatch.setattr(train, "Trainer", trainer)
-        (tmp_path / name).mkdir(exist_ok=True)
-        folder, runtime = tmp_path / f"{name} checkpoints", {"checkpoints": 4, "save_total_limit": 2}
-        train.run(settings, inputs, tmp_path / name, Progress.silent(), checkpoints=folder, runtime=runtime)
-        doctor.conclude(history[0].state.log_history)
-        return doctor, said
-
-    whole, said = start("whole")
-    assert [one["name"] for one in whole.diagnoses] == ["loss flat"]
-    assert said == [line for line in said if line.startswith("doctor: loss flat: the loss is ")] and len(said) == 1
-    said.clear()
-    with pytest.raises(KeyboardInterrupt):
-        start("killed", Killed(40))
-    continued, said = start("killed")
-    assert said == [] and continued.diagnoses == whole.diagnoses
+# A finished run
 
 
 def test_what_has_passed_is_kept_as_a_note():
-    """A loss that climbs at first and comes down again: said while it lasted, a note in the end."""
+    """A loss that climbs at first and comes down again: seen while it lasted, a note in the end."""
     losses = [1.0] * 3 + [6.0] * 12 + list(np.linspace(6, 0.5, 40)) + [0.5 + 0.02 * (i % 3) for i in range(45)]
-    rows = [{"step": i + 1, "epoch": (i + 1) / 100, "loss": loss, "grad_norm": 1.0} for i, loss in enumerate(losses)]
-    said: list[str] = []
-    progress = Progress.silent()
-    progress.say = lambda text, **_: said.append(text)
-    doctor = Doctor({"steps": 100}, LORA, progress)
-    state = SimpleNamespace(log_history=[], max_steps=100)
-    doctor.on_train_begin(None, state, None)
-    for row in rows:
-        state.log_history.append(row)
-        doctor.on_log(None, state, None)
-    assert [line.split(":")[1] for line in said] == [" loss diverges"]
-    for _ in range(2):
-        ended = doctor.conclude(rows)
-        assert [(one["name"], one["severity"]) for one in ended] == [("loss diverges", "note")]
-        assert ended[0]["evidence"].count("it passed by the end") == 1
+    rows = [MetricsRow(step=i + 1, epoch=(i + 1) / 100, loss=loss, grad_norm=1.0) for i, loss in enumerate(losses)]
+    findings = Findings(training_facts(steps=100), LORA)
+    findings.replay(rows[:20], [])
+    assert [(one["name"], one["severity"]) for one in findings.diagnoses] == [("loss diverges", "warning")]
+    ended = diagnose(rows, [], training_facts(steps=100), LORA)
+    assert [(one["name"], one["severity"]) for one in ended] == [("loss diverges", "note")]
+    assert ended[0]["evidence"].count("it passed by the end") == 1
+
+
+def test_replies_are_judged_by_those_that_were_there():
+    """At a look those of the steps before it; in the end the last ones; those of the base never."""
+
+    def sampled(step: int, finished: bool) -> SampleRow:
+        return SampleRow(step=step, id="a", prompt="p", reference="r", reply="x", exact_match=1, finished=finished)
+
+    rows = [MetricsRow(step=i + 1, epoch=(i + 1) / 40, loss=2.0 - 0.049 * i, grad_norm=1.0) for i in range(40)]
+    facts = training_facts(steps=40, reply_tokens=4)
+    samples = [sampled(0, False), sampled(30, False), sampled(40, True)]
+    (passed,) = diagnose(rows, samples, facts, LORA)
+    assert passed["name"] == "replies never end" and passed["severity"] == "note" and passed["step"] > 30
+    assert diagnose(rows, samples[:1], facts, LORA) == [] == diagnose(rows, [samples[0], samples[2]], facts, LORA)
 
 
 def test_a_diagnosis_is_one_line_that_names_a_setting():
-    found = diagnose([], {"trainable_parameters": 0}, LORA)[0]
+    found = examine([], training_facts(trainable_parameters=0), LORA)[0]
     assert set(found) == {"name", "severity", "step", "evidence", "cause", "change"}
     line = in_a_line(found)
     assert "\n" not in line and line.startswith("doctor: ") and "train.target_modules: all-linear" in line

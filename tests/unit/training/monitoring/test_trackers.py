@@ -17,19 +17,25 @@ import torch
 
 from adder.core.files import digest_file, read_json, read_jsonl
 from adder.core.progress import Progress
-from adder.training import run as train
+from adder.training import trainer
 from adder.training.monitoring import trackers
-from adder.workflow.settings import Train
+from adder.training.stage import TrainSettings
 from tiny import write_training_inputs
+from training_stage import run_training, train_settings
 
 ROOT = Path(__file__).resolve().parents[4]
 STEPS = 12
 
 
-def settings(**changes) -> dict:
+def settings(**changes) -> TrainSettings:
     values = {"epochs": 2, "learning_rate": 1e-3, "effective_batch_size": 6, "lora_r": 4, "lora_dropout": 0.1}
     values |= {"compute_dtype": "float32", "eval_samples": 4, "eval_times": 3, "samples": 0}
-    return Train(**{**values, **changes}).model_dump(mode="json") | {"reshuffle": False}
+    return train_settings(**{**values, **changes})
+
+
+def logged(values: TrainSettings) -> dict:
+    """The settings as trackers are given them."""
+    return values.model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def inputs(tmp_path_factory, tiny_model_dir):
     return write_training_inputs(tmp_path_factory.mktemp("inputs"), tiny_model_dir)
 
 
-class Said:
+class Remembered:
     """A progress that remembers what it was told to say."""
 
     def __init__(self):
@@ -50,22 +56,22 @@ class Said:
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch):
     """run(names, out=..., folder=...): train with these trackers; returns what they said."""
-    original = train.Trainer.train
+    original = trainer.Trainer.train
 
     def run(names, out="out", folder=tmp_path / "results", checkpoints=None, stop=None, kill=None, **changes):
-        said, values = Said(), settings(**changes)
+        said, values = Remembered(), settings(**changes)
 
         def with_trackers(self, *args, **kwargs):
-            for callback in trackers.callbacks(names, folder, "a-run", values, said):
+            for callback in trackers.callbacks(names, folder, "a-run", logged(values), said):
                 self.add_callback(callback)
             if stop or kill:
                 self.add_callback(Stop(stop, kill))
             return original(self, *args, **kwargs)
 
-        monkeypatch.setattr(train.Trainer, "train", with_trackers)
+        monkeypatch.setattr(trainer.Trainer, "train", with_trackers)
         (tmp_path / out).mkdir(exist_ok=True)
         runtime = {"checkpoints": 3 if checkpoints else 0, "save_total_limit": 2}
-        train.run(values, inputs, tmp_path / out, Progress.silent(), checkpoints=checkpoints, runtime=runtime)
+        run_training(values, inputs, tmp_path / out, Progress.silent(), checkpoints=checkpoints, runtime=runtime)
         return said.lines
 
     yield run
@@ -90,7 +96,6 @@ def killed_at(step, run, *args, **options) -> None:
     child = os.fork()
     if child == 0:
         # A forked process has none of its parent's OpenMP threads and would wait for them.
-        os.environ["ADDER_THREADS"] = "1"
         torch.set_num_threads(1)
         try:
             run(*args, kill=step, **options)
@@ -125,7 +130,7 @@ def adapter(folder: Path) -> dict:
 def untracked(inputs, tmp_path_factory) -> Path:
     """The output of a training without trackers."""
     out = tmp_path_factory.mktemp("untracked")
-    train.run(settings(), inputs, out, Progress.silent())
+    run_training(settings(), inputs, out, Progress.silent())
     return out
 
 
@@ -302,21 +307,22 @@ def test_mlflow_calls_a_training_that_raised_failed(run, tmp_path, offline):
 IN_A_PROCESS = """
 import json, sys
 from pathlib import Path
-from adder.training.monitoring import trackers
-from adder.training import run as train
 from adder.core.progress import Progress
+from adder.training import trainer
+from adder.training.monitoring import trackers
+from training_stage import run_training, train_settings
 names, settings, inputs, folder, runs, patience = json.loads(sys.argv[1])
 trackers.PATIENCE = patience
-original = train.Trainer.train
+original = trainer.Trainer.train
 def with_trackers(self, *args, **kwargs):
     for callback in trackers.callbacks(names, Path(folder) / "results", "a-run", settings, Progress()):
         self.add_callback(callback)
     return original(self, *args, **kwargs)
-train.Trainer.train = with_trackers
+trainer.Trainer.train = with_trackers
 for number in range(runs):
     out = Path(folder) / f"out-{number}"
     out.mkdir()
-    train.run(settings, {name: Path(path) for name, path in inputs.items()}, out, Progress.silent())
+    run_training(train_settings(**settings), {name: Path(path) for name, path in inputs.items()}, out)
 """
 
 
@@ -328,8 +334,8 @@ def in_a_process(
     With `terminal` it has one, and what it says is in `stdout`.
     """
     paths = {name: str(path) for name, path in inputs.items()}
-    arguments = json.dumps([names, settings(), paths, str(folder), runs, patience])
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")} | environment
+    arguments = json.dumps([names, settings().model_dump(mode="json"), paths, str(folder), runs, patience])
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'workflow_scripts'}{os.pathsep}{ROOT / 'tests'}"} | environment
     command = [sys.executable, "-c", IN_A_PROCESS, arguments]
     if terminal:
         command = [sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))", *command]
@@ -525,14 +531,8 @@ def test_no_secret_is_logged(run, tmp_path, offline, monkeypatch):
     secret = "s3cr3t-value-of-mine"
     for name in ("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, secret)
-    monkeypatch.setattr(
-        sys.modules[__name__],
-        "settings",
-        lambda given=settings, **changes: (
-            given(**changes)
-            | {"api_key": secret, "source": f"https://me:{secret}@host/data?token={secret}", "note": [f"is {secret}"]}
-        ),
-    )
+    more = {"api_key": secret, "source": f"https://me:{secret}@host/data?token={secret}", "note": [f"is {secret}"]}
+    monkeypatch.setattr(sys.modules[__name__], "logged", lambda values: values.model_dump(mode="json") | more)
     run(["tensorboard", "wandb", "mlflow"])
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 20

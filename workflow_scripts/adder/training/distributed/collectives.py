@@ -1,104 +1,110 @@
-"""What the processes of one training tell each other; with a single process each of these does nothing.
+"""What the processes of one training exchange; with a single process each of these does nothing.
 
-Each process computes its share of a step's packs on a copy of the weights that it trains. Gradients are added up once a
-step, when all of a process's forward passes are done.
+Each rank computes its share of a step's packs on a copy of the weights that it trains. Gradients are averaged once a
+step, when all of a rank's forward passes are done.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-# Numbers added up at once: a copy of so many, 256 MiB in fp32, is all the memory that it takes.
-BUCKET = 2**26
+# Elements that are reduced at once: a copy of so many, 256 MiB in fp32, is all the memory that it takes.
+BUCKET_ELEMENTS = 2**26
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def count() -> int:
+def world_size() -> int:
     """Processes that share this training."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def number() -> int:
-    """This process's number, from 0."""
+def rank() -> int:
+    """This process's rank, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one that writes files and speaks."""
-    return number() == 0
+    """Whether this is rank 0, which writes files and speaks."""
+    return rank() == 0
 
 
-def wait() -> None:
-    """Go on when every process has come here."""
-    if count() > 1:
+def barrier() -> None:
+    """Go on when every rank has come here."""
+    if world_size() > 1:
         distributed.barrier()
 
 
-def on_main(function: Callable, *arguments: Any) -> Any:
-    """The result of a call (anything that can be pickled) that the main process makes, in every process."""
-    if count() == 1:
-        return function(*arguments)
-    box = [function(*arguments) if is_main() else None]
+def call_on_main(
+    function: Callable[Arguments, Result], *arguments: Arguments.args, **options: Arguments.kwargs
+) -> Result:
+    """The result of a call (anything that can be pickled) that rank 0 makes, in every rank."""
+    if world_size() == 1:
+        return function(*arguments, **options)
+    box: list[Result | None] = [function(*arguments, **options) if is_main() else None]
     distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return box[0]  # pyright: ignore[reportReturnType] - rank 0's own result, of whatever kind
 
 
-def total(*values: float) -> list[float]:
-    """Each value's sum over the processes."""
-    if count() == 1:
+def all_reduce_sum(*values: float) -> list[float]:
+    """Each value's sum over the ranks."""
+    if world_size() == 1:
         return list(values)
-    numbers = torch.tensor(values, dtype=torch.float64, device=_device())
-    distributed.all_reduce(numbers)
-    return numbers.tolist()
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    distributed.all_reduce(tensor)
+    return tensor.tolist()
 
 
-def largest(value: float) -> float:
-    """The largest of the processes' values."""
-    if count() == 1:
+def all_reduce_max(value: float) -> float:
+    """The largest of the ranks' values."""
+    if world_size() == 1:
         return value
-    numbers = torch.tensor(value, dtype=torch.float64, device=_device())
-    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
-    return numbers.item()
+    tensor = torch.tensor(value, dtype=torch.float64, device=_device())
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return tensor.item()
 
 
-def share(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Give every process the main one's values, but for what is in shards."""
-    if count() > 1:
-        for parameter in _whole(parameters):
+def broadcast_parameters(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give every rank the values of rank 0, but for what is in shards."""
+    if world_size() > 1:
+        for parameter in _unsharded(parameters):
             distributed.broadcast(parameter.data, src=0)
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes; a process without one counts as zero.
+def all_reduce_mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the ranks; a rank without one counts as zero.
 
     For shards backward has done that.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     bucket: list[torch.Tensor] = []
-    for parameter in _whole(parameters):
+    for parameter in _unsharded(parameters):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
-        if sum(gradient.numel() for gradient in bucket) >= BUCKET:
-            _average(bucket)
+        if sum(gradient.numel() for gradient in bucket) >= BUCKET_ELEMENTS:
+            all_reduce_mean_(bucket)
             bucket = []
     if bucket:
-        _average(bucket)
+        all_reduce_mean_(bucket)
 
 
-def _whole(parameters: Iterable[torch.nn.Parameter]) -> Iterable[torch.nn.Parameter]:
-    return (parameter for parameter in parameters if not isinstance(parameter, DTensor))
-
-
-def _average(tensors: list[torch.Tensor]) -> None:
+def all_reduce_mean_(tensors: list[torch.Tensor]) -> None:
+    """Replace tensors of one dtype by their means over the ranks, in one exchange."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     distributed.all_reduce(flat)
-    flat /= count()
+    flat /= world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+
+
+def _unsharded(parameters: Iterable[torch.nn.Parameter]) -> Iterable[torch.nn.Parameter]:
+    return (parameter for parameter in parameters if not isinstance(parameter, DTensor))
 
 
 def _device() -> torch.device:

@@ -18,6 +18,9 @@ The ranges are wide enough that a value outside is worth a second look, not that
 
 import math
 
+from adder.training.records import TrainingFacts
+from adder.training.stage import TrainSettings
+
 # (parameters below, lowest usual peak rate, highest, source). Larger models take smaller rates.
 LORA_RATES = (
     (1e9, 1e-4, 3e-3, "Hu et al. 2021 trained 355 M parameters at 2e-4, Adder's own runs 135 M at up to 1.5e-3"),
@@ -54,48 +57,48 @@ def most_epochs(examples: int) -> tuple[int, str]:
     return next((most, source) for below, most, source in EPOCHS if examples < below)
 
 
-def advise(settings: dict, facts: dict) -> list[str]:
+def advise(settings: TrainSettings, facts: TrainingFacts) -> list[str]:
     """One line for each setting of section `train` that lies outside what is usual; none for a usual set-up.
 
-    `facts`: parameters (of the base model), examples (to train on), steps and steps_per_epoch (of the optimizer).
+    Of the facts it takes parameters (of the base model), examples (to train on), steps and steps_per_epoch.
     """
     rules = (_learning_rate, _batch, _epochs, _warmup, _weight_decay)
     return [line for rule in rules if (line := rule(settings, facts))]
 
 
-def _learning_rate(settings: dict, facts: dict) -> str | None:
-    rate, method = settings["learning_rate"], settings["method"]
-    low, high, source = usual_rate(method, facts["parameters"])
+def _learning_rate(settings: TrainSettings, facts: TrainingFacts) -> str | None:
+    rate, method = settings.learning_rate, settings.method
+    low, high, source = usual_rate(method, facts.parameters)
     if low <= rate <= high:
         return None
     why = "the run may end before it has learnt anything" if rate < low else "the loss may rise or never settle"
-    lora = usual_rate("lora", facts["parameters"])
+    lora = usual_rate("lora", facts.parameters)
     if method == "full" and high < rate <= lora[1]:
         why = "that is a rate for LoRA, which takes ten times more"
     return _line(
         f"train.learning_rate: {rate:.1e}",
-        f"{low:.0e} to {high:.0e} for method {method} with {_count(facts['parameters'])} parameters",
+        f"{low:.0e} to {high:.0e} for method {method} with {_in_words(facts.parameters)} parameters",
         why,
         source,
     )
 
 
-def _batch(settings: dict, facts: dict) -> str | None:
+def _batch(settings: TrainSettings, facts: TrainingFacts) -> str | None:
     """Batches of 16 to 128, in proportion to the data: with few examples, enough steps matter more."""
-    batch, seen = settings["effective_batch_size"], facts["examples"] * settings["epochs"]
+    batch, seen = settings.effective_batch_size, facts.examples * settings.epochs
     name = f"train.effective_batch_size: {batch}"
     usual = f"{BATCH[0]} to {BATCH[1]}"
     if batch > BATCH[1]:
         why = "LoRA learns less from the same examples in large batches"
-        if settings["method"] == "full":
+        if settings.method == "full":
             why = "fewer, larger steps learn less from the same examples"
         return _line(name, usual, why, "Schulman et al. 2025; Touvron et al. 2023 took 64")
     smaller = max(4, 2 ** int(math.log2(max(seen / ENOUGH_STEPS, 1))))
-    if facts["steps"] < ENOUGH_STEPS and 2 * smaller <= batch:
+    if facts.steps < ENOUGH_STEPS and 2 * smaller <= batch:
         return _line(
             name,
             f"as many as leave about {ENOUGH_STEPS} steps, here {smaller}",
-            f"{facts['steps']} steps, {facts['steps_per_epoch']} an epoch, are few to learn in",
+            f"{facts.steps} steps, {facts.steps_per_epoch} an epoch, are few to learn in",
             "the embedded default took 100 steps to a loss of 0.01; Schulman et al. 2025 on large batches",
         )
     if batch < BATCH[0] and seen / BATCH[0] >= ENOUGH_STEPS:
@@ -108,8 +111,8 @@ def _batch(settings: dict, facts: dict) -> str | None:
     return None
 
 
-def _epochs(settings: dict, facts: dict) -> str | None:
-    epochs, examples = settings["epochs"], facts["examples"]
+def _epochs(settings: TrainSettings, facts: TrainingFacts) -> str | None:
+    epochs, examples = settings.epochs, facts.examples
     most, source = most_epochs(examples)
     name = f"train.epochs: {epochs:g}"
     if epochs > most:
@@ -121,26 +124,26 @@ def _epochs(settings: dict, facts: dict) -> str | None:
     return None
 
 
-def _warmup(settings: dict, facts: dict) -> str | None:
-    ratio = settings["warmup_ratio"]
+def _warmup(settings: TrainSettings, facts: TrainingFacts) -> str | None:
+    ratio = settings.warmup_ratio
     if WARMUP[0] <= ratio <= WARMUP[1]:
         return None
     why = "the first steps, taken while AdamW's averages are still rough, can throw the weights about"
     if ratio > WARMUP[1]:
-        why = f"{ratio * facts['steps']:,.0f} of {facts['steps']:,} steps are taken below the rate that you chose"
+        why = f"{ratio * facts.steps:,.0f} of {facts.steps:,} steps are taken below the rate that you chose"
     return _line(
         f"train.warmup_ratio: {ratio:g}", "0.03 to 0.1", why, "Goyal et al. 2017; Dettmers et al. 2023 took 0.03"
     )
 
 
-def _weight_decay(settings: dict, facts: dict) -> str | None:
-    decay = settings["weight_decay"]
+def _weight_decay(settings: TrainSettings, facts: TrainingFacts) -> str | None:
+    decay = settings.weight_decay
     if WEIGHT_DECAY[0] <= decay <= WEIGHT_DECAY[1]:
         return None
     why = "nothing keeps unused weights small"
     if decay > WEIGHT_DECAY[1]:
         why = "what is learnt is pulled back to zero as fast"
-    if decay < WEIGHT_DECAY[0] and settings["method"] != "full":
+    if decay < WEIGHT_DECAY[0] and settings.method != "full":
         why += ", which matters little for a short LoRA run"
     source = "Loshchilov & Hutter 2019; Hu et al. 2021 took 0.01, Touvron et al. 2023 0.1"
     return _line(f"train.weight_decay: {decay:g}", "0.01 to 0.1", why, source)
@@ -150,6 +153,6 @@ def _line(given: str, usual: str, why: str, source: str) -> str:
     return f"{given}; usual: {usual}; {why} ({source})"
 
 
-def _count(number: float) -> str:
+def _in_words(parameter_count: float) -> str:
     """135e6 as "135 M", 8.03e9 as "8 B"."""
-    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
+    return f"{parameter_count / 1e9:.3g} B" if parameter_count >= 1e9 else f"{parameter_count / 1e6:.3g} M"

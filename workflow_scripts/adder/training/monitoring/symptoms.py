@@ -6,11 +6,18 @@ more than a late word: what a healthy run can look like is passed over in silenc
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypedDict, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adder.training.monitoring import advice
+from adder.training.records import MetricsRow, SampleRow, TrainingFacts
+from adder.training.stage import TrainSettings
+
+Severity = Literal["stop", "warning", "note"]
 
 ADAM_EPSILON = 1e-8  # torch's default: gradients below it no longer move a weight by the learning rate
 # Of the lowest usual learning rate: below this share nothing is learnt in any number of steps that people wait for.
@@ -20,27 +27,91 @@ SCALE_FAR_TOO_LOW = 0.01
 WIDER = "train.compute_dtype: bfloat16, or float32 where the card has no bf16"  # what float16's range asks for
 VANISHED = 0.01  # share of the first gradients
 NEAR_ZERO = 0.01  # nats a token: each is predicted with 99 % certainty
+UNKNOWN_REPLY_TOKENS = 64.0
 
 
-@dataclass
-class Curves:
-    """The finite part of the metrics: arrays by step (float64), and the rows of the evaluations."""
+class Diagnosis(TypedDict):
+    """What is wrong: the step where it shows (None: from the start), the evidence, the cause, the setting to change."""
 
-    steps: np.ndarray
-    epochs: np.ndarray
-    losses: np.ndarray
-    norms: np.ndarray  # NaN where none was logged, infinite where it was no number
-    evals: list[dict]
+    name: str
+    severity: Severity
+    step: int | None
+    evidence: str
+    cause: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Replies:
+    """The replies of one step that were sampled while training; `reply_tokens`: mean length of their references."""
+
+    count: int
+    exact_match: float
+    unfinished_share: float
+    empty_share: float
+    reply_tokens: float
 
     @classmethod
-    def of(cls, rows: list[dict]) -> "Curves":
+    def of(cls, rows: Sequence[SampleRow], reply_tokens: float | None) -> "Replies | None":
+        """Figures of the rows of one step, None without any."""
+        if not rows:
+            return None
+        return cls(
+            count=len(rows),
+            exact_match=sum(row["exact_match"] for row in rows) / len(rows),
+            unfinished_share=sum(not row["finished"] for row in rows) / len(rows),
+            empty_share=sum(not row["reply"] for row in rows) / len(rows),
+            reply_tokens=reply_tokens or UNKNOWN_REPLY_TOKENS,
+        )
+
+
+class Evaluation(NamedTuple):
+    """An evaluation while training: the held-out loss in nats; `epoch` infinite and `exact_match` None if not known."""
+
+    step: int
+    epoch: float
+    loss: float
+    exact_match: float | None
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a training shows at one look: the finite part of its metrics by step (float64), evaluations, replies.
+
+    norms: NaN where none was logged, infinite where it was no number. skipped: steps that the fp16 scaler skipped.
+    replies: those sampled last. final: whether training has ended.
+    """
+
+    steps: NDArray[np.float64]
+    epochs: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    norms: NDArray[np.float64]
+    evals: list[Evaluation] = field(default_factory=list)
+    skipped: int = 0
+    replies: Replies | None = None
+    final: bool = False
+
+    @classmethod
+    def of(cls, rows: Sequence[MetricsRow], replies: Replies | None = None, final: bool = False) -> "Curves":
         """Read metrics rows as the trainer logs them."""
         steps = [row for row in rows if finite(row.get("loss"))]
-        columns = [[row.get(name) for row in steps] for name in ("step", "epoch", "loss", "grad_norm")]
-        arrays = [np.array([math.nan if value is None else float(value) for value in one]) for one in columns]
-        logged = np.array([row.get("grad_norm") is not None for row in steps], dtype=bool)
-        arrays[3][logged & ~np.isfinite(arrays[3])] = math.inf
-        return cls(*arrays, [row for row in rows if finite(row.get("eval_loss"))])
+        norms, logged = _column(steps, "grad_norm"), np.array([row.get("grad_norm") is not None for row in steps], bool)
+        norms[logged & ~np.isfinite(norms)] = math.inf
+        evals = [
+            Evaluation(row["step"], row.get("epoch", math.inf), loss, row.get("exact_match"))
+            for row in rows
+            if finite(loss := row.get("eval_loss"))
+        ]
+        return cls(
+            steps=_column(steps, "step"),
+            epochs=_column(steps, "epoch"),
+            losses=_column(steps, "loss"),
+            norms=norms,
+            evals=evals,
+            skipped=sum(row.get("skipped_step", 0) for row in rows),
+            replies=replies,
+            final=final,
+        )
 
     @property
     def window(self) -> int:
@@ -70,7 +141,7 @@ class Curves:
         return int(self.steps[-1]) if len(self.steps) else 0
 
 
-def diverging(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def diverging(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """The loss stays above where it began, or has climbed back over half of what it had fallen."""
     count = len(curves.losses)
     if count < 8:
@@ -89,11 +160,11 @@ def diverging(curves: Curves, facts: dict, settings: dict) -> dict | None:
     was = f"it was {began:.3g} at the start" if above or fast else f"it was down to {lowest:.3g}"
     evidence = f"the loss is {now:.3g} over the last {curves.window} steps and {was}"
     step = curves.last_step if above or fast else int(curves.steps[best + curves.window - 1])
-    cause = f"the steps are too large (train.learning_rate {settings['learning_rate']:.1e})"
+    cause = f"the steps are too large (train.learning_rate {settings.learning_rate:.1e})"
     return diagnosis("loss diverges", "warning", step, evidence, cause, gentler(settings))
 
 
-def exploding(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def exploding(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """Gradients of ten times the first ones and of the clipping norm, while nothing is learnt from them."""
     norms = curves.norms[np.isfinite(curves.norms) & (curves.norms > 0)]
     if len(norms) < 8:
@@ -101,22 +172,22 @@ def exploding(curves: Curves, facts: dict, settings: dict) -> dict | None:
     width = min(curves.window, 10)
     # The first norms themselves: a level over many steps would hide a quick explosion in its own middle.
     first, now = level(norms[:3]), level(norms[-width:])
-    if now < 10 * first or now < 10 * settings["max_grad_norm"] or curves.end < 0.9 * curves.losses[0]:
+    if now < 10 * first or now < 10 * settings.max_grad_norm or curves.end < 0.9 * curves.losses[0]:
         return None
     evidence = f"the gradient norm is {now:.3g} over the last {width} steps and was {first:.3g} in the first, "
     evidence += f"the loss {curves.end:.3g} and {curves.losses[0]:.3g}"
-    cause = f"the weights have left where they were good (train.learning_rate {settings['learning_rate']:.1e})"
+    cause = f"the weights have left where they were good (train.learning_rate {settings.learning_rate:.1e})"
     return diagnosis("gradient explodes", "warning", curves.last_step, evidence, cause, gentler(settings))
 
 
-def overflow(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def overflow(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """Gradients that are no numbers, beyond what finding the fp16 scale costs.
 
     The scaler starts at 65,536 and halves with each skipped step; then it doubles every 2,000 steps and skips one.
     """
     bad = np.isinf(curves.norms)
-    skipped = max(facts["skipped_steps"], int(bad.sum()))
-    half = facts.get("dtype") == "float16"
+    skipped = max(curves.skipped, int(bad.sum()))
+    half = facts.dtype == "float16"
     allowed = max(12, 0.05 * len(curves.losses)) if half else 0
     if skipped <= allowed:
         return None
@@ -129,14 +200,14 @@ def overflow(curves: Curves, facts: dict, settings: dict) -> dict | None:
     return diagnosis("gradient overflow", "warning", step, evidence, cause, gentler(settings))
 
 
-def vanishing(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def vanishing(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """Gradients below AdamW's epsilon, or far below the first ones, though the loss has not fallen by half."""
     norms = curves.norms[np.isfinite(curves.norms)]
     if len(norms) < 8 or curves.end < max(0.5 * curves.losses[0], 0.5):
         return None
     width = curves.window
     now, first = level(norms[-width:]), level(norms[:3])
-    each = now / math.sqrt(max(facts.get("trainable_parameters", 1), 1))
+    each = now / math.sqrt(max(facts.trainable_parameters, 1))
     if each >= ADAM_EPSILON and now >= VANISHED * first:
         return None
     evidence = f"the gradient norm is {now:.2g} ({each:.1g} a parameter) at a loss of {curves.end:.3g}"
@@ -145,20 +216,20 @@ def vanishing(curves: Curves, facts: dict, settings: dict) -> dict | None:
     cause, change = "the trained weights hardly reach the output", "train.target_modules: all-linear"
     scale = _scale(settings)
     if scale < SCALE_FAR_TOO_LOW:
-        cause, change = f"the adapter's scale is {scale:.1g}", f"train.lora_alpha: {2 * settings['lora_r']}"
+        cause, change = f"the adapter's scale is {scale:.1g}", f"train.lora_alpha: {2 * settings.lora_r}"
     elif now < VANISHED * first:
         cause = f"the norm was {first:.2g} at first: units have died or saturated after steps that were too large"
         change = gentler(settings)
     return diagnosis("gradient vanishes", "warning", curves.last_step, evidence, cause, change)
 
 
-def worse_than_guessing(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def worse_than_guessing(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """A loss above ln(vocabulary), which a model that knows nothing has, from the start and after ten steps.
 
     The base does not see its own language: tokens of another tokenizer, or a template full of tokens it never met.
     """
-    guess = facts.get("ln_vocabulary")
-    if guess is None or len(curves.losses) < 10:
+    guess = facts.ln_vocabulary
+    if len(curves.losses) < 10:
         return None
     # 0.3 above: random weights are at ln(vocabulary) and a little over it.
     if min(*curves.losses[:3], curves.start, curves.end) < guess + 0.3:
@@ -172,71 +243,73 @@ def worse_than_guessing(curves: Curves, facts: dict, settings: dict) -> dict | N
     return diagnosis("worse than guessing", "warning", curves.last_step, evidence, cause, change)
 
 
-def flat(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def flat(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """No fall of the loss from the start on, and little enough noise to say so.
 
     Where a setting explains it, it is enough that no fall shows. Else a fall of 2 % must be ruled out, or the held-out
     loss, which is of the same examples each time, must stand still to 5 in 10,000 over half of the run; and not before
     a fifth of it.
     """
-    count, planned = len(curves.losses), facts.get("steps") or len(curves.losses)
-    warmup = math.ceil(settings.get("warmup_ratio", 0) * planned)
+    count, planned = len(curves.losses), facts.steps or len(curves.losses)
+    warmup = math.ceil(settings.warmup_ratio * planned)
     if curves.last_step < warmup + 10 or count < 10 or curves.end < 0.1:
         return None
     start, first = curves.start, float(np.mean(curves.losses[:3]))
     fall, least = start - curves.end, max(curves.doubt, 0.02 * start)
-    after = [row for row in curves.evals if row["step"] > warmup]
-    held = [row["eval_loss"] for row in after]
+    after = [row for row in curves.evals if row.step > warmup]
+    held = [row.loss for row in after]
     learns = fall > least or (len(held) > 1 and held[-1] < 0.98 * held[0])
     # A quick fall is over within the first level: the very first losses show it, which are noisier.
     learns = learns or first - curves.end > max(2 * curves.doubt, 0.02 * start)
     if learns or fall < -least:
         return None
-    (cause, change), severity = _why_flat(settings), "warning"
-    if cause is None:
-        enough = curves.last_step >= max(warmup + 20, planned / 5) or (facts["final"] and count >= 20)
+    known, severity = _why_flat(settings), "warning"
+    if known is not None:
+        cause, change = known
+    else:
+        enough = curves.last_step >= max(warmup + 20, planned / 5) or (curves.final and count >= 20)
         still = abs(fall) + curves.doubt < 0.02 * start
         frozen = len(held) > 2 and max(held) - min(held) < 5e-4 * held[0]
-        frozen = frozen and after[-1]["step"] - after[0]["step"] >= planned / 2 and abs(fall) < 0.02 * start
+        frozen = frozen and after[-1].step - after[0].step >= planned / 2 and abs(fall) < 0.02 * start
         if not enough or not (still or frozen):
             return None
         severity = "warning" if still else "note"  # evaluations can agree by chance
-        cause = f"train.learning_rate {settings['learning_rate']:.1e} is too low, or the base knows these rows already"
-        change = f"train.learning_rate: {10 * settings['learning_rate']:.1e}"
+        cause = f"train.learning_rate {settings.learning_rate:.1e} is too low, or the base knows these rows already"
+        change = f"train.learning_rate: {10 * settings.learning_rate:.1e}"
     evidence = f"the loss is {curves.end:.4g} after {curves.last_step} steps and was {start:.4g} at the start"
     if len(held) > 1:
         evidence += f", the held-out loss {held[-1]:.5g} after {held[0]:.5g}"
     return diagnosis("loss flat", severity, curves.last_step, evidence, cause, change)
 
 
-def _why_flat(settings: dict) -> tuple[str | None, str | None]:
+def _why_flat(settings: TrainSettings) -> tuple[str, str] | None:
     """A cause that the settings give away, and what to change; None without one."""
-    rate, scale = settings["learning_rate"], _scale(settings)
-    lowest = (advice.FULL_RATES if settings["method"] == "full" else advice.LORA_RATES)[-1][1]
+    rate, scale = settings.learning_rate, _scale(settings)
+    lowest = (advice.FULL_RATES if settings.method == "full" else advice.LORA_RATES)[-1][1]
     if rate < FAR_TOO_LOW * lowest:
-        cause = f"train.learning_rate {rate:.1e} is far too low for method {settings['method']}"
-        return cause, f"train.learning_rate: {'1e-5' if settings['method'] == 'full' else '2e-4'}"
+        cause = f"train.learning_rate {rate:.1e} is far too low for method {settings.method}"
+        return cause, f"train.learning_rate: {'1e-5' if settings.method == 'full' else '2e-4'}"
     if scale < SCALE_FAR_TOO_LOW:
-        cause = f"the adapter's scale is {scale:.1g} (train.lora_alpha {settings['lora_alpha']:g})"
-        return cause, f"train.lora_alpha: {2 * settings['lora_r']}"
-    return None, None
+        cause = f"the adapter's scale is {scale:.1g} (train.lora_alpha {settings.lora_alpha:g})"
+        return cause, f"train.lora_alpha: {2 * settings.lora_r}"
+    return None
 
 
-def near_zero(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def near_zero(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """Nothing left to learn before half of the examples were seen once, or before training.
 
     The held-out loss must agree where there is one: a narrow task is learnt quickly, but then new rows cost more.
     """
     early = curves.losses[curves.epochs <= 0.5]
-    base = facts.get("base_loss", math.inf)
+    base = math.inf if facts.base_loss is None else facts.base_loss
     known = base < 0.05 or (len(curves.losses) >= 5 and level(curves.losses[:5]) < 0.05)
     levels = _levels(early, 10) if len(early) >= 10 else np.array([])
     quick = len(levels) and levels.min() < NEAR_ZERO
     if not (known or quick):
         return None
-    if curves.evals and curves.evals[-1]["eval_loss"] >= 2 * NEAR_ZERO:
+    if curves.evals and curves.evals[-1].loss >= 2 * NEAR_ZERO:
         return None
-    if not known and not curves.evals and settings.get("eval_samples") and not facts["final"]:
+    if not known and not curves.evals and settings.eval_samples and not curves.final:
         return None  # the first evaluation will tell
     if known:
         step = 1
@@ -248,7 +321,7 @@ def near_zero(curves: Curves, facts: dict, settings: dict) -> dict | None:
         step = int(curves.steps[at + 9])
         evidence = f"the loss is {levels[at]:.2g} at step {step}, epoch {curves.epochs[at + 9]:.2f}"
     if curves.evals:
-        evidence += f", and {curves.evals[-1]['eval_loss']:.2g} on held-out rows"
+        evidence += f", and {curves.evals[-1].loss:.2g} on held-out rows"
     cause = "the answer stands in the prompt, rows repeat, or the task is too easy to need training"
     change = (
         "data.sources (or its convert): leave the answer out of the prompt, or train.max_examples: far fewer will do"
@@ -256,15 +329,15 @@ def near_zero(curves: Curves, facts: dict, settings: dict) -> dict | None:
     return diagnosis("loss near zero", "warning", step, evidence, cause, change)
 
 
-def memorised(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def memorised(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """Near zero on training rows in the first epoch, and far from it on others: the rows were not new."""
-    evals = [row for row in curves.evals if row.get("epoch", math.inf) <= 1]
+    evals = [row for row in curves.evals if row.epoch <= 1]
     if not evals:
         return None
-    seen = curves.losses[curves.steps <= evals[-1]["step"]]
+    seen = curves.losses[curves.steps <= evals[-1].step]
     if len(seen) < 10:
         return None
-    train, held = level(seen[-10:]), evals[-1]["eval_loss"]
+    train, held = level(seen[-10:]), evals[-1].loss
     if train > 0.1 or held < 10 * train or held - train < 0.5:
         return None
     evidence = f"in the first epoch the loss is {train:.2g} on training rows and {held:.3g} on held-out ones"
@@ -272,10 +345,10 @@ def memorised(curves: Curves, facts: dict, settings: dict) -> dict | None:
         "training rows repeat, so that the first epoch already meets them again, or held-out rows are of another kind"
     )
     change = "format.drop_duplicates: true and format.near_duplicates: drop"
-    return diagnosis("rows repeat", "warning", evals[-1]["step"], evidence, cause, change)
+    return diagnosis("rows repeat", "warning", evals[-1].step, evidence, cause, change)
 
 
-def spikes(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def spikes(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """Steps far above the 20 before them, in loss and in gradient, that come again and again.
 
     Far: by 8 robust standard deviations, by 5 on a logarithmic scale, since the losses of small batches have a heavy
@@ -300,11 +373,11 @@ def spikes(curves: Curves, facts: dict, settings: dict) -> dict | None:
     evidence += f"from {usual[worst]:.3g} at step {step}"
     cause = "some batches are unlike the others (broken rows, another language), or the steps are almost too large"
     change = "data.sources: look at those rows; else train.max_grad_norm: 0.3 and train.learning_rate: "
-    change += f"{settings['learning_rate'] / 2:.1e}"
+    change += f"{settings.learning_rate / 2:.1e}"
     return diagnosis("loss spikes", "warning", step, evidence, cause, change)
 
 
-def overfitting(curves: Curves, facts: dict, settings: dict) -> dict | None:
+def overfitting(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
     """The held-out loss has risen from its best while the training loss fell on.
 
     Evaluations see the same examples each time and so stray by a percent at most: 2 % in two evaluations count, or 10 %
@@ -312,80 +385,76 @@ def overfitting(curves: Curves, facts: dict, settings: dict) -> dict | None:
     """
     if len(curves.evals) < 2:
         return None
-    held = np.array([row["eval_loss"] for row in curves.evals])
+    held = np.array([row.loss for row in curves.evals])
     best = int(held.argmin())
     rise, least = held[-1] - held[best], max(0.02 * held[best], 0.02)
     twice = len(held) - best > 2 and held[-2] - held[best] > least / 2
     if best == len(held) - 1 or rise <= least or not (twice or rise > max(0.1 * held[best], 0.05)):
         return None
-    then = curves.losses[curves.steps <= curves.evals[best]["step"]][-curves.window :]
+    then = curves.losses[curves.steps <= curves.evals[best].step][-curves.window :]
     if not len(then) or curves.end >= level(then):
         return None
     at = curves.evals[best]
-    evidence = (
-        f"the held-out loss was best at step {at['step']} with {held[best]:.4g} and is {held[-1]:.4g} now, while "
-    )
+    epoch = at.epoch if math.isfinite(at.epoch) else 1.0
+    evidence = f"the held-out loss was best at step {at.step} with {held[best]:.4g} and is {held[-1]:.4g} now, while "
     evidence += f"the training loss fell from {level(then):.3g} to {curves.end:.3g}"
-    change = (
-        f"train.epochs: {max(round(at.get('epoch', 1), 1), 0.1):g}, or train.keep: best with train.early_stopping: 2"
-    )
+    change = f"train.epochs: {max(round(epoch, 1), 0.1):g}, or train.keep: best with train.early_stopping: 2"
     severity, cause = "warning", "training rows are learnt by heart"
-    if settings.get("keep") == "best" and settings.get("best_by", "loss") == "loss":
-        severity, change = "note", f"nothing needs to: train.keep: best takes the adapter of step {at['step']}"
-    matches = [row.get("exact_match") for row in (at, curves.evals[-1])]
-    if severity == "warning" and None not in matches and matches[1] > matches[0]:
+    if settings.keep == "best" and settings.best_by == "loss":
+        severity, change = "note", f"nothing needs to: train.keep: best takes the adapter of step {at.step}"
+    then_right, now_right = at.exact_match, curves.evals[-1].exact_match
+    rises = then_right is not None and now_right is not None and now_right > then_right
+    if severity == "warning" and rises:
         severity = "note"
-        cause = f"the model grows too sure of itself, though exact matches still rose to {matches[1]:.0%}"
+        cause = f"the model grows too sure of itself, though exact matches still rose to {now_right:.0%}"
         change = "train.keep: best with train.best_by: exact_match"
-    return diagnosis("overfitting", severity, at["step"], evidence, cause, change)
+    return diagnosis("overfitting", severity, at.step, evidence, cause, change)
 
 
-def diagnosis(name: str, severity: str, step: int | None, evidence: str, cause: str, change: str) -> dict:
+def _column(rows: Sequence[MetricsRow], name: Literal["step", "epoch", "loss", "grad_norm"]) -> NDArray[np.float64]:
+    """A column of the metrics, NaN where it isn't there."""
+    return np.array([math.nan if (value := row.get(name)) is None else float(value) for row in rows], np.float64)
+
+
+def diagnosis(name: str, severity: Severity, step: int | None, evidence: str, cause: str, change: str) -> Diagnosis:
     """A diagnosis as `doctor.diagnose` returns them."""
-    return {
-        "name": name,
-        "severity": severity,
-        "step": step,
-        "evidence": evidence,
-        "cause": cause,
-        "change": change,
-    }
+    return Diagnosis(name=name, severity=severity, step=step, evidence=evidence, cause=cause, change=change)
 
 
-def gentler(settings: dict) -> str:
+def gentler(settings: TrainSettings) -> str:
     """What to change where steps are too large."""
-    return f"train.learning_rate: {settings['learning_rate'] / 10:.1e} (or train.max_grad_norm: 0.3)"
+    return f"train.learning_rate: {settings.learning_rate / 10:.1e} (or train.max_grad_norm: 0.3)"
 
 
-def _scale(settings: dict) -> float:
+def _scale(settings: TrainSettings) -> float:
     """What LoRA's update is multiplied by; 1 for full training."""
-    if settings["method"] == "full":
+    if settings.method == "full":
         return 1.0
-    rank = settings["lora_r"]
-    return settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    rank = settings.lora_r
+    return settings.lora_alpha / (math.sqrt(rank) if settings.use_rslora else rank)
 
 
-def finite(value: float | None) -> bool:
+def finite(value: float | None) -> TypeGuard[float]:
     """Whether a value was logged and is a number."""
     return value is not None and math.isfinite(float(value))
 
 
-def level(values: np.ndarray) -> float:
+def level(values: NDArray[np.float64]) -> float:
     """The median, NaN of nothing."""
     return float(np.median(values)) if len(values) else math.nan
 
 
-def _levels(values: np.ndarray, width: int) -> np.ndarray:
+def _levels(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     """Moving median."""
     return np.median(np.lib.stride_tricks.sliding_window_view(values, width), axis=1)
 
 
-def _spread(rows: np.ndarray) -> np.ndarray:
+def _spread(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """Robust standard deviation of each row."""
     return 1.4826 * np.median(np.abs(rows - np.median(rows, axis=1, keepdims=True)), axis=1)
 
 
-def _noise(values: np.ndarray) -> float:
+def _noise(values: NDArray[np.float64]) -> float:
     """Standard deviation of single values around their course: from the differences of neighbours, outliers apart."""
     if len(values) < 3:
         return math.inf
