@@ -38,10 +38,8 @@ from adder.training.best_weights import KeepBestWeights
 from adder.training.callbacks import ShowProgress
 from adder.training.checkpoints import newest_whole, step_of
 from adder.training.distributed import collectives, fsdp
-from adder.training.monitoring import trackers
-from adder.training.monitoring.advice import advise
-from adder.training.monitoring.doctor_callback import DoctorCallback
-from adder.training.monitoring.preflight_warnings import time_in_words, warnings
+from adder.training.monitoring import live, trackers
+from adder.training.monitoring.live import DoctorCallback
 from adder.training.neftune import add_noise
 from adder.training.packed_dataset import PackedExamples, RefillPacks, heldout_examples
 from adder.training.records import (
@@ -284,8 +282,7 @@ def _build_trainer(
         progress,
     )
     facts = _facts(job, model, packs.seq_lengths, dtype, arguments.max_steps, sampler.reply_tokens)
-    for line in advise(settings, facts):
-        progress.say(f"advice: {line}")
+    live.say_advice(settings, facts, progress)
     best = KeepBestWeights(settings, job.checkpoints)
     doctor = DoctorCallback(facts, settings, sampler.rows, progress)
     callbacks: list[TrainerCallback] = [
@@ -445,9 +442,7 @@ def _look_first(
         facts,
         disk,
     )
-    for warning in warnings(figures, plan.record()):
-        progress.say(f"warning: {warning}")
-    progress.say(time_in_words(figures["estimated_seconds"], facts.steps))
+    live.say_preflight(figures, plan.record(), facts, progress)
     return figures
 
 

@@ -25,7 +25,7 @@ from adder.core.labels import IGNORE_INDEX
 from adder.core.rng import undisturbed
 from adder.kernels.labelled_loss import mean_loss
 from adder.training.base_model import bare_model
-from adder.training.monitoring.preflight_warnings import named
+from adder.training.layer_names import listed
 from adder.training.packed_dataset import Pack
 from adder.training.records import DiskRoom, PackPiece, PreflightFigures, ShownPack, TrainingFacts
 from adder.training.sampled_replies import decoded
@@ -217,7 +217,7 @@ def _refuse(loss: float, layers: dict[str, float], dead: list[str], dtype: str, 
     # In fp16 the scaler of the training skips such a step.
     if dtype != "float16" and not all(map(math.isfinite, layers.values())):
         broken = sorted(name for name, norm in layers.items() if not math.isfinite(norm))
-        raise UserError(f"preflight: the gradient of the first pack is no number in {named(broken)}")
+        raise UserError(f"preflight: the gradient of the first pack is no number in {listed(broken)}")
     if len(dead) == len(layers):
         raise UserError(
             "preflight: no trained layer gets a gradient from the first pack, so the model would stay as it is; "

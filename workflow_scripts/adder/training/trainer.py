@@ -29,9 +29,8 @@ from adder.training.base_model import bare_model
 from adder.training.best_weights import KeepBestWeights
 from adder.training.callbacks import StopOnSignal
 from adder.training.distributed import collectives, fsdp
-from adder.training.monitoring.doctor import explain_nan
+from adder.training.monitoring.live import why_not_a_number
 from adder.training.packed_dataset import DealtBatches, ReadAhead, WithEmptyPack
-from adder.training.records import metrics_rows
 from adder.training.sampled_replies import Sampler
 from adder.training.stage import TrainSettings
 
@@ -277,7 +276,7 @@ class Trainer(SFTTrainer):
         """Add the training speed since the last log: tokens of real examples, in steps alone."""
         if "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
-                reasons = explain_nan(metrics_rows(self.state.log_history), self.settings, self.dtype)
+                reasons = why_not_a_number(self.state.log_history, self.settings, self.dtype)
                 raise UserError(f"the loss became {logs['loss']} at step {self.state.global_step}: {reasons}")
             if self.accelerator.optimizer_step_was_skipped:
                 logs["skipped_step"] = 1

@@ -1,10 +1,10 @@
 """What looks wrong in the figures of the look before the first step, in sentences. Nothing here stops a training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from adder.training.layer_names import listed
 from adder.training.records import ChoiceRecord, PreflightFigures
 
-LISTED = 20  # layers named in a sentence
 # A model that knows nothing loses ln(vocabulary) nats a token; one more is worse than guessing by a factor of e.
 MARGIN = 1.0
 LEAST_LABELLED = 0.01
@@ -37,7 +37,7 @@ def _unreached(figures: PreflightFigures) -> str | None:
     if not dead:
         return None
     return (
-        f"{len(dead)} of {figures['layers']} trained layers get no gradient from the first pack: {named(dead)}; "
+        f"{len(dead)} of {figures['layers']} trained layers get no gradient from the first pack: {listed(dead)}; "
         "they learn nothing unless other packs reach them (an expert that no token was sent to)"
     )
 
@@ -63,12 +63,6 @@ def _coarse(plan: Mapping[str, ChoiceRecord]) -> str | None:
 def _left_unquantised(plan: Mapping[str, ChoiceRecord]) -> str | None:
     choice = plan.get("nf4_weights")
     return None if choice is None else f"train.method: qlora, but {choice['reason']}"
-
-
-def named(layers: Sequence[str]) -> str:
-    """Names of layers, the first LISTED of them."""
-    rest = len(layers) - LISTED
-    return ", ".join(layers[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def time_in_words(seconds: float, steps: int) -> str:

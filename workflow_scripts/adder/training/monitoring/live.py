@@ -1,4 +1,9 @@
-"""The doctor at a training's side: says each new diagnosis once, on the terminal, while there is time to act."""
+"""What is said on the terminal while training: advice, warnings, diagnoses, and why a loss is no number.
+
+All that is said here is judged anew by the report, from what training writes. None of it decides anything, so this
+module is no part of what a training is made of (see workflow.code_digest); nothing else of training may import doctor,
+symptoms, advice or preflight_warnings.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,10 +11,32 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adder.core.progress import Progress
-from adder.training.monitoring.doctor import Findings, in_a_line, is_due
+from adder.training.monitoring.advice import advise
+from adder.training.monitoring.doctor import Findings, explain_nan, in_a_line, is_due
+from adder.training.monitoring.preflight_warnings import time_in_words, warnings
 from adder.training.monitoring.symptoms import Diagnosis
-from adder.training.records import SampleRow, TrainingFacts, metrics_rows
+from adder.training.records import ChoiceRecord, PreflightFigures, SampleRow, TrainingFacts, metrics_rows
 from adder.training.stage import TrainSettings
+
+
+def say_advice(settings: TrainSettings, facts: TrainingFacts, progress: Progress) -> None:
+    """Say what is unusual about the settings."""
+    for line in advise(settings, facts):
+        progress.say(f"advice: {line}")
+
+
+def say_preflight(
+    figures: PreflightFigures, plan: Mapping[str, ChoiceRecord], facts: TrainingFacts, progress: Progress
+) -> None:
+    """Say what looked wrong on the first pack, and roughly how long the training will take. `plan`: plan.json."""
+    for warning in warnings(figures, plan):
+        progress.say(f"warning: {warning}")
+    progress.say(time_in_words(figures["estimated_seconds"], facts.steps))
+
+
+def why_not_a_number(history: Sequence[Mapping[str, Any]], settings: TrainSettings, dtype: str) -> str:
+    """Why the loss has stopped being a number, and what to change; `history`: the trainer's log before that step."""
+    return explain_nan(metrics_rows(history), settings, dtype)
 
 
 class DoctorCallback(TrainerCallback):

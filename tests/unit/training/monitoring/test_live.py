@@ -8,7 +8,7 @@ from adder.core.files import read_jsonl
 from adder.core.progress import Progress
 from adder.training import trainer
 from adder.training.monitoring.doctor import diagnose
-from adder.training.monitoring.doctor_callback import DoctorCallback
+from adder.training.monitoring.live import DoctorCallback
 from adder.training.records import TrainingFacts
 from tiny import save_tiny_model
 from toy_language import chain, heldout, many, quick_settings, write_inputs
