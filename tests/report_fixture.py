@@ -15,6 +15,8 @@ from adder.evaluation import json_fields
 from adder.formatting.heldout_overlap import overlap_method
 from adder.formatting.minhash import near_duplicate_method
 from adder.report.stage import ReportSettings
+from adder.training.records import TrainingFacts
+from adder.training.stage import TrainSettings
 from adder.workflow.stages import SPECS
 
 HOSTILE = "<script>alert('adder')</script>\"'&"
@@ -60,35 +62,9 @@ REPLIED = {
         122: [{"product": "kettle (white)"}, {"amount": 19.9}, {"intent": "question"}],
     },
 }
-# As adder.doctor words them.
-DIAGNOSES = {
-    "healthy": [],
-    "spiky": [
-        {
-            "name": "gradient explodes", "severity": "note", "step": 67,
-            "evidence": "the gradient norm is 247 over the last 4 steps and was 2.4 in the first; it passed by the end",
-            "cause": "the weights have left the region where they were good (train.learning_rate 1.0e-04)",
-            "change": "train.learning_rate: 1.0e-05 (or train.max_grad_norm: 0.3)",
-        },
-        {
-            "name": "loss spikes", "severity": "warning", "step": 67,
-            "evidence": "the loss jumped in 3 of 102 steps, at worst to 31.6 from 0.072 at step 67",
-            "cause": "some batches are unlike the others (broken rows, another language), or the steps are almost too "
-            "large",
-            "change": "data.sources: look at those rows; else train.max_grad_norm: 0.3 and train.learning_rate: "
-            "5.0e-05",
-        },
-    ],
-    "overfitted": [
-        {
-            "name": "overfitting", "severity": "warning", "step": 62,
-            "evidence": "the held-out loss was best at step 62 with 0.325 and is 0.7803 now, while the training loss "
-            "fell from 0.083 to 0.041",
-            "cause": "overfitting: training rows are learnt by heart",
-            "change": "train.epochs: 1, or train.keep: best with train.early_stopping: 2",
-        },
-    ],
-}  # fmt: skip
+# What trainings of each course were set to; "spiky" has steps that are almost too large.
+RATES = {"healthy": 1e-4, "spiky": 5e-3, "overfitted": 1e-4}
+STEPS = {"healthy": 122, "spiky": 122, "overfitted": 366}  # planned
 
 
 def write_stage_folders(
@@ -142,11 +118,13 @@ def write_stage_folders(
         write_judge(inputs["judge"], examples, right, hostile)
     for stage, folder in inputs.items():
         record = stage_record(stage, folder, restored, energy)
+        if stage == "train":
+            record["settings"] = train_settings(method, course)
         more = {"attempts": attempts} if stage == "train" and attempts > 1 else {}
         write_json(folder / "stage.json", record | more)
     name = f"tickets {HOSTILE}" if hostile else run
     settings = {
-        "run": name, "title": name, "resolved": resolved(method, tasks, judged, price_per_hour),
+        "run": name, "title": name, "resolved": resolved(method, tasks, judged, price_per_hour, RATES[course]),
         "shows": {stage: dict(SPECS[stage.split("_")[0]].shows) for stage in inputs},
         "stages": {stage: folder.name for stage, folder in inputs.items()},
         "tasks": [
@@ -484,32 +462,50 @@ def write_train(folder: Path, rng: random.Random, method: str, eval_loss: bool, 
         "eval_loss": 0.0606 if eval_loss else None, "effective_batch": {"asked": 16, "mean_examples": 16.1},
         "trainable_parameters": trainable, "total_parameters": 134_515_008, "resumed_from": None,
         "preflight": preflight(course, hostile),
-        "planned_steps": steps, "diagnoses": DIAGNOSES[course], "advice": [], "kept": {
+        "planned_steps": STEPS[course], "facts": training_facts(method, trainable, STEPS[course]), "kept": {
             "value": steps, "reason": "the last step, as set by train.keep; the best by loss was step 122",
             "alternatives": [],
         },
     }  # fmt: skip
     if course == "overfitted":
         reason = "the best by loss of 4 evaluations; stopped early, 2 evaluations after the best, at step 122 of 366"
-        facts |= {"kept": {"value": 62, "reason": reason, "alternatives": []}, "planned_steps": 366}
-    if course == "spiky":
-        facts["advice"] = [
-            "train.learning_rate: 5.0e-03; usual: 1e-04 to 3e-03 for method qlora with 135 M parameters; the loss may "
-            "rise or never settle (Hu et al. 2021 trained 355 M parameters at 2e-4)"
-        ]
+        facts["kept"] = {"value": 62, "reason": reason, "alternatives": []}
     if hostile:
-        words = {name: f"it broke{HOSTILE}" for name in ("name", "evidence", "cause", "change")}
-        facts["diagnoses"] = [{**words, "severity": "stop", "step": 3}]
-        facts["advice"] = [f"train.epochs: 3{HOSTILE}"]
         facts["kept"]["reason"] += HOSTILE
     write_json(folder / "train.json", facts)
+
+
+def train_settings(method: str, course: str) -> dict:
+    """The stage's settings, as its record has them."""
+    return TrainSettings.model_validate(
+        {"method": method, "learning_rate": RATES[course], "epochs": 2, "reshuffle": False}
+    ).model_dump(mode="json")
+
+
+def training_facts(method: str, trainable: int, steps: int) -> dict:
+    """What doctor and advice judge by."""
+    return TrainingFacts(
+        ln_vocabulary=math.log(49_152),
+        parameters=134_515_008,
+        trainable_parameters=trainable,
+        labelled_share=42_140 / 106_820,
+        dtype="float32",
+        examples=977,
+        epochs=2.0,
+        steps=steps,
+        steps_per_epoch=61,
+        effective_batch=16.1,
+        tokens_per_step=106_820 / 61,
+        base_loss=2.21,
+        reply_tokens=43.0,
+    ).to_dict()
 
 
 def preflight(course: str, hostile: bool) -> dict:
     """What adder.preflight saw of the first pack: two examples, the second cut off."""
     asked = f"<|im_start|>user\nWhere is my order 48213?{HOSTILE if hostile else ''}<|im_end|>\n<|im_start|>assistant\n"
     pieces = [(asked, 0, 0), ('{"intent": "delivery_status"}<|im_end|>', 1, 0), ("\n", 0, 0), (asked, 0, 1)]
-    dead = ["model.layers.1.mlp.experts.7"] if course == "spiky" else []
+    dead = [f"model.layers.1.mlp.experts.7{HOSTILE if hostile else ''}"] if course == "spiky" or hostile else []
     return {
         "batch": {
             "pieces": [{"text": text, "loss": loss, "example": example} for text, loss, example in pieces],
@@ -523,12 +519,6 @@ def preflight(course: str, hostile: bool) -> dict:
             "merged_model": {"needed_bytes": 269_030_016, "free_bytes": 61_200_000_000},
         },
         "seconds": 1.31, "estimated_seconds": 318,
-        "estimate": "roughly 5.3 minutes for 122 steps, by the time of one pack; evaluations not counted",
-        "warnings": [
-            f"1 of 210 trained layers get no gradient from the first pack: {name}; they learn nothing unless other "
-            f"packs reach them (an expert that no token was sent to){HOSTILE if hostile else ''}"
-            for name in dead or ["x"] * hostile
-        ],
     }  # fmt: skip
 
 
@@ -719,7 +709,11 @@ def score(values: list[float], value: float | None = None) -> dict:
 
 
 def resolved(
-    method: str, tasks: Sequence[str] = (), judged: bool = False, price_per_hour: float | None = None
+    method: str,
+    tasks: Sequence[str] = (),
+    judged: bool = False,
+    price_per_hour: float | None = None,
+    learning_rate: float = 1e-4,
 ) -> list[dict]:
     """Every setting as the settings model resolves it."""
     rows = [
@@ -729,7 +723,7 @@ def resolved(
         ("format.drop_duplicates", True, "default"), ("tokenize.chat_template", None, "default"),
         ("lengths.max_seq_length", "auto", "default"), ("lengths.packing", "auto", "default"),
         ("lengths.keep_whole", 0.99, "default"), ("train.method", method, "default"), ("train.epochs", 2, "config"),
-        ("train.learning_rate", 1e-4, "run"), ("train.warmup_ratio", 0.05, "default"),
+        ("train.learning_rate", learning_rate, "run"), ("train.warmup_ratio", 0.05, "default"),
         ("train.effective_batch_size", 16, "default"), ("train.micro_batch_size", "auto", "default"),
         ("train.gradient_checkpointing", "auto", "default"), ("train.compute_dtype", "auto", "default"),
         ("train.lora_r", 16, "default"), ("train.lora_alpha", 32, "default"), ("train.seed", 42, "default"),

@@ -19,19 +19,19 @@ from adder.formatting.records import Card, Reject
 from adder.merging.records import ProofRecord
 from adder.packing.records import LengthsRecord
 from adder.report.records import (
-    ChoiceRecord,
-    Diagnosis,
     HeldoutSample,
     Judgement,
     JudgeRecord,
-    MetricsRow,
-    SampleRow,
     ScoresRecord,
     StageRecord,
     TaskRecord,
-    TrainRecord,
 )
 from adder.tokenization.records import TokenizeRecord
+from adder.training.monitoring import doctor, preflight_warnings
+from adder.training.monitoring.advice import advise
+from adder.training.monitoring.symptoms import Diagnosis
+from adder.training.records import ChoiceRecord, MetricsRow, SampleRow, TrainingFacts, TrainRecord
+from adder.training.stage import TrainSettings
 
 STAGES = (
     "model", "data", "format", "tokenize", "lengths", "train", "merge", "evaluate_base", "evaluate_tuned",
@@ -79,8 +79,8 @@ class RunFacts:
 
     folders and records (stage.json): of each stage, in the order in which a reader follows a run. rejects: the first
     rows that can't be used. curve: metrics of the training, a row a step or evaluation. sampled: replies on the way.
-    diagnoses, advice, preflight_warnings: what is to be said of the training; diagnoses are None where it left nothing
-    to judge by. samples: replies of base and tuned to the held-out rows. judge: None without one. other: what further
+    diagnoses, advice, preflight_warnings: what doctor, advice and preflight say of the training, judged anew by what it
+    left. samples: replies of base and tuned to the held-out rows. judge: None without one. other: what further
     stages show, {stage: {name: content}}.
     """
 
@@ -96,7 +96,7 @@ class RunFacts:
     plan: dict[str, ChoiceRecord]
     curve: list[MetricsRow]
     sampled: list[SampleRow]
-    diagnoses: list[Diagnosis] | None
+    diagnoses: list[Diagnosis]
     advice: list[str]
     preflight_warnings: list[str]
     merge: ProofRecord
@@ -121,11 +121,19 @@ def load(inputs: Mapping[str, Path], shows: Shows) -> RunFacts:
         raise UserError(f"report: no folder given for {', '.join(missing)}; it needs {', '.join(STAGES)}")
     folders = {stage: inputs[stage] for stage in _in_order(inputs)}
     shown = _Shown(folders, shows)
+    records: dict[str, StageRecord] = {stage: _read(folder / "stage.json") for stage, folder in folders.items()}
     train: TrainRecord = shown.json("train", "train")
+    plan: dict[str, ChoiceRecord] = shown.json("train", "plan")
+    curve: list[MetricsRow] = list(shown.lines("train", "curve"))
+    sampled: list[SampleRow] = list(shown.lines("train", "sampled"))
+    if "facts" not in train:
+        raise UserError(f"report: {folders['train']} has nothing to judge the training by; an older version wrote it")
+    settings = TrainSettings.model_validate(records["train"]["settings"])
+    training = TrainingFacts(**train["facts"])
     tasks = 1 + max((int(match[2]) for stage in folders if (match := TASK.fullmatch(stage))), default=-1)
     return RunFacts(
         folders=folders,
-        records={stage: _read(folder / "stage.json") for stage, folder in folders.items()},
+        records=records,
         model=shown.json("model", "model"),
         data=shown.json("data", "data"),
         format=shown.json("format", "format"),
@@ -133,12 +141,12 @@ def load(inputs: Mapping[str, Path], shows: Shows) -> RunFacts:
         tokenize=shown.json("tokenize", "tokenize"),
         lengths=shown.json("lengths", "lengths"),
         train=train,
-        plan=shown.json("train", "plan"),
-        curve=list(shown.lines("train", "curve")),
-        sampled=list(shown.lines("train", "sampled")),
-        diagnoses=train.get("diagnoses"),
-        advice=train.get("advice") or [],
-        preflight_warnings=(train.get("preflight") or {}).get("warnings") or [],
+        plan=plan,
+        curve=curve,
+        sampled=sampled,
+        diagnoses=doctor.diagnose(curve, sampled, training, settings),
+        advice=advise(settings, training),
+        preflight_warnings=preflight_warnings.warnings(train["preflight"], plan),
         merge=shown.json("merge", "merge"),
         base=shown.json("evaluate_base", "evaluate"),
         tuned=shown.json("evaluate_tuned", "evaluate"),

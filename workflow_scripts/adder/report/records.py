@@ -1,6 +1,8 @@
 """What the report reads of every stage alike, and what it shows of several: the record, choices, scores."""
 
-from typing import Any, NotRequired, Required, TypedDict
+from typing import Any, NotRequired, TypedDict
+
+from adder.training.records import ChoiceRecord
 
 
 class OutputFile(TypedDict):
@@ -32,14 +34,6 @@ class StageRecord(TypedDict):
     energy_joules: NotRequired[float]
 
 
-class ChoiceRecord(TypedDict):
-    """A choice as stages write it (see core.choice)."""
-
-    value: Any
-    reason: str
-    alternatives: list[dict[str, Any]]
-
-
 class Score(TypedDict):
     """A score with its 95 % interval over `n` rows."""
 
@@ -47,86 +41,6 @@ class Score(TypedDict):
     ci95: list[float] | None
     n: int
     stderr: NotRequired[float]
-
-
-class MetricsRow(TypedDict, total=False):
-    """A row of metrics.jsonl."""
-
-    step: Required[int]
-    epoch: float
-    loss: float
-    grad_norm: float | None
-    learning_rate: float
-    tokens_per_second: float
-    eval_loss: float
-    exact_match: float
-
-
-class SampleRow(TypedDict):
-    """A reply while training."""
-
-    step: int
-    id: str
-    prompt: str
-    reference: str
-    reply: str
-    exact_match: float
-    finished: bool
-
-
-class Diagnosis(TypedDict):
-    """What the doctor found."""
-
-    name: str
-    severity: str
-    step: int | None
-    evidence: str
-    cause: str
-    change: str
-
-
-class PreflightFigures(TypedDict):
-    """What a look at the first pack measured."""
-
-    batch: Any
-    tokens: int
-    labelled: int
-    labelled_share: float
-    base_loss: float
-    ln_vocabulary: float
-    layers: int
-    layers_without_gradient: list[str]
-    disk: dict[str, dict[str, int]]
-    estimated_seconds: int
-    warnings: NotRequired[list[str]]
-
-
-class EffectiveBatch(TypedDict):
-    """Examples a step."""
-
-    asked: int
-    mean_examples: float
-
-
-class TrainRecord(TypedDict):
-    """train.json."""
-
-    steps: int
-    planned_steps: int
-    epochs: float
-    tokens_per_epoch: int
-    tokens_per_second: float
-    first_loss: float
-    final_loss: float
-    eval_loss: float | None
-    effective_batch: EffectiveBatch
-    trainable_parameters: int
-    total_parameters: int
-    resumed_from: int | None
-    kept: ChoiceRecord
-    preflight: PreflightFigures
-    diagnoses: NotRequired[list[Diagnosis]]
-    advice: NotRequired[list[str]]
 
 
 class GenerationRecord(TypedDict):

@@ -10,14 +10,15 @@ from adder.merging.records import ProofRecord
 from adder.packing.records import Truncation
 from adder.report import regression_guard, scores
 from adder.report.facts import RunFacts
-from adder.report.records import ChoiceRecord, JudgeRecord, StageRecord
+from adder.report.records import JudgeRecord, StageRecord
 from adder.report.stage import ReportSettings
+from adder.training.records import ChoiceRecord
 
 SCHEMA_VERSION = 2
 # What becomes of a row: one of these.
 DATA_CLASSES = ("train", "heldout", "tests", "duplicates", "near_duplicates", "leaked", "left_out", "rejected")
 # What train.json says that isn't a figure of the training: it has keys of its own, or is for the report alone.
-NOT_FIGURES = ("advice", "diagnoses", "facts", "kept", "preflight")
+NOT_FIGURES = ("facts", "kept", "preflight")
 
 
 class GuardWord(TypedDict):
@@ -103,7 +104,7 @@ class Metrics(TypedDict):
     data: dict[str, Any]
     lengths: LengthMetrics
     train: dict[str, Any]
-    doctor: list[Finding] | None
+    doctor: list[Finding]
     kept: ChoiceRecord | None
     merge: ProofRecord
     stages: dict[str, StageMetrics]
@@ -217,8 +218,6 @@ def _took(record: StageRecord) -> StageMetrics:
     return found
 
 
-def _findings(facts: RunFacts) -> list[Finding] | None:
-    """The doctor's findings without their words; None where it did not look."""
-    if facts.diagnoses is None:
-        return None
+def _findings(facts: RunFacts) -> list[Finding]:
+    """The doctor's findings without their words."""
     return [{"name": one["name"], "severity": one["severity"], "step": one["step"]} for one in facts.diagnoses]

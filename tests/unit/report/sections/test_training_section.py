@@ -41,21 +41,20 @@ def test_the_preflight_is_shown_and_its_warnings_stand_with_the_doctor(finished,
 def test_curves_mark_the_best_and_the_kept_step(finished, tmp_path):
     settings, inputs = write_stage_folders(tmp_path / "stages", heldout=5, course="overfitted")
     facts = load(inputs, settings.shows)
-    assert training_section.step_marks(settings, facts) == [plots.Mark(62, "best", "best, kept, overfitting: step 62")]
+    assert training_section.step_marks(facts) == [plots.Mark(62, "best", "best, kept, overfitting: step 62")]
     facts.train["kept"]["value"] = 122
     facts.diagnoses.clear()
-    labels = [mark.label for mark in training_section.step_marks(settings, facts)]
+    labels = [mark.label for mark in training_section.step_marks(facts)]
     assert labels == ["best: step 62", "kept: step 122"]
-    loss, exact = training_section.curves(settings, facts)[:2]
+    loss, exact = training_section.curves(facts)[:2]
     assert all(label in loss.plot and label in exact.plot for label in labels)
     assert exact.unit == "of 3 sampled replies" and "step 0 · exact match 0\u00a0%" in exact.plot
     assert "step 62 · exact match 67\u00a0%" in exact.plot and "step 62 · held-out loss 0.325" in loss.plot
-    for row in settings.resolved:
-        row.value = "exact_match" if row.key == "train.best_by" else row.value
+    facts.records["train"]["settings"]["best_by"] = "exact_match"
     facts.curve[:] = [
         row | ({"exact_match": 1.0} if row.get("exact_match") and row["step"] == 31 else {}) for row in facts.curve
     ]
-    assert training_section.best_step(settings, facts) == 31
+    assert training_section.best_step(facts) == 31
 
 
 def test_evaluations_stand_in_numbers_too(tmp_path):

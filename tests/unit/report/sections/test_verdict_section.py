@@ -22,7 +22,7 @@ def test_the_summary_tells_the_alarming_first(everything, tmp_path):
     words = [" ".join("".join(Page(line).text).split()) for _, line in lines]
     assert [tone for tone, _ in lines] == ["unsure", "unsure", "good", "good", "calm"]
     assert words[:2] == [
-        "!Training loss spikes at step 67, and 1 more",
+        "!Training loss spikes at step 67",
         "!Replies none of the 20 tuned replies is just as its reference",
     ]  # fmt: skip
 

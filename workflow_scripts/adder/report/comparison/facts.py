@@ -216,7 +216,7 @@ def load(name: str, folders: Mapping[str, Path]) -> LoadedRun:
         verdict=metrics["verdict"],
         tasks={task["task"]: TaskScore(task["tuned"]["value"], task["metric"]) for task in metrics["tasks"]},
         guard=metrics["guard"],
-        findings=metrics["doctor"] or [],
+        findings=metrics["doctor"],
         settings=record["settings"],
         cost=cost(metrics["cost"]),
         steps=_read(folders["train"] / "train.json", read_json)["steps"],

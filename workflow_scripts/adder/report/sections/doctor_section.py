@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from adder.report.formatting import sentence
 from adder.report.page_section import PageSection, RunReport, View
-from adder.report.records import Diagnosis
 from adder.report.resolved_settings import SettingRow, resolve
+from adder.training.monitoring.symptoms import Diagnosis
 
 SEVERITIES = ("stop", "warning", "note")
 # What the doctor looks for, in words for someone who has never trained a model.
@@ -43,13 +43,10 @@ class ShownDiagnosis(NamedTuple):
 
 
 def view(run: RunReport) -> View:
-    """What was found, the most serious first, with the settings as they are now; advice; the preflight's warnings.
-
-    `found` is None where the training left nothing to judge by.
-    """
+    """What was found, the most serious first, with the settings as they are now; advice; the preflight's warnings."""
     facts = run.facts
     return {
-        "found": None if facts.diagnoses is None else found(facts.diagnoses, resolve(run.settings, facts)),
+        "found": found(facts.diagnoses, resolve(run.settings, facts)),
         "looked_for": LOOKED_FOR,
         "advice": [with_settings(line) for line in facts.advice],
         "warnings": [with_settings(sentence(line)) for line in facts.preflight_warnings],

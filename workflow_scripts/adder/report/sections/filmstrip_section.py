@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from adder.report import formatting, plots
 from adder.report.formatting import GIST
 from adder.report.page_section import PageSection, RunReport, View
-from adder.report.records import SampleRow
 from adder.report.sections.samples_section import Pieces, clip, mark, reference_text, turn_text
 from adder.report.sections.tokens_section import SPECIAL
+from adder.training.records import SampleRow
 
 SHOWN_STRIPS = 12
 SHOWN_FRAMES = 12  # replies of one prompt; of more evaluations some are left out, evenly

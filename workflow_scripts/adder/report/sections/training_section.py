@@ -8,11 +8,10 @@ from adder.report import plots
 from adder.report.facts import RunFacts
 from adder.report.formatting import duration, number, percent, size
 from adder.report.page_section import Figure, PageSection, RunReport, View
-from adder.report.records import TrainRecord
 from adder.report.sections.choices_section import table
 from adder.report.sections.doctor_section import with_settings
-from adder.report.stage import ReportSettings
 from adder.training import evaluation_history
+from adder.training.records import TrainRecord
 
 
 class Curve(NamedTuple):
@@ -47,7 +46,7 @@ def view(run: RunReport) -> View:
     kept = facts.train.get("kept")
     return {
         "figures": figures(facts),
-        "curves": [one for one in curves(run.settings, facts) if one.plot],
+        "curves": [one for one in curves(facts) if one.plot],
         "evaluations": evaluation_rows(facts),
         "kept": kept and {"step": kept["value"], "reason": with_settings(kept["reason"])},
         "resumed": facts.train.get("resumed_from"),
@@ -91,9 +90,9 @@ def epochs(train: TrainRecord) -> str:
     return f"{number(train['epochs'])} {'epoch' if train['epochs'] == 1 else 'epochs'}"
 
 
-def curves(settings: ReportSettings, facts: RunFacts) -> list[Curve]:
+def curves(facts: RunFacts) -> list[Curve]:
     """The plots; `plot` is "" where there is nothing to draw."""
-    marks = step_marks(settings, facts)
+    marks = step_marks(facts)
     losses = [plots.Series("loss", "tuned", points(facts, "loss"))]
     if evaluated := points(facts, "eval_loss"):
         losses.append(plots.Series("held-out loss", "heldout", evaluated, dots=True))
@@ -135,18 +134,17 @@ def sampled_matches(facts: RunFacts) -> list[tuple[int, float]]:
     return sorted((found | {step: sum(right) / len(right) for step, right in by_step.items()}).items())
 
 
-def best_step(settings: ReportSettings, facts: RunFacts) -> int | None:
+def best_step(facts: RunFacts) -> int | None:
     """The step whose evaluation was best by `train.best_by`; None without evaluations."""
-    by = next((row.value for row in settings.resolved if row.key == "train.best_by"), "loss")
-    return evaluation_history.best_step(facts.curve, by)
+    return evaluation_history.best_step(facts.curve, facts.records["train"]["settings"]["best_by"])
 
 
-def step_marks(settings: ReportSettings, facts: RunFacts) -> list[plots.Mark]:
+def step_marks(facts: RunFacts) -> list[plots.Mark]:
     """The steps that a curve points out: best, kept, and where a diagnosis shows."""
     kept = (facts.train.get("kept") or {}).get("value")
     named: dict[int, list[tuple[str, str]]] = {}
-    wanted = [("best", "best", best_step(settings, facts)), ("kept", "kept", kept)]
-    wanted += [("found", one["name"], one["step"]) for one in facts.diagnoses or []]
+    wanted = [("best", "best", best_step(facts)), ("kept", "kept", kept)]
+    wanted += [("found", one["name"], one["step"]) for one in facts.diagnoses]
     for kind, name, step in wanted:
         if step is not None:
             named.setdefault(step, []).append((kind, name))

@@ -11,12 +11,13 @@ from adder.report import plots, regression_guard
 from adder.report.facts import RunFacts
 from adder.report.formatting import duration, number, percent
 from adder.report.page_section import PageSection, RunReport, View
-from adder.report.records import Diagnosis, JudgeRecord
+from adder.report.records import JudgeRecord
 from adder.report.run_metrics import Cost, Metrics
 from adder.report.scores import Comparison
 from adder.report.sections import evaluation_section
 from adder.report.sections.evaluation_section import bounds, change, is_share, write_score
 from adder.report.sections.provenance_section import money
+from adder.training.monitoring.symptoms import Diagnosis
 
 Tone = Literal["bad", "unsure", "good", "calm"]
 WORST_FIRST = ("stop", "warning", "note")
@@ -87,10 +88,8 @@ def scores_line(verdict: Verdict, heldout: Mapping[str, Comparison]) -> Line | N
     return Line("Other scores", "unsure" if against else "calm", text, "evaluation")
 
 
-def doctor_line(diagnoses: list[Diagnosis] | None) -> Line:
+def doctor_line(diagnoses: list[Diagnosis]) -> Line:
     """The most serious finding of the training."""
-    if diagnoses is None:
-        return Line("Training", "unsure", "was not watched", "doctor")
     if not diagnoses:
         return Line("Training", "good", "nothing found wrong", "doctor")
     worst = min(diagnoses, key=lambda one: WORST_FIRST.index(one["severity"]))
