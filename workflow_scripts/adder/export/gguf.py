@@ -5,7 +5,6 @@ One tensor at a time is in memory, and the finished file is read back: every ten
 its type's rounding.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from adder.core.errors import UserError
-from adder.core.files import read_json, write_json
+from adder.core.files import read_json, sha256_file, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
 from adder.export.gguf_architectures import refuse_unsupported, refused
@@ -106,7 +105,7 @@ def run(settings: GgufSettings, inputs: GgufInputs, out: Path, context: Context)
         "architecture": architecture,
         "tensors": len(tensors),
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256_file(path),
         "context_length": context_in_llama_cpp(config),
         "tokenizer": {"model": vocabulary.model, "pre": vocabulary.pre, "tokens": len(vocabulary.tokens)},
         "largest_error": check(path, tensors, context.progress),
@@ -331,11 +330,6 @@ def _added_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[bool, bool]:
             if full == [tokenizer.bos_token_id] * begins + plain + [tokenizer.eos_token_id] * ends:
                 return begins, ends
     raise refused(f"its tokenizer puts tokens around a text that GGUF has no words for: {full}, not {plain}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _head_dim(config: "PretrainedConfig") -> int:

@@ -21,29 +21,29 @@ def sentence(found: Comparison) -> str:
 def advice(found: Comparison) -> list[str]:
     """What else bears on the choice: cost, how many rows would tell, the base, guards that failed, different rows."""
     runs, verdict = {run.name: run for run in found.runs}, found.verdict
-    best, said = runs[verdict.run], []
+    best, lines = runs[verdict.run], []
     if verdict.tied:
-        said += _equals(found)
+        lines += _equals(found)
     elif verdict.word == "can't tell":
         score = "highest" if SCORES[found.metric].better == "higher" else "lowest"
-        said.append(f"{best.name} has the {score} score of them, so take it if nothing else decides.")
+        lines.append(f"{best.name} has the {score} score of them, so take it if nothing else decides.")
         if verdict.needed_n:
             rows = float(f"{verdict.needed_n:.1e}")  # more digits would pretend to a precision that it hasn't
-            said.append(f"About {rows:,.0f} held-out rows would be needed to tell it from {verdict.rivals[0]}.")
+            lines.append(f"About {rows:,.0f} held-out rows would be needed to tell it from {verdict.rivals[0]}.")
     if verdict.word in ("can't tell", "best"):
-        said.append(_cost([best, *(runs[name] for name in verdict.rivals)], runs[verdict.cheapest]))
+        lines.append(_cost([best, *(runs[name] for name in verdict.rivals)], runs[verdict.cheapest]))
         if all(run.verdict["verdict"] != "better" for run in runs.values()):
-            said.append("No run is surely better than its base.")
-        said.append(f"{best.name} against its base: {best.verdict['sentence']}")
+            lines.append("No run is surely better than its base.")
+        lines.append(f"{best.name} against its base: {best.verdict['sentence']}")
     left_out = [run.name for run in runs.values() if run.refused]
     if left_out and verdict.word != "refused":
-        said.append(f"Ruled out, for losing more than it may in a guarded task: {listed(left_out)}.")
+        lines.append(f"Ruled out, for losing more than it may in a guarded task: {listed(left_out)}.")
     if found.rows is None:
-        said.append(
+        lines.append(
             "The runs were not evaluated on the same held-out rows. Those that differ in them are compared as "
             "independent samples, which can tell less, and part of a difference may be the rows' own."
         )
-    return said
+    return lines
 
 
 def listed(names: Sequence[str]) -> str:
@@ -136,8 +136,8 @@ def _equals(found: Comparison) -> list[str]:
     models = f"The merged models of {listed(same)} are the same, byte for byte"
     if same == names:
         return [f"{models}, so take {either}."]
-    said = [f"{models}."] if len(same) > 1 else []
-    return [*said, f"{listed(names)} score the same, so take {either} if nothing else decides."]
+    lines = [f"{models}."] if len(same) > 1 else []
+    return [*lines, f"{listed(names)} score the same, so take {either} if nothing else decides."]
 
 
 def _cost(asked: Sequence[RankedRun], cheapest: RankedRun) -> str:
