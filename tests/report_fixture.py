@@ -642,7 +642,7 @@ def write_evaluate(
 ) -> None:
     samples = [sample(rng, e, rng.random() < share, typical, json_replies) for e in examples]
     loss = sum(s["loss"] * s["labelled_tokens"] for s in samples) / sum(s["labelled_tokens"] for s in samples)
-    scores = {
+    scores: dict[str, Any] = {
         "loss": score([s["loss"] for s in samples], loss),
         "perplexity": score([math.exp(s["loss"]) for s in samples], math.exp(loss)),
         "exact_match": score([s["exact_match"] for s in samples]),
