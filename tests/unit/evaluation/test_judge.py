@@ -2,15 +2,16 @@
 
 import shutil
 import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 
+import openai
 import pytest
 
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_jsonl
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context
 from adder.evaluation import judge
+from adder.evaluation.stage import JudgeSettings
 from judge_server import judging, prefer_first, prefer_longer, verdict
 
 KEY = "sk-secret-8f31"
@@ -19,7 +20,8 @@ KEY = "sk-secret-8f31"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Waits of milliseconds, and a key that every test may use."""
-    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
 
@@ -39,18 +41,16 @@ def write_samples(folder, pairs):
             for n, replies in enumerate(pairs)
         ]
         write_jsonl(folder / who / "samples.jsonl", rows)
-    return inputs
+    return judge.JudgeInputs(**inputs)
 
 
 def run(tmp_path, pairs, server, **settings):
     out = tmp_path / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    settings = {
-        "base_url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY", "max_samples": 50, "criteria": None,
-        **settings,
-    }  # fmt: skip
-    judge.run(settings, write_samples(tmp_path, pairs), out, Progress.silent(), tmp_path / "checkpoints")
+    settings = JudgeSettings(**{"base_url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY", **settings})
+    context = Context(Progress.silent(), checkpoints=tmp_path / "checkpoints")
+    judge.run(settings, write_samples(tmp_path, pairs), out, context)
     return read_json(out / "judge.json"), {row["id"]: row for row in read_jsonl(out / "judgements.jsonl")}
 
 
@@ -117,14 +117,6 @@ def test_a_busy_judge_is_asked_again_when_it_says(tmp_path):
     assert facts["wins"] == 1 and facts["failed"] == 0 and len(server.asked) == 5
 
 
-def test_retry_after_may_be_a_date():
-    later = datetime.now(UTC) + timedelta(seconds=30)
-    assert judge.wait_of(format_datetime(later, usegmt=True)) == pytest.approx(
-        30, abs=2
-    )  # to the second, and slow tests
-    assert judge.wait_of("7") == 7.0 and judge.wait_of("") == judge.wait_of("soon") == 0.0
-
-
 @pytest.mark.parametrize(
     "answer",
     ["A", "Reply A is better.", '{"better": "C"}', '{"better": "A"', '["A"]', '{"better": "A"} I think', "NaN", ""],
@@ -161,7 +153,7 @@ def test_too_many_failures_end_it_without_a_file(tmp_path):
 
 def test_what_broke_off_costs_only_the_pairs_that_are_left(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "AT_ONCE", 1)
-    monkeypatch.setattr(judge, "ATTEMPTS", 2)
+    monkeypatch.setattr(judge, "RETRIES", 1)
     pairs = [("short", f"longer {'!' * n}") for n in range(10)]
 
     def run_dry(a, b):
@@ -221,7 +213,7 @@ def test_no_key_where_none_is_wanted(tmp_path):
 
 
 def test_netrc_does_not_replace_the_key(tmp_path, monkeypatch):
-    """requests lets ~/.netrc win over an Authorization header."""
+    """HTTP libraries may let ~/.netrc win over an Authorization header."""
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login me password word\n")
     monkeypatch.setenv("NETRC", str(netrc))
@@ -233,13 +225,13 @@ def test_netrc_does_not_replace_the_key(tmp_path, monkeypatch):
 def test_a_judge_out_of_reach(tmp_path):
     with judging() as server:
         pass
-    with pytest.raises(UserError, match="ConnectionError"):
+    with pytest.raises(UserError, match="ConnectError \\(8 times in a row\\)"):
         run(tmp_path, [("a", "bb")] * 2, server)
 
 
 def test_a_judge_that_is_silent_for_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "TIMEOUT", (1, 0.05))
-    monkeypatch.setattr(judge, "ATTEMPTS", 2)
+    monkeypatch.setattr(judge, "TIMEOUT", openai.Timeout(0.05, connect=1))
+    monkeypatch.setattr(judge, "RETRIES", 1)
     with judging(delay=0.3) as server, pytest.raises(UserError, match="ReadTimeout"):
         run(tmp_path, [("a", "bb")], server)
 
@@ -253,7 +245,7 @@ def test_the_sample_does_not_hang_on_the_order_of_rows(tmp_path):
     pairs = [(f"reply {n}", f"longer reply {n}") for n in range(40)]
     inputs = write_samples(tmp_path, pairs)
     chosen = [pair["id"] for pair in judge.choose_pairs(inputs, 10)]
-    for folder in inputs.values():
+    for folder in (inputs.evaluate_base, inputs.evaluate_tuned):
         write_jsonl(folder / "samples.jsonl", reversed(list(read_jsonl(folder / "samples.jsonl"))))
     assert [pair["id"] for pair in judge.choose_pairs(inputs, 10)] == chosen and len(chosen) == 10
 
@@ -261,3 +253,20 @@ def test_the_sample_does_not_hang_on_the_order_of_rows(tmp_path):
 def test_plain_texts_have_no_replies_to_compare(tmp_path):
     with pytest.raises(UserError, match="no replies"):
         judge.choose_pairs(write_samples(tmp_path, [(None, None)]), 10)
+
+
+def test_a_redirect_is_not_followed_with_the_key(tmp_path):
+    with judging() as other, judging(statuses=[(307, {"Location": f"{other.url}/chat/completions"})] * 9) as server:
+        with pytest.raises(UserError, match="HTTP 307"):
+            run(tmp_path, [("a", "bb")], server)
+        assert not other.asked
+
+
+def test_the_environment_of_openais_client_plays_no_part(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    with judging(key=KEY) as server:
+        run(tmp_path, [("a", "bb")], server)
+    sent = {name.lower(): value for name, value in server.asked[0][1].items()}
+    assert sent["authorization"] == f"Bearer {KEY}" and "openai-organization" not in sent

@@ -10,28 +10,35 @@ import json
 import os
 import re
 import threading
-import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
 from urllib.parse import urlsplit
 
-import requests
+import openai
+from openai.types.chat import ChatCompletionMessageParam
 
 from adder.core import intervals
 from adder.core.errors import UserError
-from adder.core.files import read_json, read_jsonl, write_json, write_jsonl
+from adder.core.files import atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from adder.core.intervals import Estimate
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context
+from adder.evaluation.records import SampleRecord
+from adder.evaluation.stage import JudgeSettings
+from adder.formatting.conversation import Message
 
 AT_ONCE = 4  # requests under way
-ATTEMPTS = 6  # of one request, where the judge is busy or out of reach
-FIRST_WAIT = 1.0  # seconds before the second attempt; doubled each time
-LONGEST_WAIT = 60.0
-TIMEOUT = (10, 120)  # seconds to connect, and between two bytes of the answer
+# Of one request, where the judge is busy or out of reach; the client waits half a second, doubled each time up to 8, or
+# as long as a busy server says.
+RETRIES = 7
+TIMEOUT = openai.Timeout(120, connect=10)  # seconds between two bytes of the answer, and to connect
 MOST_FAILED = 0.2  # of the pairs: with more, those that are left aren't the sample that was drawn
-BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+BUSY = (408, 409, 429)  # and all from 500 on: what the client tries again
 FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
 
 INSTRUCTIONS = """\
@@ -56,8 +63,80 @@ AGAIN = (
 )
 
 
+Preference = Literal["tuned", "base", "tie"]
+Letter = Literal["A", "B", "tie"]
+
+
 class Unanswered(Exception):
     """One comparison that the judge didn't make, and why."""
+
+
+class Pair(TypedDict):
+    """A row that both models replied to."""
+
+    id: str
+    prompt: list[Message]
+    base: str
+    tuned: str
+    reference: str
+    group: NotRequired[str]
+
+
+class Judgement(Pair):
+    """A line of judgements.jsonl: what was preferred with the tuned reply first, then second, and why."""
+
+    first: Preference
+    second: Preference
+    reasons: list[str]
+
+
+class JudgeFigures(TypedDict):
+    """Wins, losses and ties of the tuned model; inconsistent are ties in which the two orders disagree.
+
+    p: of the sign test.
+    """
+
+    pairs: int
+    wins: int
+    losses: int
+    ties: int
+    inconsistent: int
+    win_rate: Estimate
+    p: float
+    verdict: intervals.Word
+    sentence: str
+
+
+class JudgeRecord(JudgeFigures):
+    """judge.json. failed: pairs that the judge left. tokens: "prompt" and "completion", as the judge counts them."""
+
+    model: str
+    base_url: str
+    criteria: str | None
+    failed: int
+    tokens: dict[str, int] | None
+
+
+class KeptJudgement(TypedDict):
+    """A finished judgement in the checkpoints, with the tokens that the judge took so far."""
+
+    judgement: Judgement
+    tokens: dict[str, int]
+
+
+class JudgeSummary(TypedDict):
+    """A few figures for the stage's record."""
+
+    win_rate: float
+    verdict: intervals.Word
+
+
+@dataclass(frozen=True)
+class JudgeInputs:
+    """Folders of the two evaluations, each with samples.jsonl."""
+
+    evaluate_base: Path
+    evaluate_tuned: Path
 
 
 @dataclass
@@ -68,151 +147,153 @@ class Endpoint:
     model: str
     key_name: str | None
     key: str | None
-    tokens: Counter = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def ask(self, messages: list[dict]) -> str:
-        """The judge's answer, tried again while it is busy or out of reach. Raises Unanswered; UserError where no
-        request can succeed.
-        """
-        attempt = 1
-        while True:
-            try:
-                return self._ask_once(messages)
-            except _Again as error:
-                if attempt == ATTEMPTS:
-                    raise Unanswered(f"{error} ({ATTEMPTS} times in a row)") from None
-                time.sleep(min(max(FIRST_WAIT * 2 ** (attempt - 1), error.wait), LONGEST_WAIT))
-            attempt += 1
+    @cached_property
+    def client(self) -> openai.OpenAI:
+        """OpenAI's client, which sends the key to this address and nowhere else."""
+        parts = urlsplit(self.base_url)
+        without_user = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return openai.OpenAI(
+            api_key=self.key or "none",
+            base_url=without_user,
+            timeout=TIMEOUT,
+            max_retries=RETRIES,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+        )
 
-    def _ask_once(self, messages: list[dict]) -> str:
+    @property
+    def _left_out(self) -> dict[str, openai.Omit]:
+        """Headers that the client would take from the environment, or make of a key that isn't there."""
+        names = ["OpenAI-Organization", "OpenAI-Project", *([] if self.key else ["Authorization"])]
+        return {name: openai.Omit() for name in names}
+
+    def ask(self, messages: Sequence[ChatCompletionMessageParam]) -> str:
+        """The judge's answer, tried again while it is busy or out of reach.
+
+        Raises Unanswered; UserError where no request can succeed.
+        """
         try:
-            response = requests.post(
-                f"{self.base_url.rstrip('/')}/chat/completions",
-                json={"model": self.model, "messages": messages, "temperature": 0},
-                auth=self._authorize,  # not a header, over which requests would let ~/.netrc win
-                timeout=TIMEOUT,
-                allow_redirects=False,
+            response = self.client.chat.completions.with_raw_response.create(
+                model=self.model, messages=list(messages), temperature=0, extra_headers=self._left_out
             )
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            raise _Again(type(error).__name__) from None
-        status = response.status_code
-        if status in BUSY:
-            wait = wait_of(response.headers.get("Retry-After", ""))
-            raise _Again(f"HTTP {status}: {self._safe(response.text)}", wait)
+        except openai.APIConnectionError as error:
+            what = type(error.__cause__ or error).__name__
+            raise Unanswered(f"{what} ({RETRIES + 1} times in a row)") from None
+        except openai.APIStatusError as error:
+            raise self._refusal(error.status_code, error.response.text) from None
+        return self._text_of(response.text)
+
+    def _refusal(self, status: int, text: str) -> Exception:
+        """What an answer that isn't 200 means."""
         if status in (401, 403):
             key = f"the key in the environment variable {self.key_name}" if self.key else "a request without a key"
-            raise UserError(f"evaluate.judge: {shown_url(self.base_url)} refuses {key} (HTTP {status})")
+            return UserError(f"evaluate.judge: {shown_url(self.base_url)} refuses {key} (HTTP {status})")
         if status == 404 or 300 <= status < 400:
-            raise UserError(
+            return UserError(
                 f"evaluate.judge: {shown_url(self.base_url)}/chat/completions answers HTTP {status}: is base_url "
-                f"right, and is there a model {self.model!r}? It says: {self._safe(response.text)}"
+                f"right, and is there a model {self.model!r}? It says: {self._without_key(text)}"
             )
-        if status != 200:
-            raise Unanswered(f"HTTP {status}: {self._safe(response.text)}")
+        again = f" ({RETRIES + 1} times in a row)" if status in BUSY or status >= 500 else ""
+        return Unanswered(f"HTTP {status}: {self._without_key(text)}{again}")
+
+    def _text_of(self, content: str) -> str:
+        """The reply in a chat completion, whose tokens are counted."""
         try:
-            body = response.json()
+            body = json.loads(content)
             text = body["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
-            raise Unanswered(f"no chat completion: {self._safe(response.text)}") from None
+            raise Unanswered(f"no chat completion: {self._without_key(content)}") from None
         usage = body.get("usage") or {}
         with self.lock:
-            self.tokens.update({
-                name: usage[f"{name}_tokens"]
-                for name in ("prompt", "completion")
-                if isinstance(usage.get(f"{name}_tokens"), int)
-            })  # fmt: skip
+            for name in ("prompt", "completion"):
+                if isinstance(count := usage.get(f"{name}_tokens"), int):
+                    self.tokens[name] += count
         return text or ""
 
-    def _authorize(self, request):
-        if self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
-
-    def _safe(self, text: str) -> str:
+    def _without_key(self, text: str) -> str:
         """The beginning of what a server says, without the key, which some repeat."""
         return " ".join((text.replace(self.key, "…") if self.key else text).split())[:200]
 
 
-class _Again(Exception):
-    def __init__(self, what: str, wait: float = 0.0):
-        super().__init__(what)
-        self.wait = wait
-
-
-def run(settings: dict, inputs: dict[str, Path], out: Path, progress: Progress, checkpoints: Path) -> dict:
+def run(settings: JudgeSettings, inputs: JudgeInputs, out: Path, context: Context) -> JudgeSummary:
     """Compare the replies in two evaluations' samples.jsonl; write judge.json and judgements.jsonl into `out`.
 
-    `checkpoints`: a folder that outlives a failure, of just these settings and replies. Each finished judgement is kept
-    there, so that what broke off asks only about the pairs that are left.
-    Raises UserError when there is no reply to compare, the key isn't there or is refused, the judge is out of reach, or
-    more than MOST_FAILED of the comparisons failed.
+    Each finished judgement is kept among the checkpoints, so that what broke off asks only about the pairs that are
+    left. Raises UserError when there is no reply to compare, the key isn't there or is refused, the judge is out of
+    reach, or more than MOST_FAILED of the comparisons failed.
     """
-    key_name = settings["api_key_env"]
+    key_name = settings.api_key_env
     key = os.environ.get(key_name, "").strip() if key_name else ""
     if key_name and not key:
         raise UserError(
             f"evaluate.judge.api_key_env: the environment variable {key_name} is not set; put the judge's key there, "
             "or write `api_key_env: null` for a judge that wants none"
         )
-    pairs = choose_pairs(inputs, settings["max_samples"])
-    endpoint = Endpoint(settings["base_url"], settings["model"], key_name, key or None)
-    judgements, failed = judge_pairs(pairs, endpoint, settings["criteria"], checkpoints, progress)
-    facts = {
-        "model": settings["model"],
-        "base_url": shown_url(settings["base_url"]),
-        "criteria": settings["criteria"],
+    assert context.checkpoints is not None  # the stage is declared as one that continues
+    pairs = choose_pairs(inputs, settings.max_samples)
+    endpoint = Endpoint(settings.base_url, settings.model, key_name, key or None)
+    judgements, failed = judge_pairs(pairs, endpoint, settings.criteria, context.checkpoints, context.progress)
+    record: JudgeRecord = {
+        "model": settings.model,
+        "base_url": shown_url(settings.base_url),
+        "criteria": settings.criteria,
         "failed": failed,
         "tokens": dict(endpoint.tokens) or None,
         **summarise(judgements),
     }
-    write_json(out / "judge.json", facts)
+    write_json(out / "judge.json", record)
     write_jsonl(out / "judgements.jsonl", judgements)
-    return {"win_rate": facts["win_rate"]["value"], "verdict": facts["verdict"]}
+    return {"win_rate": record["win_rate"]["value"], "verdict": record["verdict"]}
 
 
-def choose_pairs(inputs: dict[str, Path], most: int) -> list[dict]:
-    """At most `most` rows that both models replied to: {id, prompt, base, tuned, reference}, and their `group` if any.
+def choose_pairs(inputs: JudgeInputs, most: int) -> list[Pair]:
+    """At most `most` rows that both models replied to.
 
     A sample is the rows with the smallest digests of their ids, whatever order they are in. Raises UserError without
     any.
     """
-    base, tuned = (
-        {row["id"]: row for row in read_jsonl(inputs[f"evaluate_{who}"] / "samples.jsonl") if row["reply"] is not None}
-        for who in ("base", "tuned")
-    )
+    base, tuned = (_replied(folder / "samples.jsonl") for folder in (inputs.evaluate_base, inputs.evaluate_tuned))
     ids = sorted(base.keys() & tuned.keys(), key=_digest)
     if not ids:
         raise UserError("evaluate.judge: there are no replies to compare: plain texts have none")
-    return [
-        {
-            "id": name,
-            "prompt": tuned[name]["prompt"],
-            "base": base[name]["reply"],
-            "tuned": tuned[name]["reply"],
-            "reference": tuned[name]["reference"],
-        }
-        | ({"group": tuned[name]["group"]} if "group" in tuned[name] else {})
-        for name in ids[:most]
-    ]
+    return [_pair(base[name], tuned[name]) for name in ids[:most]]
+
+
+def _replied(samples: Path) -> dict[str, SampleRecord]:
+    """The samples with a reply, by id."""
+    return {row["id"]: row for row in read_jsonl(samples) if row["reply"] is not None}
+
+
+def _pair(base: SampleRecord, tuned: SampleRecord) -> Pair:
+    pair: Pair = {
+        "id": tuned["id"],
+        "prompt": tuned["prompt"],
+        "base": base["reply"] or "",
+        "tuned": tuned["reply"] or "",
+        "reference": tuned["reference"],
+    }
+    if "group" in tuned:
+        pair["group"] = tuned["group"]
+    return pair
 
 
 def judge_pairs(
-    pairs: list[dict], endpoint: Endpoint, criteria: str | None, checkpoints: Path, progress: Progress
-) -> tuple[list[dict], int]:
-    """The pairs that were judged, with `first` and `second` ("tuned", "base" or "tie": what was preferred in either
-    order) and `reasons`, and how many weren't. Raises UserError as soon as those are too many.
-    """
-    judgements, failures = [], []
+    pairs: Sequence[Pair], endpoint: Endpoint, criteria: str | None, checkpoints: Path, progress: Progress
+) -> tuple[list[Judgement], int]:
+    """The pairs that were judged, and how many weren't. Raises UserError as soon as those are too many."""
+    judgements: list[Judgement] = []
+    failures: list[str] = []
     checkpoints.mkdir(parents=True, exist_ok=True)
-    kept = [read_json(path) for path in checkpoints.glob("*.json")]
+    kept: list[KeptJudgement] = [read_json(path) for path in checkpoints.glob("*.json")]
     known = {one["judgement"]["id"]: one["judgement"] for one in kept}
     for one in kept:
-        endpoint.tokens |= one["tokens"]  # the larger of each count
+        endpoint.tokens |= Counter(one["tokens"])  # the larger of each count
     if known:
         progress.say(f"{len(known):,} of {len(pairs):,} pairs were judged before")
 
-    def judge(pair: dict) -> dict:
+    def judge(pair: Pair) -> Judgement:
         if pair["id"] not in known:
             known[pair["id"]] = judge_pair(pair, endpoint, criteria)
             keep(known[pair["id"]], endpoint, checkpoints)
@@ -234,20 +315,19 @@ def judge_pairs(
     return judgements, len(failures)
 
 
-def keep(judgement: dict, endpoint: Endpoint, checkpoints: Path) -> None:
+def keep(judgement: Judgement, endpoint: Endpoint, checkpoints: Path) -> None:
     """Keep a judgement in a file of its own, whole or not at all, with the tokens that the judge took so far."""
     with endpoint.lock:
-        found = {"judgement": judgement, "tokens": dict(endpoint.tokens)}
-    path = checkpoints / f"{_digest(judgement['id'])}.json"
-    write_json(path.with_suffix(".partial"), found)
-    path.with_suffix(".partial").replace(path)
+        found: KeptJudgement = {"judgement": judgement, "tokens": dict(endpoint.tokens)}
+    with atomic_write(checkpoints / f"{_digest(judgement['id'])}.json") as partial:
+        write_json(partial, found)
 
 
 def _digest(name: str) -> str:
     return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
 
-def _refuse_too_many(failures: list[str], pairs: int, endpoint: Endpoint) -> None:
+def _refuse_too_many(failures: Sequence[str], pairs: int, endpoint: Endpoint) -> None:
     if len(failures) <= MOST_FAILED * pairs:
         return
     what, times = Counter(failures).most_common(1)[0]
@@ -257,32 +337,32 @@ def _refuse_too_many(failures: list[str], pairs: int, endpoint: Endpoint) -> Non
     )
 
 
-def judge_pair(pair: dict, endpoint: Endpoint, criteria: str | None) -> dict:
+def judge_pair(pair: Pair, endpoint: Endpoint, criteria: str | None) -> Judgement:
     """Ask about one pair in both orders: the tuned reply stands first, then second. Equal replies need no judge."""
     if pair["base"] == pair["tuned"]:
         return {**pair, "first": "tie", "second": "tie", "reasons": ["The replies are the same."] * 2}
-    preferred, reasons = [], []
-    for order in (("tuned", "base"), ("base", "tuned")):
-        better, reason = compare(pair, pair[order[0]], pair[order[1]], endpoint, criteria)
-        preferred.append("tie" if better == "tie" else order["AB".index(better)])
-        reasons.append(reason)
-    return {**pair, "first": preferred[0], "second": preferred[1], "reasons": reasons}
+    first, why_first = compare(pair, pair["tuned"], pair["base"], endpoint, criteria)
+    second, why_second = compare(pair, pair["base"], pair["tuned"], endpoint, criteria)
+    names: dict[Letter, Preference] = {"A": "tuned", "B": "base", "tie": "tie"}
+    swapped: dict[Letter, Preference] = {"A": "base", "B": "tuned", "tie": "tie"}
+    return {**pair, "first": names[first], "second": swapped[second], "reasons": [why_first, why_second]}
 
 
-def compare(pair: dict, a: str, b: str, endpoint: Endpoint, criteria: str | None) -> tuple[str, str]:
-    """One comparison: "A", "B" or "tie", and the reason. Asks once more where the answer isn't what was asked for."""
+def compare(pair: Pair, a: str, b: str, endpoint: Endpoint, criteria: str | None) -> tuple[Letter, str]:
+    """One comparison: what is better, and the reason. Asks once more where the answer isn't what was asked for."""
     messages = question(pair, a, b, criteria)
     answer = endpoint.ask(messages)
     found = read_verdict(answer)
     if found is None:
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": AGAIN}]
+        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": AGAIN})
         found = read_verdict(endpoint.ask(messages))
     if found is None:
         raise Unanswered("its answer wasn't the JSON object that was asked for, twice")
     return found
 
 
-def question(pair: dict, a: str, b: str, criteria: str | None) -> list[dict]:
+def question(pair: Pair, a: str, b: str, criteria: str | None) -> list[ChatCompletionMessageParam]:
     """The messages that put one comparison. Nothing in them tells which model wrote what.
 
     The markers bear a digest of the texts between them, so that no reply can hold its own end marker.
@@ -299,21 +379,21 @@ def question(pair: dict, a: str, b: str, criteria: str | None) -> list[dict]:
     return [{"role": "system", "content": instructions}, {"role": "user", "content": material}]
 
 
-def _as_text(turn: dict) -> str:
+def _as_text(turn: Message) -> str:
     """One turn of a request; calls of tools as JSON."""
     calls = [json.dumps(call, ensure_ascii=False) for call in turn.get("tool_calls") or []]
     return "\n".join([f"{turn['role']}: {turn['content']}", *calls])
 
 
-def read_verdict(answer: str) -> tuple[str, str] | None:
-    """("A", "B" or "tie", reason) of an answer that is the JSON object that was asked for, else None.
+def read_verdict(answer: str) -> tuple[Letter, str] | None:
+    """What is better, and the reason, of an answer that is the JSON object that was asked for, else None.
 
     Around it only white space, a code fence, and reasoning that ends in </think> are let pass.
     """
     text = answer.rpartition("</think>")[2].strip()
     fenced = FENCE.match(text)
     try:
-        value = json.loads(fenced.group(1) if fenced else text)
+        value: Any = json.loads(fenced.group(1) if fenced else text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or value.get("better") not in ("A", "B", "tie"):
@@ -322,16 +402,16 @@ def read_verdict(answer: str) -> tuple[str, str] | None:
     return value["better"], reason if isinstance(reason, str) else ""
 
 
-def summarise(judgements: list[dict]) -> dict:
+def summarise(judgements: Sequence[Judgement]) -> JudgeFigures:
     """Wins, losses, ties, and the win rate, in which a tie is half a win, with its interval and the sign test's p.
 
     The win rate is 1/2 + (wins - losses) / (2 pairs), so its interval is that of a difference between matched pairs.
     """
     agreed = [row["first"] if row["first"] == row["second"] else "tie" for row in judgements]
     pairs, wins, losses = len(agreed), agreed.count("tuned"), agreed.count("base")
-    won = ([one == who for one in agreed] for who in ("base", "tuned"))
-    found = intervals.paired_difference(*won, intervals.clusters_of(judgements))
-    facts = {
+    base_won, tuned_won = ([float(one == who) for one in agreed] for who in ("base", "tuned"))
+    found = intervals.paired_difference(base_won, tuned_won, intervals.clusters_of(judgements))
+    facts: JudgeFigures = {
         "pairs": pairs,
         "wins": wins,
         "losses": losses,
@@ -345,11 +425,13 @@ def summarise(judgements: list[dict]) -> dict:
         },
         "p": found["p"],
         "verdict": intervals.word(found, higher_is_better=True),
+        "sentence": "",
     }
-    return {**facts, "sentence": _sentence(facts)}
+    facts["sentence"] = _sentence(facts)
+    return facts
 
 
-def _sentence(facts: dict) -> str:
+def _sentence(facts: JudgeFigures) -> str:
     low, high = (f"{100 * bound:.0f}" for bound in facts["win_rate"]["ci95"])
     start = {
         "better": "The judge finds the tuned model's replies better than the base's",
@@ -366,16 +448,6 @@ def _sentence(facts: dict) -> str:
         f"{text} In {facts['inconsistent']} pairs its answer changed with the order in which the replies stood, so "
         "take it with care."
     )
-
-
-def wait_of(retry_after: str) -> float:
-    """Seconds that a Retry-After header asks for, in either of its forms; 0 where it can't be read."""
-    if retry_after.strip().isdigit():
-        return float(retry_after)
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return 0.0
 
 
 def shown_url(url: str) -> str:
