@@ -12,7 +12,7 @@ lm_eval_limited    the same with Adder's limit on new tokens, from the training 
 lm_eval_batched    and 32 prompts at a time
 adder_no_guess     Adder's loop instead of transformers' generate: slots that are freed and filled again, one shared
                    beginning, no cache that grows by copying
-adder              as the evaluate stage runs it: the reference is read with the prompt as a guess at the reply, which
+adder              as the evaluate stage runs it: the reference is read with the prompt as draft tokens, which
                    also gives the held-out loss (the other arms give none)
 
 `arms` are the tuned model's, whose replies are mostly right, `base_arms` the base's, whose aren't.
@@ -26,14 +26,19 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from adder.evaluation.heldout_rows import HeldoutRow
+    from adder.tokenization.records import TokenizeRecord
 ROOT = Path(__file__).resolve().parents[1]
 
 SYSTEM = "Extract the ticket as JSON."
 TRAIN_ROWS = 620  # as in config/config.yaml: their lengths set the limit on new tokens
 PACKAGES = ("torch", "transformers", "lm_eval")
-SETTINGS = {"max_samples": None, "max_new_tokens": "auto", "batch_size": "auto"}
 
 
 def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
@@ -66,20 +71,24 @@ def prepare(work: Path, model: str, count: int) -> dict[str, Path]:
 
 
 def by_lm_eval(
-    folder: Path, rows: list[dict], details: dict, dtype: str, device: str, batch_size: int, limit: int | None
-):
+    folder: Path,
+    rows: "list[HeldoutRow]",
+    details: "TokenizeRecord",
+    dtype: str,
+    device: str,
+    batch_size: int,
+    limit: int | None,
+) -> tuple[float, list[str]]:
     """Seconds and replies of lm-eval's own model and loop, the prompts made by its own use of the chat template."""
-    import lm_eval
     from datasets import Dataset, DatasetDict
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     from adder.evaluation import metrics
 
-    table = Dataset.from_list(
-        [{"question": row["prompt"][-1]["content"], "reference": row["reference"]} for row in rows]
-    )
-    options = {"until": [details["end_of_turn"]["token"]], "do_sample": False}
+    table = Dataset.from_list([{"question": row.prompt[-1]["content"], "reference": row.reference} for row in rows])
+    options: dict[str, Any] = {"until": [details["end_of_turn"]["token"]], "do_sample": False}
     task = {
         "task": "tickets",
         "custom_dataset": lambda **_: DatasetDict({"test": table}),
@@ -91,9 +100,10 @@ def by_lm_eval(
         "process_results": lambda doc, found: {"exact_match": metrics.exact_match(doc["reference"], found[0], "json")},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
-    model = HFLM(pretrained=str(folder), dtype=dtype, device=device, batch_size=batch_size)
+    own: Any = HFLM
+    model = own(pretrained=str(folder), dtype=dtype, device=device, batch_size=batch_size)
     start = time.perf_counter()
-    results = lm_eval.simple_evaluate(
+    results: Any = simple_evaluate(
         model,
         tasks=[task],
         task_manager=TaskManager(include_defaults=False),
@@ -104,64 +114,73 @@ def by_lm_eval(
     seconds = time.perf_counter() - start
     samples = sorted(results["samples"]["tickets"], key=lambda sample: sample["doc_id"])
     prompts = [sample["arguments"][0][0] for sample in samples]
-    assert prompts == [row["prompt_text"] for row in rows], "the arms don't see the same prompts"
+    assert prompts == [row.prompt_text for row in rows], "the arms don't see the same prompts"
     return seconds, [sample["filtered_resps"][0] for sample in samples]
 
 
-def by_adder(folder: Path, rows: list[dict], details: dict, tokenizer, dtype: str, device: str, guess: bool):
-    """Seconds and replies of the evaluate stage's own functions; with `guess` the losses are among its work."""
+def by_adder(
+    folder: Path,
+    rows: "list[HeldoutRow]",
+    details: "TokenizeRecord",
+    tokenizer: "PreTrainedTokenizerFast",
+    dtype: str,
+    device: str,
+    draft: bool,
+) -> tuple[float, list[str]]:
+    """Seconds and replies of the evaluate stage's own functions; with `draft` the losses are among its work."""
     from adder.core.progress import Progress
     from adder.evaluation import generation, speculative_decoding
-    from adder.evaluation import run as evaluate
+    from adder.evaluation import run as evaluation
+    from adder.evaluation.model_loading import load_model
+    from adder.evaluation.stage import EvaluateSettings
 
-    model, progress = evaluate.load_model(folder, dtype, device), Progress.silent()
+    model, progress, settings = load_model(folder, dtype, device), Progress.silent(), EvaluateSettings()
     start = time.perf_counter()
-    if guess:
-        _, written, _ = evaluate.measure(
-            model, tokenizer, rows, details, SETTINGS, "hf", ["exact_match", "json"], progress
-        )
-        return time.perf_counter() - start, [written[row["id"]]["reply"] for row in rows]
-    plan = evaluate.plan_replies(model, tokenizer, rows, details, SETTINGS, progress)
-    plan.requests[:] = [speculative_decoding.Request(row["prompt_ids"], len(row["prompt_ids"])) for row in rows]
-    generator = evaluate.make_generator(model, tokenizer, plan, "hf", progress)
-    documents = [{"prompt": row["prompt_text"], "reference": row["reference"]} for row in rows]
+    if draft:
+        found = evaluation.measure(model, tokenizer, rows, details, settings, "hf", ["exact_match", "json"], progress)
+        return time.perf_counter() - start, [found.replies[row.id]["reply"] for row in rows]
+    plan = evaluation.plan_replies(model, tokenizer, rows, details, settings, progress)
+    plan.requests[:] = [speculative_decoding.Request(row.prompt_ids, len(row.prompt_ids)) for row in rows]
+    reply_model = evaluation.make_reply_model(model, tokenizer, plan, "hf", progress)
+    questions: list[generation.Question] = [{"prompt": row.prompt_text, "reference": row.reference} for row in rows]
     found = generation.generate(
-        generator,
-        documents,
+        reply_model,
+        questions,
         plan.limit.value,
         plan.stop,
-        lambda reference, reply: evaluate.score_reply(["exact_match", "json"], reference, reply),
+        lambda reference, reply: evaluation.score_reply(["exact_match", "json"], reference, reply),
     )
     return time.perf_counter() - start, [one["reply"] for one in found]
 
 
-def compare(folder: Path, inputs: dict[str, Path], count: int, dtype: str, device: str) -> list[dict]:
+def compare(folder: Path, inputs: dict[str, Path], count: int, dtype: str, device: str) -> list[dict[str, Any]]:
     """All arms on one model."""
     from transformers import AutoTokenizer
 
     from adder.core.files import read_json
     from adder.evaluation import metrics
-    from adder.evaluation import run as evaluate
+    from adder.evaluation.heldout_rows import load_rows
+    from adder.evaluation.max_new_tokens import choose_max_new_tokens
 
     details = read_json(inputs["tokenize"] / "tokenize.json")
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
-    rows = evaluate.load_rows(inputs, count, tokenizer)
-    limit = evaluate.choose_limit("auto", details["reply_tokens"]["train"], 8192).value
+    rows = load_rows(inputs["tokenize"] / "heldout.arrow", inputs["format"] / "heldout.parquet", count, tokenizer)
+    limit = choose_max_new_tokens("auto", details["reply_tokens"]["train"], 8192).value
     lm_eval_arm = (folder, rows, details, dtype, device)
     adder_arm = (folder, rows, details, tokenizer, dtype, device)
     arms = {
         "lm_eval_default": lambda: by_lm_eval(*lm_eval_arm, 1, None),
         "lm_eval_limited": lambda: by_lm_eval(*lm_eval_arm, 1, limit),
         "lm_eval_batched": lambda: by_lm_eval(*lm_eval_arm, 32, limit),
-        "adder_no_guess": lambda: by_adder(*adder_arm, guess=False),
-        "adder": lambda: by_adder(*adder_arm, guess=True),
+        "adder_no_guess": lambda: by_adder(*adder_arm, draft=False),
+        "adder": lambda: by_adder(*adder_arm, draft=True),
     }
-    results: list[dict] = []
+    results: list[dict[str, Any]] = []
     first: list[str] = []
     for name, run in arms.items():
         seconds, texts = run()
         first = first or texts
-        right = [metrics.exact_match(row["reference"], text, "json") for row, text in zip(rows, texts, strict=True)]
+        right = [metrics.exact_match(row.reference, text, "json") for row, text in zip(rows, texts, strict=True)]
         results.append(
             {
                 "name": name,
@@ -190,8 +209,8 @@ def main() -> None:
     options = parser.parse_args()
     from adder.core import hardware
 
-    device = hardware.device()
-    hardware.use_threads()
+    device = hardware.device("auto")
+    hardware.use_threads("auto")
     with tempfile.TemporaryDirectory() as work:
         inputs = prepare(Path(work), options.model, 200)
         base = inputs["model"] / "model"

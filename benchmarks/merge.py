@@ -26,12 +26,14 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SHAPES = {
+Shape = dict[str, Any]
+SHAPES: dict[str, Shape] = {
     "135m": {"hidden": 576, "wide": 1536, "layers": 30, "heads": 9, "groups": 3, "vocabulary": 49152, "tied": True},
     "1.5b": {"hidden": 1536, "wide": 8960, "layers": 28, "heads": 12, "groups": 2, "vocabulary": 151936, "tied": True},
     "3b": {"hidden": 2048, "wide": 11008, "layers": 36, "heads": 16, "groups": 2, "vocabulary": 151936, "tied": True},
@@ -44,7 +46,7 @@ SHARD = 5e9
 CHUNK = 2**24  # numbers written at once
 
 
-def projections(shape: dict) -> dict[str, tuple[int, int]]:
+def projections(shape: Shape) -> dict[str, tuple[int, int]]:
     """(out, in) of a layer's linear layers."""
     hidden, wide = shape["hidden"], shape["wide"]
     narrow = hidden // shape["heads"] * shape["groups"]
@@ -59,7 +61,7 @@ def projections(shape: dict) -> dict[str, tuple[int, int]]:
     }
 
 
-def write_base(folder: Path, shape: dict) -> None:
+def write_base(folder: Path, shape: Shape) -> None:
     """A Llama of that shape: config, index and shards, never more than one chunk in memory."""
     from transformers import LlamaConfig
 
@@ -82,7 +84,7 @@ def write_base(folder: Path, shape: dict) -> None:
         }
         tensors |= {f"model.layers.{layer}.{name}.weight": size for name, size in named.items()}
     tensors |= {"model.norm.weight": (shape["hidden"],)} | ({} if shape["tied"] else {"lm_head.weight": ends})
-    shards: list[dict] = [{}]
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, size in tensors.items():
         if 2 * sum(map(np.prod, shards[-1].values())) + 2 * np.prod(size) > SHARD:
             shards.append({})
@@ -95,9 +97,10 @@ def write_base(folder: Path, shape: dict) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_shard(path: Path, tensors: dict[str, tuple], random: np.random.SFC64) -> None:
+def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], random: np.random.SFC64) -> None:
     """Numbers of either sign between 2^-7 and 2^-5, evenly spread over bf16's values there."""
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
     for name, size in tensors.items():
         stop = place + 2 * int(np.prod(size))
         header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [place, stop]}
@@ -110,18 +113,18 @@ def write_shard(path: Path, tensors: dict[str, tuple], random: np.random.SFC64) 
         while left:
             count = min(left, CHUNK)
             bits = random.random_raw(-(-count // 4)).view(np.uint16)[:count]
-            file.write((bits & np.uint16(0x80FF)) | np.uint16(0x3C00))
+            file.write(((bits & np.uint16(0x80FF)) | np.uint16(0x3C00)).data)
             left -= count
 
 
-def write_adapter(folder: Path, shape: dict) -> None:
+def write_adapter(folder: Path, shape: Shape) -> None:
     """Random pairs in fp32, as PEFT stores them."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
 
     targets = [name.rpartition(".")[2] for name in projections(shape)]
-    LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM").save_pretrained(folder)
+    LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM").save_pretrained(str(folder))
     torch.manual_seed(0)
     tensors = {}
     for layer in range(shape["layers"]):
@@ -184,7 +187,7 @@ def import_all() -> None:
     hardware.use_threads()
 
 
-def run_arm(arm: str, work: Path) -> dict:
+def run_arm(arm: str, work: Path) -> dict[str, float]:
     """In a process of its own: the arm's seconds, imports left out, and its largest resident set in bytes."""
     if arm != "copy":  # whose memory would be taken for that of `cp`
         import_all()
@@ -198,7 +201,7 @@ def run_arm(arm: str, work: Path) -> dict:
     return {"seconds": seconds, "peak_memory_bytes": resource.getrusage(who).ru_maxrss * 1024}
 
 
-def measure(arm: str, shape: str, work: Path) -> dict:
+def measure(arm: str, shape: str, work: Path) -> dict[str, float]:
     """Start one arm cold; what it wrote is removed."""
     (work / "out").mkdir()
     drop_from_cache(work / "base")
@@ -213,7 +216,7 @@ def measure(arm: str, shape: str, work: Path) -> dict:
     return found
 
 
-def compare(options) -> dict:
+def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Run all arms on all shapes; the figures as merge.json has them."""
     from adder.core import hardware
     from adder.core.safetensors_layout import parameter_count, shard_files, total_bytes

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, read_table, write_json, write_table
+from adder.core.labels import IGNORE_INDEX
 from adder.core.progress import Progress
-from adder.core.stage_spec import Context
-from adder.evaluation import generation as replies
-from adder.evaluation import heldout_loss, metrics, speculative_decoding
-from adder.evaluation import run as evaluate
+from adder.core.stage_spec import Context, Runtime
+from adder.evaluation import generation, heldout_loss, metrics, speculative_decoding
+from adder.evaluation import run as evaluation
+from adder.evaluation.heldout_rows import load_rows
+from adder.evaluation.stage import EvaluateSettings
 from adder.tokenization.run import TokenizeInputs
 from adder.tokenization.run import run as tokenize
 from adder.tokenization.stage import TokenizeSettings
@@ -60,16 +62,18 @@ def tokenizer_of(inputs):
 
 def run(inputs, out, **settings):
     out.mkdir()
-    settings = {
-        "max_samples": None,
-        "max_new_tokens": "auto",
-        "batch_size": "auto",
-        "metrics": "auto",
-        "backend": "auto",
-        **settings,
-    }
-    evaluate.run(settings, inputs, out, Progress.silent())
+    evaluate(inputs, out, Progress.silent(), **settings)
     return read_json(out / "scores.json"), list(read_jsonl(out / "samples.jsonl"))
+
+
+def evaluate(inputs, out, progress, **settings):
+    stages = evaluation.EvaluateInputs(**inputs)
+    evaluation.run(EvaluateSettings(**settings), stages, out, Context(progress, Runtime(threads=1)))
+
+
+def rows_of(inputs, most=None):
+    tokens, conversations = inputs["tokenize"] / "heldout.arrow", inputs["format"] / "heldout.parquet"
+    return load_rows(tokens, conversations, most, tokenizer_of(inputs))
 
 
 def teach(inputs, text, end=True):
@@ -77,13 +81,13 @@ def teach(inputs, text, end=True):
     tokenizer = tokenizer_of(inputs)
     end_id = read_json(inputs["tokenize"] / "tokenize.json")["end_of_turn"]["id"]
     reply = tokenizer(text, add_special_tokens=False)["input_ids"] + [end_id] * end
-    prompts = [row["prompt_ids"] for row in evaluate.load_rows(inputs, None, tokenizer)]
+    prompts = [row.prompt_ids for row in rows_of(inputs)]
     model = AutoModelForCausalLM.from_pretrained(inputs["model"] / "model", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(200):
         loss = 0.0
         for prompt in prompts:
-            labels = torch.tensor([[-100] * len(prompt) + reply])
+            labels = torch.tensor([[IGNORE_INDEX] * len(prompt) + reply])
             loss = loss + model(input_ids=torch.tensor([prompt + reply]), labels=labels).loss / len(prompts)
         loss.backward()
         optimizer.step()
@@ -109,13 +113,13 @@ def test_loss_equals_that_of_plain_transformers(tmp_path, tiny_model_dir, monkey
     monkeypatch.setattr(speculative_decoding, "PREFILL_TOKENS", 150)
     scores, samples = run(inputs, tmp_path / "out", max_new_tokens=2)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    rows = evaluate.load_rows(inputs, None, tokenizer_of(inputs))
+    rows = rows_of(inputs)
     total = tokens = 0.0
     for row, sample in zip(rows, samples, strict=True):
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
         with torch.no_grad():
             loss = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
-        count = int((labels != -100).sum())
+        count = int((labels != IGNORE_INDEX).sum())
         assert sample["labelled_tokens"] == count
         assert sample["loss"] == pytest.approx(
             loss, rel=2e-2 if scores["compute_dtype"]["value"] == "bfloat16" else 1e-5
@@ -134,49 +138,18 @@ def test_rows_of_a_group_stay_known_and_make_intervals_wider(tmp_path, tiny_mode
     table = read_table(inputs["format"] / "heldout.parquet")
     groups = pa.array(["aa", "bb", "aa", "bb"])
     write_table(inputs["format"] / "heldout.parquet", table.append_column("group", groups))
-    rows = evaluate.load_rows(inputs, None, tokenizer_of(inputs))
-    assert [row["group"] for row in rows] == groups.to_pylist()
+    rows = rows_of(inputs)
+    assert [row.group for row in rows] == groups.to_pylist()
     written = {"reply": "{}", "exact_match": 0}
-    sample = evaluate.make_sample(rows[1], torch.tensor([0.5]), written, "text")
+    sample = evaluation.make_sample(rows[1], torch.tensor([0.5]), written, "text")
     assert sample["group"] == "bb"
     many = [{"loss": 1.0 + n % 6, "labelled_tokens": 3, "reply": "", "exact_match": int(n % 6 < 2)} for n in range(60)]
-    alone = evaluate.summarise(many)
-    together = evaluate.summarise([row | {"group": str(n % 6)} for n, row in enumerate(many)])
+    alone = evaluation.summarise(many)
+    together = evaluation.summarise([row | {"group": str(n % 6)} for n, row in enumerate(many)])
     for name in ("loss", "perplexity", "exact_match"):
         assert together[name]["value"] == alone[name]["value"] and together[name]["n"] == 60
         width, plain = (found[name]["ci95"][1] - found[name]["ci95"][0] for found in (together, alone))
         assert width > 2 * plain, name  # 6 rows in the place of 60: sqrt(10) times
-
-
-def test_padding_does_not_change_a_loss(tiny_model_dir):
-    model = evaluate.load_model(tiny_model_dir, "float32", "cpu")
-    random = torch.Generator().manual_seed(0)
-    examples = []
-    for length in (40, 7, 23):
-        ids = torch.randint(5, 300, (length,), generator=random).tolist()
-        examples.append((ids, [-100] * 3 + ids[3:]))
-    with torch.inference_mode():
-        together = heldout_loss.padded_losses(model, examples)
-        for (ids, labels), found in zip(examples, together, strict=True):
-            alone = heldout_loss.whole_head_losses(model, ids, labels)
-            assert found.shape == (len(ids) - 3,) and torch.allclose(found, alone, atol=1e-5)
-
-
-def test_a_model_that_caps_its_logits_is_asked_for_its_own(tmp_path):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.05, max_position_embeddings=64,
-    )  # fmt: skip
-    model = Gemma2ForCausalLM(config).eval()
-    ids = list(range(10, 30))
-    row = {"input_ids": ids, "labels": [-100] * 5 + ids[5:]}
-    (found,) = heldout_loss.row_losses(model, [row], Progress.silent())
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids]), labels=torch.tensor([row["labels"]])).loss
-    assert float(found.mean()) == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("bos", ["none", "by-template", "by-tokenizer"])
@@ -194,27 +167,27 @@ def test_the_model_sees_the_prompts_that_training_used(tmp_path, monkeypatch, lo
         tokenizer.save_pretrained(base)
     inputs = make_inputs(tmp_path / "in", base)
     seen = []
-    by_lm_eval, by_us = replies.HFLM._model_generate, speculative_decoding.reply
+    by_lm_eval, by_us = generation.HFLM._model_generate, speculative_decoding.generate
 
     def spy(self, context, max_length, stop, attention_mask, **options):
         seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(context, attention_mask, strict=True))
         return by_lm_eval(self, context, max_length, stop, attention_mask=attention_mask, **options)
 
     def spy_too(model, requests, *options):
-        seen.extend(list(request.ids[: request.prompt]) for request in requests)
+        seen.extend(list(request.ids[: request.prompt_length]) for request in requests)
         return by_us(model, requests, *options)
 
-    monkeypatch.setattr(replies.HFLM, "_model_generate", spy)
-    monkeypatch.setattr(speculative_decoding, "reply", spy_too)
+    monkeypatch.setattr(generation.HFLM, "_model_generate", spy)
+    monkeypatch.setattr(speculative_decoding, "generate", spy_too)
     scores, _ = run(inputs, tmp_path / "out", max_new_tokens=2, batch_size=3)
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
-    rows = evaluate.load_rows(inputs, None, tokenizer_of(inputs))
-    assert len(rows[-1]["prompt"]) == 4  # system, user, assistant, user
+    rows = rows_of(inputs)
+    assert len(rows[-1].prompt) == 4  # system, user, assistant, user
     for row in rows:
-        by_template = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-        assert row["prompt_ids"] == by_template and by_template in seen
-        start = next(index for index in range(len(by_template), 0, -1) if row["labels"][index - 1] == -100)
-        assert row["input_ids"][:start] == by_template  # what training saw before the last reply
+        by_template = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True)["input_ids"]
+        assert row.prompt_ids == by_template and by_template in seen
+        start = next(index for index in range(len(by_template), 0, -1) if row.labels[index - 1] == IGNORE_INDEX)
+        assert row.input_ids[:start] == by_template  # what training saw before the last reply
     assert len(seen) == 4 and scores["generation"]["prompts_unlike_training"] == 0
 
 
@@ -287,10 +260,10 @@ def test_a_bases_repetition_penalty_plays_no_part(tmp_path, loop):
 
 def test_max_samples_takes_the_same_rows_whatever_else_there_is(tmp_path, tiny_model_dir):
     inputs = make_inputs(tmp_path / "in", tiny_model_dir)
-    two = {row["id"] for row in evaluate.load_rows(inputs, 2, tokenizer_of(inputs))}
+    two = {row.id for row in rows_of(inputs, 2)}
     more = conversations() + [{**row, "id": f"y{row['id']}"} for row in conversations()]
     grown = make_inputs(tmp_path / "grown", tiny_model_dir, more)
-    chosen = [row["id"] for row in evaluate.load_rows(grown, 6, tokenizer_of(grown))]
+    chosen = [row.id for row in rows_of(grown, 6)]
     assert len(two) == 2 and len(chosen) == 6 and two <= set(chosen)
     assert chosen == sorted(chosen, key=[row["id"] for row in more].index)
 
@@ -329,7 +302,7 @@ def test_the_metrics_can_be_set(tmp_path, tiny_model_dir):
 
 def by_simple_evaluate(folder, rows, stop, limit):
     """Replies of lm-eval's own model as simple_evaluate runs it, one prompt at a time, in fp32."""
-    table = Dataset.from_list([{"question": row["prompt"][-1]["content"], "answer": row["reference"]} for row in rows])
+    table = Dataset.from_list([{"question": row.prompt[-1]["content"], "answer": row.reference} for row in rows])
     task = {
         "task": "own",
         "custom_dataset": lambda **_: DatasetDict({"test": table}),
@@ -357,12 +330,12 @@ def by_simple_evaluate(folder, rows, stop, limit):
 @pytest.mark.parametrize("taught", [False, True])
 def test_replies_and_score_are_those_of_lm_evals_default_path(tmp_path, tiny_model_dir, monkeypatch, loop, taught):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(evaluate.precision, "compute_dtype", lambda device: Choice("float32", "for this test"))
+    monkeypatch.setattr(evaluation.precision, "compute_dtype", lambda device: Choice("float32", "for this test"))
     inputs = make_inputs(tmp_path / "in", tiny_model_dir, conversations()[:3])
     if taught:
         teach(inputs, conversations()[1]["messages"][-1]["content"])
     scores, samples = run(inputs, tmp_path / "out", max_new_tokens=40, batch_size=2)
-    rows = evaluate.load_rows(inputs, None, tokenizer_of(inputs))
+    rows = rows_of(inputs)
     texts, score = by_simple_evaluate(inputs["model"] / "model", rows, "<|im_end|>", 40)
     assert [sample["reply"] for sample in samples] == texts and any(texts)
     assert scores["heldout"]["exact_match"]["value"] == score == (1 / 3 if taught else 0)
@@ -376,8 +349,8 @@ def test_nothing_asks_the_network_and_no_prompt_is_tokenised_again(tmp_path, tin
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(replies.HFLM, "tok_encode", refuse)
-    monkeypatch.setattr(replies.HFLM, "tok_batch_encode", refuse)
+    monkeypatch.setattr(generation.HFLM, "tok_encode", refuse)
+    monkeypatch.setattr(generation.HFLM, "tok_batch_encode", refuse)
     scores, _ = run(inputs, tmp_path / "out", max_new_tokens=4)
     assert scores["generation"]["new_tokens"] > 0
 
@@ -385,22 +358,21 @@ def test_nothing_asks_the_network_and_no_prompt_is_tokenised_again(tmp_path, tin
 def test_prompts_that_lose_their_beginning_and_those_unlike_training_are_told_and_answered(tmp_path, monkeypatch, loop):
     base = save_tiny_model(tmp_path / "base", max_position_embeddings=72)
     inputs = make_inputs(tmp_path / "in", base)
-    original = evaluate.load_rows
+    original = evaluation.load_rows
 
     def with_an_odd_one(*arguments):
         rows = original(*arguments)
-        rows[0]["prompt_ids"] = rows[0]["prompt_ids"][1:]
+        rows[0].prompt_ids = rows[0].prompt_ids[1:]
         return rows
 
-    monkeypatch.setattr(evaluate, "load_rows", with_an_odd_one)
+    monkeypatch.setattr(evaluation, "load_rows", with_an_odd_one)
     said = []
     progress = Progress.silent()
     progress.say = lambda text: said.append(text)
     (tmp_path / "out").mkdir()
-    settings = {"max_samples": None, "max_new_tokens": 24, "batch_size": 2, "metrics": "auto", "backend": "hf"}
-    evaluate.run(settings, inputs, tmp_path / "out", progress)
-    generation = read_json(tmp_path / "out" / "scores.json")["generation"]
-    assert generation["prompts_unlike_training"] == 1 and generation["prompts_cut"] >= 1
+    evaluate(inputs, tmp_path / "out", progress, max_new_tokens=24, batch_size=2, backend="hf")
+    found = read_json(tmp_path / "out" / "scores.json")["generation"]
+    assert found["prompts_unlike_training"] == 1 and found["prompts_cut"] >= 1
     assert any("1 of 4 prompts aren't those" in text for text in said) and any(
         "lose their beginning" in t for t in said
     )
@@ -470,7 +442,7 @@ def test_vllm_gets_the_same_prompts_and_ends_and_counts_alike(tmp_path, tiny_mod
     teach(inputs, '{"order": "19", "date": null, "intent": "refund"}')
     install_stand_in_for_vllm(tmp_path / "packages")
     monkeypatch.syspath_prepend(tmp_path / "packages")
-    monkeypatch.setattr(replies, "choose_backend", lambda wanted, device: Choice(wanted, "as set"))
+    monkeypatch.setattr(generation, "choose_backend", lambda wanted, device: Choice(wanted, "as set"))
     by_hf, by_vllm = run(inputs, tmp_path / "hf", backend="hf"), run(inputs, tmp_path / "vllm", backend="vllm")
     for one, other in zip(by_hf[1], by_vllm[1], strict=True):
         # Losses come from one pass or from two, in bf16 on some CPUs.
@@ -479,46 +451,12 @@ def test_vllm_gets_the_same_prompts_and_ends_and_counts_alike(tmp_path, tiny_mod
     assert by_vllm[0]["backend"]["value"] == "vllm" and by_vllm[1][1]["exact_match"] == 1
 
 
-def test_vllm_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(replies, "find_spec", lambda name: None)
-    assert replies.choose_backend("auto", "cuda").value == "hf"
-    with pytest.raises(UserError, match="evaluate.backend: 'vllm' was asked for, but the package vllm isn't installed"):
-        replies.choose_backend("vllm", "cuda")
-    monkeypatch.setattr(replies, "find_spec", lambda name: name)
-    assert (
-        replies.choose_backend("auto", "cuda").value == "vllm" and replies.choose_backend("auto", "cpu").value == "hf"
-    )
-    assert replies.choose_backend("hf", "cuda").value == "hf"
-    with pytest.raises(UserError, match="no CUDA device is used"):
-        replies.choose_backend("vllm", "cpu")
-
-
 def test_progress_counts_replies(tmp_path, tiny_model_dir, loop):
     lines = []
     progress = Progress.silent()
     progress.line = lambda text, last=False: lines.append(text)
     inputs = make_inputs(tmp_path / "in", tiny_model_dir)
     (tmp_path / "out").mkdir()
-    settings = {"max_samples": None, "max_new_tokens": 4, "batch_size": 2, "metrics": "auto", "backend": "hf"}
-    evaluate.run(settings, inputs, tmp_path / "out", progress)
+    evaluate(inputs, tmp_path / "out", progress, max_new_tokens=4, batch_size=2, backend="hf")
     assert any(line.startswith("generating: 2 of 4 replies, ") for line in lines)
     assert any(line.startswith("generated 4 replies") for line in lines)
-
-
-def test_reply_lengths():
-    new = torch.tensor([[5, 6, 2, 2], [5, 6, 7, 8], [2, 2, 2, 2], [9, 3, 2, 2]])
-    lengths, ended = replies.reply_lengths(new, torch.tensor([2, 3]))
-    assert lengths.tolist() == [3, 4, 1, 2] and ended.tolist() == [True, False, True, True]
-    lengths, ended = replies.reply_lengths(new[:, :0], torch.tensor([2]))
-    assert lengths.tolist() == [0] * 4 and not ended.any()
-
-
-def test_batch_size_and_limit_are_chosen_with_reasons(tiny_model_dir):
-    model = evaluate.load_model(tiny_model_dir, "float32", "cpu")
-    assert evaluate.choose_batch_size("auto", model, 200, 100).value == 100
-    assert evaluate.choose_batch_size("auto", model, 3, 100).value == 3
-    assert evaluate.choose_batch_size(7, model, 200, 100).value == 7
-    huge = evaluate.choose_batch_size("auto", model, 200, 10**9)
-    assert huge.value < 100 and "fit in memory" in huge.reason
-    assert evaluate.choose_limit("auto", {"max": 40}, 512).value == 48
-    assert evaluate.choose_limit(400, {"max": 40}, 512).value == 256

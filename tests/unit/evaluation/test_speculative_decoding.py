@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
+from adder.core.labels import IGNORE_INDEX
 from adder.evaluation import heldout_loss, speculative_decoding
-from adder.evaluation.kv_cache_slots import Slots
 
 SIZES = {
     "vocab_size": 96,
@@ -55,8 +55,8 @@ def by_transformers(model, prompt, limit):
     return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[0, len(prompt) :].tolist()
 
 
-def guess_of(kind, reply, number):
-    """A guess at a reply: none, all of it, all but its end, more than it, wrong from a place on, or any of them."""
+def draft_of(kind, reply, number):
+    """A draft at a reply: none, all of it, all but its end, more than it, wrong from a place on, or any of them."""
     kinds = {
         "none": [],
         "right": reply,
@@ -68,36 +68,36 @@ def guess_of(kind, reply, number):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("guess", ["none", "mixed"])
-def test_replies_of_every_family_are_those_of_generate(family, guess):
+@pytest.mark.parametrize("draft", ["none", "mixed"])
+def test_replies_of_every_family_are_those_of_generate(family, draft):
     model = make(family)
     assert speculative_decoding.supports(model)
     asked = prompts()
     expected = [by_transformers(model, prompt, 12) for prompt in asked]
-    guesses = [guess_of(guess, reply, number) for number, reply in enumerate(expected)]
+    drafts = [draft_of(draft, reply, number) for number, reply in enumerate(expected)]
     requests = [
-        speculative_decoding.Request(prompt + more, len(prompt)) for prompt, more in zip(asked, guesses, strict=True)
+        speculative_decoding.Request(prompt + more, len(prompt)) for prompt, more in zip(asked, drafts, strict=True)
     ]
-    found = speculative_decoding.reply(model, requests, STOPS, 12, 4, lambda _: None)
+    found = speculative_decoding.generate(model, requests, STOPS, 12, 4, lambda _: None)
     assert [reply.ids for reply in found] == expected
     assert [reply.ended for reply in found] == [reply[-1] in STOPS for reply in expected]
     assert len({len(reply) for reply in expected}) > 1 or family not in ("Llama", "Qwen2")  # not all cut at the limit
 
 
-@pytest.mark.parametrize("guess", ["none", "right", "short", "long", "wrong"])
+@pytest.mark.parametrize("draft", ["none", "right", "short", "long", "wrong"])
 @pytest.mark.parametrize("slots", [1, 3, 50])
 @pytest.mark.parametrize("shared", [0, 7])
-def test_neither_slots_nor_guesses_nor_a_common_beginning_change_a_reply(monkeypatch, guess, slots, shared):
+def test_neither_slots_nor_drafts_nor_a_common_beginning_change_a_reply(monkeypatch, draft, slots, shared):
     monkeypatch.setattr(speculative_decoding, "PREFILL_TOKENS", 60)  # several passes over prompts
     model = make("Llama")
     asked = prompts(7, shared)
     expected = [by_transformers(model, prompt, 9) for prompt in asked]
     requests = [
-        speculative_decoding.Request(prompt + guess_of(guess, reply, number), len(prompt))
+        speculative_decoding.Request(prompt + draft_of(draft, reply, number), len(prompt))
         for number, (prompt, reply) in enumerate(zip(asked, expected, strict=True))
     ]
-    assert speculative_decoding.common_prefix(requests) == shared
-    found = speculative_decoding.reply(model, requests, STOPS, 9, slots, lambda _: None)
+    assert speculative_decoding.common_prefix_length(requests) == shared
+    found = speculative_decoding.generate(model, requests, STOPS, 9, slots, lambda _: None)
     assert [reply.ids for reply in found] == expected
 
 
@@ -106,13 +106,13 @@ def test_losses_come_with_the_replies():
     requests = []
     for number, prompt in enumerate(prompts(5, 6)):
         ids = [*prompt, 20 + number, 30, 3, 40]  # the last one is unlabelled, as a line's end behind the end of turn
-        labels = [-100] * len(prompt) + ids[len(prompt) : -1] + [-100]
+        labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) : -1] + [IGNORE_INDEX]
         labels[9] = ids[9]  # an earlier reply's token, inside the prompt
         requests.append(speculative_decoding.Request(ids, len(prompt), labels))
-    found = speculative_decoding.reply(model, requests, STOPS, 2, 2, lambda _: None)
+    found = speculative_decoding.generate(model, requests, STOPS, 2, 2, lambda _: None)
     for request, reply in zip(requests, found, strict=True):
         with torch.no_grad():
-            expected = heldout_loss.whole_head_losses(model, request.ids, request.labels)
+            expected = heldout_loss.own_head_losses(model, request.ids, request.labels)
         # fp32 sums in another order, padded or not: 1e-5 of losses of about 5
         assert torch.allclose(reply.losses, expected, atol=5e-5) and len(expected) in (3, 4)
 
@@ -120,30 +120,39 @@ def test_losses_come_with_the_replies():
 def test_a_common_beginning_keeps_off_labels_and_last_prompt_tokens():
     ids = [7, 8, 9, 10, 11]
     assert (
-        speculative_decoding.common_prefix([speculative_decoding.Request(ids, 5), speculative_decoding.Request(ids, 5)])
+        speculative_decoding.common_prefix_length(
+            [speculative_decoding.Request(ids, 5), speculative_decoding.Request(ids, 5)]
+        )
         == 4
     )
     assert (
-        speculative_decoding.common_prefix(
+        speculative_decoding.common_prefix_length(
             [speculative_decoding.Request(ids, 5), speculative_decoding.Request([7, 8, 12, 13], 4)]
         )
         == 2
     )
     assert (
-        speculative_decoding.common_prefix([speculative_decoding.Request(ids, 1), speculative_decoding.Request(ids, 5)])
+        speculative_decoding.common_prefix_length(
+            [speculative_decoding.Request(ids, 1), speculative_decoding.Request(ids, 5)]
+        )
         == 0
     )
-    labelled = speculative_decoding.Request(ids, 5, [-100, -100, -100, 10, -100])
+    labelled = speculative_decoding.Request(ids, 5, [*[IGNORE_INDEX] * 3, 10, IGNORE_INDEX])
     assert (
-        speculative_decoding.common_prefix([speculative_decoding.Request(ids, 5), labelled]) == 2
+        speculative_decoding.common_prefix_length([speculative_decoding.Request(ids, 5), labelled]) == 2
     )  # place 2 predicts the label at 3
-    assert speculative_decoding.common_prefix([speculative_decoding.Request(ids, 5, [-100, 8, 9, -100, -100])]) == 0
+    assert (
+        speculative_decoding.common_prefix_length(
+            [speculative_decoding.Request(ids, 5, [IGNORE_INDEX, 8, 9, *[IGNORE_INDEX] * 2])]
+        )
+        == 0
+    )
 
 
 def test_prompts_read_in_one_pass_are_bounded_by_their_own_tokens_and_by_memory():
-    assert speculative_decoding.rows_at_once(64, 0) == 64 and speculative_decoding.rows_at_once(64, 32) == 128
-    assert speculative_decoding.rows_at_once(3050, 3000) == 10  # 30,500 keys and values, not 4,096 // 50 times 3,050
-    assert speculative_decoding.rows_at_once(9000, 0) == 1
+    assert speculative_decoding.prompts_at_once(64, 0) == 64 and speculative_decoding.prompts_at_once(64, 32) == 128
+    assert speculative_decoding.prompts_at_once(3050, 3000) == 10  # 30,500 keys and values, not 4,096 // 50 times 3,050
+    assert speculative_decoding.prompts_at_once(9000, 0) == 1
 
 
 class Counted:
@@ -157,14 +166,14 @@ class Counted:
         self.shapes.append(tuple(options["input_ids"].shape))
 
 
-def test_a_reply_that_equals_its_guess_takes_no_further_pass():
+def test_a_reply_that_equals_its_draft_takes_no_further_pass():
     model = make("Llama")
     asked = prompts(6, 5)
     requests = [
         speculative_decoding.Request(prompt + by_transformers(model, prompt, 9), len(prompt)) for prompt in asked
     ]
     passes = Counted(model)
-    speculative_decoding.reply(model, requests, STOPS, 9, 8, lambda _: None)
+    speculative_decoding.generate(model, requests, STOPS, 9, 8, lambda _: None)
     assert len(passes.shapes) == 2 and passes.shapes[0] == (1, 5)  # the common beginning, then all of the rest
 
 
@@ -174,7 +183,7 @@ def test_nothing_is_computed_for_a_reply_that_has_ended():
     lengths = [len(by_transformers(model, prompt, 20)) for prompt in asked]
     assert len(set(lengths)) > 2
     passes = Counted(model)
-    speculative_decoding.reply(
+    speculative_decoding.generate(
         model, [speculative_decoding.Request(prompt, len(prompt)) for prompt in asked], STOPS, 20, 3, lambda _: None
     )
     steps = [shape for shape in passes.shapes if shape[1] == 1]
@@ -186,7 +195,7 @@ def test_progress_sees_every_state():
     model = make("Llama")
     seen = []
     requests = [speculative_decoding.Request(prompt, len(prompt)) for prompt in prompts(3)]
-    speculative_decoding.reply(
+    speculative_decoding.generate(
         model, requests, STOPS, 4, 2, lambda found: seen.append(sum(len(reply.ids) for reply in found))
     )
     assert seen[0] == 0 and seen == sorted(seen) and seen[-1] > 3
@@ -211,31 +220,15 @@ def test_what_needs_more_than_keys_and_values_by_position_is_left_to_transformer
         assert not speculative_decoding.supports(transformers.AutoModelForCausalLM.from_config(config))
 
 
-def test_freed_slots_are_closed_up_and_keep_their_contents():
-    model = make("Llama")
-    cache = Slots(model, 4, 6)
-    source = transformers.DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model.base_model(input_ids=torch.arange(8, 20).view(4, 3), past_key_values=source)
-    cache.add([10, 11, 12, 13], [3, 2, 3, 1], [0, 1, 2, 3], source)
-    cache.keep([False, True, False, True])
-    assert (cache.rows, cache.lengths) == ([13, 11], [1, 2])
-    for layer, read in zip(cache.layers, source.layers, strict=True):
-        assert torch.equal(layer.keys[:2, :, :3], read.keys[[3, 1]])
-        assert torch.equal(layer.values[:2, :, :3], read.values[[3, 1]])
-    cache.keep([False, False])
-    assert cache.rows == cache.lengths == []
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("guess", ["none", "mixed"])
-def test_replies_on_a_gpu_are_those_of_generate(guess):
+@pytest.mark.parametrize("draft", ["none", "mixed"])
+def test_replies_on_a_gpu_are_those_of_generate(draft):
     model = make("Llama")
     asked = prompts(40, 7)
     expected = [by_transformers(model, prompt, 30) for prompt in asked]  # on the CPU
-    guesses = [guess_of(guess, reply, number) for number, reply in enumerate(expected)]
+    drafts = [draft_of(draft, reply, number) for number, reply in enumerate(expected)]
     requests = [
-        speculative_decoding.Request(prompt + more, len(prompt)) for prompt, more in zip(asked, guesses, strict=True)
+        speculative_decoding.Request(prompt + more, len(prompt)) for prompt, more in zip(asked, drafts, strict=True)
     ]
-    found = speculative_decoding.reply(model.cuda(), requests, STOPS, 30, 16, lambda _: None)
+    found = speculative_decoding.generate(model.cuda(), requests, STOPS, 30, 16, lambda _: None)
     assert [reply.ids for reply in found] == expected

@@ -31,6 +31,8 @@ class ScoredRow(TypedDict):
 class Parts(Protocol):
     """Numerator and denominator of one row."""
 
+    __name__: str
+
     def __call__(self, row: ScoredRow, /) -> tuple[float, float]:
         """(numerator, denominator) of `row`."""
         ...

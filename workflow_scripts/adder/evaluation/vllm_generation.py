@@ -2,22 +2,28 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # The engine runs in this process: one of its own would start by running Snakemake's script again.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from lm_eval.models.vllm_causallms import VLLM
+from adder.evaluation.generation import ReplyCounts
+
+if TYPE_CHECKING:
+    VLLM: Any = object  # lm-eval's registry hides its type
+else:
+    from lm_eval.models.vllm_causallms import VLLM
 
 MEMORY_SHARE = 0.85  # of the GPU's memory, once the model that measured the losses has left it
 
 
-class VllmGenerator(VLLM):
-    """lm-eval's vLLM model with the prompts, the end and the counts of replies.Generator.
+class VllmReplyModel(VLLM):
+    """lm-eval's vLLM model with the prompts, the end and the counts of generation.HfReplyModel.
 
-    `written` maps a prompt's ids to {new_tokens, truncated}, as there. vLLM batches by itself.
+    vLLM batches by itself.
     """
 
-    def __init__(self, model: Path, tokenizer: Path, dtype: str, stop_ids: list[int], context: int):
+    def __init__(self, model: Path, tokenizer: Path, dtype: str, stop_ids: list[int], context: int) -> None:
         super().__init__(
             pretrained=str(model),
             tokenizer=str(tokenizer),
@@ -29,15 +35,15 @@ class VllmGenerator(VLLM):
             generation_config="vllm",  # not the model's own, with its penalties
         )
         self.stop_ids = stop_ids
-        self.written: dict[tuple[int, ...], dict] = {}
+        self.written: dict[tuple[int, ...], ReplyCounts] = {}
 
-    def modify_gen_kwargs(self, *args, **kwargs) -> tuple[dict, list[str], int]:
+    def modify_gen_kwargs(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str], int]:
         """lm-eval's options, and the ids that end a reply; special tokens don't show in a reply, as elsewhere."""
         options, until, most = super().modify_gen_kwargs(*args, **kwargs)
         return {**options, "stop_token_ids": self.stop_ids, "skip_special_tokens": True}, until, most
 
-    def _model_generate(self, requests, generate=False, sampling_params=None):
-        outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
+    def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
+        outputs: Any = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
         for ids, output in zip(requests, outputs, strict=True):
             reply = output.outputs[0]
             truncated = reply.finish_reason == "length"

@@ -19,8 +19,10 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json, write_jsonl
 from adder.core.progress import Progress
+from adder.core.stage_spec import Context, Runtime
+from adder.evaluation.tasks import lm_eval_model, task_loading
 from adder.evaluation.tasks import run as tasks
-from adder.evaluation.tasks import task_loading
+from adder.evaluation.tasks.stage import TaskSettings
 from adder.evaluation.tasks.task_files import task_files
 from adder.workflow.settings import load
 from tiny import save_tiny_model, tiny_tokenizer
@@ -82,11 +84,7 @@ QUESTIONS = [
 
 def entry(**settings):
     """An entry of `evaluate.tasks` with its defaults."""
-    defaults = {
-        "name": None, "path": None, "data": None, "num_fewshot": None, "limit": None, "chat_template": True,
-        "metric": None,
-    }  # fmt: skip
-    return defaults | settings
+    return TaskSettings(**settings)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +124,8 @@ def in_fp32(monkeypatch):
 
 def run(inputs, out, **settings):
     out.mkdir()
-    tasks.run(entry(**settings), inputs, out, Progress.silent())
+    context = Context(Progress.silent(), Runtime(threads=1))
+    tasks.run(entry(**settings), tasks.TaskInputs(**inputs), out, context)
     return read_json(out / "scores.json"), list(read_jsonl(out / "samples.jsonl"))
 
 
@@ -137,7 +136,7 @@ def plainly(inputs, settings, root, as_chat=True):
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenize"] / "tokenizer")
     plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     return lm_eval.evaluate(
-        plain, {"tasks": loaded, "groups": {}}, limit=settings["limit"], bootstrap_iters=0,
+        plain, {"tasks": loaded, "groups": {}}, limit=settings.limit, bootstrap_iters=0,
         apply_chat_template=as_chat, fewshot_as_multiturn=as_chat,
     )  # fmt: skip
 
@@ -263,7 +262,7 @@ def test_questions_are_asked_in_batches(inputs, own_tasks, tmp_path, monkeypatch
 def test_batches_fit_the_memory_that_is_free(inputs, own_tasks, tmp_path, monkeypatch, in_fp32):
     path = str(own_tasks / "capitals.yaml")
     expected, _ = run(inputs, tmp_path / "out", path=path)
-    monkeypatch.setattr(tasks.hardware, "free_memory", lambda device: 1)
+    monkeypatch.setattr(lm_eval_model.hardware, "free_memory", lambda device: 1)
     one_by_one, _ = run(inputs, tmp_path / "again", path=path)
     assert one_by_one["metrics"] == expected["metrics"]
 

@@ -47,8 +47,8 @@ def _identity(settings: TaskSettings, where: str, digests: FileDigests) -> dict[
     identity = settings.model_dump(mode="json")
     if settings.path is not None:
         digests.of_named(settings.path, f"{where}.path")
-    data = {split: digests.named(data_files(identity, split, digests.root)) for split in settings.data or {}}
-    files = digests.named(task_files(identity, digests.root))
+    data = {split: digests.named(data_files(settings, split, digests.root)) for split in settings.data or {}}
+    files = digests.named(task_files(settings, digests.root))
     return {**identity, "path": settings.path and settings.path.rsplit("/", 1)[-1], "data": data, "files": files}
 
 

@@ -4,8 +4,10 @@ import difflib
 import functools
 import re
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import lm_eval.tasks
@@ -17,9 +19,11 @@ from lm_eval.tasks._index import Kind, TaskIndex
 
 from adder.core.errors import UserError
 from adder.core.paths import resolve_path
-from adder.evaluation.tasks.task_files import data_files, name_of, read_task
+from adder.evaluation.tasks.stage import TaskSettings
+from adder.evaluation.tasks.task_files import TaskConfig, data_files, name_of, read_task
 
-TASKS = Path(lm_eval.tasks.__file__).parent
+TASKS = Path(str(lm_eval.tasks.__file__)).parent
+Leaves = dict[str, TaskConfig]  # single tasks by name, each with what a group sets anew
 NAMES = re.compile(r"^[\"']?(?:task|group)[\"']?:\s*[\"']?([\w.-]+)", re.MULTILINE)
 FEWSHOT_SEED = 1234  # lm-eval's own
 LOADER_OF = {
@@ -28,14 +32,14 @@ LOADER_OF = {
 }  # fmt: skip
 
 
-def load_tasks(settings: dict, root: Path) -> dict[str, Task]:
+def load_tasks(settings: TaskSettings, root: Path) -> dict[str, Task]:
     """The tasks by name, one unless a group is meant, with their data. Relative paths in the settings start at `root`.
 
     Raises UserError when there is no such task, it can't be read, or its data or packages aren't there.
     """
     name = name_of(settings)
     try:
-        tasks = _load_own(settings, root) if settings["path"] else _load_named(settings, root)
+        tasks = _load_own(settings, root) if settings.path else _load_named(settings, root)
     except ModuleNotFoundError as error:
         raise UserError(
             f"evaluate.tasks: {name} needs the Python package {error.name!r}, which is not installed; lm-eval's "
@@ -52,7 +56,7 @@ def load_tasks(settings: dict, root: Path) -> dict[str, Task]:
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, AssertionError, jinja2.TemplateError) as error:
         raise UserError(
             f"evaluate.tasks: {name} can't be made ready: {type(error).__name__}: {_first_line(error)}. "
-            f"{'Do the columns of `data` have the names that the task reads? ' if settings['data'] else ''}"
+            f"{'Do the columns of `data` have the names that the task reads? ' if settings.data else ''}"
             f"It wants {_splits_wanted(settings, root)}"
         ) from None
     for task in tasks.values():
@@ -68,7 +72,7 @@ def task_texts() -> dict[Path, str]:
 
 
 @functools.cache
-def built_in(name: str) -> tuple[TaskManager, dict[str, dict]]:
+def built_in(name: str) -> tuple[TaskManager, Leaves]:
     """lm-eval's tasks as far as `name` needs them, and `leaves` of it. Raises UserError where there is no such task.
 
     Understanding all task files takes lm-eval some ten seconds, looking for a word in them one.
@@ -91,20 +95,22 @@ def built_in(name: str) -> tuple[TaskManager, dict[str, dict]]:
         raise UserError(f"evaluate.tasks: {name} holds a task without a name of its own ({error})") from None
 
 
-def _load_named(settings: dict, root: Path) -> dict[str, Task]:
-    manager, single = built_in(settings["name"])
+def _load_named(settings: TaskSettings, root: Path) -> dict[str, Task]:
+    manager, single = built_in(name_of(settings))
     return _load_members(manager, single, settings, root)
 
 
-def _load_own(settings: dict, root: Path) -> dict[str, Task]:
-    path = resolve_path(settings["path"], root)
+def _load_own(settings: TaskSettings, root: Path) -> dict[str, Task]:
+    path = resolve_path(name_of(settings), root)
     plain, _ = read_task(path)
     kind = "group" if isinstance(plain.get("task"), list) else "task"
     if not isinstance(plain.get(kind), str):
         raise UserError(f"evaluate.tasks: {path} gives its {kind} no name: write `{kind}: {path.stem}`")
     if kind == "task":
         manager = TaskManager(include_defaults=False)
-        manager.task_index[plain["task"]] = TaskIndex.entry_from_path(path)
+        entry = TaskIndex.entry_from_path(path)
+        assert entry is not None  # it has a name
+        manager.task_index[plain["task"]] = entry
         return _load_members(manager, {plain["task"]: {}}, settings, root)
     manager = TaskManager(include_path=str(path.parent), include_defaults=False)
     try:
@@ -115,17 +121,17 @@ def _load_own(settings: dict, root: Path) -> dict[str, Task]:
     return _load_members(manager, members, settings, root)
 
 
-def leaves(manager: TaskManager, name: str) -> dict[str, dict]:
+def leaves(manager: TaskManager, name: str) -> Leaves:
     """Each single task that a name stands for, itself or the members of a group or tag, with what a group sets anew."""
     entry = manager.task_index[name]
     if entry.kind is Kind.TAG:
         return {leaf: {} for leaf in sorted(entry.tags)}
     if entry.kind is not Kind.GROUP:
         return {name: {}}
-    return _members(manager, entry.cfg)
+    return _members(manager, entry.cfg or {})
 
 
-def _members(manager: TaskManager, group: dict) -> dict[str, dict]:
+def _members(manager: TaskManager, group: Mapping[str, Any]) -> Leaves:
     """`leaves` of a group's own settings; its members are names, or settings with a name, or groups in their turn."""
     shared = {key: value for key, value in group.items() if key not in GROUP_FIELD_NAMES}
     found = {}
@@ -135,34 +141,40 @@ def _members(manager: TaskManager, group: dict) -> dict[str, dict]:
             inner = _members(manager, own)
         else:
             anew = {key: value for key, value in own.items() if key not in ("task", "group")}
-            name = own.get("task", own.get("group"))
+            name = str(own.get("task", own.get("group")))
             inner = {leaf: {**anew, **deeper} for leaf, deeper in leaves(manager, name).items()}
         found |= {leaf: {**shared, **deeper} for leaf, deeper in inner.items()}
     return found
 
 
-def _load_members(manager: TaskManager, single: dict[str, dict], settings: dict, root: Path) -> dict[str, Task]:
+def _own_settings(manager: TaskManager, name: str) -> TaskConfig:
+    path = manager.task_index[name].yaml_path
+    assert path is not None  # a single task has a file
+    return read_task(path)[0]
+
+
+def _load_members(manager: TaskManager, single: Leaves, settings: TaskSettings, root: Path) -> dict[str, Task]:
     """Single tasks with their data in place: from `data`, or with the local paths in their YAML made absolute."""
     members = []
     for leaf, anew in single.items():
-        own = {**read_task(manager.task_index[leaf].yaml_path)[0], **anew}
+        own = {**_own_settings(manager, leaf), **anew}
         if own.get("unsafe_code"):
             raise UserError(f"evaluate.tasks: {leaf} runs code that the model writes on this machine; that isn't done")
         data = {key: own[key] for key in ("dataset_path", "dataset_kwargs") if key in own}
-        data = local_data(settings, own, root) if settings["data"] else data
-        fewshot = {} if settings["num_fewshot"] is None else {"num_fewshot": settings["num_fewshot"]}
+        data = local_data(settings, own, root) if settings.data else data
+        fewshot = {} if settings.num_fewshot is None else {"num_fewshot": settings.num_fewshot}
         members.append({"task": leaf, **anew, **data, **fewshot})
     # A group of our own is how lm-eval lets settings of its tasks be replaced.
     return manager.load([{"group": "as set", "task": members}])["tasks"]
 
 
-def local_data(settings: dict, own: dict, root: Path) -> dict:
+def local_data(settings: TaskSettings, own: TaskConfig, root: Path) -> TaskConfig:
     """What replaces a task's own settings (`own`) so that it reads the files of `data`.
 
     Splits that aren't given, and that nothing needs, are taken out. Raises UserError where one is missing.
     """
-    given, name = settings["data"], own["task"]
-    wanted = wanted_splits(own, settings["num_fewshot"])
+    given, name = settings.data or {}, own["task"]
+    wanted = wanted_splits(own, settings.num_fewshot)
     missing = [split for split in wanted if split not in given]
     if missing:
         hint = "; or set num_fewshot to 0" if missing[0] != next(iter(wanted)) else ""
@@ -179,10 +191,10 @@ def local_data(settings: dict, own: dict, root: Path) -> dict:
             f"evaluate.tasks ({name}).data: its files end in {', '.join(sorted(suffixes))}; allowed are "
             f"{', '.join(LOADER_OF)}, and one kind for all splits"
         )
-    kwargs = {"data_files": {split: list(map(str, paths)) for split, paths in files.items()}}
+    kwargs: dict[str, Any] = {"data_files": {split: list(map(str, paths)) for split, paths in files.items()}}
     if ".tsv" in suffixes:
         kwargs["sep"] = "\t"
-    absent = {
+    absent: TaskConfig = {
         key: None
         for key in ("training_split", "validation_split", "test_split", "fewshot_split")
         if own.get(key) not in given
@@ -192,9 +204,9 @@ def local_data(settings: dict, own: dict, root: Path) -> dict:
     return {"dataset_path": loaders.pop(), "dataset_name": None, "dataset_kwargs": kwargs, **absent}
 
 
-def wanted_splits(own: dict, num_fewshot: int | None) -> dict[str, str]:
+def wanted_splits(own: TaskConfig, num_fewshot: int | None) -> dict[str, str]:
     """The splits that a task can't do without, the one with its questions first, each with what it is for."""
-    splits = {own.get("test_split") or own.get("validation_split"): "which holds its questions"}
+    splits = {str(own.get("test_split") or own.get("validation_split")): "which holds its questions"}
     examples = own.get("num_fewshot") if num_fewshot is None else num_fewshot
     fewshot = own.get("fewshot_config") or {}
     source = fewshot.get("split") or own.get("fewshot_split") or own.get("training_split")
@@ -203,15 +215,15 @@ def wanted_splits(own: dict, num_fewshot: int | None) -> dict[str, str]:
     return splits
 
 
-def _splits_wanted(settings: dict, root: Path) -> str:
+def _splits_wanted(settings: TaskSettings, root: Path) -> str:
     """The splits of a task in words, for messages; a group's are those of its first member."""
-    if settings["path"]:
-        own, _ = read_task(resolve_path(settings["path"], root))
+    if settings.path:
+        own, _ = read_task(resolve_path(name_of(settings), root))
     else:
-        manager, single = built_in(settings["name"])
+        manager, single = built_in(settings.name)
         name, anew = next(iter(single.items()))
-        own = {**read_task(manager.task_index[name].yaml_path)[0], **anew}
-    found = [f"{split!r}, {what}" for split, what in wanted_splits(own, settings["num_fewshot"]).items()]
+        own = {**_own_settings(manager, name), **anew}
+    found = [f"{split!r}, {what}" for split, what in wanted_splits(own, settings.num_fewshot).items()]
     source = " ".join(str(own[key]) for key in ("dataset_path", "dataset_name") if own.get(key))
     return f"the splits of {source or 'its data set'}: {'; '.join(found)}"
 
@@ -231,5 +243,5 @@ def _refuse_missing_nltk_data(name: str) -> None:
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -1,0 +1,46 @@
+"""A model as every evaluation loads it, how many replies it writes at once, and what ends them."""
+
+from pathlib import Path
+from typing import Any, Literal, Never
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from adder.core import hardware
+from adder.core.choice import Choice
+
+LARGEST_BATCH = 128  # replies at once: beyond it a CPU computes no faster
+CACHE_SHARE = 0.5  # of the free memory that the KV cache of one batch may take
+
+
+def load_model(folder: Path, dtype: str, device: str) -> PreTrainedModel:
+    """Load a model to be evaluated: weights in `dtype`, on `device`."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    return model.to(device).eval()
+
+
+def choose_batch_size(
+    wanted: Literal["auto"] | int, model: PreTrainedModel, rows: int, tokens: int
+) -> Choice[int, Never]:
+    """Replies generated at once: as set, or as many as help and fit, spread evenly. `tokens`: prompt and reply."""
+    if wanted != "auto":
+        return Choice(wanted, "as set")
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_reply = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
+    fit = int(CACHE_SHARE * hardware.free_memory(model.device.type)) // per_reply
+    most = max(1, min(LARGEST_BATCH, fit))
+    value = -(-rows // -(-rows // most))
+    enough = fit >= LARGEST_BATCH
+    why = f"more than {LARGEST_BATCH} gain nothing" if enough else f"keys and values of {fit} fit in memory"
+    return Choice(value, f"{rows} replies in even batches; {why}")
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Ids that end the model's generation by its own configuration, and the one that ends a text for its tokenizer."""
+    found: list[Any] = [tokenizer.eos_token_id]
+    for config in (model.generation_config, model.config):
+        own: Any = getattr(config, "eos_token_id", None)
+        found += own if isinstance(own, list) else [own]
+    return {token for token in found if token is not None}

@@ -1,0 +1,81 @@
+"""What the stage "evaluate" leaves for later stages and the report: scores.json, and the lines of samples.jsonl."""
+
+from typing import Any, NotRequired, TypedDict
+
+from adder.core.choice import Choice
+from adder.evaluation.json_fields import FieldComparison
+from adder.formatting.conversation import Message
+
+
+class ChoiceRecord(TypedDict):
+    """An automatic choice with its reason."""
+
+    value: Any
+    reason: str
+    alternatives: list[Any]
+
+
+def choice_record(choice: Choice[Any, Any]) -> ChoiceRecord:
+    """A choice as JSON has it."""
+    return {"value": choice.value, "reason": choice.reason, "alternatives": choice.alternatives}
+
+
+class ModelFacts(TypedDict):
+    """The evaluated model: its class in transformers, and its parameter count."""
+
+    architecture: str
+    parameters: int
+
+
+class GenerationFacts(TypedDict):
+    """How the replies came about.
+
+    seconds: of generation alone. truncated: replies cut at max_new_tokens. prompts_cut: prompts that lost their
+    beginning, to fit the context. prompts_unlike_training: those that aren't, token for token, what training used.
+    """
+
+    seconds: float
+    new_tokens: int
+    truncated: int
+    prompts_cut: int
+    prompts_unlike_training: int
+
+
+class ScoresRecord(TypedDict):
+    """scores.json.
+
+    kind: the form in which exact matches are compared. heldout: an intervals.Estimate by the name of each score of
+    metrics.SCORES that was measured, and, of JSON replies, under "fields" the FieldScores by field. What is about
+    replies is absent where no row has a prompt.
+    """
+
+    model: ModelFacts
+    kind: str
+    metrics: ChoiceRecord
+    backend: ChoiceRecord
+    heldout: dict[str, Any]
+    compute_dtype: ChoiceRecord
+    lm_eval_version: str
+    max_new_tokens: NotRequired[ChoiceRecord]
+    batch_size: NotRequired[ChoiceRecord]
+    generation: NotRequired[GenerationFacts]
+
+
+class SampleRecord(TypedDict):
+    """A line of samples.jsonl. Beside these keys stand the reply's own scores, each under its name in metrics.SCORES.
+
+    loss: nats a labelled token, the row's mean. A plain text has no prompt and no reply. new_tokens include the one
+    that ends the reply; a truncated one was cut at the limit. fields: of JSON replies.
+    """
+
+    id: str
+    prompt: list[Message]
+    reference: str
+    loss: float
+    labelled_tokens: int
+    group: NotRequired[str]
+    reply: str | None
+    new_tokens: NotRequired[int]
+    truncated: NotRequired[bool]
+    exact_match: NotRequired[int]
+    fields: NotRequired[dict[str, FieldComparison]]
