@@ -8,7 +8,7 @@ import yaml
 
 from adder.core.errors import UserError
 from adder.workflow.settings import load, merged, resolved
-from adder.workflow.settings_docs import filled, schema
+from adder.workflow.settings_docs import schema
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = {"model": {"source": "some/model"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
@@ -163,14 +163,6 @@ def test_what_runs_share_of_lora_does_not_concern_a_full_training_among_them():
     assert (runs["lora"].train.lora_r, runs["full"].train.method) == (8, "full")
     keys = {name: {row.key for row in resolved(run, config, name)} for name, run in runs.items()}
     assert "train.lora_r" in keys["lora"] - keys["full"] and "train.epochs" in keys["full"]
-
-
-def test_schema_and_tables_are_those_of_the_model():
-    """`make settings` writes them."""
-    assert (ROOT / "config" / "schema.json").read_text() == schema()
-    page = (ROOT / "config" / "README.md").read_text()
-    assert page == filled(page)
-    assert "`train.learning_rate` | number, > 0, < 1 | `0.0001` |" in page
 
 
 def test_the_schema_accepts_the_default_configuration():

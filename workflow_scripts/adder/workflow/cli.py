@@ -14,7 +14,7 @@ from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
-from adder.workflow import config_file, prune, settings_docs, stage_graph
+from adder.workflow import config_file, generated_docs, prune, stage_graph
 from adder.workflow.settings import Settings, load, merged, resolved
 from adder.workflow.stage_runner import run_stage
 
@@ -167,11 +167,12 @@ def _stage(parsed: argparse.Namespace) -> None:
 
 
 def _document(parsed: argparse.Namespace) -> None:
-    changed = [path for path, text in settings_docs.documents(Path.cwd()).items() if path.read_text() != text]
+    wanted = generated_docs.documents(Path.cwd())
+    changed = {path: text for path, text in wanted.items() if path.read_text(encoding="utf-8") != text}
     if parsed.check and changed:
         raise UserError(f"{', '.join(map(str, changed))}: not as the declarations say; run `make settings`")
-    for path, text in settings_docs.documents(Path.cwd()).items():
-        path.write_text(text)
+    for path, text in changed.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

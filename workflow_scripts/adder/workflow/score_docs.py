@@ -3,15 +3,6 @@
 from adder.evaluation.metrics import SCORES, ReplyScore
 from adder.evaluation.reference_forms import FORMS
 
-BEGIN, END = "<!-- scores: begin (made by `make settings`) -->", "<!-- scores: end -->"
-
-
-def filled(page: str) -> str:
-    """Return `page` with its table of scores made anew between the two marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
-
 
 def table() -> str:
     """Return a Markdown table of all scores: name in files, what people see, when there is one, better way, meaning."""

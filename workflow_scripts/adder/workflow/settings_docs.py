@@ -3,7 +3,6 @@
 import json
 import re
 import types
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -12,15 +11,11 @@ from pydantic_core import PydanticUndefined
 from adder.data.stage import Source
 from adder.evaluation.tasks.stage import EvaluationTask
 from adder.formatting.row_formats import row_format_names
-from adder.workflow import row_format_docs, score_docs
 from adder.workflow.settings import Config, section_of
-from adder.workflow.stages import SPECS
 
 LISTED = {Source: "sources", EvaluationTask: "tasks"}
 # What a setting may be, where a registry above its section says it.
 REGISTERED: dict[tuple[type[BaseModel], str], tuple[str, ...]] = {(Source, "row_format"): row_format_names()}
-BEGIN, END = "<!-- settings: begin (made by `make settings`) -->", "<!-- settings: end -->"
-RESOURCES = "# From here on made by `make settings`, from the stages' declarations.\n"
 
 
 def schema() -> str:
@@ -34,36 +29,6 @@ def schema() -> str:
 def tables() -> str:
     """Return one Markdown table a section: setting, values, default, meaning."""
     return "\n\n".join(_section_tables(Config, "", set()))
-
-
-def documents(root: Path) -> dict[Path, str]:
-    """What the declarations say, by file below the project's directory `root`, as it should be."""
-    readme, profile = root / "config" / "README.md", root / "profiles" / "slurm" / "config.yaml"
-    scores, rows = root / "docs" / "evaluation.md", root / "docs" / "data.md"
-    return {
-        root / "config" / "schema.json": schema(),
-        readme: filled(readme.read_text()),
-        scores: score_docs.filled(scores.read_text()),
-        rows: row_format_docs.filled(rows.read_text()),
-        profile: profile.read_text().partition(RESOURCES)[0] + RESOURCES + cluster_resources(),
-    }
-
-
-def cluster_resources() -> str:
-    """What the stages ask a cluster for beyond their rules' own: a GPU and its partition, and cores."""
-    computing = [spec for spec in SPECS.values() if spec.threads is None and not spec.local]
-    threads = "".join(f"  {spec.rule}: 8\n" for spec in computing)
-    gpu = "".join(
-        f"  {spec.rule}:\n    slurm_partition: \"'gpu'\"\n    gpu: 1\n" for spec in SPECS.values() if spec.gpu
-    )
-    return f"set-threads:\n{threads}set-resources:\n{gpu}"
-
-
-def filled(page: str) -> str:
-    """Return `page` with its settings tables made anew between the two marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
 
 
 def _section_tables(section: type[BaseModel], prefix: str, listed: set) -> list[str]:
