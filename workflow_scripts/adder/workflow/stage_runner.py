@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
-import inspect
 import logging
 import os
 import shutil
@@ -176,25 +175,9 @@ def run_stage(
     summary, a few figures for its record.
     """
     run = importlib.import_module(spec.run).run
-    if "context" not in inspect.signature(run).parameters:
-        return run(*_as_before(spec, settings, inputs, out, context, run))
     inputs_type: Any = typing.get_type_hints(run)["inputs"]
     own = inputs_type(**inputs) if isinstance(inputs_type, type) else inputs  # the report takes the mapping itself
     return run(spec.settings.model_validate(settings), own, out, context)
-
-
-def _as_before(spec, settings, inputs, out, context, run):
-    """Until every stage takes a Context."""
-    settings = dict(settings)
-    os.environ["ADDER_DEVICE"], os.environ["ADDER_THREADS"] = context.runtime.device, str(context.runtime.threads)
-    if spec.name == "format":
-        settings["heldout"] = {name: settings.pop(name) for name in ("share", "size", "group_by", "stratify_by")}
-    if spec.name == "lengths":
-        settings["effective_batch"] = settings.pop("effective_batch_size")
-    more = [context.checkpoints] if spec.continued else []
-    if spec.name == "train":
-        more.append(context.runtime.model_dump() | {"results": str(context.results)})
-    return settings, inputs, out, context.progress, *more
 
 
 def _attempts(checkpoints: Path | None, start: float) -> contextlib.AbstractContextManager[list[float]]:
