@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, TypedDict
 from urllib.parse import urlsplit
 
 import openai
@@ -25,10 +25,9 @@ from openai.types.chat import ChatCompletionMessageParam
 from adder.core import intervals
 from adder.core.errors import UserError
 from adder.core.files import atomic_write, read_json, read_jsonl, write_json, write_jsonl
-from adder.core.intervals import Estimate
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
-from adder.evaluation.records import SampleRecord
+from adder.evaluation.records import JudgeFigures, Judgement, JudgeRecord, Pair, Preference, SampleRecord
 from adder.evaluation.stage import JudgeSettings
 from adder.formatting.conversation import Message
 
@@ -63,58 +62,11 @@ AGAIN = (
 )
 
 
-Preference = Literal["tuned", "base", "tie"]
 Letter = Literal["A", "B", "tie"]
 
 
 class Unanswered(Exception):
     """One comparison that the judge didn't make, and why."""
-
-
-class Pair(TypedDict):
-    """A row that both models replied to."""
-
-    id: str
-    prompt: list[Message]
-    base: str
-    tuned: str
-    reference: str
-    group: NotRequired[str]
-
-
-class Judgement(Pair):
-    """A line of judgements.jsonl: what was preferred with the tuned reply first, then second, and why."""
-
-    first: Preference
-    second: Preference
-    reasons: list[str]
-
-
-class JudgeFigures(TypedDict):
-    """Wins, losses and ties of the tuned model; inconsistent are ties in which the two orders disagree.
-
-    p: of the sign test.
-    """
-
-    pairs: int
-    wins: int
-    losses: int
-    ties: int
-    inconsistent: int
-    win_rate: Estimate
-    p: float
-    verdict: intervals.Word
-    sentence: str
-
-
-class JudgeRecord(JudgeFigures):
-    """judge.json. failed: pairs that the judge left. tokens: "prompt" and "completion", as the judge counts them."""
-
-    model: str
-    base_url: str
-    criteria: str | None
-    failed: int
-    tokens: dict[str, int] | None
 
 
 class KeptJudgement(TypedDict):

@@ -1,10 +1,13 @@
-"""What the stage "evaluate" leaves for later stages and the report: scores.json, and the lines of samples.jsonl."""
+"""What the stages "evaluate" and "judge" leave for later stages and the report: their JSON files, line by line."""
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from adder.core.choice import Choice
+from adder.core.intervals import Estimate, Word
 from adder.evaluation.json_fields import FieldComparison
 from adder.formatting.conversation import Message
+
+Preference = Literal["tuned", "base", "tie"]
 
 
 class ChoiceRecord(TypedDict):
@@ -79,3 +82,49 @@ class SampleRecord(TypedDict):
     truncated: NotRequired[bool]
     exact_match: NotRequired[int]
     fields: NotRequired[dict[str, FieldComparison]]
+
+
+class Pair(TypedDict):
+    """A row that both models replied to."""
+
+    id: str
+    prompt: list[Message]
+    base: str
+    tuned: str
+    reference: str
+    group: NotRequired[str]
+
+
+class Judgement(Pair):
+    """A line of judgements.jsonl: what was preferred with the tuned reply first, then second, and why."""
+
+    first: Preference
+    second: Preference
+    reasons: list[str]
+
+
+class JudgeFigures(TypedDict):
+    """Wins, losses and ties of the tuned model; inconsistent are ties in which the two orders disagree.
+
+    p: of the sign test.
+    """
+
+    pairs: int
+    wins: int
+    losses: int
+    ties: int
+    inconsistent: int
+    win_rate: Estimate
+    p: float
+    verdict: Word
+    sentence: str
+
+
+class JudgeRecord(JudgeFigures):
+    """judge.json. failed: pairs that the judge left. tokens: "prompt" and "completion", as the judge counts them."""
+
+    model: str
+    base_url: str
+    criteria: str | None
+    failed: int
+    tokens: dict[str, int] | None

@@ -9,23 +9,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl
 from adder.data.model_types import ModelRecord
 from adder.data.records import SourceRecord
+from adder.evaluation.records import Judgement, JudgeRecord, SampleRecord, ScoresRecord
+from adder.evaluation.tasks.records import TaskSample, TaskScoresRecord
 from adder.formatting.records import Card, Reject
 from adder.merging.records import ProofRecord
 from adder.packing.records import LengthsRecord
-from adder.report.records import (
-    HeldoutSample,
-    Judgement,
-    JudgeRecord,
-    ScoresRecord,
-    StageRecord,
-    TaskRecord,
-)
+from adder.report.stage_record import StageRecord
 from adder.tokenization.records import TokenizeRecord
 from adder.training.monitoring import doctor, preflight_warnings
 from adder.training.monitoring.advice import advise
@@ -57,20 +52,26 @@ Shows = Mapping[str, Mapping[str, str]]
 """What each stage shows, by the name under which the report knows it: {stage: {name: file}}."""
 
 
-class PairedSample(NamedTuple):
+Sample = TypeVar("Sample")
+
+
+class Paired(NamedTuple, Generic[Sample]):
     """Both models' samples of one row."""
 
     id: str
-    base: HeldoutSample
-    tuned: HeldoutSample
+    base: Sample
+    tuned: Sample
+
+
+PairedSample = Paired[SampleRecord]
 
 
 class TaskFacts(NamedTuple):
     """Base and tuned model on a task beside the held-out rows."""
 
-    base: TaskRecord
-    tuned: TaskRecord
-    samples: list[PairedSample]
+    base: TaskScoresRecord
+    tuned: TaskScoresRecord
+    samples: list[Paired[TaskSample]]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def load(inputs: Mapping[str, Path], shows: Shows) -> RunFacts:
     )
 
 
-def paired_samples(base: Path, tuned: Path) -> list[PairedSample]:
+def paired_samples(base: Path, tuned: Path) -> list[Paired[Any]]:
     """Join the samples of two evaluations (their samples.jsonl) by id, in the tuned model's order.
 
     Raises UserError when they were not made from the same rows: a paired comparison would be meaningless.
@@ -171,7 +172,7 @@ def paired_samples(base: Path, tuned: Path) -> list[PairedSample]:
             f"report: base ({base.parent}) and tuned ({tuned.parent}) were evaluated on different rows, "
             f"{len(apart)} stand in just one of them, such as {apart[0]}"
         )
-    return [PairedSample(id_, base_rows[id_], row) for id_, row in tuned_rows.items()]
+    return [Paired(id_, base_rows[id_], row) for id_, row in tuned_rows.items()]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from adder.core.intervals import Verdict
 from adder.core.length_summary import LengthSummary
+from adder.evaluation.records import JudgeRecord
 from adder.merging.records import ProofRecord
 from adder.packing.records import Truncation
 from adder.report import regression_guard, scores
 from adder.report.facts import RunFacts
-from adder.report.records import JudgeRecord, StageRecord
 from adder.report.stage import ReportSettings
+from adder.report.stage_record import StageRecord
 from adder.training.records import ChoiceRecord
 
 SCHEMA_VERSION = 2
@@ -97,7 +98,7 @@ class Metrics(TypedDict):
     run: str
     verdict: Verdict
     heldout: dict[str, scores.Comparison]
-    fields: dict[str, scores.FieldComparison]
+    fields: dict[str, scores.ComparedField]
     tasks: list[TaskMetrics]
     guard: GuardWord | None
     judge: JudgeRecord | None

@@ -8,11 +8,11 @@ import numpy.typing as npt
 
 from adder.core import intervals
 from adder.core.errors import UserError
-from adder.core.intervals import Change, Verdict, Word
-from adder.evaluation.json_fields import count_fields
+from adder.core.intervals import Change, Estimate, Verdict, Word
+from adder.evaluation.json_fields import FieldScores, count_fields
 from adder.evaluation.metrics import SCORES, RatioScore
+from adder.evaluation.records import SampleRecord
 from adder.report.facts import PairedSample, RunFacts, TaskFacts
-from adder.report.records import HeldoutSample, Score
 from adder.report.stage import TaskLimit
 
 FieldScore = Literal["precision", "recall", "f1"]
@@ -36,17 +36,7 @@ class Comparison(TypedDict):
     difference: Change | None
 
 
-class FieldScores(TypedDict):
-    """How right the values of one field are, over `n` references that have one; a ratio of nothing is None."""
-
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    accuracy: float | None
-    n: int
-
-
-class FieldComparison(TypedDict):
+class ComparedField(TypedDict):
     """A field's scores of both models, and the difference in each of FIELD_SCORES; None where a score is missing."""
 
     base: FieldScores
@@ -83,7 +73,7 @@ def compare(facts: RunFacts) -> dict[str, Comparison]:
     return compared
 
 
-def compare_fields(facts: RunFacts) -> dict[str, FieldComparison]:
+def compare_fields(facts: RunFacts) -> dict[str, ComparedField]:
     """The scores of each field by its name; empty where replies are not JSON."""
     base: dict[str, FieldScores] = facts.base["heldout"].get("fields") or {}
     tuned: dict[str, FieldScores] = facts.tuned["heldout"].get("fields") or {}
@@ -93,7 +83,7 @@ def compare_fields(facts: RunFacts) -> dict[str, FieldComparison]:
     base_parts, tuned_parts = (np.concatenate([field_parts(own, name) for name in tuned], axis=1) for own in rows)
     clusters = intervals.clusters_of(rows[1])
     found = iter(intervals.paired_ratio_differences(base_parts, tuned_parts, clusters))
-    table: dict[str, FieldComparison] = {}
+    table: dict[str, ComparedField] = {}
     for name, scores in tuned.items():
         changes = {score: shown_change(next(found)) for score in FIELD_SCORES}
         known: dict[str, Change | None] = {
@@ -133,7 +123,7 @@ def main_metric(heldout: Mapping[str, Comparison]) -> str:
     return "exact_match" if any_right else "loss"
 
 
-def scored(metric: str, samples: Sequence[PairedSample]) -> tuple[list[HeldoutSample], list[HeldoutSample]]:
+def scored(metric: str, samples: Sequence[PairedSample]) -> tuple[list[SampleRecord], list[SampleRecord]]:
     """The samples of base and of tuned that have this score: plain texts have a loss, and no reply to judge."""
     score = SCORES[metric]
     of_texts = isinstance(score, RatioScore) and not score.of_replies
@@ -141,7 +131,7 @@ def scored(metric: str, samples: Sequence[PairedSample]) -> tuple[list[HeldoutSa
     return [sample.base for sample in asked], [sample.tuned for sample in asked]
 
 
-def per_row(metric: str, samples: Sequence[HeldoutSample]) -> Values | None:
+def per_row(metric: str, samples: Sequence[SampleRecord]) -> Values | None:
     """One value a row whose mean is the score (float64), or None where the samples do not tell.
 
     The loss is a mean over tokens: each row counts as often as it has labelled tokens.
@@ -155,13 +145,13 @@ def per_row(metric: str, samples: Sequence[HeldoutSample]) -> Values | None:
     return None
 
 
-def loss_parts(samples: Sequence[HeldoutSample]) -> Values:
+def loss_parts(samples: Sequence[SampleRecord]) -> Values:
     """Each row's loss in nats and its labelled tokens: float64 (2, rows)."""
     tokens = np.array([row["labelled_tokens"] for row in samples], dtype=float)
     return np.stack([np.array([row["loss"] for row in samples], dtype=float) * tokens, tokens])
 
 
-def field_parts(samples: Sequence[HeldoutSample], name: str | None = None) -> Values:
+def field_parts(samples: Sequence[SampleRecord], name: str | None = None) -> Values:
     """Numerators and denominators of FIELD_SCORES, of one field or of all: float64 (2, 3, rows)."""
     fields = [row.get("fields", {}) for row in samples]
     own = fields if name is None else [{name: found[name]} if name in found else {} for found in fields]
@@ -169,7 +159,7 @@ def field_parts(samples: Sequence[HeldoutSample], name: str | None = None) -> Va
     return np.stack([[right, right, 2 * right], [given, expected, given + expected]])
 
 
-def difference(metric: str, base: Sequence[HeldoutSample], tuned: Sequence[HeldoutSample]) -> Change:
+def difference(metric: str, base: Sequence[SampleRecord], tuned: Sequence[SampleRecord]) -> Change:
     """Tuned less base in a score, paired by row; the samples of each have the same rows."""
     clusters = intervals.clusters_of(tuned)
     if metric == "field_f1":
@@ -188,7 +178,7 @@ def shown_change(found: Mapping[str, Any]) -> Change:
     return {"value": found["value"], "ci95": found["ci95"], "p": found["p"]}
 
 
-def shown(score: Score | None) -> ShownScore | None:
+def shown(score: Estimate | None) -> ShownScore | None:
     """A score without what only computations need."""
     return score and {"value": score["value"], "ci95": score.get("ci95"), "n": score.get("n")}
 

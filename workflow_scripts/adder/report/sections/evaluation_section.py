@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 from adder.core.intervals import Change, word
 from adder.evaluation.metrics import SCORES
+from adder.evaluation.records import Judgement
+from adder.evaluation.tasks.records import TaskSample
 from adder.report import plots, regression_guard
-from adder.report.facts import PairedSample, RunFacts, TaskFacts
+from adder.report.facts import Paired, RunFacts, TaskFacts
 from adder.report.formatting import clip, gist, number, percent
 from adder.report.page_section import Figure, PageSection, RunReport, View
-from adder.report.records import Judgement
 from adder.report.run_metrics import TaskMetrics
-from adder.report.scores import Comparison, FieldComparison, FieldScore, ShownScore, TaskComparison
+from adder.report.scores import ComparedField, Comparison, FieldScore, ShownScore, TaskComparison
 from adder.report.sections.samples_section import Pieces, mark, reference_text, turn_text
 
 Show = Callable[[float | None], str]
@@ -143,12 +144,12 @@ def probability(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def field_rows(fields: Mapping[str, FieldComparison]) -> list[View]:
+def field_rows(fields: Mapping[str, ComparedField]) -> list[View]:
     """One row a field: scores of base and tuned, and both F1 on one line."""
     return [_field_row(name, scores) for name, scores in fields.items()]
 
 
-def _field_row(name: str, scores: FieldComparison) -> View:
+def _field_row(name: str, scores: ComparedField) -> View:
     base, tuned = scores["base"]["f1"], scores["tuned"]["f1"]
     label = f"F1 of base {percent(base)} and tuned {percent(tuned)}"
     return {
@@ -163,7 +164,7 @@ def _field_row(name: str, scores: FieldComparison) -> View:
     }
 
 
-def field_cell(scores: FieldComparison, score: FieldScore) -> FieldCell:
+def field_cell(scores: ComparedField, score: FieldScore) -> FieldCell:
     """A score of one field."""
     found = scores["difference"][score]
     return FieldCell(
@@ -222,7 +223,7 @@ def _ends(row: TaskComparison) -> list[float]:
     return [abs(end) for end in (found["value"], *(found["ci95"] or []), row["max_drop"] or 0)]
 
 
-def documents(samples: Sequence[PairedSample], metric: str, higher: bool) -> View:
+def documents(samples: Sequence[Paired[TaskSample]], metric: str, higher: bool) -> View:
     """How many documents got better and worse, and the first few of the latter. One may have no reply, only a score."""
     gains = [(one.tuned[metric] - one.base[metric]) * (1 if higher else -1) for one in samples]
     lost = [one for one, gain in zip(samples, gains, strict=True) if gain < 0]

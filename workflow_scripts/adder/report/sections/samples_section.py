@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from adder.evaluation import metrics
+from adder.evaluation.records import SampleRecord
 from adder.report import formatting
 from adder.report.facts import PairedSample
 from adder.report.page_section import PageSection, RunReport, View
-from adder.report.records import HeldoutSample
 from adder.report.sections.data_section import call_text
 
 SHOWN_SAMPLES = 60
@@ -109,7 +109,7 @@ def prepare(sample: PairedSample, order: int, system: str | None) -> ShownSample
     )
 
 
-def _reply(reference: str, row: HeldoutSample) -> ShownReply:
+def _reply(reference: str, row: SampleRecord) -> ShownReply:
     right = bool(row.get("exact_match"))
     marked, unlike = mark(reference, row["reply"] or "", right)
     scores = [f"{name} {show(value)}" for key, name, show in BESIDE if (value := row.get(key)) is not None]

@@ -5,13 +5,13 @@ from typing import Literal, NamedTuple
 
 from adder.core.intervals import Verdict, word
 from adder.evaluation.metrics import SCORES
+from adder.evaluation.records import JudgeRecord
 from adder.formatting.records import OverlapFindings
 from adder.merging.records import ProofRecord
 from adder.report import plots, regression_guard
 from adder.report.facts import RunFacts
 from adder.report.formatting import duration, number, percent
 from adder.report.page_section import PageSection, RunReport, View
-from adder.report.records import JudgeRecord
 from adder.report.run_metrics import Cost, Metrics
 from adder.report.scores import Comparison
 from adder.report.sections import evaluation_section
