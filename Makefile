@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --cores 1
 PACKAGE := workflow_scripts/adder
 # What is typed without an error: all but these.
-UNTYPED := evaluation training
+UNTYPED := training
 TYPED = $(wildcard workflow_scripts/*.py) $(filter-out $(UNTYPED:%=$(PACKAGE)/%/),$(dir $(wildcard $(PACKAGE)/*/__init__.py)))
 # Those that are installed here. A name that only says where to find another one, as pyenv's do, doesn't count.
 PYTHONS = $(foreach minor,11 12 13,$(shell python3.$(minor) -c 'print("3.$(minor)")' 2> /dev/null))
