@@ -13,8 +13,8 @@ from adder.core.progress import Progress
 from adder.core.stage_spec import Context, NoInputs
 from adder.data import fetch_model, fetch_rows, raw_rows, sources
 from adder.data.model_types import ModelRecord, ModelSettings
-from adder.data.readers import Row
 from adder.data.records import Reading, RowRecord, RowSummary, SourceRecord
+from adder.data.row_types import Row
 from adder.data.stage import RowSettings, Source
 
 SUMS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(3000)]

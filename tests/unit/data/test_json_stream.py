@@ -15,7 +15,7 @@ from data_stages import GREETINGS, JSON, read
     ("value", "expected"),
     [
         ({"data": GREETINGS, "version": "1"}, GREETINGS),
-        ({"train": GREETINGS[:1], "more": GREETINGS[1:]}, GREETINGS),
+        ({"labels": ["a"], "data": GREETINGS, "splits": []}, GREETINGS),
         ({"question": ["Grüße?", "2+2\u2028?"], "answer": ["ja", "4"]}, GREETINGS),
         ({"messages": [{"role": "user", "content": "a"}]}, [{"messages": [{"role": "user", "content": "a"}]}]),
         ([], []),
@@ -38,7 +38,7 @@ def test_a_json_file_read_in_pieces_is_the_same_as_read_whole(tmp_path_factory, 
     whole = [dict(zip("ab", cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     for layout, expected in (
         (rows_, rows_),
-        ({"v": "1", "rows": [*rows_, {}], "x": [1, {}]}, [*rows_, {}, 1, {}]),
+        ({"v": "1", "x": [1, 2], "rows": [*rows_, {}]}, [*rows_, {}]),
         (columns, whole),
     ):
         path.write_text(
@@ -69,3 +69,22 @@ def test_a_mistake_in_a_json_file_is_named_by_line_and_column(tmp_path, monkeypa
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(UserError, match=rf"rows\.json: broken JSON at {where}"):
         read(tmp_path / "rows.json")
+
+
+def test_one_of_several_lists_of_rows_must_be_named(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": 1, "train": GREETINGS, "test": GREETINGS[:1], "notes": ["a"]}))
+    with pytest.raises(UserError, match=r"several lists of rows: train \(2\), test \(1\)\. .*`split: train`"):
+        read(path)
+    assert [row for _, row in read(path, split="test")] == GREETINGS[:1]
+    with pytest.raises(UserError, match="no list under the key 'dev', which `split` names; its lists are train, test"):
+        read(path, split="dev")
+    path.write_text(json.dumps(GREETINGS))
+    with pytest.raises(UserError, match="one list of rows, so `split: test` names nothing there"):
+        read(path, split="test")
+
+
+def test_a_part_of_a_file_without_parts_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("a\n1\n")
+    with pytest.raises(UserError, match=r"`split: train` names a list .* read as csv, which has no parts"):
+        read(tmp_path / "rows.csv", split="train")

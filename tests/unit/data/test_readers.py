@@ -2,13 +2,12 @@
 
 import csv
 import json
-from datetime import date
 
 import pyarrow as pa
 import pytest
 
 from adder.core.errors import UserError
-from data_stages import GREETINGS, SUMS, data, read, write_rows
+from data_stages import GREETINGS, read, write_rows
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -102,20 +101,6 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path, ending, compressi
         read(path)
 
 
-def test_arrow_files_in_either_format_and_batches_of_any_size(tmp_path):
-    table = pa.table({"n": list(range(5000)), "day": [date(2024, 5, 3)] * 5000})
-    with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as writer:
-        writer.write_table(table)
-    with pa.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as writer:
-        writer.write_table(table, max_chunksize=999)
-    for name in ("file", "stream"):
-        found = read(tmp_path / f"{name}.arrow")
-        assert [(number, row["n"]) for number, row in found] == [(n + 1, n) for n in range(5000)]
-    (tmp_path / "bad.arrow").write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match=r"bad\.arrow: can't be read as Arrow"):
-        read(tmp_path / "bad.arrow")
-
-
 def test_old_line_ends_end_a_line(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"a":1}\r{"a":2}\r\n\r\n{"a":\n3}')
     found = read(tmp_path / "rows.jsonl")
@@ -135,12 +120,6 @@ def test_a_quote_that_is_never_closed_does_not_swallow_a_file_of_any_size(tmp_pa
     assert found[-1][1] == {"a": "x", "b": "y"} and len(found) > 150
 
 
-def test_damaged_parquet_is_named(tmp_path):
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1 nothing of the kind")
-    with pytest.raises(UserError, match=r"rows\.parquet: can't be read as Parquet"):
-        read(tmp_path / "rows.parquet")
-
-
 def test_json_lines_under_the_name_json_are_read(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("".join(json.dumps(row) + "\n" for row in GREETINGS))
@@ -158,21 +137,3 @@ def test_broken_json_file_names_line_and_column(tmp_path):
     (tmp_path / "rows.json").write_text('[\n{"a": 1},\n{"a": }\n]')
     with pytest.raises(UserError, match=r"rows\.json: broken JSON at line 3, column 7"):
         read(tmp_path / "rows.json")
-
-
-def test_folders_that_datasets_saved(tmp_path):
-    import datasets
-
-    whole = datasets.Dataset.from_list(SUMS)
-    whole.save_to_disk(tmp_path / "saved", num_shards=3)
-    datasets.DatasetDict(train=whole, test=whole.select(range(5))).save_to_disk(tmp_path / "splits")
-    datasets.DatasetDict(train=whole).save_to_disk(tmp_path / "one")
-    for name in ("saved", "splits/test", "one"):
-        _, records, entries, *_ = write_rows(tmp_path / "of" / name, [{"path": str(tmp_path / name)}])
-        assert data(records) == (SUMS[:5] if name == "splits/test" else SUMS)
-        assert entries[0]["kind"] == "arrow" and len(entries[0]["sha256"]) == 64
-        assert [record["row"] for record in records] == list(range(1, len(records) + 1))
-    with pytest.raises(UserError, match=r"holds several splits; name the folder of one: .*splits/train, .*splits/test"):
-        write_rows(tmp_path / "both", [{"path": str(tmp_path / "splits")}])
-    with pytest.raises(UserError, match="is a directory, and none that `datasets` saved"):
-        write_rows(tmp_path / "neither", [{"path": str(tmp_path)}])

@@ -44,6 +44,18 @@ def test_system_prompt_is_added_only_where_there_is_none(tmp_path):
     assert systems == {"a": system("own"), "c": system("general")}
 
 
+def test_a_column_that_could_not_be_read_matters_only_where_it_is_needed(tmp_path):
+    def record(row: int, unfit: str) -> dict:
+        data = {**qa(f"q{row}"), "took": 1, "image": None, unfit: None}
+        return {"source": "rows", "row": row, "split": None, "data": data, "unfit": {unfit: "binary"}}
+
+    formatted = format_rows(
+        tmp_path, [*map(qa, "abcd"), record(5, "took"), record(6, "answer"), record(7, "image")], {"size": 1}
+    )
+    assert [row["row"] for row in formatted.rejects] == [6, 7]
+    assert formatted.rejects[0]["reason"] == "the column 'answer' can't be read: its values are of the type binary"
+
+
 def test_rejects_name_row_reason_and_data(tmp_path):
     unreadable = {"source": "b", "row": 17, "split": None, "error": "broken JSON at line 17", "raw": '{"a'}
     rows = [qa("1"), qa("2"), {"prompt": "p", "completion": "c"}, qa("3", ""), qa("\ud800"), unreadable]

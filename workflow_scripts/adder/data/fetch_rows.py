@@ -67,7 +67,13 @@ def _write_source(
         unreadable_of[name] += not readable
         if rows_of[name] % PROGRESS_EVERY == 0:
             progress.line(f"{name}: {rows_of[name]:,} rows")
-    return [sources.describe(source, file, name, split, rows_of[name], unreadable_of[name]) for name, file in named]
+    described = [
+        sources.describe(source, file, name, split, rows_of[name], unreadable_of[name]) for name, file in named
+    ]
+    for record in described:
+        for note in record.get("notes", []):
+            progress.say(f"{record['name']}: {note}")
+    return described
 
 
 def _reading(source: Source, split: Split | None) -> Reading:

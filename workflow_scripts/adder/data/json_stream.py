@@ -31,16 +31,22 @@ class UnknownLayout(ValueError):
     """JSON that holds no rows; the message says what it holds."""
 
 
-def rows(open_text: Callable[[], TextIO]) -> Iterator[Any]:
+class SeveralLists(ValueError):
+    """An object with more than one list of rows, and which of them is meant isn't told; the message says it all."""
+
+
+def rows(open_text: Callable[[], TextIO], split: str | None = None) -> Iterator[Any]:
     """Yield the rows of one JSON document, which `open_text` opens anew as often as it must be read.
 
-    Rows are the items of a list; the items of the list(s) under an object's keys, one after another; or the cells of
-    an object's lists of one length, side by side. An object with `messages` or `conversations` is one row. Raises
-    BrokenJSON, SeveralValues or UnknownLayout.
+    Rows are the items of a list; the items of the list of objects under a key of an object, of several the one named
+    by `split`; or the cells of an object's lists of one length, side by side. An object with `messages` or
+    `conversations` is one row. Raises BrokenJSON, SeveralValues, SeveralLists or UnknownLayout.
     """
     with open_text() as stream:
         document = Document(stream)
         first = document.peek()
+        if first == "[" and split is not None:
+            raise SeveralLists(f"holds one list of rows, so `split: {split}` names nothing there")
         if first == "[":
             yield from document.items()
             document.end()
@@ -52,13 +58,27 @@ def rows(open_text: Callable[[], TextIO]) -> Iterator[Any]:
         members = _survey(document)
         document.end()
     lists = {key: member for key, member in members.items() if member.is_list}
+    if split is not None:
+        if split not in lists:
+            there = ", ".join(list(lists)[:8]) or "none"
+            raise SeveralLists(f"has no list under the key '{split}', which `split` names; its lists are {there}")
+        yield from _items_of(open_text, lists[split].place)
+        return
     if any(key in members for key in SINGLE_ROW_KEYS):
         with open_text() as stream:
             yield Document(stream).value()
-    elif any(member.has_objects for member in lists.values()):
-        yield from _items_of(open_text, {member.place for member in lists.values()})
+        return
+    of_rows = {key: member for key, member in lists.items() if member.has_objects}
+    if len(of_rows) == 1:
+        yield from _items_of(open_text, next(iter(of_rows.values())).place)
+    elif of_rows:
+        found = ", ".join(f"{key} ({member.length:,})" for key, member in list(of_rows.items())[:8])
+        raise SeveralLists(
+            f"holds several lists of rows: {found}. Name the one that is meant, for example "
+            f"`split: {next(iter(of_rows))}`; others can be sources of their own, also of data.heldout"
+        )
     elif len(lists) > 1 and len(lists) == len(members) and len({member.length for member in lists.values()}) == 1:
-        columns = [_items_of(open_text, {member.place}) for member in lists.values()]
+        columns = [_items_of(open_text, member.place) for member in lists.values()]
         for cells in zip(*columns, strict=True):
             yield dict(zip(lists, cells, strict=True))
     else:
@@ -88,12 +108,12 @@ def _survey(document: "Document") -> dict[str, _Member]:
     return members
 
 
-def _items_of(open_text: Callable[[], TextIO], places: set[int]) -> Iterator[Any]:
-    """The items of the lists that are the members of an object at `places`."""
+def _items_of(open_text: Callable[[], TextIO], wanted: int) -> Iterator[Any]:
+    """The items of the list that is the member of an object at the place `wanted`."""
     with open_text() as stream:
         document = Document(stream)
         for place, _ in enumerate(document.keys()):
-            if place in places:
+            if place == wanted:
                 yield from document.items()
             else:
                 document.skip()

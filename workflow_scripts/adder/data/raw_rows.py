@@ -8,13 +8,16 @@ import heapq
 import itertools
 import json
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import orjson
 
 from adder.data import builtin_tickets
-from adder.data.readers import MAX_RAW, Row, Unreadable, read_file
+from adder.data.readers import read_file
 from adder.data.records import ReadableRecord, Split, UnreadableRecord
+from adder.data.row_types import MAX_RAW, Row, Unfit, Unreadable
 from adder.data.sources import File
 from adder.data.stage import Source
 
@@ -40,12 +43,17 @@ def read_source(source: Source, named: list[tuple[str, File]]) -> Iterator[tuple
 def encode_record(name: str, number: int, split: Split | None, row: Row) -> tuple[bytes, bool]:
     """One line of rows.jsonl, strict JSON in UTF-8 without the line's end, and whether the row could be read.
 
-    NaN and infinities, which JSON lacks, become null. A row that JSON or UTF-8 can't hold is written as unreadable.
+    NaN and infinities, which JSON lacks, become null. A column whose value is of a type that JSON can't hold becomes
+    null and is named under `unfit`. A row that JSON or UTF-8 can't hold otherwise is written as unreadable.
     """
     if not isinstance(row, Unreadable):
         record: ReadableRecord = {"source": name, "row": number, "split": split, "data": row}
+        jsonable = _Jsonable()
         try:
-            line = orjson.dumps(record, default=_jsonable)
+            line = orjson.dumps(record, default=jsonable)
+            if jsonable.unfit:
+                record = _without_unfit(record)
+                line = orjson.dumps(record, default=_Jsonable())
             # Brackets within text count too, so this asks often enough.
             if line.count(b"{") + line.count(b"[") <= MAX_NESTING:
                 return line, True
@@ -67,14 +75,15 @@ def encode_record(name: str, number: int, split: Split | None, row: Row) -> tupl
 
 def _rows_of(source: Source, file: File) -> Iterator[tuple[int, Row]]:
     if file.path is not None:
-        return read_file(file.path, file.format, file.encoding, source.convert, file.delimiter)
+        return read_file(file.path, file.layout, file.notes)
     return enumerate(builtin_tickets.rows(count=source.rows or 0, part=source.part, seed=source.seed), 1)
 
 
 def _encode_with_care(record: ReadableRecord) -> bytes | str:
     """The line, or the reason why there is none, by Python's own JSON, which says what it can't hold."""
     try:
-        row = json.loads(json.dumps(record["data"], default=_jsonable), parse_constant=lambda _: None)
+        record = _without_unfit(record)
+        row = json.loads(json.dumps(record["data"], default=_Jsonable()), parse_constant=lambda _: None)
         if _nested_too_deep(row):
             return f"nested more than {MAX_NESTING} levels deep"
         return json.dumps({**record, "data": row}, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
@@ -118,10 +127,30 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _jsonable(value: Any) -> Any:
-    """Parquet's dates, times and decimals as text."""
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    if type(value).__name__ == "Decimal":
-        return str(value)
-    raise TypeError(f"a value of type {type(value).__name__}")
+def _without_unfit(record: ReadableRecord) -> ReadableRecord:
+    """The record with null for each column that holds a value of a type that JSON can't hold, which `unfit` names."""
+    data, unfit = dict(record["data"]), dict[str, str]()
+    for column, value in data.items():
+        jsonable = _Jsonable()
+        json.dumps(value, default=jsonable, skipkeys=True)
+        if jsonable.unfit:
+            unfit[column], data[column] = jsonable.unfit, None
+    return {**record, "data": data, "unfit": unfit} if unfit else record
+
+
+class _Jsonable:
+    """Turns dates, times and decimals, as Parquet and databases have them, into text, and remembers what it can't."""
+
+    def __init__(self) -> None:
+        self.unfit: str | None = None
+
+    def __call__(self, value: Any) -> Any:
+        if hasattr(value, "isoformat"):
+            return value.isoformat()
+        if isinstance(value, Decimal | UUID):
+            return str(value)
+        if isinstance(value, Unfit):
+            self.unfit = value.type
+        else:
+            self.unfit = "binary" if isinstance(value, bytes | bytearray | memoryview) else type(value).__name__
+        return None

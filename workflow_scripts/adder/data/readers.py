@@ -1,7 +1,7 @@
 """Readers of local files: JSON, JSON lines, CSV, TSV, Parquet, Arrow, each as a stream of rows.
 
-Compressed files (gzip, Zstandard) are known by their first bytes. A row that can't be read becomes an `Unreadable`
-with its reason and stays in the count; a file that can't be read is a UserError.
+Compressed files are known by their first bytes. A row that can't be read becomes an `Unreadable` with its reason and
+stays in the count; a file that can't be read is a UserError.
 
 CSV is read by the standard library: pandas fills rows with too few cells, stops at a quote that is never closed, and
 can't say on which line a row stands.
@@ -11,16 +11,18 @@ import codecs
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import orjson
 
 from adder.core.errors import UserError
-from adder.data import converter, json_stream
+from adder.data import columnar, converter, json_stream
+from adder.data.compression import CHUNK, bare_name, open_bytes
 from adder.data.json_stream import kind
+from adder.data.row_types import MAX_RAW, Layout, Row, Unreadable
 
 FORMATS_BY_SUFFIX = {
     ".json": "json",
@@ -32,11 +34,6 @@ FORMATS_BY_SUFFIX = {
     ".arrow": "arrow",
 }
 TEXT_FORMATS = ("json", "jsonl", "csv", "tsv")
-COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
-COMPRESSIONS = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by a file's first bytes
-CHUNK = 1 << 20  # bytes read at a time
-COLUMNAR_BATCH = 1024  # rows of Parquet and Arrow in memory at a time
-MAX_RAW = 500  # characters of an unreadable row that are kept to show it
 MAX_CELL = 1 << 25  # characters: a quote that is never closed must not swallow a file of any size
 MAX_FIRST_LINE = 1 << 26  # characters of a first line that are looked at to tell JSON lines from JSON
 
@@ -45,54 +42,39 @@ DIGITS = bytes(ord("0") if 48 <= code <= 57 else ord(" ") for code in range(256)
 LONG_NUMBER = b"0" * 19
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A row that could not be read: why, and how it begins."""
-
-    reason: str
-    raw: str = ""
-
-
-Row = dict[str, Any] | Unreadable
-
-
-def format_of(name: str, chosen: str | None = None, shown: str | None = None) -> str:
-    """The source's `format` if it chose one, else what the ending of a file's name tells; `.gz` and `.zst` aside.
+def format_of(path: Path, chosen: str | None = None, shown: str | None = None) -> str:
+    """The source's `format` if it chose one, else what the ending of a file's name tells, without its compression's.
 
     `shown` is what a message calls the file.
     """
     if chosen and chosen != "auto":
         return chosen
-    suffix = Path(bare_name(name)).suffix.lower()
+    suffix = Path(bare_name(path)).suffix.lower()
     if suffix not in FORMATS_BY_SUFFIX:
         raise UserError(
-            f"{shown or name}: can't tell the format from the ending '{suffix}'. Set `format:` to json, jsonl, "
+            f"{shown or path}: can't tell the format from the ending '{suffix}'. Set `format:` to json, jsonl, "
             "csv, tsv, parquet or arrow, or `convert:` to a Python file with a function rows(path, encoding)."
         )
     return FORMATS_BY_SUFFIX[suffix]
 
 
-def bare_name(name: str) -> str:
-    """A file's name without the ending of its compression."""
-    return name.rpartition(".")[0] if name.lower().endswith(COMPRESSED_SUFFIXES) else name
-
-
-def read_file(
-    path: Path, format: str, encoding: str | None = None, convert: str | None = None, delimiter: str | None = None
-) -> Iterator[tuple[int, Row]]:
+def read_file(path: Path, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
     """Yield (row number from 1, row): the line in a JSONL file, the row elsewhere.
 
-    encoding: of text formats, as `fitting_encoding` returned it. convert: a Python file of the user's that reads the
-    file. delimiter: of a CSV file that has another than its format says. Raises UserError where a file can't be read.
+    notes: counts, by a sentence, what people should know of how the file was read. Raises UserError where a file can't
+    be read.
     """
-    encoding = _without_mark(encoding or "utf-8")
+    encoding = _without_mark(layout.encoding or "utf-8")
+    if layout.split is not None and layout.format not in ("json", "arrow"):
+        raise UserError(
+            f"{path}: `split: {layout.split}` names a list of a JSON file or a part of a folder that `datasets` saved; "
+            f"this one is read as {layout.format}, which has no parts"
+        )
     try:
-        if convert:
-            yield from enumerate(map(_as_row, converter.rows(convert, path, encoding)), 1)
-        elif format in ("csv", "tsv"):
-            yield from _read_csv(path, encoding, delimiter or ("\t" if format == "tsv" else ","))
+        if layout.convert:
+            yield from enumerate(map(_as_row, converter.rows(layout.convert, path, encoding)), 1)
         else:
-            yield from READERS[format](path, encoding)
+            yield from READERS[layout.format](path, encoding, layout, notes)
     except LookupError as error:
         if "encoding" not in str(error):
             raise
@@ -118,24 +100,11 @@ def fitting_encoding(path: Path, encodings: str | list[str]) -> str:
     raise UserError(_encoding_message(path, encodings))
 
 
-def open_bytes(path: Path) -> "io.BufferedReader[Any]":
-    """Open a file for reading, through its decompression where its first bytes say that it is compressed."""
-    file = io.BufferedReader(io.FileIO(path), CHUNK)
-    start = file.peek(4)[:4]
-    compression = next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
-    if compression is None:
-        return file
-    file.close()
-    import pyarrow as pa
-
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), compression), CHUNK)
-
-
 def _open_text(path: Path, encoding: str, newline: str | None = None) -> TextIO:
     return io.TextIOWrapper(open_bytes(path), encoding=encoding, newline=newline)
 
 
-def _read_jsonl(path: Path, encoding: str) -> Iterator[tuple[int, Row]]:
+def _read_jsonl(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(_lines(path, encoding), 1):
         try:
             # Python's own reader takes over wherever the two might not agree, and says what is wrong.
@@ -186,21 +155,23 @@ def _as_row(value: Any) -> Row:
     )
 
 
-def _read_json(path: Path, encoding: str) -> Iterator[tuple[int, Row]]:
+def _read_json(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
     def open_text() -> TextIO:
         return _open_text(path, encoding)
 
     try:
-        for number, value in enumerate(json_stream.rows(open_text), 1):
+        for number, value in enumerate(json_stream.rows(open_text, layout.split), 1):
             yield number, _as_row(value)
     except json_stream.SeveralValues as error:
         with open_text() as text:
             first = text.readline(MAX_FIRST_LINE)
         if not isinstance(_parse_line(first, 1), dict):
             raise UserError(_broken_json(path, error)) from error
-        yield from _read_jsonl(path, encoding)  # JSON lines under another name are common
+        yield from _read_jsonl(path, encoding, layout, notes)  # JSON lines under another name are common
     except json_stream.BrokenJSON as error:
         raise UserError(_broken_json(path, error)) from error
+    except json_stream.SeveralLists as error:
+        raise UserError(f"{path}: {error}") from error
     except json_stream.UnknownLayout as error:
         raise UserError(
             f"{path}: expected a list of objects, or an object that holds such lists; found {error}. "
@@ -212,7 +183,8 @@ def _broken_json(path: Path, error: Exception) -> str:
     return f"{path}: broken JSON at {error}. If each line is a value of its own, set `format: jsonl`."
 
 
-def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[tuple[int, Row]]:
+def _read_csv(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
+    delimiter = layout.delimiter or ("\t" if layout.format == "tsv" else ",")
     csv.field_size_limit(MAX_CELL)
     with _open_text(path, encoding, newline="") as file:
         # strict: an unclosed quote must be an error, not a cell that swallows the rest of the file.
@@ -245,77 +217,19 @@ def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[tuple[int, 
                 yield number, dict(zip(header, cells, strict=True))
 
 
-def _read_parquet(path: Path, encoding: str) -> Iterator[tuple[int, Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # With a buffer and no read-ahead, one row group of any size is decoded page by page.
-        with pq.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
-            yield from enumerate(_rows_of_batches(file.iter_batches(batch_size=COLUMNAR_BATCH)), 1)
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: can't be read as Parquet: {error}") from error
+def _read_parquet(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
+    yield from enumerate(columnar.parquet_rows(path, notes), 1)
 
 
-def _read_arrow(path: Path, encoding: str) -> Iterator[tuple[int, Row]]:
-    import pyarrow as pa
-
-    try:
-        yield from enumerate((row for file in arrow_files(path) for row in _rows_of_batches(_batches(file))), 1)
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: can't be read as Arrow: {error}") from error
+def _read_arrow(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
+    yield from enumerate(columnar.arrow_rows(path, layout.split, notes), 1)
 
 
-def arrow_files(path: Path) -> list[Path]:
-    """The Arrow files of a folder that `datasets` saved, in order; a file stands for itself."""
-    if path.is_file():
-        return [path]
-    if (path / "dataset_dict.json").is_file():
-        splits = _read_object(path / "dataset_dict.json").get("splits") or []
-        if len(splits) != 1:
-            names = ", ".join(f"{path}/{split}" for split in splits)
-            raise UserError(f"{path}: holds several splits; name the folder of one: {names}")
-        path = path / splits[0]
-    state = _read_object(path / "state.json")
-    try:
-        return [path / entry["filename"] for entry in state["_data_files"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}/state.json: names no data files; was this folder written by `datasets`?") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read: {error}") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _batches(path: Path) -> Iterator[Any]:
-    """Record batches of an Arrow file, in the file format or the stream format."""
-    import pyarrow as pa
-
-    with open_bytes(path) as start:
-        is_stream = start.read(6) != b"ARROW1"
-    if is_stream:
-        with open_bytes(path) as file, pa.ipc.open_stream(file) as reader:
-            yield from reader
-        return
-    # Mapped: a file may be one batch, of which the system can drop what is not being looked at.
-    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
-
-
-def _rows_of_batches(batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        for start in range(0, batch.num_rows, COLUMNAR_BATCH):
-            yield from batch.slice(start, COLUMNAR_BATCH).to_pylist()
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Row]]]] = {
+READERS: dict[str, Callable[[Path, str, Layout, Counter[str]], Iterator[tuple[int, Row]]]] = {
     "json": _read_json,
     "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "tsv": _read_csv,
     "parquet": _read_parquet,
     "arrow": _read_arrow,
 }

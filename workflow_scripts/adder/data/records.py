@@ -9,13 +9,15 @@ Split = Literal["train", "heldout", "test"]
 class ReadableRecord(TypedDict):
     """A line of rows.jsonl. row: from 1, the line of a JSONL file, the row elsewhere; source: the file's short name.
 
-    split: None unless the held-out rows have sources of their own; "test" is only to be kept out of training.
+    split: None unless the held-out rows have sources of their own; "test" is only to be kept out of training. unfit:
+    columns whose value JSON can't hold, null in `data`, with the value's type.
     """
 
     source: str
     row: int
     split: Split | None
     data: dict[str, Any]
+    unfit: NotRequired[dict[str, str]]
 
 
 class UnreadableRecord(TypedDict):
@@ -93,6 +95,7 @@ class SourceRecord(TypedDict):
     builtin: NotRequired[BuiltinRecord]
     hub: NotRequired[HubRecord]
     convert: NotRequired[ConverterRecord]
+    notes: NotRequired[list[str]]
 
 
 class RowSummary(TypedDict):

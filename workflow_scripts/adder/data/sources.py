@@ -1,7 +1,8 @@
 """Where rows come from: each source as the local files that hold its rows, and what is said of them."""
 
 import hashlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adder.core.errors import UserError
@@ -9,7 +10,9 @@ from adder.core.files import sha256_file
 from adder.core.paths import local_files
 from adder.core.progress import Progress
 from adder.data import http_download, readers
+from adder.data.compression import SUFFIXES
 from adder.data.records import HubRecord, Origin, SourceRecord, Split
+from adder.data.row_types import Layout
 from adder.data.stage import Source
 
 
@@ -17,20 +20,19 @@ from adder.data.stage import Source
 class File:
     """A local file (or folder that `datasets` saved) with rows; path is None for the built-in generator.
 
-    label: the parts of which its short name is made, the telling one last. shown: its path in sources.json. encoding:
-    of text formats only. delimiter: of a CSV file that has another than its format says.
+    label: the parts of which its short name is made, the telling one last. shown: its path in sources.json. notes:
+    what reading it found, by a sentence.
     """
 
     path: Path | None
     label: tuple[str, ...]
     origin: Origin
     shown: str | None
-    format: str
-    encoding: str | None = None
-    delimiter: str | None = None
+    layout: Layout
     license: str | None = None
     revision: str | None = None
     hub: HubRecord | None = None
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 def fetch(source: Source, where: str, progress: Progress) -> list[File]:
@@ -50,7 +52,7 @@ def fetch(source: Source, where: str, progress: Progress) -> list[File]:
             _check_sha256(paths, source.sha256, source.path, where)
         return [_file(source, path, _label(path.parts), "path", str(path)) for path in paths]
     label = (f"{source.builtin}-{source.part}",)
-    return [File(path=None, label=label, origin="builtin", shown=None, format="builtin", license="MIT")]
+    return [File(path=None, label=label, origin="builtin", shown=None, layout=Layout(format="builtin"), license="MIT")]
 
 
 def short_names(files: list[File]) -> list[str]:
@@ -75,13 +77,13 @@ def describe(source: Source, file: File, name: str, split: Split | None, rows: i
     """What sources.json says of one file, of which so many rows were taken."""
     record: SourceRecord = {
         "name": name,
-        "kind": file.format,
+        "kind": file.layout.format,
         "origin": file.origin,
         "path": file.shown,
         "sha256": None if file.path is None else _sha256(file.path),
         "license": file.license,
         "revision": file.revision,
-        "encoding": file.encoding,
+        "encoding": file.layout.encoding,
         "limit": source.limit,
         "sample": source.sample,
         "weight": source.weight,
@@ -101,6 +103,8 @@ def describe(source: Source, file: File, name: str, split: Split | None, rows: i
     if source.convert is not None:
         convert = Path(source.convert)
         record["convert"] = {"path": str(convert), "sha256": sha256_file(convert.expanduser())}
+    if file.notes:
+        record["notes"] = [f"{note} ({count:,})" if count > 1 else note for note, count in sorted(file.notes.items())]
     return record
 
 
@@ -147,7 +151,8 @@ def _file(
     elif path.is_dir():
         format = "arrow"
     else:
-        format = readers.format_of(path.name, source.format, shown)
+        format = readers.format_of(path, source.format, shown)
+    split = source.split if origin != "hub" else None  # of a hub data set, its files are those of the split
     encoding = None
     if format == "converted" or format in readers.TEXT_FORMATS:
         encoding = readers.fitting_encoding(path, source.encoding)
@@ -156,9 +161,7 @@ def _file(
         label=label,
         origin=origin,
         shown=shown,
-        format=format,
-        encoding=encoding,
-        delimiter=delimiter,
+        layout=Layout(format=format, encoding=encoding, convert=source.convert, delimiter=delimiter, split=split),
         license=license or source.license,
         revision=revision,
         hub=hub,
@@ -174,7 +177,8 @@ def _check_sha256(paths: list[Path], expected: str, pattern: str, where: str) ->
 
 
 def _label(parts: tuple[str, ...]) -> tuple[str, ...]:
-    return (*parts[:-1], Path(readers.bare_name(parts[-1])).stem)
+    last = parts[-1]
+    return (*parts[:-1], Path(last[: -len(Path(last).suffix)] if last.lower().endswith(SUFFIXES) else last).stem)
 
 
 def _sha256(path: Path) -> str:

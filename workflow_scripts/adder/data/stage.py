@@ -18,7 +18,7 @@ from adder.data.records import Origin
 NEEDED_ORIGIN: dict[str, tuple[Origin, ...]] = {
     "revision": ("hub",),
     "config": ("hub",),
-    "split": ("hub",),
+    "split": ("hub", "path", "url"),
     "sha256": ("path", "url"),
     "token_env": ("url",),
     "convert": ("path", "url"),
@@ -30,7 +30,7 @@ class Source(Section):
 
     path: str | None = None
     """A file, a pattern such as `data/*.jsonl`, or a folder that `datasets` saved: JSON, JSON lines, CSV, TSV, Parquet
-    or Arrow, each also compressed (`.gz`, `.zst`)."""
+    or Arrow, each also compressed (`.gz`, `.zst`, `.xz`, `.bz2`, a `.zip` of one file)."""
     url: str | None = None
     """A file elsewhere: `https://…`, `s3://…`, `gs://…` or anything else that fsspec opens. `${NAME}` stands for an
     environment variable, so that no secret is written here."""
@@ -41,7 +41,7 @@ class Source(Section):
     config: str | None = None
     """Configuration (subset) of `hub`, where it has several."""
     split: str | None = None
-    """Split of `hub`; `train` without it."""
+    """Split of `hub`, `train` without it; of a folder that `datasets` saved, or of a JSON file with several lists."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected SHA-256 of the one file at `path` or `url`; anything else is refused."""
     token_env: str | None = None

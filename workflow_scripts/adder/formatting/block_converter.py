@@ -23,7 +23,7 @@ from adder.formatting.conversation import Conversation, Message
 from adder.formatting.messages import Rejected, why_not_json
 from adder.formatting.minhash import Signer
 from adder.formatting.records import Reject
-from adder.formatting.row_formats import ColumnSets, SourceFormat, to_conversation, to_prompt
+from adder.formatting.row_formats import MEDIA, ColumnSets, SourceFormat, to_conversation, to_prompt
 
 BLOCK = 2 << 20  # bytes of rows.jsonl that one worker takes at once
 TRAIN, HELDOUT, TEST, UNDECIDED = range(4)
@@ -187,6 +187,8 @@ class _Converter:
         data, source = record["data"], self.rules.formats[record["source"]]
         if not isinstance(data, dict):
             raise Rejected("unreadable row", "not an object with named columns")
+        if "unfit" in record:
+            _refuse_unfit(record["unfit"], source)
         if split == "test":
             conversation = to_prompt(data, source)
         else:
@@ -195,6 +197,13 @@ class _Converter:
             return conversation, orjson.dumps(conversation)
         except TypeError as error:
             raise why_not_json(conversation, error) from None
+
+
+def _refuse_unfit(unfit: dict[str, str], source: SourceFormat) -> None:
+    """Raise Rejected where a column is needed whose value could not be read; others don't matter."""
+    for column, type in unfit.items():
+        if column in source.own_columns() or column in MEDIA:
+            raise Rejected(f"the column '{column}' can't be read", f"its values are of the type {type}")
 
 
 class _AcceptedRows:

@@ -1,0 +1,40 @@
+"""What readers of files make, and what they need to know of a file."""
+
+from dataclasses import dataclass
+from typing import Any
+
+MAX_RAW = 500  # characters of an unreadable row that are kept to show it
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row that could not be read: why, how it begins, and the kind of reason, by which such rows are counted."""
+
+    reason: str
+    raw: str = ""
+    kind: str = "other"
+
+
+class Unfit:
+    """Stands for a value within a row whose type JSON can't hold; no dataclass, which orjson would write as it is."""
+
+    def __init__(self, type: str) -> None:
+        self.type = type
+
+
+Row = dict[str, Any] | Unreadable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a file is to be read.
+
+    encoding: of text formats, as `readers.fitting_encoding` returned it. convert: a Python file of the user's that
+    reads the file. delimiter: of a CSV file, None to find it. split: the part of a file or folder that has several.
+    """
+
+    format: str
+    encoding: str | None = None
+    convert: str | None = None
+    delimiter: str | None = None
+    split: str | None = None
