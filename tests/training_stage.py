@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from adder.core.files import read_json
+from adder.core.files import digest_file, read_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context, Runtime
 from adder.training import run
@@ -80,3 +80,21 @@ def run_training(
 def train_record(out: Path) -> TrainRecord:
     """train.json of a finished training."""
     return read_json(out / "train.json")
+
+
+def small_settings(**changes: Any) -> TrainSettings:
+    """Settings of a training of seconds, with two evaluations and without chance in it."""
+    values = {"epochs": 2, "learning_rate": 1e-3, "effective_batch_size": 6, "lora_r": 4, "compute_dtype": "float32"}
+    return train_settings(**{**values, "eval_samples": 4, "eval_times": 2, **changes})
+
+
+def train_small(folders: dict[str, Path], out: Path, **changes: Any) -> TrainRecord:
+    """Train with small_settings into a new folder; its train.json."""
+    out.mkdir()
+    run_training(small_settings(**changes), folders, out)
+    return train_record(out)
+
+
+def adapter_digests(out: Path) -> dict[str, str]:
+    """Digest of each file of the adapter that a training wrote."""
+    return {path.name: digest_file(path) for path in sorted((out / "adapter").iterdir())}

@@ -26,7 +26,7 @@ from adder.kernels import labelled_loss
 from adder.merging import run as merging
 from adder.merging.stage import MergeSettings
 from adder.tokenization.token_table import TokenTable
-from adder.training import base_model, lora, neftune, trainer
+from adder.training import base_model, lora, trainer
 from adder.training.packed_dataset import PackedExamples, heldout_examples
 from adder.training.stage import TrainSettings
 from tiny import pack_rows, save_tiny_model, tiny_tokenizer, token_row, write_tokens, write_training_inputs
@@ -375,39 +375,6 @@ def test_dft_is_trained_on_and_nll_judged_by(inputs, tmp_path):
         for name in ("loss", "eval_loss")
     )
     assert first["dft"] < 0.1 * first["nll"] and evals["dft"] == pytest.approx(evals["nll"], rel=1e-4)
-
-
-@pytest.mark.parametrize("method", BOTH)
-@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["embed_tokens"]}])
-def test_noise_reaches_the_labelled_loss_in_training_only(inputs, method, more):
-    model = adapted(inputs["model"] / "model", method, **more)
-    batch, bare = batch_of(20, 12), model.get_base_model()
-    quiet = labelled_loss.labelled_losses(bare, **batch).detach()
-    neftune.add_noise(model, 5.0)
-    torch.manual_seed(0)
-    noisy = labelled_loss.labelled_losses(model.train().get_base_model(), **batch).detach()
-    again = labelled_loss.labelled_losses(bare, **batch).detach()
-    assert not torch.allclose(noisy, quiet, atol=1e-4) and not torch.equal(noisy, again)
-    assert torch.equal(labelled_loss.labelled_losses(model.eval().get_base_model(), **batch), quiet)
-
-
-def test_noise_goes_by_the_length_of_each_example(tiny_model_dir):
-    model = load(tiny_model_dir).train()
-    embedding = model.get_input_embeddings()
-    plain = embedding(batch_of(100, 4)["input_ids"]).detach()
-    neftune.add_noise(model, 5.0)
-    seen = []
-    embedding.register_forward_hook(lambda _m, _i, output: seen.append(output.detach()))
-    labelled_loss.labelled_losses(model, **batch_of(100, 4))
-    gap = (seen[0] - plain).abs()[0]
-    for part, length in ((gap[:100], 100), (gap[100:], 4)):
-        limit = 5 / (length * 64) ** 0.5
-        assert 0.9 * limit < float(part.max()) <= limit
-    # One example alone gets what transformers' own hook gives it.
-    model.get_input_embeddings().neftune_noise_alpha = 5.0
-    seen.clear()
-    labelled_loss.labelled_losses(model, **batch_of(100))
-    assert 0.9 * 5 / 80 < float((seen[0] - plain[:, :100]).abs().max()) <= 5 / 80
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -99,7 +99,9 @@ class StepChoices:
         """The plan that the choices stand for."""
         named: dict[bool | str, str] = {setting: level for level, setting in SETTING.items()}
         level = self.gradient_checkpointing.value
-        return StepPlan(self.micro_batch_size.value, self.gradient_accumulation_steps.value, named.get(level, level))
+        return StepPlan(
+            self.micro_batch_size.value, self.gradient_accumulation_steps.value, named.get(level, str(level))
+        )
 
     def named(self) -> dict[str, Choice]:
         """The choices that were made, by name."""

@@ -11,14 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adder.core import hardware
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Runtime
 from adder.training.checkpoints import newest_whole
-from adder.training.distributed import fsdp, launcher
+from adder.training.distributed import launcher
 from adder.training.fit import TrainJob
 from adder.training.stage import TrainSettings
 from adder.training.step_planner import MemoryRanOut, StepPacks
@@ -188,21 +187,6 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch):
         launcher.choose_process_count(8, "cuda", 16)
     with pytest.raises(UserError, match="runtime.gpus: 2 were asked for, but training runs on the CPU"):
         launcher.choose_process_count(2, "cpu", 16)
-
-
-@pytest.mark.parametrize(("method", "of_linear", "of_rest"), [("full", 16, 16), ("lora", 2, 2), ("qlora", 33 / 64, 2)])
-def test_a_model_that_fills_a_gpu_goes_into_shards(tiny_model_dir, monkeypatch, method, of_linear, of_rest):
-    """80 % of a GPU are for the bytes of the weights and their training."""
-    weights = load_file(tiny_model_dir / "model.safetensors")
-    linear = sum(weight.numel() for name, weight in weights.items() if "_proj" in name)
-    assert linear == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    needed = of_linear * linear + of_rest * (sum(weight.numel() for weight in weights.values()) - linear)
-    for room, how in ((0.99, "fsdp"), (1.01, "ddp")):
-        monkeypatch.setattr(hardware, "total_memory", lambda _, room=room: room * needed / 0.8)
-        assert fsdp.choose_sharding("auto", settings(method=method), tiny_model_dir, "cuda").value == how
-    monkeypatch.setattr(hardware, "total_memory", lambda _: needed)
-    with pytest.raises(UserError, match="more than .* of one GPU.* doesn't go with train.init_lora_weights: eva"):
-        fsdp.choose_sharding("auto", settings(method=method, init_lora_weights="eva"), tiny_model_dir, "cuda")
 
 
 # On two GPUs ----------------------------------------------------------------------------------------------------------

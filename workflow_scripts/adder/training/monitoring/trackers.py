@@ -17,17 +17,22 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
-from transformers import TrainerCallback
-from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import (
+    MLflowCallback,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
 
-from adder.core.files import read_json, write_json
+from adder.core.files import atomic_write, read_json, write_json
 from adder.core.progress import Progress
 from adder.core.rng import undisturbed
 from adder.core.secrets import SECRET_NAME
@@ -37,10 +42,20 @@ PATIENCE = 30.0
 # And for so much of the training's time on top, so that a slow disk does not add up to "off" in a run of days.
 SHARE = 0.02
 PROJECT = "adder"
+Result = TypeVar("Result")
+
+
+class Record(TypedDict):
+    """What is kept of a run: its id at the service, a digest of its settings, the last step of each kind of row."""
+
+    id: str
+    training: str
+    logged: dict[str, int]
+    finished: bool
 
 
 def callbacks(
-    report_to: list[str], folder: Path, run_name: str, settings: dict, progress: Progress
+    report_to: list[str], folder: Path, run_name: str, settings: Mapping[str, Any], progress: Progress
 ) -> list[TrainerCallback]:
     """One guarded callback for each name in `report_to`: "tensorboard", "wandb", "mlflow" or "trackio".
 
@@ -78,18 +93,26 @@ class Tracker(TrainerCallback):
 
     running: ClassVar[dict[str, "Tracker"]] = {}  # a process holds one run of a service at a time
 
-    def __init__(self, name: str, place: Place, settings: dict, progress: Progress):
+    def __init__(self, name: str, place: Place, settings: Mapping[str, Any], progress: Progress):
         self.name, self.place, self.settings, self.progress = name, place, settings, progress
         self.inner: TrainerCallback | None = None
-        self.record: dict = {}
+        self.record = Record(id="", training="", logged={}, finished=False)
         self.ended = False
         self.worker: Worker | None = None
         self.began = self.spent = 0.0
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Start the tracker, or continue where an earlier process was killed."""
         if not state.is_world_process_zero:
             return
+        assert model is not None
         if self.name in Tracker.running:
             Tracker.running[self.name].close()
         self.worker, self.began, self.spent, self.ended = Worker(self.name), time.monotonic(), 0.0, False
@@ -97,30 +120,43 @@ class Tracker(TrainerCallback):
         args = copy.copy(args)
         args.run_name = self.place.run_name
 
-        def start():
+        def start() -> TrainerCallback:
             self.record, continued = _record(self.place, args, state, self.settings)
-            return START[self.name](self.place, self.record, continued, args, state, Facts(model, self.settings))
+            began = Start(
+                self.place, self.record, continued, args, state, copy.copy(control), Facts(model, self.settings)
+            )
+            return START[self.name](began)
 
         self.inner = self._call(start)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Pass a row on, unless an earlier process already did."""
-        if self.inner is None or not logs:
+        inner = self.inner
+        if inner is None or not logs:
             return
         row = {name: value for name, value in logs.items() if isinstance(value, int | float)}
         kind = " ".join(sorted(row))
         # A continued run computes the steps since its checkpoint again; TensorBoard's reader drops the old ones itself.
         if self.name == "tensorboard" or state.global_step > self.record["logged"].get(kind, -1):
 
-            def log():
-                self.inner.on_log(args, state, copy.copy(control), logs=row, model=None)
+            def log() -> None:
+                inner.on_log(args, state, copy.copy(control), logs=row, model=None)
                 if self.name != "tensorboard":
                     self.record["logged"][kind] = state.global_step
                     _keep(self.place.record, self.record)
 
             self._call(log)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the tracker; where an evaluation still follows, since the last step had none, `close_all` does."""
         evaluated = any("eval_loss" in row and row["step"] == state.global_step for row in state.log_history)
         self.ended = True
@@ -132,16 +168,17 @@ class Tracker(TrainerCallback):
         inner, self.inner = self.inner, None
         if inner is not None:
 
-            def end():
+            def end() -> None:
                 STOP[self.name](inner, not self.ended)
                 if self.ended and self.name != "tensorboard":
-                    _keep(self.place.record, self.record | {"finished": True})
+                    _keep(self.place.record, {**self.record, "finished": True})
 
             self._call(end)
         self._release()
 
-    def _call(self, function: Callable[[], Any]) -> Any:
+    def _call(self, function: Callable[[], Result]) -> Result | None:
         """The function's result, from the tracker's thread; None, and the tracker is off, where it fails or hangs."""
+        assert self.worker is not None
         start = time.monotonic()
         left = PATIENCE + SHARE * (start - self.began) - self.spent
         environment = dict(os.environ)
@@ -160,7 +197,7 @@ class Tracker(TrainerCallback):
     def _off(self, reason: str, hangs: bool = False) -> None:
         self.progress.say(f"{self.name} is off ({reason}); training goes on without it")
         inner, self.inner = self.inner, None
-        if inner is not None and not hangs:
+        if inner is not None and self.worker is not None and not hangs:
             try:
                 with undisturbed():
                     self.worker.call(lambda: STOP[self.name](inner, True), PATIENCE / 10)
@@ -195,12 +232,12 @@ class Worker:
     """A thread of its own for one tracker, since some keep their state by thread, and so that it can be left behind."""
 
     def __init__(self, name: str):
-        self.tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self.tasks: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True).start()
 
-    def call(self, function: Callable[[], Any], seconds: float) -> Any:
+    def call(self, function: Callable[[], Result], seconds: float) -> Result:
         """The function's result. Raises Failure with what it raised, TimeoutError after `seconds`."""
-        answer: queue.SimpleQueue = queue.SimpleQueue()
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.tasks.put((function, answer))
         try:
             result, error = answer.get(timeout=seconds)
@@ -223,10 +260,23 @@ class Worker:
                 answer.put((None, error))
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a tracker is started with; `continued`: whether it goes on with a run that an earlier process began."""
+
+    place: Place
+    record: Record
+    continued: bool
+    args: TrainingArguments
+    state: TrainerState
+    control: TrainerControl
+    facts: "Facts"
+
+
 class Facts(torch.nn.Module):
     """Stands for the model: its configuration and size. It has no weights that a tracker could hook into or upload."""
 
-    def __init__(self, model: torch.nn.Module, settings: dict):
+    def __init__(self, model: torch.nn.Module, settings: Mapping[str, Any]):
         super().__init__()
         self.config = Configuration(model, settings)
         self.parameters_in_all = sum(parameter.numel() for parameter in model.parameters())
@@ -239,13 +289,13 @@ class Facts(torch.nn.Module):
 class Configuration:
     """The model's configuration and the settings of the training, as transformers' callbacks ask for them."""
 
-    def __init__(self, model: torch.nn.Module, settings: dict):
+    def __init__(self, model: torch.nn.Module, settings: Mapping[str, Any]):
         config = getattr(model, "config", None)
         known = json.loads(config.to_json_string(use_diff=False)) if config is not None else {}
         known.pop("_name_or_path", None)  # a path on this machine
         self.values = known | {f"train.{name}": value for name, value in public(settings).items()}
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """All of it, flat but for the model's own nested parts."""
         return dict(self.values)
 
@@ -272,23 +322,23 @@ def scrubbed(text: str) -> str:
     return re.sub(r"(?<=[?&])([\w.-]+)=[^&\s]+", lambda m: f"{m[1]}=…" if SECRET_NAME.search(m[1]) else m[0], text)
 
 
-def _start_tensorboard(place, record, continued, args, state, facts) -> TrainerCallback:
+def _start_tensorboard(start: Start) -> TrainerCallback:
     from torch.utils.tensorboard import SummaryWriter
 
     # Readers drop what earlier files of this folder hold from that step on: the steps that a killed run computes again,
     # or, from 0 on, the run of the same name before.
-    again = state.global_step + 1 if state.global_step else 0
-    place.events.mkdir(parents=True, exist_ok=True)
+    again = start.state.global_step + 1 if start.state.global_step else 0
+    start.place.events.mkdir(parents=True, exist_ok=True)
     # Readers take the files in the order of the seconds in their names.
-    seconds = [int(path.name.split(".")[3]) for path in place.events.glob("events.out.tfevents.*.*")]
+    seconds = [int(path.name.split(".")[3]) for path in start.place.events.glob("events.out.tfevents.*.*")]
     time.sleep(min(max(0.0, max(seconds, default=0) + 1 - time.time()), 1.0))
-    inner = TensorBoardCallback(SummaryWriter(log_dir=str(place.events), purge_step=again))
-    if not state.global_step:
-        inner.on_train_begin(args, state, None, model=facts)
+    inner = TensorBoardCallback(SummaryWriter(log_dir=str(start.place.events), purge_step=again))
+    if not start.state.global_step:
+        inner.on_train_begin(start.args, start.state, start.control, model=start.facts)
     return inner
 
 
-def _start_wandb(place, record, continued, args, state, facts) -> TrainerCallback:
+def _start_wandb(start: Start) -> TrainerCallback:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its maker's statistics; gone again after the call
     import wandb
 
@@ -301,64 +351,71 @@ def _start_wandb(place, record, continued, args, state, facts) -> TrainerCallbac
         name: PATIENCE * 0.7 for name in ("init_timeout", "finish_timeout") if f"WANDB_{name.upper()}" not in os.environ
     }
     # What the terminal shows and what the working tree looks like stay here.
-    quiet = wandb.Settings(console="off", disable_git=True, disable_code=True, **limits)
+    options: dict[str, Any] = {"console": "off", "disable_git": True, "disable_code": True, **limits}
+    quiet = wandb.Settings(**options)
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
-        name=place.run_name,
-        id=os.environ.get("WANDB_RUN_ID") or record["id"],
-        resume="allow" if continued and not local else None,
+        name=start.place.run_name,
+        id=os.environ.get("WANDB_RUN_ID") or start.record["id"],
+        resume="allow" if start.continued and not local else None,
         settings=quiet,
     )
-    record["id"] = run.id
-    inner.on_train_begin(args, state, None, model=facts)
+    start.record["id"] = run.id
+    inner.on_train_begin(start.args, start.state, start.control, model=start.facts)
     return inner
 
 
-def _start_mlflow(place, record, continued, args, state, facts) -> TrainerCallback:
+def _start_mlflow(start: Start) -> TrainerCallback:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # its maker's statistics; gone again after the call
     import mlflow
 
     inner = MLflowCallback()
-    if not continued:
-        inner.on_train_begin(args, state, None, model=facts)
+    if not start.continued:
+        inner.on_train_begin(start.args, start.state, start.control, model=start.facts)
     else:
         # The parameters are there, and may not change.
-        mlflow.start_run(run_id=record["id"])
+        mlflow.start_run(run_id=start.record["id"])
         inner._initialized = inner._auto_end_run = True
     # Row by row: what is logged is then written, whatever comes after.
     inner._async_log = False
-    record["id"] = mlflow.active_run().info.run_id
+    active = mlflow.active_run()
+    assert active is not None
+    start.record["id"] = active.info.run_id
     return inner
 
 
-def _start_trackio(place, record, continued, args, state, facts) -> TrainerCallback:
+def _start_trackio(start: Start) -> TrainerCallback:
     import trackio
 
     inner = TrackioCallback()
     trackio.init(
         project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-        name=place.run_name,
-        resume="allow" if continued else "never",
+        name=start.place.run_name,
+        resume="allow" if start.continued else "never",
         embed=False,
-        config=facts.config.to_dict() | {"model/num_parameters": facts.num_parameters()},
+        config=start.facts.config.to_dict() | {"model/num_parameters": start.facts.num_parameters()},
     )
     inner._initialized = True
     return inner
 
 
 def _stop_tensorboard(inner: TrainerCallback, failed: bool) -> None:
+    assert isinstance(inner, TensorBoardCallback) and inner.tb_writer is not None
     inner.tb_writer.close()
 
 
 def _stop_wandb(inner: TrainerCallback, failed: bool) -> None:
+    assert isinstance(inner, WandbCallback)
     inner._wandb.finish(exit_code=int(failed))
 
 
 def _stop_mlflow(inner: TrainerCallback, failed: bool) -> None:
+    assert isinstance(inner, MLflowCallback)
     inner._ml_flow.end_run("FAILED" if failed else "FINISHED")
 
 
 def _stop_trackio(inner: TrainerCallback, failed: bool) -> None:
+    assert isinstance(inner, TrackioCallback)
     inner._trackio.finish()
 
 
@@ -376,7 +433,9 @@ STOP = {
 }
 
 
-def _record(place: Place, args, state, settings: dict) -> tuple[dict, bool]:
+def _record(
+    place: Place, args: TrainingArguments, state: TrainerState, settings: Mapping[str, Any]
+) -> tuple[Record, bool]:
     """The record of a run, and whether it goes on with one that an earlier process began.
 
     It does so where folder and settings are the same and that process either came to a checkpoint or never ended.
@@ -384,21 +443,19 @@ def _record(place: Place, args, state, settings: dict) -> tuple[dict, bool]:
     text = json.dumps([args.output_dir, settings], sort_keys=True, default=str)
     training = blake2b(text.encode(), digest_size=8).hexdigest()
     try:
-        known = read_json(place.record)
-        continued = known["training"] == training and (state.global_step > 0 or not known["finished"])
+        known: Record = read_json(place.record)
+        if known["training"] == training and (state.global_step > 0 or not known["finished"]):
+            return {**known, "finished": False}, True
     except (OSError, ValueError, KeyError, TypeError):
-        continued = False
-    if continued:
-        return known | {"finished": False}, True
+        pass  # there is none, or none of ours
     # Not from `random`: its state is the training's.
-    return {"id": secrets.token_hex(6), "training": training, "logged": {}, "finished": False}, False
+    return Record(id=secrets.token_hex(6), training=training, logged={}, finished=False), False
 
 
-def _keep(path: Path, record: dict) -> None:
+def _keep(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    write_json(partial, record)
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        write_json(partial, record)
 
 
 def _restore(environment: dict[str, str]) -> None:

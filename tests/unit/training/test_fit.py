@@ -1,0 +1,53 @@
+"""One start of a training: what it refuses, what it says of a base that NF4 can't hold, and its plan."""
+
+import io
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+
+from adder.core.errors import UserError
+from adder.core.files import read_json
+from adder.core.progress import Progress
+from adder.training.monitoring.preflight_warnings import warnings
+from tiny import save_tiny_model, write_training_inputs
+from training_stage import run_training, small_settings, train_small
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tiny_model_dir):
+    return write_training_inputs(tmp_path_factory.mktemp("inputs"), tiny_model_dir)
+
+
+def test_qlora_says_once_that_experts_in_one_tensor_stay_unquantised(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 512}
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    MixtralForCausalLM(MixtralConfig(vocab_size=vocabulary, **sizes)).save_pretrained(folder)
+    mixture, stream = write_training_inputs(tmp_path / "inputs", folder), io.StringIO()
+    for method in ("qlora", "lora"):
+        (tmp_path / method).mkdir()
+        run_training(small_settings(method=method), mixture, tmp_path / method, Progress("train", stream))
+    # Of a layer 12,288 numbers in the attention's matrices (and 256 in the router) and 73,728 in the experts'.
+    told = "of the numbers in the layers' matrices 86% stay in float32 (0.00059 GB, 8 times what NF4 would take): "
+    assert stream.getvalue().count(f"train: warning: train.method: qlora, but {told}") == 1
+    plan = read_json(tmp_path / "qlora" / "plan.json")
+    assert plan["nf4_weights"]["value"] == "14% of the matrices" and told in plan["nf4_weights"]["reason"]
+    assert any(told in line for line in warnings(read_json(tmp_path / "qlora" / "train.json")["preflight"], plan))
+    assert "nf4_weights" not in read_json(tmp_path / "lora" / "plan.json")
+
+
+def test_target_modules_that_fit_nothing_are_refused(inputs, tmp_path):
+    with pytest.raises(UserError, match=r"train.target_modules.*nothing_here.*called down_proj, gate_proj"):
+        train_small(inputs, tmp_path / "out", target_modules=["nothing_here"])
+
+
+def test_a_base_whose_loss_is_no_number_is_not_trained(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("inf")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    broken = write_training_inputs(tmp_path / "inputs", folder)
+    with pytest.raises(UserError, match="preflight: the loss of the untrained model on the first pack is nan"):
+        train_small(broken, tmp_path / "out")
