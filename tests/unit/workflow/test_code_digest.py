@@ -82,3 +82,11 @@ def f(
 @pytest.mark.parametrize("name", SPECS)
 def test_a_digest_is_of_the_code_alone(name):
     assert len(code_digest(SPECS[name].run)) == 32 and code_digest(SPECS[name].run) == code_digest(SPECS[name].run)
+
+
+JUDGES = {f"adder.training.monitoring.{name}" for name in ("advice", "doctor", "preflight_warnings", "symptoms")}
+
+
+def test_a_mended_diagnosis_reaches_the_report_and_trains_nothing_anew():
+    assert not JUDGES & modules("train")
+    assert modules("report") >= JUDGES

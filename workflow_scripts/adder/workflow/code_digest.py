@@ -22,6 +22,8 @@ LEFT_OUT = {
     "adder.core.stage_spec": "declares stages, and carries what concerns the machine",
     "adder.data.hub_errors": "words what can't be had from the hub, which leaves no result",
     "adder.training.distributed.launcher": "starts processes, which compute elsewhere",
+    # The only way from training to doctor, symptoms, advice and preflight_warnings, which are part of the report.
+    "adder.training.monitoring.live": "says what training measured; the report judges the same anew",
     "adder.training.monitoring.trackers": "sends curves to services beside the training",
 }
 # Files beside the code that a module reads.
