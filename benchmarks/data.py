@@ -154,7 +154,7 @@ def measure(arm: str, model: Path, rows: Path, count: int, cores: int) -> dict[s
     with tempfile.TemporaryDirectory(dir=rows.parent) as work:
         (Path(work) / "model").symlink_to(model)
         command = [sys.executable, __file__, "--arm", arm, "--work", work, "--input", str(rows), "--rows", str(count)]
-        threads = {name: str(cores) for name in ("ADDER_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
+        threads = {name: str(cores) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
         environment = os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
         with (Path(work) / "log").open("w+") as log:
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)

@@ -184,7 +184,7 @@ def import_all() -> None:
 
     from adder.core import hardware
 
-    hardware.use_threads()
+    hardware.use_threads("auto")
 
 
 def run_arm(arm: str, work: Path) -> dict[str, float]:

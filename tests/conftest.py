@@ -8,7 +8,6 @@ from pathlib import Path
 # Nothing in the tests may reach for a hub. One thread: tiny models gain nothing from more and wait for them where
 # cores are shared.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("ADDER_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from adder.core.errors import UserError
 
 
-def device(wanted: str | None = None) -> str:
-    """Return "cuda" or "cpu"; `wanted` is by default what runtime.device says (in ADDER_DEVICE).
+def device(wanted: str) -> str:
+    """Return "cuda" or "cpu"; `wanted` is runtime.device, where "auto" takes a GPU if there is one.
 
     Raises UserError when a GPU is asked for and there is none.
     """
     import torch
 
-    wanted = wanted or os.environ.get("ADDER_DEVICE", "auto")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -27,8 +26,8 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def use_threads(wanted: str | int | None = None) -> int:
-    """Let torch compute with `wanted` threads (by default runtime.threads, in ADDER_THREADS); return the number.
+def use_threads(wanted: str | int) -> int:
+    """Let torch compute with `wanted` threads, as `threads` has them; return the number.
 
     "auto" is every core that this process may use: `snakemake --cores 1` means one job at a time, and a training run
     on one core of many helps nobody.
@@ -40,9 +39,8 @@ def use_threads(wanted: str | int | None = None) -> int:
     return count
 
 
-def threads(wanted: str | int | None = None) -> int:
-    """Cores to compute on: `wanted`, by default runtime.threads (in ADDER_THREADS); "auto" is all there are."""
-    wanted = wanted or os.environ.get("ADDER_THREADS", "auto")
+def threads(wanted: str | int) -> int:
+    """Cores to compute on: `wanted` is runtime.threads, where "auto" is all that this process may use."""
     return available_cores() if wanted == "auto" else int(wanted)
 
 
