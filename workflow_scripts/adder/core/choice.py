@@ -1,10 +1,18 @@
 """An automatic choice with its reason: what the report prints beside every value that Adder picked by itself."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 Value = TypeVar("Value")
 Alternative = TypeVar("Alternative")
+
+
+class ChoiceRecord(TypedDict):
+    """A choice as stages write it."""
+
+    value: Any
+    reason: str
+    alternatives: list[Any]
 
 
 @dataclass(frozen=True)
@@ -15,6 +23,6 @@ class Choice(Generic[Value, Alternative]):
     reason: str
     alternatives: list[Alternative] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ChoiceRecord:
         """Return the choice as JSON-able data."""
-        return asdict(self)
+        return cast(ChoiceRecord, asdict(self))

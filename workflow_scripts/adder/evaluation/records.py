@@ -2,25 +2,12 @@
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-from adder.core.choice import Choice
+from adder.core.choice import ChoiceRecord
 from adder.core.intervals import Estimate, Word
 from adder.evaluation.json_fields import FieldComparison
 from adder.formatting.conversation import Message
 
 Preference = Literal["tuned", "base", "tie"]
-
-
-class ChoiceRecord(TypedDict):
-    """An automatic choice with its reason."""
-
-    value: Any
-    reason: str
-    alternatives: list[Any]
-
-
-def choice_record(choice: Choice[Any, Any]) -> ChoiceRecord:
-    """A choice as JSON has it."""
-    return {"value": choice.value, "reason": choice.reason, "alternatives": choice.alternatives}
 
 
 class ModelFacts(TypedDict):

@@ -22,7 +22,7 @@ from adder.evaluation.heldout_rows import HeldoutRow, load_rows
 from adder.evaluation.json_fields import compare_fields, field_table
 from adder.evaluation.max_new_tokens import MaxNewTokens, choose_max_new_tokens
 from adder.evaluation.model_loading import choose_batch_size, eos_ids, load_model
-from adder.evaluation.records import GenerationFacts, SampleRecord, ScoresRecord, choice_record
+from adder.evaluation.records import GenerationFacts, SampleRecord, ScoresRecord
 from adder.evaluation.reference_forms import parse_object
 from adder.evaluation.stage import EvaluateSettings
 from adder.tokenization.records import TokenizeRecord
@@ -105,15 +105,15 @@ def run(settings: EvaluateSettings, inputs: EvaluateInputs, out: Path, context: 
     scores: ScoresRecord = {
         "model": {"architecture": architecture, "parameters": parameters},
         "kind": kind,
-        "metrics": choice_record(chosen),
-        "backend": choice_record(backend),
+        "metrics": chosen.to_dict(),
+        "backend": backend.to_dict(),
         "heldout": summarise(samples),
-        "compute_dtype": choice_record(dtype),
+        "compute_dtype": dtype.to_dict(),
         "lm_eval_version": version("lm_eval"),
     }
     if measured.plan is not None and measured.facts is not None:
-        scores["max_new_tokens"] = choice_record(measured.plan.limit)
-        scores["batch_size"] = choice_record(measured.plan.batch_size)
+        scores["max_new_tokens"] = measured.plan.limit.to_dict()
+        scores["batch_size"] = measured.plan.batch_size.to_dict()
         scores["generation"] = measured.facts
     write_json(out / "scores.json", scores)
     write_jsonl(out / "samples.jsonl", samples)

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from adder.core.choice import ChoiceRecord
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl
 from adder.data.model_types import ModelRecord
@@ -25,7 +26,7 @@ from adder.tokenization.records import TokenizeRecord
 from adder.training.monitoring import doctor, preflight_warnings
 from adder.training.monitoring.advice import advise
 from adder.training.monitoring.symptoms import Diagnosis
-from adder.training.records import ChoiceRecord, MetricsRow, SampleRow, TrainingFacts, TrainRecord
+from adder.training.records import MetricsRow, SampleRow, TrainingFacts, TrainRecord
 from adder.training.stage import TrainSettings
 
 STAGES = (

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
+from adder.core.choice import ChoiceRecord
 from adder.core.intervals import Verdict
 from adder.core.length_summary import LengthSummary
 from adder.evaluation.records import JudgeRecord
@@ -13,7 +14,6 @@ from adder.report import regression_guard, scores
 from adder.report.facts import RunFacts
 from adder.report.stage import ReportSettings
 from adder.report.stage_record import StageRecord
-from adder.training.records import ChoiceRecord
 
 SCHEMA_VERSION = 2
 # What becomes of a row: one of these.

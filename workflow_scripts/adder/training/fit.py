@@ -25,7 +25,7 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 
 from adder.core import hardware, precision
-from adder.core.choice import Choice
+from adder.core.choice import Choice, ChoiceRecord
 from adder.core.files import write_json, write_jsonl
 from adder.core.progress import Progress
 from adder.core.rng import undisturbed
@@ -43,7 +43,6 @@ from adder.training.monitoring.live import DoctorCallback
 from adder.training.neftune import add_noise
 from adder.training.packed_dataset import PackedExamples, RefillPacks, heldout_examples
 from adder.training.records import (
-    ChoiceRecord,
     PreflightFigures,
     TrainingFacts,
     TrainInputs,
@@ -106,7 +105,7 @@ class TrainingPlan:
 
     def record(self) -> dict[str, ChoiceRecord]:
         """plan.json."""
-        return {name: ChoiceRecord(**choice.to_dict()) for name, choice in self.named().items()}
+        return {name: choice.to_dict() for name, choice in self.named().items()}
 
 
 @dataclass(frozen=True)
@@ -498,7 +497,7 @@ def _record(
         trainable_parameters=sum(p.numel() for p in trainer.trained.parameters() if p.requires_grad),
         total_parameters=base_model.parameter_count(trainer.trained),
         resumed_from=earlier.steps,
-        kept=ChoiceRecord(**kept.to_dict()),
+        kept=kept.to_dict(),
         facts=facts.to_dict(),
         preflight=figures,
     )

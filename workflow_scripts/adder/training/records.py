@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NotRequired, Required, TypedDict
 
+from adder.core.choice import ChoiceRecord
+
 
 @dataclass(frozen=True)
 class TrainInputs:
@@ -67,14 +69,6 @@ class SampleRow(TypedDict):
     reply: str
     exact_match: float
     finished: bool
-
-
-class ChoiceRecord(TypedDict):
-    """A choice as plan.json has it, by its name; see core.choice."""
-
-    value: Any
-    reason: str
-    alternatives: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

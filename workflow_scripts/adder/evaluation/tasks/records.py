@@ -2,8 +2,8 @@
 
 from typing import TypedDict
 
+from adder.core.choice import ChoiceRecord
 from adder.core.intervals import Estimate
-from adder.evaluation.records import ChoiceRecord
 
 
 class SubtaskScore(TypedDict):

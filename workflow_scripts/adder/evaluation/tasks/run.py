@@ -25,7 +25,6 @@ from adder.core.files import read_json, write_json, write_jsonl
 from adder.core.intervals import Estimate
 from adder.core.stage_spec import Context
 from adder.evaluation.model_loading import load_model
-from adder.evaluation.records import choice_record
 from adder.evaluation.tasks.lm_eval_model import TaskModel
 from adder.evaluation.tasks.records import SubtaskScore, TaskSample, TaskScoresRecord
 from adder.evaluation.tasks.stage import TaskSettings
@@ -94,7 +93,7 @@ def run(settings: TaskSettings, inputs: TaskInputs, out: Path, context: Context)
         "chat_template": as_chat,
         "prompts_cut": model.prompts_cut,
         "lm_eval_version": version("lm_eval"),
-        "compute_dtype": choice_record(dtype),
+        "compute_dtype": dtype.to_dict(),
         "seconds": seconds,
     }
     write_json(out / "scores.json", scores)

@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from adder.core.choice import ChoiceRecord
 from adder.core.progress import Progress
 from adder.training.monitoring.advice import advise
 from adder.training.monitoring.doctor import Findings, explain_nan, in_a_line, is_due
 from adder.training.monitoring.preflight_warnings import time_in_words, warnings
 from adder.training.monitoring.symptoms import Diagnosis
-from adder.training.records import ChoiceRecord, PreflightFigures, SampleRow, TrainingFacts, metrics_rows
+from adder.training.records import PreflightFigures, SampleRow, TrainingFacts, metrics_rows
 from adder.training.stage import TrainSettings
 
 

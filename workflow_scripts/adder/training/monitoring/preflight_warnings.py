@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+from adder.core.choice import ChoiceRecord
 from adder.training.layer_names import listed
-from adder.training.records import ChoiceRecord, PreflightFigures
+from adder.training.records import PreflightFigures
 
 # A model that knows nothing loses ln(vocabulary) nats a token; one more is worse than guessing by a factor of e.
 MARGIN = 1.0
