@@ -2,13 +2,9 @@
 
 Compressed files are known by their first bytes. A row that can't be read becomes an `Unreadable` with its reason and
 stays in the count; a file that can't be read is a UserError.
-
-CSV is read by the standard library: pandas fills rows with too few cells, stops at a quote that is never closed, and
-can't say on which line a row stands.
 """
 
 import codecs
-import csv
 import io
 import json
 from collections import Counter
@@ -19,7 +15,7 @@ from typing import Any, TextIO
 import orjson
 
 from adder.core.errors import UserError
-from adder.data import columnar, converter, json_stream
+from adder.data import columnar, converter, csv_rows, json_stream
 from adder.data.compression import CHUNK, bare_name, open_bytes
 from adder.data.json_stream import kind
 from adder.data.row_types import MAX_RAW, Layout, Row, Unreadable
@@ -34,7 +30,6 @@ FORMATS_BY_SUFFIX = {
     ".arrow": "arrow",
 }
 TEXT_FORMATS = ("json", "jsonl", "csv", "tsv")
-MAX_CELL = 1 << 25  # characters: a quote that is never closed must not swallow a file of any size
 MAX_FIRST_LINE = 1 << 26  # characters of a first line that are looked at to tell JSON lines from JSON
 
 # orjson reads whole numbers of more than 64 bits as floats, which have 15 digits: these go to Python's own reader.
@@ -184,37 +179,7 @@ def _broken_json(path: Path, error: Exception) -> str:
 
 
 def _read_csv(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
-    delimiter = layout.delimiter or ("\t" if layout.format == "tsv" else ",")
-    csv.field_size_limit(MAX_CELL)
-    with _open_text(path, encoding, newline="") as file:
-        # strict: an unclosed quote must be an error, not a cell that swallows the rest of the file.
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-        except csv.Error as error:
-            raise UserError(f"{path}: the header can't be read: {error}") from error
-        repeated = sorted({name for name in header if header.count(name) > 1})
-        if repeated:
-            raise UserError(f"{path}: the header names the column '{repeated[0]}' more than once")
-        number = 0
-        while True:
-            number += 1
-            first_line = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                reason = f"broken CSV in lines {first_line} to {reader.line_num}: {error}"
-                yield number, Unreadable(reason)
-                continue
-            if cells is None:
-                return
-            if not cells:  # a blank line
-                number -= 1
-            elif len(cells) != len(header):
-                reason = f"{len(cells)} cells at line {first_line}, the header has {len(header)}"
-                yield number, Unreadable(reason, delimiter.join(cells)[:MAX_RAW])
-            else:
-                yield number, dict(zip(header, cells, strict=True))
+    yield from csv_rows.rows(lambda: _open_text(path, encoding, newline=""), path, layout, notes)
 
 
 def _read_parquet(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
@@ -266,8 +231,28 @@ def _encoding_message(path: Path, encodings: list[str]) -> str:
     found = [f"{_first_invalid(path, encoding) or 'it'} is not valid {encoding}" for encoding in encodings]
     return (
         f"{path}: {', '.join(found).replace('-sig', '')}. "
-        "Set `encoding:` of this source to the file's own, for example latin-1, cp1252 or utf-16."
+        f"Set `encoding:` of this source to the file's own, {_likely_encoding(path)}."
     )
+
+
+def _likely_encoding(path: Path) -> str:
+    """The encoding that a file's bytes speak for, with a piece of the text to judge it by."""
+    with open_bytes(path) as file:
+        start = file.read(4)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "which its first bytes say is `encoding: utf-16`"
+    if start[1::2] == b"\0\0" or start[::2] == b"\0\0":
+        return f"probably `encoding: {'utf-16-le' if start[1::2] == bytes(2) else 'utf-16-be'}`"
+    if _first_invalid(path, "cp1252") is not None:
+        return "for example latin-1, utf-16 or cp437"
+    with open_bytes(path) as file:
+        while chunk := file.read(CHUNK):
+            if not chunk.isascii():
+                at = next(place for place, byte in enumerate(chunk) if byte > 127)
+                shown = chunk[max(0, at - 20) : at + 20].decode("cp1252").split("\n")
+                line = next(line for line in shown if not line.isascii()).strip()
+                return f"probably Windows' `encoding: cp1252`, in which it reads: {line}"
+    return "for example latin-1, cp1252 or utf-16"
 
 
 def _unknown_encoding(path: Path, encoding: str) -> str:

@@ -30,11 +30,14 @@ class Layout:
     """How a file is to be read.
 
     encoding: of text formats, as `readers.fitting_encoding` returned it. convert: a Python file of the user's that
-    reads the file. delimiter: of a CSV file, None to find it. split: the part of a file or folder that has several.
+    reads the file. split: the part of a file or folder that has several. Of a CSV file, delimiter: None to find it;
+    header: the names of its columns where it has none; columns: names that the settings say it has.
     """
 
     format: str
     encoding: str | None = None
     convert: str | None = None
-    delimiter: str | None = None
     split: str | None = None
+    delimiter: str | None = None
+    header: tuple[str, ...] | None = None
+    columns: tuple[str, ...] = ()

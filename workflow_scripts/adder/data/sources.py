@@ -125,7 +125,7 @@ def _hub_files(name: str, source: Source, where: str, progress: Progress) -> lis
                 (owner, own),
                 "hub",
                 f"{name}/{path}",
-                delimiter=found.delimiter,
+                delimiter=found.delimiter if found.delimiter != "," else None,  # a comma is just the default
                 license=source.license or found.license,
                 revision=found.commit,
                 hub={"id": name, "config": found.config, "split": found.split, "file": path},
@@ -152,6 +152,9 @@ def _file(
         format = "arrow"
     else:
         format = readers.format_of(path, source.format, shown)
+    for name in ("delimiter", "header"):
+        if getattr(source, name) and format not in ("csv", "tsv"):
+            raise UserError(f"{shown}: `{name}` is for CSV files, and this one is read as {format}")
     split = source.split if origin != "hub" else None  # of a hub data set, its files are those of the split
     encoding = None
     if format == "converted" or format in readers.TEXT_FORMATS:
@@ -161,7 +164,15 @@ def _file(
         label=label,
         origin=origin,
         shown=shown,
-        layout=Layout(format=format, encoding=encoding, convert=source.convert, delimiter=delimiter, split=split),
+        layout=Layout(
+            format=format,
+            encoding=encoding,
+            convert=source.convert,
+            split=split,
+            delimiter=source.delimiter or delimiter,
+            header=tuple(source.header) if source.header else None,
+            columns=tuple(source.columns.values()),
+        ),
         license=license or source.license,
         revision=revision,
         hub=hub,

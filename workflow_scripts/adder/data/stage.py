@@ -50,6 +50,10 @@ class Source(Section):
     """How to read the file; `auto` goes by its ending."""
     encoding: str | list[str] = "utf-8"
     """Text encoding; UTF-8 may start with a byte-order mark. Of a list, each file is read in the first that fits it."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """What separates the cells of a CSV file; without it, comma, semicolon, tab or vertical bar, as the file tells."""
+    header: list[str] | None = Field(default=None, min_length=1)
+    """Names of the columns of a CSV file whose first line is a row, in order: `[question, answer]`."""
     convert: str | None = None
     """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format. It may
     import Python files beside it."""

@@ -330,6 +330,8 @@ def _unrecognised(row: Row, source: SourceFormat) -> Rejected:
         hint = f"columns {columns}; known are {known}. `columns:` maps other names to them, `row_format:` names one"
         if "text" in row:
             hint += "; `row_format: text` trains on the text alone"
+        if not all(column.isidentifier() for column in row):
+            hint += ". If these are the first row of a CSV file, name its columns by `header:`"
         return Rejected("unknown row format", f"{hint}. `convert:` brings any row into one of them")
     known_by = " + ".join(form.known_by)
     if source.named:
