@@ -28,14 +28,14 @@ rule merged_model:
     """The merged model of every run, with its report."""
     default_target: True
     input:
-        expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=["merged_model/config.json", *side_jobs.PAGES]),
+        expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=["merged_model/config.json", *run_folder.PAGES]),
         expand(f"{RESULTS}/{{run}}/guard.json", run=GUARDED),
 
 
 rule report:
     """The report of every run."""
     input:
-        expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=side_jobs.PAGES),
+        expand(f"{RESULTS}/{{run}}/{{part}}", run=RUNS, part=run_folder.PAGES),
 
 
 rule compare:

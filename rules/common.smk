@@ -20,7 +20,7 @@ from adder.core import file_lock
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import read_json
-from adder.workflow import config_file, library_versions, run_folder, side_jobs, stage_graph
+from adder.workflow import config_file, library_versions, run_folder, stage_graph
 from adder.workflow import settings as adder_settings
 from adder.workflow.code_digest import closure
 from adder.workflow.stages import SPECS

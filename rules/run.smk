@@ -13,7 +13,7 @@ rule link_run:
     input:
         unpack(finished),
     output:
-        [shown_in_report(page) for page in side_jobs.PAGES],
+        [shown_in_report(page) for page in run_folder.PAGES],
         model=f"{RESULTS}/{{run}}/merged_model/config.json",
     log:
         f"{RESULTS}/logs/link/{{run}}.log",

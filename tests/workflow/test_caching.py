@@ -42,7 +42,16 @@ def untouched(project):
 def test_the_first_run_runs_everything(project):
     assert project.first_run == dict.fromkeys(ALL, "ran")
     folder = project.folder / "results" / "default"
-    made = {"merged_model", "adapter", "report.html", "card.md", "metrics.json", "run.yaml", "stages.json"}
+    made = {
+        "merged_model",
+        "adapter",
+        "report.html",
+        "card.md",
+        "metrics.json",
+        "run.yaml",
+        "stages.json",
+        "files.json",
+    }
     assert {path.name for path in folder.iterdir()} == made
 
 

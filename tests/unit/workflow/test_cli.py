@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from adder.core import file_lock
-from adder.workflow import cli
+from adder.core.files import write_json
+from adder.workflow import cli, run_folder
 
 CONFIG = "model: {source: a/b}\ndata: {sources: [{builtin: tickets, rows: 9}]}\n"
 
@@ -106,3 +107,13 @@ def test_prune_takes_nobody_there_for_a_no_and_makes_no_results(tmp_path, prune)
     unneeded.mkdir(parents=True)
     code, told = prune()
     assert code == 0 and told.endswith("Remove them? [y/N] \nNothing was removed.\n") and unneeded.exists()
+
+
+def test_verify_tells_what_is_not_as_it_was_made(folder, capsys):
+    (folder / "default").mkdir()
+    (folder / "default" / "report.html").write_text("page")
+    write_json(folder / "default" / "files.json", run_folder.file_digests(folder / "default"))
+    assert cli.main(["verify", "default"]) == 0
+    (folder / "default" / "report.html").write_text("another page")
+    assert cli.main(["verify", "default"]) == 1
+    assert "  - report.html: other content" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from adder.core.files import read_json, write_json
-from adder.workflow import side_jobs
+from adder.workflow import run_folder, side_jobs
 from compare_fixture import write_run
 
 
@@ -14,7 +14,7 @@ def stage_folders(root: Path, method: str = "lora") -> dict[str, Path]:
     folders = {name: root / "stages" / name for name in ("report", "merge", "train", "gguf")}
     for folder in folders.values():
         folder.mkdir(parents=True)
-    for page in (*side_jobs.PAGES, "model_card.md"):
+    for page in (*run_folder.PAGES, "model_card.md"):
         (folders["report"] / page).write_text(page)
     for folder in (folders["merge"] / "model", *([folders["train"] / "adapter"] if method == "lora" else [])):
         folder.mkdir()
@@ -28,12 +28,13 @@ def test_a_runs_weights_are_links_and_its_small_files_copies(tmp_path):
     stages, target = stage_folders(tmp_path), tmp_path / "default"
     target.mkdir()
     side_jobs.link_run(stages, target, tmp_path / "log")
+    assert run_folder.verify(target) == []
     model = target / "merged_model"
     assert (model / "model.safetensors").samefile(stages["merge"] / "model" / "model.safetensors")
     assert (target / "model.gguf").samefile(stages["gguf"] / "model.gguf")
     assert not (model / "config.json").samefile(stages["merge"] / "model" / "config.json")
     assert (model / "README.md").read_text() == "model_card.md"
-    for page in side_jobs.PAGES:
+    for page in run_folder.PAGES:
         (target / page).write_text("edited by somebody")
         assert (stages["report"] / page).read_text() == page
     assert "merge: " in (tmp_path / "log").read_text()

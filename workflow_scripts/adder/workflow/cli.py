@@ -14,7 +14,7 @@ from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
-from adder.workflow import config_file, generated_docs, prune, stage_graph
+from adder.workflow import config_file, generated_docs, prune, run_folder, stage_graph
 from adder.workflow.settings import Settings, load, merged, resolved
 from adder.workflow.stage_runner import run_stage
 
@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     takes_files(one, layers)
     one.add_argument("--run", help="the run (default: the configuration's first)")
     one.add_argument("--out", type=Path, default=Path("stage-by-hand"), help="where to write (default: %(default)s)")
+    whole = command("verify", _verify, "Hold a run's folder against its record of what is in it")
+    whole.add_argument("folder", type=Path, help="the folder, such as results/default")
     docs = command("document", _document, "Write what follows from the declarations into config/, docs/ and profiles/")
     docs.add_argument("--check", action="store_true", help="write nothing, and fail where something would change")
     return parser
@@ -164,6 +166,12 @@ def _stage(parsed: argparse.Namespace) -> None:
     if checkpoints is not None:
         shutil.rmtree(checkpoints, ignore_errors=True)
     print(f"{parsed.stage}: written to {parsed.out}/: {summary}")
+
+
+def _verify(parsed: argparse.Namespace) -> None:
+    if problems := run_folder.verify(parsed.folder):
+        raise UserError(f"{parsed.folder} is not as it was made:\n" + "\n".join(f"  - {line}" for line in problems))
+    print(f"{parsed.folder}: every file is as it was made")
 
 
 def _document(parsed: argparse.Namespace) -> None:

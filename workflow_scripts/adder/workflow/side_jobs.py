@@ -12,11 +12,8 @@ from pathlib import Path
 from adder.core.errors import UserError
 from adder.core.files import link_or_copy, read_json, write_json
 from adder.core.progress import Progress
-from adder.workflow.run_folder import COMPARED, RECORD
-from adder.workflow.stage_runner import link_tree
-
-PAGES = ("report.html", "card.md", "metrics.json", "run.yaml")
-LARGE = (".safetensors", ".gguf")
+from adder.workflow.run_folder import COMPARED, FILES, PAGES, RECORD, file_digests
+from adder.workflow.stage_runner import WEIGHTS, link_tree
 
 
 def link_run(stages: Mapping[str, Path], target: Path, log: Path) -> None:
@@ -34,6 +31,7 @@ def link_run(stages: Mapping[str, Path], target: Path, log: Path) -> None:
     if "gguf" in stages:
         link_or_copy(stages["gguf"] / "model.gguf", target / "model.gguf")
     write_json(target / RECORD, {name: folder.name for name, folder in stages.items()})
+    write_json(target / FILES, file_digests(target))
     log.write_text("".join(f"{name}: {folder}\n" for name, folder in stages.items()), encoding="utf-8")
 
 
@@ -91,7 +89,7 @@ def _link_folder(source: Path, target: Path) -> None:
 
 def _link_large(source: str, place: str) -> None:
     """Link weights, copy what is small."""
-    (link_or_copy if source.endswith(LARGE) else shutil.copy2)(source, place)
+    (link_or_copy if source.endswith(WEIGHTS) else shutil.copy2)(source, place)
 
 
 @contextlib.contextmanager

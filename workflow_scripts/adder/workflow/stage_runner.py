@@ -34,6 +34,7 @@ from adder.workflow.stage_graph import reads
 from adder.workflow.stages import SPECS
 
 RECORD = "stage.json"
+WEIGHTS = (".safetensors", ".gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,9 +226,14 @@ def input_digests(folder: Path, wanted_paths: tuple[str, ...]) -> dict[str, str]
 
 
 def finish(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record of a stage into its folder: settings, digests of inputs and outputs, versions, time, memory."""
+    """Write the record of a stage into its folder: settings, digests of inputs and outputs, versions, time, memory.
+
+    Weights become read-only: what people are given are links to the same files.
+    """
     outputs = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.suffix in WEIGHTS:
+            path.chmod(0o444)
         stat = path.stat()
         entry = {"digest": digest_file(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         outputs[str(path.relative_to(folder))] = entry
