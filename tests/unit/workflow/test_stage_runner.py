@@ -64,7 +64,16 @@ def data(tmp_path) -> Path:
     folder.mkdir(parents=True)
     (folder / "rows.jsonl").write_text("row\n")
     (folder / "other.json").write_text("1")
-    stage_runner.finish(folder, {"key": "d"})
+    meaning = {
+        "stage": "data",
+        "key": "d",
+        "settings": {},
+        "identity": {},
+        "asked_versions": {},
+        "inputs": {},
+        "code": "c",
+    }
+    stage_runner.finish(folder, meaning, {}, 1.0)
     return folder
 
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from adder.core.choice import ChoiceRecord
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl
+from adder.core.stage_record import StageRecord
 from adder.data.model_types import ModelRecord
 from adder.data.records import SourceRecord
 from adder.evaluation.records import Judgement, JudgeRecord, SampleRecord, ScoresRecord
@@ -21,7 +22,6 @@ from adder.evaluation.tasks.records import TaskSample, TaskScoresRecord
 from adder.formatting.records import Card, Reject
 from adder.merging.records import ProofRecord
 from adder.packing.records import LengthsRecord
-from adder.report.stage_record import StageRecord
 from adder.tokenization.records import TokenizeRecord
 from adder.training.monitoring import doctor, preflight_warnings
 from adder.training.monitoring.advice import advise

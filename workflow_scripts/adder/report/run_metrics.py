@@ -7,13 +7,13 @@ from typing import Any, Literal, NotRequired, TypedDict
 from adder.core.choice import ChoiceRecord
 from adder.core.intervals import Verdict
 from adder.core.length_summary import LengthSummary
+from adder.core.stage_record import StageRecord
 from adder.evaluation.records import JudgeRecord
 from adder.merging.records import ProofRecord
 from adder.packing.records import Truncation
 from adder.report import regression_guard, scores
 from adder.report.facts import RunFacts
 from adder.report.stage import ReportSettings
-from adder.report.stage_record import StageRecord
 
 SCHEMA_VERSION = 2
 # What becomes of a row: one of these.

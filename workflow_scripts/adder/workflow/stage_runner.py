@@ -26,6 +26,7 @@ from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import digest_file, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
+from adder.core.stage_record import OutputFile, StageMeaning, StageRecord
 from adder.core.stage_spec import Context, Runtime, StageSpec
 from adder.workflow import attempt_times
 from adder.workflow.code_digest import code_digest
@@ -57,9 +58,9 @@ class Job:
         """Where the finished stage stands."""
         return self.results / "stages" / self.spec.name / self.key
 
-    def record(self) -> dict[str, Any]:
-        """What is known of the stage before it runs: settings, what it reads and is made of, and its fingerprint."""
-        record = {
+    def meaning(self) -> StageMeaning:
+        """What decides the stage's result: settings, what it reads and is made of."""
+        return {
             "stage": self.spec.name,
             "key": self.key,
             "settings": self.parameters["settings"],
@@ -68,7 +69,6 @@ class Job:
             "inputs": {name: input_digests(folder, reads(self.spec, name)) for name, folder in self.inputs.items()},
             "code": code_digest(self.spec.run),
         }
-        return record | {"fingerprint": fingerprint(record)}
 
 
 def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | None = None, **where: Any) -> None:
@@ -110,27 +110,26 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
 
 def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
     start = time.monotonic()
-    record = job.record()
-    kept = job.results / "cache" / job.spec.name / record["fingerprint"]
+    meaning = job.meaning()
+    known_as = fingerprint(meaning)
+    kept = job.results / "cache" / job.spec.name / known_as
     if job.runtime.restore and restore(kept, job.folder, job.key):
         progress.say(f"restored from an equal earlier result in {time.monotonic() - start:.1f} s")
         return
-    if waited and _fingerprint_of(job.folder) == record["fingerprint"]:
+    if waited and _fingerprint_of(job.folder) == known_as:
         progress.say("the other process has finished it")
         return
     partial = job.folder.with_name(f".{job.key}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    checkpoints = job.results / "checkpoints" / record["fingerprint"] if job.spec.continued else None
+    checkpoints = job.results / "checkpoints" / known_as if job.spec.continued else None
     try:
         with _attempts(checkpoints, start) as earlier:
             context = Context(progress, job.runtime, job.results, checkpoints)
             with _files_unchanged(job):
-                record["summary"] = run_stage(job.spec, record["settings"], job.inputs, partial, context)
-            record["seconds"] = round(sum(earlier) + time.monotonic() - start, 3)
-            if earlier:
-                record["attempts"] = len(earlier) + 1
-            finish(partial, record)
+                summary = run_stage(job.spec, meaning["settings"], job.inputs, partial, context)
+            seconds = round(sum(earlier) + time.monotonic() - start, 3)
+            finish(partial, meaning, summary, seconds, attempts=len(earlier) + 1)
         _replace(partial, job.folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -141,8 +140,8 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
     if checkpoints is not None:
         shutil.rmtree(checkpoints, ignore_errors=True)
         _attempts_file(checkpoints).unlink(missing_ok=True)
-    made = f", in {record['attempts']} attempts" if earlier else ""
-    progress.say(f"done in {_duration(record['seconds'])}{made}")
+    made = f", in {len(earlier) + 1} attempts" if earlier else ""
+    progress.say(f"done in {_duration(seconds)}{made}")
 
 
 @contextlib.contextmanager
@@ -201,9 +200,9 @@ def _fingerprint_of(folder: Path) -> str | None:
     return read_json(folder / RECORD)["fingerprint"] if (folder / RECORD).exists() else None
 
 
-def fingerprint(record: dict[str, Any]) -> str:
+def fingerprint(meaning: StageMeaning) -> str:
     """Digest (32 hex digits) of what decides a stage's output: name, settings or what stands for them, code, inputs."""
-    parts = [record["stage"], record["identity"], record["asked_versions"], record["code"], record["inputs"]]
+    parts = [meaning["stage"], meaning["identity"], meaning["asked_versions"], meaning["code"], meaning["inputs"]]
     return hashlib.blake2b(canonical(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -225,31 +224,37 @@ def input_digests(folder: Path, wanted_paths: tuple[str, ...]) -> dict[str, str]
     return digests
 
 
-def finish(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record of a stage into its folder: settings, digests of inputs and outputs, versions, time, memory.
+def finish(folder: Path, meaning: StageMeaning, summary: dict[str, Any], seconds: float, attempts: int = 1) -> None:
+    """Write the record of a stage into its folder, last of all.
 
     Weights become read-only: what people are given are links to the same files.
     """
-    outputs = {}
+    outputs: dict[str, OutputFile] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         if path.suffix in WEIGHTS:
             path.chmod(0o444)
         stat = path.stat()
-        entry = {"digest": digest_file(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        outputs[str(path.relative_to(folder))] = entry
-    record |= {
+        name = str(path.relative_to(folder))
+        outputs[name] = {"digest": digest_file(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    record: StageRecord = {
+        **meaning,
+        "fingerprint": fingerprint(meaning),
+        "summary": summary,
         "outputs": outputs,
+        "seconds": seconds,
         "restored": False,
         "peak_memory_bytes": _peak_memory(),
         "versions": {"python": sys.version.split()[0], **recorded_versions()},
         "hardware": hardware.describe(),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if attempts > 1:
+        record["attempts"] = attempts
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         # Training may have been in processes of its own, and says.
         own = torch.cuda.max_memory_allocated()
-        record["peak_gpu_memory_bytes"] = (record.get("summary") or {}).get("peak_gpu_memory_bytes", own)
+        record["peak_gpu_memory_bytes"] = (summary or {}).get("peak_gpu_memory_bytes", own)
     write_json(folder / RECORD, record)
 
 
@@ -257,7 +262,7 @@ def restore(kept: Path, folder: Path, key: str) -> bool:
     """Make `folder` from the kept result, if that is there and its files are as they were written."""
     if not (kept / RECORD).exists():
         return False
-    record = read_json(kept / RECORD)
+    record: StageRecord = read_json(kept / RECORD)
     for path, known in record["outputs"].items():
         file = kept / path
         if not file.exists() or [file.stat().st_size, file.stat().st_mtime_ns] != [known["bytes"], known["mtime_ns"]]:
@@ -266,7 +271,7 @@ def restore(kept: Path, folder: Path, key: str) -> bool:
     link_tree(kept, folder)
     # The record is the folder's own: the kept one may bear another key.
     partial = folder / f".{RECORD}"
-    write_json(partial, record | {"key": key, "restored": True})
+    write_json(partial, {**record, "key": key, "restored": True})
     partial.replace(folder / RECORD)
     return True
 

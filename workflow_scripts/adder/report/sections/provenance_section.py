@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from adder.core.stage_record import StageRecord
 from adder.report import plots
 from adder.report.facts import TASK
 from adder.report.formatting import duration, number, size
@@ -11,7 +12,6 @@ from adder.report.page_section import Figure, PageSection, RunReport, View
 from adder.report.resolved_settings import versions
 from adder.report.run_metrics import Cost
 from adder.report.stage import TaskLimit
-from adder.report.stage_record import StageRecord
 
 # The stages whose files are listed with their digests, as (heading, stage, path or folder with a slash).
 FILES = (
