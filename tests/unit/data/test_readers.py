@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from adder.core.errors import UserError
+from adder.data.row_types import Unreadable
 from data_stages import GREETINGS, read, write_rows
 
 
@@ -118,3 +119,28 @@ def test_broken_json_file_names_line_and_column(tmp_path):
     (tmp_path / "rows.json").write_text('[\n{"a": 1},\n{"a": }\n]')
     with pytest.raises(UserError, match=r"rows\.json: broken JSON at line 3, column 7"):
         read(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("rows", [GREETINGS, GREETINGS[:1], {"data": GREETINGS}])
+def test_one_json_value_among_json_lines_is_named_with_its_remedy(tmp_path, rows, indent):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(rows, indent=indent))
+    if isinstance(rows, dict) and indent is None:  # which is a row, if a strange one
+        assert read(path) == [(1, rows)]
+        return
+    found = [row for _, row in read(path)]
+    unreadable = [row for row in found if isinstance(row, Unreadable)]
+    assert found[0] in unreadable and all("set `format: json`" in row.reason for row in unreadable)
+    shown = write_rows(tmp_path / "data", [{"path": str(path)}]).shown
+    assert "set `format: json`" in shown
+    assert [row for _, row in read(path, format="json")] == GREETINGS[
+        : len(rows if isinstance(rows, list) else GREETINGS)
+    ]
+
+
+def test_a_broken_first_line_is_no_reason_to_speak_of_other_formats(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": \n{"a": 1}\n[1]\n')
+    found = [row for _, row in read(tmp_path / "rows.jsonl")]
+    assert found[1] == {"a": 1} and not any("format" in row.reason for row in (found[0], found[2]))
+    assert [found[0].kind, found[2].kind] == ["broken JSON", "not an object"]

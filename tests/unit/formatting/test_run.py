@@ -44,6 +44,22 @@ def test_system_prompt_is_added_only_where_there_is_none(tmp_path):
     assert systems == {"a": system("own"), "c": system("general")}
 
 
+def test_unreadable_rows_are_counted_by_the_kind_of_their_reason(tmp_path):
+    def record(row: int, kind: str, error: str) -> dict:
+        return {"source": "rows", "row": row, "split": None, "error": error, "raw": "", "kind": kind}
+
+    broken = [record(row, "broken JSON", f"broken JSON at line {row}") for row in (5, 6, 7)]
+    formatted = format_rows(tmp_path, [*map(qa, "abc"), record(4, "not an object", "a list"), *broken], {"size": 1})
+    assert formatted.card["rejects_by_reason"] == {
+        "unreadable row: broken JSON": 3,
+        "unreadable row: not an object": 1,
+    }
+    assert [row["reason"] for row in formatted.rejects][:2] == [
+        "unreadable row: a list",
+        "unreadable row: broken JSON at line 5",
+    ]
+
+
 def test_a_column_that_could_not_be_read_matters_only_where_it_is_needed(tmp_path):
     def record(row: int, unfit: str) -> dict:
         data = {**qa(f"q{row}"), "took": 1, "image": None, unfit: None}

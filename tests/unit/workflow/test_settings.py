@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from adder.core.errors import UserError
-from adder.workflow.settings import load, merged, resolved
+from adder.workflow.settings import Settings, load, merged, resolved, section_of
 from adder.workflow.settings_docs import schema
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -76,8 +76,8 @@ def test_defaults_are_those_that_the_readme_promises():
             ["data.sources.0: a source has one of path, url, hub, builtin, found path and builtin"],
         ),
         (
-            {"data": {"sources": [{"path": "a", "split": "test"}]}},
-            ["data.sources.0: `split` goes with `hub`, not with"],
+            {"data": {"sources": [{"path": "a", "config": "test"}]}},
+            ["data.sources.0: `config` goes with `hub`, not with"],
         ),
         (
             {"data": {"heldout": {"group_by": "author", "stratify_by": "topic"}}},
@@ -85,6 +85,8 @@ def test_defaults_are_those_that_the_readme_promises():
         ),
         ({"data": {"sources": []}}, ["data.sources: List should have at least 1 item"]),
         ({"model": {"source": None}}, ["model.source: should be a valid string (found None)"]),
+        ({"train": {"early_stopping": True}}, ["train.early_stopping: should be a number, not true (found True)"]),
+        ({"train": {"epochs": float("inf")}}, ["train.epochs: should be a finite number (found inf)"]),
         ({"runs": {"a/b": {}}}, ["runs.a/b: a run's name is a directory's name"]),
         ({"runs": {"a": {"train": {"epohs": 1}}}}, ["runs.a.train.epohs: unknown setting; did you mean `epochs`?"]),
         ({"runs": {"a": {"runtime": {"threads": 1}}}}, ["runs.a.runtime: belongs to the machine"]),
@@ -106,6 +108,52 @@ def test_mistakes_are_named(change, sentences):
     assert message.startswith("the settings have mistakes; nothing was run\n")
     for sentence in sentences:
         assert f"  - {sentence}" in message
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ("8", "runs.8: YAML reads the name 8 as a number, and a run's name is text; put it in quotes"),
+        ("0.1", "runs.0.1: YAML reads the name 0.1 as a number"),
+        ("on", "runs.True: YAML reads the name on, yes or true as true or false"),
+        ("no", "runs.False: YAML reads the name off, no or false as true or false"),
+        ("~", "runs.None: YAML reads the name null or nothing as nothing"),
+        ("2026-01-02", "runs.2026-01-02: YAML reads the name 2026-01-02 as date"),
+    ],
+)
+def test_names_of_runs_that_yaml_reads_as_something_else_are_refused(written, sentence):
+    assert sentence in problems(yaml.safe_load(f"runs: {{{written}: {{}}}}"))
+    quoted = yaml.safe_load(f"runs: {{'{written}': {{train: {{epochs: 1}}}}}}")
+    if written != "~":
+        runs = load(merged(BASE, quoted))
+        assert {row["key"]: row["origin"] for row in map(dict, resolved(runs[written], quoted, written))}[
+            "train.epochs"
+        ] == "run"
+
+
+def _numbers(section: type, path: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The paths of all settings that are numbers."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner, kinds = section_of(field.annotation), str(field.annotation)
+        if inner is not None:
+            found += _numbers(inner, (*path, name, *(["0"] if "list" in kinds else [])))
+        elif ("int" in kinds or "float" in kinds) and "bool" not in kinds:
+            found.append((*path, name))
+    return found
+
+
+NUMBERS = [path for path in _numbers(Settings, ()) if len(path) < 6]
+
+
+@pytest.mark.parametrize("value", [True, False, float("inf"), float("nan")])
+def test_no_number_of_the_configuration_takes_what_is_none(value):
+    assert ("train", "epochs") in NUMBERS and ("data", "sources", "0", "weight") in NUMBERS
+    for path in NUMBERS:
+        change: object = value
+        for part in reversed(path):
+            change = [change] if part == "0" else {part: change}
+        assert f"  - {'.'.join(path)}: " in problems(change), path  # pyright: ignore[reportArgumentType] - a dict
 
 
 def test_auto_can_be_written_out():

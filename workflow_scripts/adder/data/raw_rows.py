@@ -62,13 +62,14 @@ def encode_record(name: str, number: int, split: Split | None, row: Row) -> tupl
         line_or_reason = _encode_with_care(record)
         if isinstance(line_or_reason, bytes):
             return line_or_reason, True
-        row = Unreadable(line_or_reason)
+        row = Unreadable(line_or_reason, kind="beyond JSON")
     unreadable: UnreadableRecord = {
         "source": name,
         "row": number,
         "split": split,
         "error": _writable(row.reason),
         "raw": _writable(row.raw[:MAX_RAW]),
+        "kind": row.kind,
     }
     return orjson.dumps(unreadable), False
 

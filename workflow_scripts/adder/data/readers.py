@@ -100,16 +100,36 @@ def _open_text(path: Path, encoding: str, newline: str | None = None) -> TextIO:
 
 
 def _read_jsonl(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
+    remedy = ""  # for the lines of a file that is one JSON value
+    first = True
     for number, line in enumerate(_lines(path, encoding), 1):
         try:
             # Python's own reader takes over wherever the two might not agree, and says what is wrong.
             value = json.loads(line.decode()) if LONG_NUMBER in line.translate(DIGITS) else orjson.loads(line)
         except ValueError:  # of either reader, also for bytes that are not UTF-8
             text = line.decode("utf-8")
-            if text.strip():
-                yield number, _parse_line(text, number)
-            continue
-        yield number, value if isinstance(value, dict) else _as_row(value)
+            if not text.strip():
+                continue
+            row = _parse_line(text, number)
+        else:
+            row = value if isinstance(value, dict) else _as_row(value)
+        if first:
+            first, remedy = False, _remedy(line, row)
+            if remedy:
+                notes[f"the first line isn't a row{remedy}"] = 1
+        if remedy and isinstance(row, Unreadable):
+            row = Unreadable(row.reason + remedy, row.raw, row.kind)
+        yield number, row
+
+
+def _remedy(first: bytes, row: Row) -> str:
+    """What to do where the first line of JSON lines is a list of rows, or the beginning of a value over many lines."""
+    if not isinstance(row, Unreadable):
+        return ""
+    start = b"".join(first.split())
+    if start in (b"[", b"{") or start.startswith((b"[{", b"[[")):
+        return "; the file seems to be one JSON value rather than one a line: set `format: json`"
+    return ""
 
 
 def _lines(path: Path, encoding: str) -> Iterator[bytes]:
@@ -135,10 +155,10 @@ def _parse_line(line: str, number: int) -> Row:
     except json.JSONDecodeError as error:
         reason = f"broken JSON at line {number}, column {error.colno}: {error.msg}"
     except RecursionError:
-        reason = "nested too deep to be read"
+        return Unreadable("nested too deep to be read", line[:MAX_RAW], "nested too deep")
     except ValueError as error:  # a whole number of more than 4,300 digits
         reason = f"broken JSON at line {number}: {error}"
-    return Unreadable(reason, line.rstrip("\n")[:MAX_RAW])
+    return Unreadable(reason, line.rstrip("\n")[:MAX_RAW], "broken JSON")
 
 
 def _as_row(value: Any) -> Row:
@@ -147,6 +167,7 @@ def _as_row(value: Any) -> Row:
     return Unreadable(
         f"not an object with named columns but {kind(value)}",
         str(value)[:MAX_RAW] if isinstance(value, str | int | float) else "",
+        "not an object",
     )
 
 

@@ -21,13 +21,14 @@ class ReadableRecord(TypedDict):
 
 
 class UnreadableRecord(TypedDict):
-    """A line of rows.jsonl for a row that could not be read: why, and how it begins."""
+    """A line of rows.jsonl for a row that could not be read: why, how it begins, and the kind that it counts as."""
 
     source: str
     row: int
     split: Split | None
     error: str
     raw: str
+    kind: str
 
 
 RowRecord = ReadableRecord | UnreadableRecord

@@ -183,7 +183,7 @@ class _Converter:
     def _read(self, record: dict[str, Any], split: str | None) -> tuple[Conversation, bytes]:
         """The conversation, and its JSON."""
         if "error" in record:
-            raise Rejected("unreadable row", str(record["error"]))
+            raise Rejected("unreadable row", str(record["error"]), counted_as=record.get("kind"))
         data, source = record["data"], self.rules.formats[record["source"]]
         if not isinstance(data, dict):
             raise Rejected("unreadable row", "not an object with named columns")

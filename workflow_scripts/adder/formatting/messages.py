@@ -36,11 +36,13 @@ BLANK = (None, "", [])
 
 
 class Rejected(Exception):
-    """A row that can't be used. `kind` is counted; `detail` says what was found in this row."""
+    """A row that can't be used. `kind` is counted, with `counted_as` where a kind has several; `detail` says what was
+    found in this row.
+    """
 
-    def __init__(self, kind: str, detail: str = "") -> None:
+    def __init__(self, kind: str, detail: str = "", counted_as: str | None = None) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
+        self.kind = f"{kind}: {counted_as}" if counted_as else kind
 
 
 def user(content: Any, where: str) -> Message:

@@ -135,6 +135,15 @@ def _has(config: Any, path: list[str]) -> bool:
 
 def _name_problems(name: Any) -> list[str]:
     text = str(name)
+    if not isinstance(name, str):
+        written = {True: "on, yes or true", False: "off, no or false", None: "null or nothing"}
+        found = written[name] if name is None or isinstance(name, bool) else text
+        kinds = {bool: "true or false", int: "a number", float: "a number", type(None): "nothing"}
+        kind = kinds.get(type(name), type(name).__name__)
+        return [
+            f"runs.{text}: YAML reads the name {found} as {kind}, and a run's name is text; put it in quotes or choose "
+            "another"
+        ]
     if text and all(c.isalnum() or c in "-_." for c in text) and not text.startswith(".") and text != "stages":
         return []
     return [f"runs.{text}: a run's name is a directory's name; letters, digits, '-', '_' and '.' are allowed"]
