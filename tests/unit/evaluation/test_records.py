@@ -1,9 +1,16 @@
-"""Choices as scores.json has them."""
+"""What the report's tests read as an evaluation's files has the keys of its records: the fixture is no other form."""
 
-from adder.core.choice import Choice
-from adder.evaluation.records import ChoiceRecord, choice_record
+from adder.core.files import read_json, read_jsonl
+from adder.evaluation.metrics import SCORES
+from adder.evaluation.records import SampleRecord, ScoresRecord
+from report_fixture import write_stage_folders
 
 
-def test_a_choice_is_written_with_its_reason_and_alternatives():
-    choice = Choice("hf", "as set", [{"backend": "vllm"}])
-    assert choice_record(choice) == choice.to_dict() and set(choice.to_dict()) == ChoiceRecord.__required_keys__
+def test_scores_and_samples(tmp_path):
+    _, inputs = write_stage_folders(tmp_path)
+    folder = inputs["evaluate_tuned"]
+    scores = read_json(folder / "scores.json")
+    assert ScoresRecord.__required_keys__ <= scores.keys() <= ScoresRecord.__annotations__.keys()
+    assert set(scores["heldout"]) <= SCORES.keys() | {"fields"}
+    for row in read_jsonl(folder / "samples.jsonl"):
+        assert SampleRecord.__required_keys__ <= row.keys() <= SampleRecord.__annotations__.keys() | SCORES.keys()
