@@ -10,7 +10,7 @@ def test_scores_and_samples(tmp_path):
     _, inputs = write_stage_folders(tmp_path)
     folder = inputs["evaluate_tuned"]
     scores = read_json(folder / "scores.json")
-    assert ScoresRecord.__required_keys__ <= scores.keys() <= ScoresRecord.__annotations__.keys()
+    assert {"model", "heldout"} <= scores.keys() <= ScoresRecord.__annotations__.keys()
     assert set(scores["heldout"]) <= SCORES.keys() | {"fields"}
     for row in read_jsonl(folder / "samples.jsonl"):
-        assert SampleRecord.__required_keys__ <= row.keys() <= SampleRecord.__annotations__.keys() | SCORES.keys()
+        assert {"id", "reference", "loss"} <= row.keys() <= SampleRecord.__annotations__.keys() | SCORES.keys()
