@@ -12,9 +12,6 @@ TESTS ?=
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --cores 1
 PACKAGE := workflow_scripts/adder
-# What is typed without an error: all but these.
-UNTYPED := training
-TYPED = $(wildcard workflow_scripts/*.py) $(filter-out $(UNTYPED:%=$(PACKAGE)/%/),$(dir $(wildcard $(PACKAGE)/*/__init__.py)))
 # Those that are installed here. A name that only says where to find another one, as pyenv's do, doesn't count.
 PYTHONS = $(foreach minor,11 12 13,$(shell python3.$(minor) -c 'print("3.$(minor)")' 2> /dev/null))
 
@@ -81,7 +78,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
-	$(BIN)/basedpyright --pythonpath $(BIN)/python $(TYPED)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Writes config/schema.json, the tables in config/README.md and what profiles/slurm asks for from the declarations.
 settings: $(VENV)/.ready
