@@ -32,3 +32,13 @@ def test_a_path_starts_at_the_project_or_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert resolve_path("a/../b", tmp_path) == tmp_path.resolve() / "b"
     assert str(resolve_path("~/b", tmp_path)) == "/home/me/b"
+
+
+def test_a_folder_of_documents_stands_for_these_unless_rows_are_among_them(tmp_path):
+    for name in ("b.md", "deep/a.TXT", "picture.png", ".hidden/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert local_files(str(tmp_path), "data") == [tmp_path / "b.md", tmp_path / "deep/a.TXT"]
+    (tmp_path / "rows.csv.gz").write_text("x")
+    with pytest.raises(UserError, match="is a directory"):
+        local_files(str(tmp_path), "data")

@@ -95,6 +95,13 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path, ending, compressi
         read(path)
 
 
+@pytest.mark.parametrize("ending", ["xlsx", "xls", "ods", "xlsx.gz"])
+def test_a_spreadsheet_is_refused_with_what_to_do(tmp_path, ending):
+    (tmp_path / f"rows.{ending}").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"spreadsheets aren't read; save the sheet as CSV in UTF-8 \(or `libreoffice"):
+        read(tmp_path / f"rows.{ending}")
+
+
 def test_old_line_ends_end_a_line(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"a":1}\r{"a":2}\r\n\r\n{"a":\n3}')
     found = read(tmp_path / "rows.jsonl")

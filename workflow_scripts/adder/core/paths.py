@@ -5,11 +5,15 @@ from pathlib import Path
 
 from adder.core.errors import UserError
 
+DOCUMENTS = (".txt", ".md", ".markdown")
+# Files of rows, also ones that can't be read: a README beside them is no document to learn.
+ROWS = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".sqlite", ".db", ".xlsx", ".ods", ".xls"}
+
 
 def local_files(pattern: str, where: str, root: Path = Path()) -> list[Path]:
     """The files, and folders that `datasets` saved, that a path or pattern stands for, sorted.
 
-    A relative one starts at `root`. Raises UserError where there is none.
+    A relative one starts at `root`; a folder of documents stands for these. Raises UserError where there is none.
     """
     path = root / Path(pattern).expanduser()
     found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
@@ -17,11 +21,27 @@ def local_files(pattern: str, where: str, root: Path = Path()) -> list[Path]:
     if files:
         return files
     if path.is_dir():
+        if documents := documents_in(path):
+            return documents
         raise UserError(
-            f"{where}: {pattern} is a directory, and none that `datasets` saved: name its files, for example "
-            f"{pattern}/*.jsonl"
+            f"{where}: {pattern} is a directory, and none that `datasets` saved or that holds just text: name its "
+            f"files, for example {pattern}/*.jsonl"
         )
     raise UserError(f"{where}: no file matches {pattern!r} (looked for {path.absolute()})")
+
+
+def documents_in(folder: Path) -> list[Path]:
+    """The text and Markdown files in a folder and those below it, sorted; none where files of rows are among them."""
+    files = files_in(folder)
+    if any(ROWS.intersection(suffix.lower() for suffix in file.suffixes) for file in files):
+        return []
+    return [file for file in files if file.suffix.lower() in DOCUMENTS]
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files in a folder and those below it, sorted, but for hidden ones."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -8,13 +8,15 @@ import heapq
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import orjson
 
-from adder.data import builtin_tickets
+from adder.data import builtin_tickets, documents
 from adder.data.readers import read_file
 from adder.data.records import ReadableRecord, Split, UnreadableRecord
 from adder.data.row_types import MAX_RAW, Row, Unfit, Unreadable
@@ -75,9 +77,16 @@ def encode_record(name: str, number: int, split: Split | None, row: Row) -> tupl
 
 
 def _rows_of(source: Source, file: File) -> Iterator[tuple[int, Row]]:
+    if file.documents:
+        return documents.rows(file.documents, lambda path, encoding: _text(path, encoding, file))
     if file.path is not None:
         return read_file(file.path, file.layout, file.notes)
     return enumerate(builtin_tickets.rows(count=source.rows or 0, part=source.part, seed=source.seed), 1)
+
+
+def _text(path: Path, encoding: str, file: File) -> Row:
+    """The one row of a document."""
+    return next(row for _, row in read_file(path, replace(file.layout, encoding=encoding), file.notes))
 
 
 def _encode_with_care(record: ReadableRecord) -> bytes | str:

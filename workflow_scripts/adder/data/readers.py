@@ -1,4 +1,4 @@
-"""Readers of local files: JSON, JSON lines, CSV, TSV, Parquet, Arrow, each as a stream of rows.
+"""Readers of local files: JSON, JSON lines, CSV, TSV, Parquet, Arrow, SQLite, text, each as a stream of rows.
 
 Compressed files are known by their first bytes. A row that can't be read becomes an `Unreadable` with its reason and
 stays in the count; a file that can't be read is a UserError.
@@ -15,7 +15,8 @@ from typing import Any, TextIO
 import orjson
 
 from adder.core.errors import UserError
-from adder.data import columnar, converter, csv_rows, json_stream
+from adder.core.paths import DOCUMENTS
+from adder.data import columnar, converter, csv_rows, json_stream, sqlite_table
 from adder.data.compression import CHUNK, bare_name, open_bytes
 from adder.data.json_stream import kind
 from adder.data.row_types import MAX_RAW, Layout, Row, Unreadable
@@ -28,8 +29,13 @@ FORMATS_BY_SUFFIX = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".sqlite": "sqlite",
+    ".sqlite3": "sqlite",
+    ".db": "sqlite",
+    **dict.fromkeys(DOCUMENTS, "text"),
 }
-TEXT_FORMATS = ("json", "jsonl", "csv", "tsv")
+TEXT_FORMATS = ("json", "jsonl", "csv", "tsv", "text")
+SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 MAX_FIRST_LINE = 1 << 26  # characters of a first line that are looked at to tell JSON lines from JSON
 
 # orjson reads whole numbers of more than 64 bits as floats, which have 15 digits: these go to Python's own reader.
@@ -45,10 +51,16 @@ def format_of(path: Path, chosen: str | None = None, shown: str | None = None) -
     if chosen and chosen != "auto":
         return chosen
     suffix = Path(bare_name(path)).suffix.lower()
+    if suffix in SPREADSHEETS:
+        raise UserError(
+            f"{shown or path}: spreadsheets aren't read; save the sheet as CSV in UTF-8 (or `libreoffice --headless "
+            f"--convert-to csv:'Text - txt - csv (StarCalc)':44,34,76 {path.name}`) and name that file"
+        )
     if suffix not in FORMATS_BY_SUFFIX:
         raise UserError(
             f"{shown or path}: can't tell the format from the ending '{suffix}'. Set `format:` to json, jsonl, "
-            "csv, tsv, parquet or arrow, or `convert:` to a Python file with a function rows(path, encoding)."
+            "csv, tsv, parquet, arrow, sqlite or text, or `convert:` to a Python file with a function "
+            "rows(path, encoding)."
         )
     return FORMATS_BY_SUFFIX[suffix]
 
@@ -211,6 +223,15 @@ def _read_arrow(path: Path, encoding: str, layout: Layout, notes: Counter[str]) 
     yield from enumerate(columnar.arrow_rows(path, layout.split, notes), 1)
 
 
+def _read_sqlite(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
+    yield from enumerate(sqlite_table.rows(path, layout.table), 1)
+
+
+def _read_document(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
+    with _open_text(path, encoding) as file:
+        yield 1, {"text": file.read()}
+
+
 READERS: dict[str, Callable[[Path, str, Layout, Counter[str]], Iterator[tuple[int, Row]]]] = {
     "json": _read_json,
     "jsonl": _read_jsonl,
@@ -218,6 +239,8 @@ READERS: dict[str, Callable[[Path, str, Layout, Counter[str]], Iterator[tuple[in
     "tsv": _read_csv,
     "parquet": _read_parquet,
     "arrow": _read_arrow,
+    "sqlite": _read_sqlite,
+    "text": _read_document,
 }
 
 

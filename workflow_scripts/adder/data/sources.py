@@ -7,9 +7,9 @@ from pathlib import Path
 
 from adder.core.errors import UserError
 from adder.core.files import sha256_file
-from adder.core.paths import local_files
+from adder.core.paths import files_in, local_files
 from adder.core.progress import Progress
-from adder.data import http_download, readers
+from adder.data import documents, http_download, readers
 from adder.data.compression import SUFFIXES
 from adder.data.records import HubRecord, Origin, SourceRecord, Split
 from adder.data.row_types import Layout
@@ -19,6 +19,8 @@ from adder.data.stage import Source
 @dataclass(frozen=True, kw_only=True)
 class File:
     """A local file (or folder that `datasets` saved) with rows; path is None for the built-in generator.
+
+    documents: files that are a row each, with their encodings; path is the folder that they are in.
 
     label: the parts of which its short name is made, the telling one last. shown: its path in sources.json. notes:
     what reading it found, by a sentence.
@@ -32,6 +34,7 @@ class File:
     license: str | None = None
     revision: str | None = None
     hub: HubRecord | None = None
+    documents: tuple[tuple[Path, str], ...] = ()
     notes: Counter[str] = field(default_factory=Counter)
 
 
@@ -50,7 +53,13 @@ def fetch(source: Source, where: str, progress: Progress) -> list[File]:
         paths = local_files(source.path, f"{where}.path")
         if source.sha256:
             _check_sha256(paths, source.sha256, source.path, where)
-        return [_file(source, path, _label(path.parts), "path", str(path)) for path in paths]
+        texts = [] if source.convert else [path for path in paths if _is_document(source, path)]
+        if len(texts) < 2:
+            return [_file(source, path, _label(path.parts), "path", str(path)) for path in paths]
+        others = [
+            _file(source, path, _label(path.parts), "path", str(path)) for path in paths if path not in set(texts)
+        ]
+        return [_documents(source, texts), *others]
     label = (f"{source.builtin}-{source.part}",)
     return [File(path=None, label=label, origin="builtin", shown=None, layout=Layout(format="builtin"), license="MIT")]
 
@@ -80,7 +89,7 @@ def describe(source: Source, file: File, name: str, split: Split | None, rows: i
         "kind": file.layout.format,
         "origin": file.origin,
         "path": file.shown,
-        "sha256": None if file.path is None else _sha256(file.path),
+        "sha256": None if file.path is None else _sha256(file.path, [path for path, _ in file.documents]),
         "license": file.license,
         "revision": file.revision,
         "encoding": file.layout.encoding,
@@ -134,6 +143,28 @@ def _hub_files(name: str, source: Source, where: str, progress: Progress) -> lis
     return files
 
 
+def _is_document(source: Source, path: Path) -> bool:
+    return path.is_file() and readers.format_of(path, source.format) == "text"
+
+
+def _documents(source: Source, paths: list[Path]) -> File:
+    """Several documents as one file of so many rows: thousands of files would be thousands of sources elsewhere."""
+    folder = documents.common_folder(paths)
+    encoded = tuple((path, readers.fitting_encoding(path, source.encoding)) for path in paths)
+    whole = Path(source.path or "").expanduser()
+    left_out = len(files_in(whole)) - len(paths) if whole.is_dir() else 0
+    return File(
+        path=folder,
+        label=folder.parts or ("documents",),
+        origin="path",
+        shown=source.path,
+        layout=Layout(format="text", encoding=" or ".join(sorted({encoding for _, encoding in encoded}))),
+        license=source.license,
+        documents=encoded,
+        notes=Counter({"the folder has files of other kinds, which are left out": left_out} if left_out else {}),
+    )
+
+
 def _file(
     source: Source,
     path: Path,
@@ -155,6 +186,8 @@ def _file(
     for name in ("delimiter", "header"):
         if getattr(source, name) and format not in ("csv", "tsv"):
             raise UserError(f"{shown}: `{name}` is for CSV files, and this one is read as {format}")
+    if source.table and format != "sqlite":
+        raise UserError(f"{shown}: `table` is for SQLite files, and this one is read as {format}")
     split = source.split if origin != "hub" else None  # of a hub data set, its files are those of the split
     encoding = None
     if format == "converted" or format in readers.TEXT_FORMATS:
@@ -169,6 +202,7 @@ def _file(
             encoding=encoding,
             convert=source.convert,
             split=split,
+            table=source.table,
             delimiter=source.delimiter or delimiter,
             header=tuple(source.header) if source.header else None,
             columns=tuple(source.columns.values()),
@@ -192,10 +226,10 @@ def _label(parts: tuple[str, ...]) -> tuple[str, ...]:
     return (*parts[:-1], Path(last[: -len(Path(last).suffix)] if last.lower().endswith(SUFFIXES) else last).stem)
 
 
-def _sha256(path: Path) -> str:
-    """Of a file its SHA-256; of a folder that of the list that `sha256sum` writes of its files."""
+def _sha256(path: Path, documents: list[Path]) -> str:
+    """Of a file its SHA-256; of a folder that of the list that `sha256sum` writes of its files, or of the documents."""
     if path.is_file():
         return sha256_file(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = documents or sorted(file for file in path.rglob("*") if file.is_file())
     listed = "".join(f"{sha256_file(file)}  {file.relative_to(path)}\n" for file in files)
     return hashlib.sha256(listed.encode()).hexdigest()

@@ -20,6 +20,7 @@ NEEDED_ORIGIN: dict[str, tuple[Origin, ...]] = {
     "config": ("hub",),
     "split": ("hub", "path", "url"),
     "sha256": ("path", "url"),
+    "table": ("path", "url"),
     "token_env": ("url",),
     "convert": ("path", "url"),
 }
@@ -29,8 +30,9 @@ class Source(Section):
     """One source of rows: files, a URL, a data set of the hub, or the built-in generator."""
 
     path: str | None = None
-    """A file, a pattern such as `data/*.jsonl`, or a folder that `datasets` saved: JSON, JSON lines, CSV, TSV, Parquet
-    or Arrow, each also compressed (`.gz`, `.zst`, `.xz`, `.bz2`, a `.zip` of one file)."""
+    """A file, a pattern such as `data/*.jsonl`, a folder that `datasets` saved, or a folder of documents: JSON, JSON
+    lines, CSV, TSV, Parquet, Arrow, SQLite, text or Markdown, each also compressed (`.gz`, `.zst`, `.xz`, `.bz2`, a
+    `.zip` of one file)."""
     url: str | None = None
     """A file elsewhere: `https://…`, `s3://…`, `gs://…` or anything else that fsspec opens. `${NAME}` stands for an
     environment variable, so that no secret is written here."""
@@ -46,8 +48,10 @@ class Source(Section):
     """Expected SHA-256 of the one file at `path` or `url`; anything else is refused."""
     token_env: str | None = None
     """Name of the environment variable that holds the token for `url`, sent as `Authorization: Bearer`."""
-    format: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow"] = "auto"
-    """How to read the file; `auto` goes by its ending."""
+    format: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "sqlite", "text"] = "auto"
+    """How to read the file; `auto` goes by its ending. `text`: each file is one row, a document."""
+    table: str | None = None
+    """Table or view of an SQLite file; without it, the only table."""
     encoding: str | list[str] = "utf-8"
     """Text encoding; UTF-8 may start with a byte-order mark. Of a list, each file is read in the first that fits it."""
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
