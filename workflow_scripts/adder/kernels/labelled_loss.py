@@ -17,7 +17,14 @@ CHUNK_POSITIONS = 1024
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether logits are just the LM head's output (Gemma caps them, Cohere and Granite scale them)."""
     config = model.config.get_text_config()
-    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+    names = (
+        "final_logit_softcapping",
+        "logits_soft_cap",
+        "logit_scale",
+        "logits_scaling",
+        "output_multiplier",
+        "lm_head_multiplier",
+    )
     return all(getattr(config, name, None) is None for name in names)
 
 

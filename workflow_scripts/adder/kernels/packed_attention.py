@@ -76,10 +76,17 @@ def choose_attention(
 def _unsupported_by_model(name: str, config: PreTrainedConfig) -> str | None:
     """Why no machine computes such a model's attention by the kernel `name`; None if it can."""
     cap, dropout = getattr(config, "attn_logit_softcapping", None), getattr(config, "attention_dropout", 0)
-    return _unsupported(name, _head_size(config), cap, dropout)
+    size, value_size = _head_size(config), getattr(config, "v_head_dim", None)
+    if value_size and value_size != size:
+        return f"the model's values are of size {value_size} and its queries of {size}, which this kernel can't"
+    return _unsupported(name, size, cap, dropout)
 
 
 def _head_size(config: PreTrainedConfig) -> int:
+    """Of queries and keys; latent attention (DeepSeek's) joins parts with and without positions."""
+    parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if all(parts):
+        return sum(parts)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -254,7 +261,7 @@ def _causal(
     """Attention of (batch, heads, tokens, head size), the last query at the last key; see segment_attention."""
     queries, keys = query.shape[-2], key.shape[-2]
     causal_only = mask is None and queries == keys and (window is None or keys <= window)
-    on_cpu = value.dtype == torch.bfloat16 and value.device.type == "cpu"
+    on_cpu = value.dtype == torch.bfloat16 and value.device.type == "cpu" and value.shape[-1] == query.shape[-1]
     if causal_only and cap is None and not dropout and on_cpu and keys <= MAX_SHORT_TOKENS:
         return ShortAttention.apply(query.to(value.dtype), key.to(value.dtype), value, scale)
     group_size = query.shape[1] // key.shape[1]
@@ -347,7 +354,8 @@ def _for_packs(
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """query, key and value in 16 bit on a CUDA device; see segment_attention."""
-        if cu_seq_lens_q is None or _unsupported(name, query.shape[-1], softcap, dropout):
+        other_values = value.shape[-1] != query.shape[-1]
+        if cu_seq_lens_q is None or other_values or _unsupported(name, query.shape[-1], softcap, dropout):
             own = {"cu_seq_lens_q": cu_seq_lens_q, "sliding_window": sliding_window, "softcap": softcap}
             return segment_attention(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **own, **kwargs
