@@ -1,6 +1,6 @@
 """Packs for models that can't keep the examples of one apart: each example goes through the layers by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,13 @@ def _example_by_example(forward: Callable[..., Any], waiting: list[torch.Tensor]
             boundaries = waiting.pop()
         if boundaries is None:
             return forward(*args, **inputs)
-        inputs = _without_boundaries(inputs)
         lengths: list[int] = boundaries.diff().tolist()
-        outputs = [forward(*args, **part) for part in _split(inputs, lengths)]
+        positional = [_split(value, lengths) for value in args]
+        named = {name: _split(value, lengths) for name, value in _without_boundaries(inputs).items()}
+        outputs = [
+            forward(*(parts[n] for parts in positional), **{name: parts[n] for name, parts in named.items()})
+            for n in range(len(lengths))
+        ]
         # A new output of the same kind: what else the first one has (a cache, router logits) is of its example alone.
         return type(outputs[0])(last_hidden_state=torch.cat([o.last_hidden_state for o in outputs], dim=1))
 
@@ -51,12 +55,7 @@ def _without_boundaries(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in ABOUT_EXAMPLES}
 
 
-def _split(inputs: dict[str, Any], lengths: list[int]) -> list[dict[str, Any]]:
-    """The inputs of each example: tensors of shape (1, tokens, ...) cut, all else as it is."""
-    tokens = sum(lengths)
-    parts: list[dict[str, Any]] = [{} for _ in lengths]
-    for name, value in inputs.items():
-        is_row = isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == tokens
-        for part, piece in zip(parts, value.split(lengths, 1) if is_row else [value] * len(lengths), strict=True):
-            part[name] = piece
-    return parts
+def _split(value: Any, lengths: list[int]) -> Sequence[Any]:
+    """An input for each example: tensors of shape (1, tokens, ...) cut, all else as it is."""
+    is_row = isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == sum(lengths)
+    return value.split(lengths, 1) if is_row else [value] * len(lengths)

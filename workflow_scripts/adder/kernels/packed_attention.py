@@ -84,9 +84,9 @@ def _unsupported_by_model(name: str, config: PreTrainedConfig) -> str | None:
 
 def _head_size(config: PreTrainedConfig) -> int:
     """Of queries and keys; latent attention (DeepSeek's) joins parts with and without positions."""
-    parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
-    if all(parts):
-        return sum(parts)
+    without, rotated = getattr(config, "qk_nope_head_dim", None), getattr(config, "qk_rope_head_dim", None)
+    if without and rotated:
+        return without + rotated
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from adder.core import hardware
 from adder.core.choice import Choice
@@ -45,7 +52,7 @@ def load(
     `in_shards`: the model is to be sharded, and waits in main memory for that; NF4 weights stay packed.
     """
     compute: torch.dtype = getattr(torch, dtype)
-    attention = packed_attention.choose_attention(AutoConfig.from_pretrained(folder).get_text_config(), dtype, device)
+    attention = choose_attention(AutoConfig.from_pretrained(folder), dtype, device)
     options: dict[str, Any] = {
         "dtype": torch.float32 if method == "full" else compute,
         "attn_implementation": attention.value,
@@ -73,6 +80,16 @@ def load(
     if values.value == "dequantised once":
         hold_dequantised(model, compute)
     return model, BaseChoices(attention, values, left)
+
+
+def choose_attention(config: PreTrainedConfig, dtype: str, device: str) -> Choice:
+    """As packed_attention.choose_attention; the architecture's own where it takes no other in its place."""
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    architecture = architecture[0] if isinstance(architecture, tuple) else architecture
+    if architecture is None or architecture._can_set_attn_implementation():
+        return packed_attention.choose_attention(config.get_text_config(), dtype, device)
+    own = "sdpa" if architecture._supports_sdpa else "eager"
+    return Choice(own, f"{architecture.__name__} has attention of its own, which no other can take the place of")
 
 
 def bare_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -31,7 +31,7 @@ from adder.core.progress import Progress
 from adder.core.rng import undisturbed
 from adder.core.stage_spec import Runtime
 from adder.tokenization.token_table import TokenTable
-from adder.training import base_model, base_precision, lora, preflight, step_planner
+from adder.training import base_model, base_precision, isolation_check, lora, preflight, step_planner
 from adder.training.base_model import BaseChoices
 from adder.training.base_precision import MatmulChoices
 from adder.training.best_weights import KeepBestWeights
@@ -143,6 +143,10 @@ def fit(job: TrainJob, progress: Progress) -> None:
     matmuls = None
     if settings.method != "full":
         model = lora.add_adapter(model, settings)
+    if not sharded:
+        base = _isolate(model, base, packs, dtype, False, progress)
+    if settings.method != "full":
+        assert isinstance(model, PeftModel)
         lora.initialise(model, packs, settings)
         if job.device == "cuda" and not sharded:
             matmuls = _fuse_lora(model, dtype, settings, packs, earlier)
@@ -150,6 +154,7 @@ def fit(job: TrainJob, progress: Progress) -> None:
         add_noise(model, settings.neftune_noise_alpha)
     if sharded:
         fsdp.shard(model, job.device)
+        base = _isolate(model, base, packs, dtype, True, progress)
 
     step = _plan_step(job, model, packs, dtype, sharded, earlier, progress)
     step = replace(step, frozen_products=matmuls.frozen_products if matmuls else step.frozen_products)
@@ -191,6 +196,16 @@ def _choose_sharding(job: TrainJob) -> Choice | None:
     return collectives.call_on_main(
         fsdp.choose_sharding, job.runtime.sharding, job.settings, job.inputs.base, job.device
     )
+
+
+def _isolate(
+    model: Model, base: BaseChoices, packs: PackedExamples, dtype: str, sharded: bool, progress: Progress
+) -> BaseChoices:
+    """As isolation_check.choose_isolation, by the first pack; says when packs can't be computed at once."""
+    attention = isolation_check.choose_isolation(model, packs.pack(0), dtype, base.attention, sharded)
+    if attention is not base.attention:
+        progress.say(f"attention: {attention.value}: {attention.reason}")
+    return replace(base, attention=attention)
 
 
 def _earlier_start(folder: Path) -> EarlierStart:

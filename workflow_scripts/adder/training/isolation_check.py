@@ -109,7 +109,8 @@ def choose_isolation(
         last = problem(model, pack, dtype, sharded)
         if last is None:
             reason = f"packs are not computed at once, since {name} would compute them wrongly: {found}"
-            return Choice(f"{own}, one example at a time", reason, [{"attention": attention.value, "found": found}])
+            refused = {"attention": attention.value, "not_used_because": found}
+            return Choice(f"{own}, one example at a time", reason, [refused])
     raise UserError(f"model.source: {name} can't be trained rightly here: {last}; choose another architecture")
 
 
@@ -303,7 +304,7 @@ def _relative(packed: list[torch.Tensor], alone: list[list[torch.Tensor]]) -> fl
     """Norm of the difference between the packed gradient and the sum of those alone, relative to the latter's."""
     difference, size = 0.0, 0.0
     for number, own in enumerate(packed):
-        together = sum((gradients[number] for gradients in alone[1:]), alone[0][number])
+        together = torch.stack([gradients[number] for gradients in alone]).sum(0)
         difference += (own - together).float().norm().item() ** 2
         size += together.float().norm().item() ** 2
     return (difference / size) ** 0.5 if size else 0.0

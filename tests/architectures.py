@@ -1,0 +1,141 @@
+"""Tiny random models of many architectures, each by its own class in transformers."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from adder.training import base_model
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+DELTA_RULE = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
+    **EXPERTS,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+# model_type: what its configuration needs beside SHAPE to be tiny, and to show what it is made of.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "mixtral": EXPERTS,
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": EXPERTS,
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 16},
+    "phi": {},
+    "phi3": {"sliding_window": None},
+    "smollm3": {},
+    "olmo2": {},
+    "granite": {"logits_scaling": 2.0},
+    "cohere": {},
+    "glm4": {},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "glm4_moe_lite": LATENT,
+    "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 16},
+    "falcon": {"alibi": False},
+    "stablelm": {},
+    "nemotron": {},
+    "jamba": {
+        **EXPERTS,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+    },
+    "minimax": {**EXPERTS, "block_size": 16},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 64},
+    "zaya": {},
+    "mamba": {"state_size": 4, "time_step_rank": 4},
+    "falcon_mamba": {"state_size": 4, "time_step_rank": 4},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
+    "gpt_neox_japanese": {},
+    "qwen3_next": {**EXPERTS, **DELTA_RULE, "shared_expert_intermediate_size": 16},
+    "qwen3_5_text": DELTA_RULE,
+    "olmo_hybrid": DELTA_RULE,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48, "block_multiple_of": 8},
+    "bamba": {**MAMBA2, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**MAMBA2, **EXPERTS, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "num_hidden_layers": 3,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 16,
+    },
+    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64},
+    "kimi_linear": {
+        **LATENT,
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
+        "num_experts_per_token": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_shared_experts": 1,
+    },
+    "gpt_oss": {**EXPERTS, "sliding_window": 16},
+}
+WITHOUT_HEAD_DIM = ("falcon",)  # which works it out
+
+
+def tiny_architecture(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A tiny model with weights large enough for each part to show, with the attention that training loads it with."""
+    shape = {key: value for key, value in SHAPE.items() if key != "head_dim" or name not in WITHOUT_HEAD_DIM}
+    config = AutoConfig.for_model(name, **{**shape, **ARCHITECTURES[name]})
+    attention = base_model.choose_attention(config, str(dtype).removeprefix("torch."), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.value)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.config.use_cache = False
+    return model.to(dtype)
