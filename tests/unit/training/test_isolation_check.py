@@ -11,11 +11,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adder.core.choice import Choice
 from adder.core.errors import UserError
+from adder.core.files import read_json
+from adder.core.progress import Progress
 from adder.kernels import packed_attention
 from adder.training import isolation_check
 from adder.training.base_model import bare_model
 from adder.training.isolation_check import FULL, HALF, Differences, choose_isolation, measure, problem, verdict
 from architectures import ARCHITECTURES, SHAPE, tiny_architecture
+from tiny import tiny_tokenizer, write_training_inputs
+from training_stage import run_training, train_settings
 
 AT_ONCE = (
     "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 smollm3 olmo2 granite cohere glm4 "
@@ -191,3 +195,22 @@ def test_experts_are_known_by_the_configuration():
     assert isolation_check.has_experts(tiny_architecture("mixtral"))
     dense = SimpleNamespace(config=LlamaConfig(**SHAPE))
     assert not isolation_check.has_experts(dense)
+
+
+def test_a_run_says_in_one_sentence_that_it_goes_without_packs_at_once(tmp_path, capsys):
+    """Through the stage: what StableLM learns from packs is what it learns from their examples one by one."""
+    folder = tmp_path / "model"
+    model = tiny_architecture("stablelm")
+    model.resize_token_embeddings(len(tiny_tokenizer()))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    inputs = write_training_inputs(tmp_path / "inputs", folder, packs=2)
+    settings = train_settings(
+        method="lora", epochs=1, effective_batch_size=6, compute_dtype="float32", eval_samples=2, samples=0
+    )
+    run_training(settings, inputs, tmp_path / "out", Progress())
+    said = [line for line in capsys.readouterr().err.splitlines() if "one example at a time" in line]
+    assert len(said) == 1 and "StableLmForCausalLM" in said[0] and "other examples of its pack" in said[0]
+    plan = read_json(tmp_path / "out" / "plan.json")
+    assert plan["attention"]["value"] == "sdpa, one example at a time"
+    assert plan["attention"]["alternatives"][0]["attention"] == packed_attention.SEGMENTS
