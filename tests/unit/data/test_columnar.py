@@ -4,6 +4,7 @@ import json
 from datetime import date, timedelta
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
@@ -165,8 +166,9 @@ def test_arrow_files_in_either_format_and_batches_of_any_size(tmp_path):
         writer.write_table(table)
     with pa.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=999)
-    for name in ("file", "stream"):
-        found = read(tmp_path / f"{name}.arrow")
+    pyarrow.feather.write_feather(table, str(tmp_path / "file.feather"))
+    for name in ("file.arrow", "stream.arrow", "file.feather"):
+        found = read(tmp_path / name)
         assert [(number, row["n"]) for number, row in found] == [(n + 1, n) for n in range(5000)]
     (tmp_path / "bad.arrow").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match=r"bad\.arrow: can't be read as Arrow"):

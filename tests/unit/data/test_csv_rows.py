@@ -42,6 +42,14 @@ def test_a_first_line_that_names_the_delimiter_is_no_header(tmp_path, delimiter,
     assert read(path)[-1][1].reason == "1 cells at line 303, the header has 2"
 
 
+def test_the_delimiter_is_told_whatever_line_ends_stand_within_cells(tmp_path):
+    rows = [{"question": f"a\u2028b\n,{n}", "answer": "\x0b;c"} for n in range(9000)]
+    _write(tmp_path / "rows.csv", rows, ";")
+    assert [row for _, row in read(tmp_path / "rows.csv")] == rows
+    (tmp_path / "old.csv").write_bytes(b"a;b\r1,2;3\r4;5,6\r")
+    assert [row for _, row in read(tmp_path / "old.csv")] == [{"a": "1,2", "b": "3"}, {"a": "4", "b": "5,6"}]
+
+
 def test_a_delimiter_may_be_named(tmp_path):
     (tmp_path / "rows.csv").write_text("a~b\n1,5~2\n")
     assert read(tmp_path / "rows.csv", delimiter="~") == [(1, {"a": "1,5", "b": "2"})]

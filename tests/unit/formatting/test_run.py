@@ -70,6 +70,8 @@ def test_a_column_that_could_not_be_read_matters_only_where_it_is_needed(tmp_pat
     )
     assert [row["row"] for row in formatted.rejects] == [6, 7]
     assert formatted.rejects[0]["reason"] == "the column 'answer' can't be read: its values are of the type binary"
+    grouped = format_rows(tmp_path / "grouped", rows[:-2], {"size": 1, "group_by": "took"})
+    assert [row["row"] for row in grouped.rejects] == [5]
 
 
 def test_rejects_name_row_reason_and_data(tmp_path):

@@ -7,7 +7,21 @@ from adder.core.errors import UserError
 
 DOCUMENTS = (".txt", ".md", ".markdown")
 # Files of rows, also ones that can't be read: a README beside them is no document to learn.
-ROWS = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".sqlite", ".db", ".xlsx", ".ods", ".xls"}
+ROWS = {
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".sqlite",
+    ".db",
+    ".xlsx",
+    ".ods",
+    ".xls",
+}
 
 
 def local_files(pattern: str, where: str, root: Path = Path()) -> list[Path]:

@@ -5,6 +5,7 @@ on which line a row stands.
 """
 
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -138,9 +139,10 @@ def _fitting(sample: str, default: str) -> str:
 
 def _fit(sample: str, delimiter: str, skip_spaces: bool) -> float:
     """The share of a sample's rows with as many cells as its header; 0 where that has only one."""
-    lines = sample.splitlines(keepends=True)
-    cut = len(sample) == SAMPLE and len(lines) > 1
-    reader = csv.reader(lines[:-1] if cut else lines, delimiter=delimiter, skipinitialspace=skip_spaces, strict=True)
+    if len(sample) > SAMPLE // 2:  # the last line is cut
+        sample = sample.rpartition("\n")[0] or sample
+    lines = io.StringIO(sample, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=skip_spaces, strict=True)
     header, rows, alike = 0, 0, 0
     while True:
         try:

@@ -188,7 +188,8 @@ class _Converter:
         if not isinstance(data, dict):
             raise Rejected("unreadable row", "not an object with named columns")
         if "unfit" in record:
-            _refuse_unfit(record["unfit"], source)
+            needed = {*source.own_columns(), *MEDIA, self.rules.value_column}
+            _refuse_unfit(record["unfit"], needed)
         if split == "test":
             conversation = to_prompt(data, source)
         else:
@@ -199,10 +200,10 @@ class _Converter:
             raise why_not_json(conversation, error) from None
 
 
-def _refuse_unfit(unfit: dict[str, str], source: SourceFormat) -> None:
+def _refuse_unfit(unfit: dict[str, str], needed: set[str | None]) -> None:
     """Raise Rejected where a column is needed whose value could not be read; others don't matter."""
     for column, type in unfit.items():
-        if column in source.own_columns() or column in MEDIA:
+        if column in needed:
             raise Rejected(f"the column '{column}' can't be read", f"its values are of the type {type}")
 
 
