@@ -65,9 +65,8 @@ def test_a_column_that_could_not_be_read_matters_only_where_it_is_needed(tmp_pat
         data = {**qa(f"q{row}"), "took": 1, "image": None, unfit: None}
         return {"source": "rows", "row": row, "split": None, "data": data, "unfit": {unfit: "binary"}}
 
-    formatted = format_rows(
-        tmp_path, [*map(qa, "abcd"), record(5, "took"), record(6, "answer"), record(7, "image")], {"size": 1}
-    )
+    rows = [*map(qa, "abcd"), record(5, "took"), record(6, "answer"), record(7, "image")]
+    formatted = format_rows(tmp_path, rows, {"size": 1})
     assert [row["row"] for row in formatted.rejects] == [6, 7]
     assert formatted.rejects[0]["reason"] == "the column 'answer' can't be read: its values are of the type binary"
     grouped = format_rows(tmp_path / "grouped", rows[:-2], {"size": 1, "group_by": "took"})
