@@ -242,6 +242,7 @@ def write_data(folder: Path, hostile: bool) -> None:
         {**common, **tickets, "name": "tickets-heldout", "rows": 203, "split": "heldout", "license": "CC0-1.0"},
         {**common, **notes, "name": "exam", "path": "data/exam.jsonl", "rows": 40, "split": "test", "license": "MIT"},
     ]
+    sources[2]["notes"] = [f"cells are separated by semicolons{bad}"]
     write_json(folder / "sources.json", sources)
     write_jsonl(folder / "rows.jsonl", [{"source": "tickets", "row": 1, "split": "train", "data": {"message": "Hi"}}])
 

@@ -111,7 +111,10 @@ def _sources(facts: RunFacts) -> list[str]:
         for kind, digest in (("commit", source.get("revision")), ("SHA-256", source.get("sha256")))
         if digest
     ]
+    noticed = [(text(source["name"]), text(note)) for source in facts.data for note in source.get("notes", [])]
     found = [table(head, rows, (3, 4, 7))]
+    if noticed:
+        found.append(table(("Source", "Noticed while reading"), noticed))
     return [*found, table(("Source", "", "Digest"), pinned)] if pinned else found
 
 
