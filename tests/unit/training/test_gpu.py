@@ -34,7 +34,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def load(folder, dtype: str):
     model, choices = base_model.load(folder, "lora", dtype, "cuda")
-    return model, choices["attention"].value
+    return model, choices.attention.value
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (4, 4), (9, 3)])
@@ -88,7 +88,9 @@ def test_a_model_for_shards_is_quantised_by_the_gpu_and_waits_in_main_memory(tmp
 
     2 MiB: a weight is half a MiB in bf16, and all of them 14, or 3.5 packed.
     """
-    monkeypatch.setattr(base_model.packed_attention, "choose", lambda *_: Choice("sdpa", "tries nothing on the GPU"))
+    monkeypatch.setattr(
+        base_model.packed_attention, "choose_attention", lambda *_: Choice("sdpa", "tries nothing on the GPU")
+    )
     shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 4, "num_key_value_heads": 4}
     folder = save_tiny_model(tmp_path / "model", **shape)
     direct, _ = base_model.load(folder, "qlora", "bfloat16", "cuda")
