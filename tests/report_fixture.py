@@ -255,7 +255,7 @@ def write_format(folder: Path, examples: list[dict[str, Any]], heldout: int, hos
     write_jsonl(folder / "rejects.jsonl", rejects)
     classes = {
         "train": 980, "heldout": heldout, "tests": 40, "duplicates": 14, "near_duplicates": 9, "leaked": 6,
-        "left_out": 210, "rejected": 3,
+        "left_out": 210, "undesired": 0, "rejected": 3,
     }  # fmt: skip
     card = {
         **classes,
@@ -269,6 +269,7 @@ def write_format(folder: Path, examples: list[dict[str, Any]], heldout: int, hos
             "tickets-heldout": "prompt_completion", "exam": "question_answer",
         },
         "heldout_in_train": 5,
+        "notes": [f"tickets: nothing reads the columns mood{bad} (980 rows)", "notes: read by `columns: {text: note}`"],
         "samples": conversations(examples, bad),
         "by_source": {},
         "roles": {"system": 980, "user": 1310, "assistant": 1350, "tool": 40},

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from adder.formatting.messages import Rejected, read_messages, why_not_json
+from adder.formatting.messages import read_messages, why_not_json
+from adder.formatting.rejected import Rejected
 from format_stage import (
     call,
     read,
@@ -93,7 +94,19 @@ def test_reasoning_beside_the_answer(key):
 
 
 @pytest.mark.parametrize(
-    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"masked": True}]
+    "mark",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"train": False},
+        {"training": False},
+        {"masked": True},
+        {"loss": False},
+        {"loss_weight": 0.0},
+        {"loss_scale": 0},
+        {"mask": True},
+        {"trainable": False},
+    ],
 )
 def test_marks_of_replies_that_are_not_to_be_trained_on(mark):
     row = {"messages": [user("q"), {**reply("a"), **mark}, user("r"), {**reply("b"), "weight": 1}]}

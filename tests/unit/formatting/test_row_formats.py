@@ -4,15 +4,17 @@ import json
 from collections import Counter
 
 import pytest
+import yaml
 
 from adder.core.errors import UserError
-from adder.formatting.messages import Rejected
+from adder.formatting.rejected import Rejected
 from adder.formatting.row_formats import (
     ROW_FORMATS,
     SourceFormat,
     recognise,
     row_format_names,
     source_format,
+    to_conversation,
     to_prompt,
 )
 from format_stage import (
@@ -112,6 +114,93 @@ def test_preference_data_trains_on_chosen_when_asked(row):
         read(row)
 
 
+TALK = [{"from": "human", "value": "q"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": TALK, "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+        {"conversations": TALK, "chosen": [{"from": "gpt", "value": "a"}], "rejected": []},
+        {"conversations": TALK, "chosen": "a", "rejected": "b"},
+        {"messages": [user("q")], "chosen": reply("a"), "rejected": reply("b")},
+        {"messages": [user("q")], "chosen": [reply("a")], "rejected": [reply("b")]},
+        {"messages": [user("q"), reply("a")], "chosen": [reply("a")], "rejected": [reply("b")]},
+        {"messages": [user("q"), reply("a")], "chosen": [user("q"), reply("a")], "rejected": []},
+        {"question": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": reply("a"), "rejected": reply("b")},
+        {"instruction": "q", "chosen": "a", "rejected": "b", "input": ""},
+    ],
+)
+def test_the_prompt_of_a_preference_stands_in_many_places(row):
+    assert recognise(row) is ROW_FORMATS["preference"]
+    assert messages_of(row, "preference") == [user("q"), reply("a")]
+
+
+def test_a_preference_keeps_all_that_is_asked():
+    row = {"instruction": "i", "input": "n", "chosen": "a", "rejected": "b", "history": [["c", "d"]], "system": "s"}
+    expected = [system("s"), user("c"), reply("d"), user("i\n\nn"), reply("a")]
+    assert messages_of(row, "preference") == expected
+
+
+@pytest.mark.parametrize("chosen", ["a", [reply("a")], reply("a")])
+def test_a_preference_without_a_prompt_is_refused(chosen):
+    with pytest.raises(Rejected, match="chosen has no prompt"):
+        read({"chosen": chosen, "rejected": "b"}, "preference")
+    with pytest.raises(Rejected, match="which is not the chosen one"):
+        read({"messages": [user("q"), reply("x")], "chosen": chosen, "rejected": "b"}, "preference")
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"conversation": [{"human": "q", "assistant": "a"}]}, [user("q"), reply("a")]),
+        ({"conversation": [{"assistant": "a", "human": "q"}]}, [user("q"), reply("a")]),
+        ({"conversation": [user("q"), reply("a")]}, [user("q"), reply("a")]),
+        ({"Messages": [user("q"), reply("a")]}, [user("q"), reply("a")]),
+        ({"QUESTION": "q", "Answer": "a"}, [user("q"), reply("a")]),
+        ({"question": "q", "answer": 4}, [user("q"), reply("4")]),
+        ({"question": "q", "answer": True}, [user("q"), reply("true")]),
+        ({"question": "q", "answer": {"type": "x", "é": 1}}, [user("q"), reply('{"type": "x", "é": 1}')]),
+        ({"prompt": 7, "response": 4.5}, [user("7"), reply("4.5")]),
+        ({"prompt": user("q"), "completion": reply("a")}, [user("q"), reply("a")]),
+        ({"messages": [user("q"), reply({"a": 1})]}, [user("q"), reply('{"a": 1}')]),
+    ],
+)
+def test_names_and_values_of_other_projects(row, messages):
+    assert messages_of(row) == messages
+
+
+def test_two_readings_are_refused_with_a_line_for_each_that_works():
+    row = {"problem": "q", "solution": "s", "answer": "a"}
+    with pytest.raises(UserError) as refused:
+        read(row)
+    lines = [line for line in str(refused.value).splitlines() if line.startswith("  columns: ")]
+    read_as = [messages_of(row, columns=yaml.safe_load(line)["columns"])[-1] for line in lines]
+    assert read_as == [reply("a"), reply("s")]
+    both = {"messages": [user("q"), reply("a")], "conversations": [user("q"), reply("b")]}
+    with pytest.raises(
+        UserError, match=r"columns: \{messages: messages\}\n  columns: \{conversations: conversations\}"
+    ):
+        read(both)
+    assert messages_of(both, columns={"conversations": "conversations"})[-1] == reply("b")
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "t", "summary": "s"}, {"text": "t", "role": "prompter"}, {"text": "t", "prompt": "p"}]
+)
+def test_a_text_beside_something_else_is_refused_unless_it_is_named(row):
+    with pytest.raises(Rejected, match="unknown row format.*row_format: text"):
+        read(row)
+    assert read(row, "text") == {"text": "t"}
+
+
+def test_a_row_of_a_text_source_that_is_no_lone_text_is_refused():
+    source = source_format("rows", "auto", {}, Counter({("text",): 3, ("text", "summary"): 1}))
+    with pytest.raises(Rejected, match="columns unlike the rest"):
+        to_conversation({"text": "t", "summary": "s"}, source)
+
+
 def test_columns_are_mapped_by_name():
     row = {"problem": "q", "solution": "a", "thought": "r", "answer": "not this"}
     columns = {"question": "problem", "answer": "solution", "reasoning_content": "thought"}
@@ -127,10 +216,10 @@ def test_columns_are_mapped_by_name():
 def test_columns_that_are_nowhere_are_refused():
     with pytest.raises(UserError, match=r"rows: .*columns: \{question: problm\}.*no row has.*problem, solution"):
         read({"problem": "q", "solution": "a"}, columns={"question": "problm"})
-    with pytest.raises(UserError, match=r"maps 'query', but the row format question_answer has only answer, functions"):
-        read({"question": "q", "answer": "a", "x": "y"}, columns={"query": "x"})
-    with pytest.raises(UserError, match=r"maps 'query', but the row formats have only answer, chosen"):
-        read({"x": "y"}, columns={"query": "x"})
+    with pytest.raises(UserError, match=r"maps 'asked', but the row format question_answer has only answer, "):
+        read({"question": "q", "answer": "a", "x": "y"}, columns={"asked": "x"})
+    with pytest.raises(UserError, match=r"maps 'asked', but the row formats have only answer, "):
+        read({"x": "y"}, columns={"asked": "x"})
 
 
 def test_a_source_is_what_most_of_its_rows_are():
@@ -235,7 +324,8 @@ CALLING = {"role": "assistant", "content": None}
         ({"messages": [user("q"), reply("a", weight=0.5)]}, "a weight or train mark other than 0 and 1", "0.5"),
         ({"messages": [user("q"), reply("a", train="no")]}, "a weight or train mark other than 0 and 1", "'no'"),
         ({"messages": [user("q"), reply("a", weight=0)]}, "no reply to train on", ""),
-        ({"question": "q", "answer": 4}, "content is not text", "answer is a number"),
+        ({"question": "q", "answer": None}, "content is not text", "answer is nothing"),
+        ({"question": "q", "answer": ["a", "b"]}, "content is not text", "holds text"),
         ({"instruction": "", "input": None, "output": "o"}, "content is empty", "instruction"),
         ({"instruction": "i", "output": "o", "history": "h"}, "history is not a list", "text"),
         ({"instruction": "i", "output": "o", "history": [["a"]]}, "history is not a list", "entry 1"),

@@ -15,7 +15,8 @@ from adder.data import fetch_rows
 from adder.data.stage import RowSettings, Source
 from adder.formatting import block_converter
 from adder.formatting.accepted_rows import CLASSES
-from adder.formatting.messages import Rejected, why_not_json
+from adder.formatting.messages import why_not_json
+from adder.formatting.rejected import Rejected
 from adder.formatting.row_formats import ROW_FORMATS, SourceFormat, to_conversation
 from adder.formatting.run import FormatInputs, run
 from format_stage import format_settings, write_reading
@@ -118,7 +119,7 @@ def accounted_for(folder, out, card, expected: int):
         found += [f"{row['source']}:{row['row']}" for row in dropped]
     assert len(set(found)) == len(found)
     protected = {f"{r['source']}:{r['row']}" for r in read_jsonl(folder / "rows.jsonl") if r["split"] == "test"}
-    assert len(set(ids) - set(found)) == card["left_out"]
+    assert len(set(ids) - set(found)) == card["left_out"] + card["undesired"]
     assert set(found) - protected <= set(ids)
 
 

@@ -9,6 +9,7 @@ from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, UNDECIDED
 
 # What becomes of an accepted row, beside TRAIN, HELDOUT and TEST.
 DUPLICATE, NEAR_DUPLICATE, LEAKED, LEFT_OUT = range(UNDECIDED + 1, UNDECIDED + 5)
+UNDESIRED = UNDECIDED + 5  # of no accepted row: such rows are left out where they are read
 CLASSES = {
     "train": TRAIN,
     "heldout": HELDOUT,
@@ -17,6 +18,7 @@ CLASSES = {
     "near_duplicates": NEAR_DUPLICATE,
     "leaked": LEAKED,
     "left_out": LEFT_OUT,
+    "undesired": UNDESIRED,
 }
 
 
@@ -48,6 +50,6 @@ class AcceptedRows:
 
     def count_by_source(self) -> list[dict[str, int]]:
         """{class: rows} of each of `sources`, in their order."""
-        width = LEFT_OUT + 1
+        width = UNDESIRED + 1
         table = np.bincount(self.source * width + self.split, minlength=len(self.sources) * width).reshape(-1, width)
         return [{name: counted[kind] for name, kind in CLASSES.items()} for counted in table.tolist()]

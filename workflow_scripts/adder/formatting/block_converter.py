@@ -20,10 +20,12 @@ import orjson
 from adder.core.errors import UserError
 from adder.formatting import spool
 from adder.formatting.conversation import Conversation, Message
-from adder.formatting.messages import Rejected, why_not_json
+from adder.formatting.messages import why_not_json
 from adder.formatting.minhash import Signer
 from adder.formatting.records import Reject
+from adder.formatting.rejected import Rejected, Undesired
 from adder.formatting.row_formats import MEDIA, ColumnSets, SourceFormat, to_conversation, to_prompt
+from adder.formatting.row_notes import MOST_NOTES, Notes, notes_of
 
 BLOCK = 2 << 20  # bytes of rows.jsonl that one worker takes at once
 TRAIN, HELDOUT, TEST, UNDECIDED = range(4)
@@ -92,6 +94,8 @@ class ConvertedBlock(NamedTuple):
     rejects: bytes  # lines of rejects.jsonl
     kinds: dict[str, RejectKind]
     rejected: Counter[str]  # by source
+    undesired: Counter[str]  # rows that say of their reply that it isn't to be learnt, by source
+    notes: Notes
     categories: dict[str, Categories | None]  # by column; None where it is not categorical
 
 
@@ -147,17 +151,25 @@ class _Converter:
         rules, rows, rejects = self.rules, _AcceptedRows(), _Rejects()
         texts: list[str] = []
         categorical: dict[str, list[Any]] = {}
+        undesired: Counter[str] = Counter()
+        notes: Notes = Counter()
         for line in _lines(self.path, block):
             record = parse_line(line)
             source, split = record["source"], record["split"]
             try:
                 conversation, encoded = self._read(record, split)
+            except Undesired:
+                undesired[source] += 1
+                continue
             except Rejected as reason:
                 rejects.add(record, reason)
                 continue
             rows.add(conversation, encoded)
             rows.places.append((self.index[source], record["row"], SPLITS[split]))
             data = record["data"]
+            for note in notes_of(data, rules.formats[source]):
+                if len(notes) < MOST_NOTES or (source, note) in notes:
+                    notes[source, note] += 1
             if rules.value_column:
                 rows.values.append(hash_value(data.get(rules.value_column)))
             if rules.sign:
@@ -177,6 +189,8 @@ class _Converter:
             rejects=b"".join(rejects.lines),
             kinds=rejects.kinds,
             rejected=rejects.by_source,
+            undesired=undesired,
+            notes=notes,
             categories={column: count_values(values) for column, values in categorical.items()},
         )
 

@@ -4,10 +4,12 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from adder.formatting.conversation import Conversation, Function, Message, Role, ToolCall
+from adder.formatting.marks import MESSAGE_MARKS, is_learnt
+from adder.formatting.rejected import Rejected, json_type
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -33,26 +35,52 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNREAD = ("tools", "functions", "images", "audio", "video")  # to ignore them would train on something else
 BLANK = (None, "", [])
-
-
-class Rejected(Exception):
-    """A row that can't be used. `kind` is counted, with `counted_as` where a kind has several; `detail` says what was
-    found in this row.
-    """
-
-    def __init__(self, kind: str, detail: str = "", counted_as: str | None = None) -> None:
-        super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = f"{kind}: {counted_as}" if counted_as else kind
+MESSAGE_KEYS = frozenset(
+    {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name"}.union(
+        REASONING_KEYS, UNREAD, MESSAGE_MARKS
+    )
+)
+# A message without a role: each key is who speaks, in order.
+SPEAKERS: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "assistant": "assistant",
+}
 
 
 def user(content: Any, where: str) -> Message:
     """A user message; `where` names the content if it is no text."""
-    return {"role": "user", "content": text_of(content, where)}
+    return {"role": "user", "content": as_text(content, where)}
 
 
 def assistant(content: Any, where: str) -> Message:
     """A reply; `where` names the content if it is no text."""
-    return {"role": "assistant", "content": text_of(content, where)}
+    return {"role": "assistant", "content": as_text(content, where)}
+
+
+def as_text(value: Any, where: str) -> str:
+    """The text of a content; a number, true or false and an object are written as JSON."""
+    if isinstance(value, dict):
+        kind = value.get("type")
+        if isinstance(kind, str) and (kind in TEXT_PARTS or kind in value):  # one typed part without its list
+            return text_of([value], where)
+    elif not isinstance(value, bool | int | float):
+        return text_of(value, where)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (RecursionError, ValueError):  # thousands of digits
+        raise Rejected("content is not text", f"{where} is nested too deep or too long a number") from None
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is one message by its keys."""
+    return isinstance(value, dict) and any({who, what} <= value.keys() for who, what in _PAIRS)
+
+
+_PAIRS = (("role", "content"), ("from", "value"))
 
 
 def text_of(value: Any, where: str) -> str:
@@ -75,6 +103,8 @@ def read_messages(value: Any, column: str) -> list[Message]:
         value = parse_json(value, column)
     if not isinstance(value, list):
         raise Rejected(f"{column} is not a list", f"found {json_type(value)}")
+    if value and isinstance(value[0], dict) and not value[0].keys().isdisjoint(SPEAKERS):
+        value = list(_spoken(value))
     read = [_message(message, number) for number, message in enumerate(value, 1)]
     messages = [message for message in read if message is not None]
     if not messages:
@@ -137,10 +167,17 @@ def why_not_json(conversation: Conversation, error: Exception) -> Rejected:
     return Rejected("tools or tool calls that JSON can't hold", str(error))
 
 
-def json_type(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+def _spoken(turns: list[Any]) -> Iterator[Any]:
+    """{"human": ..., "assistant": ...} as messages; what has a role, or is none of these, stays as it is."""
+    for turn in turns:
+        spoken = isinstance(turn, dict) and "role" not in turn and "from" not in turn
+        if not spoken or turn.keys().isdisjoint(SPEAKERS):
+            yield turn
+            continue
+        unread = next((key for key in turn if key not in SPEAKERS and turn[key] not in BLANK), None)
+        if unread is not None:
+            raise Rejected("a turn has a key that is no speaker", f"'{unread[:40]}'; known are {', '.join(SPEAKERS)}")
+        yield from ({"role": SPEAKERS[key], "content": turn[key]} for key in SPEAKERS if turn.get(key) not in BLANK)
 
 
 def _message(message: Any, number: int) -> Message | None:
@@ -168,7 +205,7 @@ def _message(message: Any, number: int) -> Message | None:
         text = "" if isinstance(content, str) and not content.strip() else text_of(content, where)
         read = {"role": role, "content": text}
     else:
-        read = {"role": role, "content": text_of(content, where)}
+        read = {"role": role, "content": as_text(content, where) if role == "assistant" else text_of(content, where)}
     _read_extras(message, read, where)
     return read
 
@@ -191,7 +228,7 @@ def _read_extras(message: Mapping[str, Any], read: Message, where: str) -> None:
             read["reasoning_content"] = text_of(reasoning, f"{where}, its reasoning")
         if calls and "tool_calls" not in read:
             read["tool_calls"] = _tool_calls(parse_json(calls, where) if isinstance(calls, str) else calls, where)
-        if not _trained(message, where):
+        if not is_learnt(message, where):
             read["train"] = False
     elif reasoning is not None or calls:
         found = "reasoning" if reasoning is not None else "a tool call"
@@ -205,20 +242,6 @@ def _read_extras(message: Mapping[str, Any], read: Message, where: str) -> None:
             if not isinstance(value, str):
                 raise Rejected(f"{key} is not text", f"{where}: {json_type(value)}")
             read[key] = value
-
-
-def _trained(message: Mapping[str, Any], where: str) -> bool:
-    """Whether a reply is to be trained on: OpenAI's `weight`, axolotl's `train` and `training`, and `masked`."""
-    trained = True
-    for key in ("weight", "train", "training", "masked"):
-        mark = message.get(key)
-        if mark is None:
-            continue
-        if not isinstance(mark, bool | int | float) or mark not in (0, 1):
-            found = repr(mark)[:40] if isinstance(mark, str | int | float) else json_type(mark)
-            raise Rejected("a weight or train mark other than 0 and 1", f"{where} has {key}: {found}")
-        trained = trained and bool(mark) != (key == "masked")
-    return trained
 
 
 def _tool_calls(calls: Any, where: str) -> list[ToolCall]:

@@ -45,7 +45,7 @@ class Counts(TypedDict):
     """How many rows were read, and how many are in each class; every row is in exactly one.
 
     tests: rows of protected test sets. leaked: training rows that a held-out or test row asks for too. left_out: by a
-    weight below 1.
+    weight below 1. undesired: rows that say of their own reply that it is not to be learnt.
     """
 
     rows_in: int
@@ -56,6 +56,7 @@ class Counts(TypedDict):
     near_duplicates: int
     leaked: int
     left_out: int
+    undesired: int
     rejected: int
 
 
@@ -150,7 +151,8 @@ class Card(Counts, ConversationFigures):
 
     train_rows: rows of train.parquet, repeats by a weight included. heldout_in_train: held-out rows that training rows
     asked too, before these were dropped. row_format: by source, null where none was recognised. columns: {column:
-    [[value, rows], ...]} of columns with few values. split: how rows were held out, as a sentence.
+    [[value, rows], ...]} of columns with few values. split: how rows were held out, as a sentence. notes: what else a
+    person should know of the rows that are used, a line each.
     """
 
     by_source: dict[str, Counts]
@@ -164,3 +166,4 @@ class Card(Counts, ConversationFigures):
     columns: dict[str, list[list[Any]]]
     quality: Quality
     split: str
+    notes: list[str]

@@ -8,32 +8,42 @@ template can mean; the template itself refuses what it can't render.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
+from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
+from adder.formatting.marks import JUDGEMENT, ROW_MARKS, is_undesired
 from adder.formatting.messages import (
-    Rejected,
+    BLANK,
+    REASONING_KEYS,
     assistant,
     check_order,
-    json_type,
+    is_message,
     read_messages,
     read_tools,
     text_of,
     user,
 )
+from adder.formatting.rejected import Rejected, Undesired, json_type
+from adder.formatting.task_columns import TASK_COLUMNS, check_options, prompt_of
 
 Row = Mapping[str, Any]
 Reader = Callable[[Row], list[Message] | str]
 ColumnSets = Counter[tuple[str, ...]]  # which columns rows have, and how many rows have just these
 
-SHARED = ("system", "tools", "functions")  # columns that any format but plain text may have
-REASONING = "reasoning_content"
+SYSTEMS = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions", "available_tools")
+SHARED = (*SYSTEMS, *TOOLS)  # columns that any format but plain text may have
+BESIDE = (*REASONING_KEYS, *SHARED)  # those that a prompt and its reply may have
 MEDIA = {"images", "image", "audios", "audio", "videos", "video"}
-# A text beside one of these is something to predict the label from, not a text to learn.
-LABELS = ("label", "labels", "target")
 PROMPTS = ("question", "instruction", "prompt", "messages", "conversations")  # columns that hold what is asked
 HISTORY = "history is not a list of [instruction, output] pairs"
+PAIRS = {name for name, _, _ in ASKS.values()}  # formats of a prompt and its reply, which have many names
+LAST = ("conversation", "text")  # looked for where there is no such pair
+# Columns that are read as something else than text.
+NO_TEXT = {"messages", "conversations", "conversation", "history", "text", "choices", "options", *TOOLS}
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,11 @@ class RowFormat:
     def columns(self) -> tuple[str, ...]:
         """All columns that are read."""
         return self.known_by + self.optional
+
+    @cached_property
+    def texts(self) -> frozenset[str]:
+        """Columns that are read as text, and of which numbers and objects are written as JSON."""
+        return frozenset(self.columns) - NO_TEXT
 
 
 # The first whose columns a row has wins.
@@ -86,7 +101,8 @@ def row_format(
 @row_format("messages", "messages", optional=SHARED)
 def _from_messages(row: Row) -> list[Message]:
     """`messages`: a list of `{role, content}`: text or typed parts, tool calls and results with a `tools` column,
-    `reasoning_content`, `weight: 0` or `train: false` on what is not to be learnt
+    `reasoning_content`, and on what is not to be learnt `weight: 0`, `train: false`, `loss: false`, `mask: true` or
+    what else says that
     """
     return read_messages(row["messages"], "messages")
 
@@ -97,66 +113,70 @@ def _from_sharegpt(row: Row) -> list[Message]:
     return read_messages(row["conversations"], "conversations")
 
 
-@row_format("alpaca", "instruction", "output", optional=("input", "history", REASONING, *SHARED))
+@row_format("alpaca", "instruction", "output", optional=("history", *TASK_COLUMNS, *BESIDE))
 def _from_alpaca(row: Row) -> list[Message]:
-    """`instruction`, `input`, `output`, `history`, `system`"""
-    parts = [row["instruction"], row.get("input")]
-    task = "\n\n".join(text_of(part, name) for part, name in zip(parts, ("instruction", "input"), strict=True) if part)
-    turns: list[Message] = []
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise Rejected(HISTORY, f"found {json_type(history)}")
-    for number, pair in enumerate(history, 1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise Rejected(HISTORY, f"entry {number} is none")
-        turns += [user(pair[0], f"history {number}"), assistant(pair[1], f"history {number}")]
-    return [*turns, user(task, "instruction"), _reply(row, "output")]
+    """`instruction`, `input`, `output`, `history`, `system`; `context`, `documents`, `choices` or `options` become part
+    of the prompt
+    """
+    return [*_history(row), *_prompt(row, "instruction"), *_replies(row, "output")]
 
 
-@row_format("prompt_completion", "prompt", "completion", optional=(REASONING, *SHARED))
+@row_format("prompt_completion", "prompt", "completion", optional=(*TASK_COLUMNS, *BESIDE))
 def _from_prompt_completion(row: Row) -> list[Message]:
-    """`prompt`, `completion`: texts or lists of messages"""
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(completion, list):  # TRL's conversational form
-        replies = read_messages(completion, "completion")
-    else:
-        replies = [_reply(row, "completion")]
-    return [*_prompt(prompt, "prompt"), *replies]
+    """`prompt`, `completion`: texts or lists of messages; `input`, `context`, `choices` and the like become part of the
+    prompt
+    """
+    return [*_prompt(row, "prompt"), *_replies(row, "completion")]
 
 
-@row_format("question_answer", "question", "answer", optional=(REASONING, *SHARED))
+@row_format("question_answer", "question", "answer", optional=(*TASK_COLUMNS, *BESIDE))
 def _from_question_answer(row: Row) -> list[Message]:
-    """`question`, `answer`"""
-    return [user(row["question"], "question"), _reply(row, "answer")]
+    """`question`, `answer`; `context`, `documents`, `choices` or `options` become part of the prompt, `reasoning` of
+    the reply
+    """
+    return [*_prompt(row, "question"), *_replies(row, "answer")]
 
 
 @row_format(
     "preference",
     "chosen",
     "rejected",
-    optional=("prompt", REASONING, *SHARED),
+    optional=(*PROMPTS, "query", *TASK_COLUMNS, "history", *BESIDE),
     unneeded=("rejected",),
     named_only="trains on the chosen reply of each row",
 )
 def _from_preference(row: Row) -> list[Message]:
-    """`chosen` (and `rejected`): trains on `chosen`, only when you name it"""
-    # A reply to `prompt`, or a whole conversation (with or without the prompt beside it).
-    chosen, prompt = row["chosen"], row.get("prompt")
+    """`chosen` (and `rejected`): trains on `chosen`, only when you name it; the prompt stands in `prompt`, `question`,
+    `instruction` with `input`, `messages` or `conversations`, or in `chosen` itself
+    """
+    chosen = row["chosen"]
+    asked = _asked(row, chosen)
+    if is_message(chosen):
+        chosen = [chosen]
     if isinstance(chosen, list):
-        messages = read_messages(chosen, "chosen")
-        if prompt in (None, "", []) or messages[0]["role"] != "assistant":
-            return messages
-        return [*_prompt(prompt, "prompt"), *messages]
-    if prompt not in (None, "", []):
-        return [*_prompt(prompt, "prompt"), _reply(row, "chosen")]
-    if isinstance(chosen, str) and "Human:" in chosen and "Assistant:" in chosen:
+        replies = read_messages(chosen, "chosen")
+        if any(message["role"] == "user" for message in replies):  # a whole conversation
+            return replies
+    elif not asked and isinstance(chosen, str) and "Human:" in chosen and "Assistant:" in chosen:
         return _from_transcript(chosen)
-    raise Rejected("chosen has no prompt", "a `chosen` that is text needs a `prompt` column beside it")
+    else:
+        replies = [_reply(row, "chosen")]
+    if not asked:
+        raise Rejected("chosen has no prompt", "a `chosen` that is only a reply needs a `prompt` column beside it")
+    return [*asked, *replies]
 
 
-@row_format("text", "text", unless=LABELS)
+@row_format("conversation", "conversation", optional=SHARED)
+def _from_conversation(row: Row) -> list[Message]:
+    """`conversation`: a list of `{human, assistant}`, or of messages"""
+    return read_messages(row["conversation"], "conversation")
+
+
+@row_format("text", "text")
 def _from_text(row: Row) -> str:
-    """`text`: continued pre-training, every token is learnt"""
+    """`text`: continued pre-training, every token is learnt; only where nothing but ids, addresses, dates and scores
+    stands beside it
+    """
     return text_of(row["text"], "text")
 
 
@@ -173,16 +193,66 @@ def _from_transcript(text: str) -> list[Message]:
     return messages
 
 
-def _prompt(prompt: Any, column: str) -> list[Message]:
-    return read_messages(prompt, column) if isinstance(prompt, list) else [user(prompt, column)]
+def _prompt(row: Row, column: str) -> list[Message]:
+    """What is asked, with the columns that belong to it; in a list of messages it becomes part of the last one."""
+    prompt = row[column]
+    if is_message(prompt):
+        prompt = [prompt]
+    if not isinstance(prompt, list):
+        return [user(prompt_of(row, column), column)]
+    messages = read_messages(prompt, column)
+    if messages[-1]["role"] == "user":
+        last = messages[-1]["content"]
+        messages[-1] = {**messages[-1], "content": prompt_of({**row, column: last}, column)}
+    return messages
+
+
+def _asked(row: Row, chosen: Any) -> list[Message]:
+    """What the two replies of a preference answer, or nothing."""
+    column = next((name for name in (*PROMPTS, "query") if row.get(name) not in BLANK), None)
+    if column is None:
+        return [*_history(row), user(prompt_of(row, "input"), "input")] if row.get("input") not in BLANK else []
+    if column not in ("messages", "conversations"):
+        return [*_history(row), *_prompt(row, column)]
+    messages = read_messages(row[column], column)
+    reply = chosen[-1] if isinstance(chosen, list) and chosen else chosen
+    text = reply.get("content", reply.get("value")) if isinstance(reply, dict) else reply
+    if messages[-1]["role"] == "assistant":
+        if messages[-1]["content"] != text:
+            raise Rejected("chosen has no prompt", f"{column} ends in a reply, which is not the chosen one")
+        messages.pop()
+    return messages
+
+
+def _history(row: Row) -> list[Message]:
+    """Earlier turns, as LLaMA-Factory writes them."""
+    turns: list[Message] = []
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise Rejected(HISTORY, f"found {json_type(history)}")
+    for number, pair in enumerate(history, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Rejected(HISTORY, f"entry {number} is none")
+        turns += [user(pair[0], f"history {number}"), assistant(pair[1], f"history {number}")]
+    return turns
+
+
+def _replies(row: Row, column: str) -> list[Message]:
+    """The reply in `column`: a content, a message, or a list of messages (TRL's conversational form)."""
+    value = row[column]
+    if is_message(value):
+        value = [value]
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "type" not in value[0]:
+        return read_messages(value, column)
+    return [_reply(row, column)]
 
 
 def _reply(row: Row, column: str) -> Message:
     """The reply in `column`, with the reasoning beside it."""
     message = assistant(row[column], column)
-    reasoning = row.get(REASONING)
-    if reasoning not in (None, ""):
-        message["reasoning_content"] = text_of(reasoning, REASONING)
+    reasoning = next((name for name in REASONING_KEYS if row.get(name) not in BLANK), None)
+    if reasoning is not None:
+        message["reasoning_content"] = text_of(row[reasoning], reasoning)
     return message
 
 
@@ -205,24 +275,59 @@ class SourceFormat(NamedTuple):
         """The row format's name."""
         return self.row_format.name if self.row_format else None
 
+    def actual(self, canonical: str) -> str:
+        """What a column that the format knows is called in the source."""
+        return self.columns.get(canonical, canonical)
+
     def own_columns(self) -> set[str]:
         """The actual names of the columns that the format reads."""
         canonical = self.row_format.columns if self.row_format else ()
-        return {self.columns.get(name, name) for name in canonical}
+        return {self.actual(name) for name in canonical}
+
+
+Vote = tuple[str, tuple[tuple[str, str], ...]]  # a candidate's format and columns
+
+
+class Candidate(NamedTuple):
+    """A way to read a row: the format, and {canonical: actual} of the columns that make it out."""
+
+    row_format: RowFormat
+    columns: Mapping[str, str]
 
 
 def recognise(columns: Iterable[str]) -> RowFormat | None:
-    """The row format that a set of column names tells, or None."""
+    """The row format that a set of column names tells, or None where there is none, or more than one."""
+    found = candidates(columns)
+    return found[0].row_format if len(found) == 1 else None
+
+
+def candidates(columns: Iterable[str], named: Iterable[str] = ()) -> list[Candidate]:
+    """The ways in which a row of these columns can be read. `named`: those that the user gave their names."""
     there = set(columns)
-    form = next((form for form in ROW_FORMATS.values() if there.issuperset(form.known_by)), None)
-    return form if form is None or there.isdisjoint(form.unless) else None
+    forms = [form for form in ROW_FORMATS.values() if there.issuperset(form.known_by)]
+    meant = [form for form in forms if set(form.known_by) <= set(named)]
+    if meant:
+        return [Candidate(meant[0], {name: name for name in meant[0].known_by})]
+    own = [form for form in forms if form.name not in PAIRS and form.name not in LAST and there.isdisjoint(form.unless)]
+    own.sort(key=lambda form: form.named_only is None)  # preference rows may have their prompt in messages
+    if own:
+        several = own[0].name == "messages" and any(form.name == "sharegpt" for form in own)
+        return [Candidate(form, {name: name for name in form.known_by}) for form in (own[:2] if several else own[:1])]
+    pairs = pair_readings(there, named)
+    if pairs:
+        return [Candidate(ROW_FORMATS[name], mapping) for name, mapping in pairs]
+    rest = [form for form in forms if form.name in LAST and (form.name != "text" or is_lone_text(frozenset(there)))]
+    return [Candidate(form, {name: name for name in form.known_by}) for form in rest[:1]]
 
 
-def source_format(source: str, row_format: str, columns: Mapping[str, str], column_sets: ColumnSets) -> SourceFormat:
+def source_format(
+    source: str, row_format: str, columns: Mapping[str, str], column_sets: ColumnSets, protected: bool = False
+) -> SourceFormat:
     """Decide how to read a source, from the column sets of all its rows.
 
-    row_format and columns as in the settings; with "auto" the format is the one that most rows have. Raises UserError
-    for an unknown format and for a column mapping that names what the format or the source doesn't have.
+    row_format and columns as in the settings; with "auto" the format is the one that most rows have. protected: only
+    what the rows ask is of interest. Raises UserError for an unknown format, for a column mapping that names what the
+    format or the source doesn't have, and where the rows can be read in more than one way.
     """
     there = sorted({column for columns_of_row in column_sets for column in columns_of_row})
     for canonical, actual in columns.items():
@@ -234,24 +339,58 @@ def source_format(source: str, row_format: str, columns: Mapping[str, str], colu
     named = row_format != "auto"
     if named and row_format not in ROW_FORMATS:
         raise UserError(f"{source}: there is no row format '{row_format}'; known are {', '.join(ROW_FORMATS)}")
-    form = ROW_FORMATS[row_format] if named else _most_frequent(column_sets, columns)
-    allowed = form.columns if form else {name for known in ROW_FORMATS.values() for name in known.columns}
-    unknown = next((canonical for canonical in columns if canonical not in allowed), None)
+    renamed = set(_rename(dict.fromkeys(there), columns))
+    known = {name for form in ROW_FORMATS.values() for name in form.columns}
+    other_case = canonical_names(renamed, known)
+    if named:
+        form, mapping = ROW_FORMATS[row_format], _mapping_for(ROW_FORMATS[row_format], renamed, other_case)
+    else:
+        form, mapping = _most_frequent(source, column_sets, columns, other_case, protected)
+    allowed = {*form.columns, JUDGEMENT} if form else {*known, JUDGEMENT}
+    unknown = next((canonical for canonical in columns if canonical not in allowed | set(mapping.values())), None)
     if unknown is not None and column_sets:
         what = f"the row format {form.name} has" if form else "the row formats have"
         raise UserError(f"{source}: `columns` maps '{unknown}', but {what} only {', '.join(sorted(allowed))}")
-    return SourceFormat(form, columns, named)
+    actual = {**other_case, **{canonical: other_case.get(name, name) for canonical, name in mapping.items()}}
+    used = {name for canonical, name in actual.items() if canonical != name}
+    given = {canonical: name for canonical, name in columns.items() if canonical not in used}
+    found = {canonical: columns.get(name, name) for canonical, name in actual.items()}
+    return SourceFormat(form, {**given, **{c: name for c, name in found.items() if c != name}}, named)
 
 
-def _most_frequent(column_sets: ColumnSets, columns: Mapping[str, str]) -> RowFormat | None:
-    votes: Counter[str] = Counter()
+def _mapping_for(form: RowFormat, names: set[str], other_case: Mapping[str, str]) -> Mapping[str, str]:
+    """What a named format's missing columns are called, where there is one way to tell."""
+    if form.name not in PAIRS or names.issuperset(form.known_by):
+        return {}
+    pairs = [mapping for name, mapping in pair_readings(_rename(dict.fromkeys(names), other_case)) if name == form.name]
+    return pairs[0] if len(pairs) == 1 else {}
+
+
+def _most_frequent(
+    source: str, column_sets: ColumnSets, columns: Mapping[str, str], other_case: Mapping[str, str], protected: bool
+) -> tuple[RowFormat | None, Mapping[str, str]]:
+    """The format that most rows have, and its columns' names. Raises UserError where most have more than one."""
+    votes: Counter[tuple[Vote, ...]] = Counter()
     for columns_of_row, count in column_sets.items():
-        form = recognise(_rename(dict.fromkeys(columns_of_row), columns))
-        if form is not None:
-            votes[form.name] += count
+        renamed = _rename(_rename(dict.fromkeys(columns_of_row), columns), other_case)
+        found = candidates(renamed, columns)
+        if found:
+            votes[tuple((one.row_format.name, tuple(one.columns.items())) for one in found)] += count
     order = list(ROW_FORMATS)
-    name = min(votes, key=lambda name: (-votes[name], order.index(name)), default=None)
-    return None if name is None else ROW_FORMATS[name]
+    if not votes:
+        return None, {}
+    best = min(votes, key=lambda found: (-votes[found], [order.index(name) for name, _ in found]))
+    if best[1:] and protected:
+        return None, {}
+    if best[1:]:
+        actual = {**columns, **other_case}
+        lines = [line_for({c: actual.get(name, name) for c, name in mapping}) for _, mapping in best]
+        raise UserError(
+            f"{source}: its columns can be read in more than one way. Add to this source the line that is meant:"
+            + "".join(f"\n  {line}" for line in lines)
+        )
+    name, mapping = best[0]
+    return ROW_FORMATS[name], dict(mapping)
 
 
 def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = None) -> Conversation:
@@ -265,6 +404,11 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     form = source.row_format
     if form is None:
         raise _unrecognised(row, source)
+    if form.name == "text" and not source.named and not is_lone_text(frozenset(row)):
+        raise _unrecognised(row, source)
+    mark = is_undesired(row)
+    if mark is not None:
+        raise Undesired("undesired", f"'{mark}' says that its reply is not to be learnt")
     if form.named_only and not source.named:
         raise Rejected(
             f"{form.name} data ({' and '.join(form.known_by)})", f"`row_format: {form.name}` {form.named_only}"
@@ -281,7 +425,9 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
         return {"text": read}
     messages = _with_system(read, row, system_prompt)
     check_order(messages)
-    given = row.get("tools") or row.get("functions")
+    if form.name in PAIRS:
+        check_options(row, row[form.known_by[1]], messages[-2]["content"] if len(messages) > 1 else "", form.columns)
+    given = next((row[name] for name in TOOLS if row.get(name)), None)
     tools = read_tools(given) if given else None
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
 
@@ -291,6 +437,7 @@ def to_prompt(row: Row, source: SourceFormat) -> Conversation:
 
     Raises Rejected where there is no prompt either.
     """
+    row = {name: value for name, value in row.items() if name not in ROW_MARKS}  # what is asked is asked in any case
     try:
         return to_conversation(row, source)
     except Rejected:
@@ -298,20 +445,28 @@ def to_prompt(row: Row, source: SourceFormat) -> Conversation:
         column = next((name for name in PROMPTS if row.get(name)), None)
         if column is None:
             raise
-    asked = _prompt(row[column], column)
-    if isinstance(row.get("input"), str) and column == "instruction":
-        asked[0]["content"] += f"\n\n{row['input']}"
+    asked = _prompt(row, column) if isinstance(row[column], list) else [user(_asked_alone(row, column), column)]
     if asked[-1]["role"] != "assistant":
         asked.append({"role": "assistant", "content": ""})
     return {"messages": asked}
 
 
+def _asked_alone(row: Row, column: str) -> str:
+    """What a row of a test set asks; of an instruction with its input."""
+    beside = {"input": row.get("input")} if column == "instruction" else {}
+    return prompt_of({column: row[column], **beside}, column)
+
+
 def _with_system(messages: list[Message], row: Row, system_prompt: str | None) -> list[Message]:
-    """A `system` column is the system message unless the conversation has one already; then comes `system_prompt`."""
-    system = row.get("system")
-    if messages[0]["role"] == "system" or (system in (None, "") and not system_prompt):
+    """A column of SYSTEMS is the system message unless the conversation has one already; then comes `system_prompt`."""
+    if messages[0]["role"] == "system":
         return messages
-    content = (system_prompt or "") if system in (None, "") else text_of(system, "system")
+    given = [name for name in SYSTEMS if row.get(name) not in (None, "")]
+    if len({str(row[name]) for name in given}) > 1:
+        raise Rejected("more than one system message", f"the columns {' and '.join(given)} differ")
+    if not given and not system_prompt:
+        return messages
+    content = text_of(row[given[0]], given[0]) if given else system_prompt or ""
     return [{"role": "system", "content": content}, *messages]
 
 

@@ -21,13 +21,14 @@ from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
 from adder.data.records import Reading
-from adder.formatting import block_converter, card_figures, heldout_split, minhash
+from adder.formatting import block_converter, card_figures, heldout_split, minhash, row_notes
 from adder.formatting.accepted_rows import CLASSES, LEFT_OUT, AcceptedRows
 from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, UNDECIDED, ConversionRules, RejectKind, Survey
 from adder.formatting.conversation_file import write_conversations
 from adder.formatting.findings import decide, quality, write_findings
 from adder.formatting.records import Card, Counts
 from adder.formatting.row_formats import ColumnSets, SourceFormat, source_format
+from adder.formatting.row_notes import Notes
 from adder.formatting.spool import Spool
 from adder.formatting.stage import FormatSettings
 
@@ -35,6 +36,7 @@ COUNTS = ("rows_in", *CLASSES, "rejected")
 FEW_HELDOUT = 30  # an interval over fewer rows is too wide to tell anything but the plainest difference
 ENOUGH = 4 << 20  # bytes of rows that are worth a worker
 MOST_COLUMNS = 20  # columns of one source that are looked at for categories
+MOST_NOTES = 30  # that are said of the rows
 SHOWN = 200  # characters of a rejected row in a message
 
 Readings = dict[str, Reading]
@@ -50,10 +52,11 @@ class FormatInputs:
 
 @dataclass
 class Rejects:
-    """How many rows rejects.jsonl holds, by kind of reason and by source."""
+    """How many rows rejects.jsonl holds, by kind of reason and by source; and, by source, how many are undesired."""
 
     kinds: dict[str, RejectKind] = field(default_factory=dict)
     by_source: Counter[str] = field(default_factory=Counter)
+    undesired: Counter[str] = field(default_factory=Counter)
 
     def add(self, kinds: dict[str, RejectKind], by_source: Counter[str]) -> None:
         """Take those of one block."""
@@ -88,9 +91,12 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
     rows_path, progress = inputs.data / "rows.jsonl", context.progress
     readings: Readings = read_json(inputs.data / "reading.json")
     survey = _survey(rows_path, context)
-    rules = _rules(readings, survey, settings, progress)
+    rules = _rules(readings, survey, settings)
+    column_notes = _say_formats(rules, survey, progress)
     spool = Spool(out / "spool")
-    rows, rejects, columns = _convert(rows_path, survey.rows.total(), rules, spool, out / "rejects.jsonl", context)
+    rows, rejects, columns, notes = _convert(
+        rows_path, survey.rows.total(), rules, spool, out / "rejects.jsonl", context
+    )
     _refuse_unusable(survey.rows.total(), rows, rejects, settings.max_rejected)
 
     own_sources = not rows.are(UNDECIDED).any()
@@ -120,6 +126,7 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
         "columns": columns.result(),
         "quality": quality(rows, spool, findings, settings),
         "split": heldout_split.describe(settings, counts["heldout"], counts["train"], own_sources),
+        "notes": [*column_notes, *notes],
         **figures.result(),
     }
     write_json(out / "card.json", card)
@@ -136,11 +143,17 @@ def _survey(rows_path: Path, context: Context) -> Survey:
     return survey
 
 
-def _rules(readings: Readings, survey: Survey, settings: FormatSettings, progress: Progress) -> ConversionRules:
+def _rules(readings: Readings, survey: Survey, settings: FormatSettings) -> ConversionRules:
     """How the rows are to be read, as the settings and a look at their columns tell."""
     nothing: ColumnSets = Counter()
     formats = {
-        name: source_format(name, asked["row_format"], asked["columns"], survey.column_sets.get(name, nothing))
+        name: source_format(
+            name,
+            asked["row_format"],
+            asked["columns"],
+            survey.column_sets.get(name, nothing),
+            protected=asked["split"] == "test",
+        )
         for name, asked in readings.items()
     }
     columns = {name: {c for columns in survey.column_sets.get(name, ()) for c in columns} for name in readings}
@@ -152,11 +165,23 @@ def _rules(readings: Readings, survey: Survey, settings: FormatSettings, progres
             f"data.heldout.{which} names the column '{value_column}', which no row has. The columns there: "
             f"{', '.join(there[:30])}"
         )
-    for name, source in formats.items():
-        progress.say(f"{name}: {(source.name or 'no known row format').replace('_', ' ')}")
     categorical = {name: _maybe_categorical(there, formats[name]) for name, there in columns.items()}
     sign = settings.near_duplicates != "off"
     return ConversionRules(formats, settings.system_prompt, value_column, categorical, sign)
+
+
+def _say_formats(rules: ConversionRules, survey: Survey, progress: Progress) -> list[str]:
+    """Say of each source what its rows are and which of their columns are read; what the card should repeat of that."""
+    notes: list[str] = []
+    nothing: ColumnSets = Counter()
+    for name, source in rules.formats.items():
+        column_sets = survey.column_sets.get(name, nothing)
+        progress.say(f"{name}: {(source.name or 'no known row format').replace('_', ' ')}")
+        found = row_notes.column_notes(source, column_sets, [rules.value_column or ""])
+        notes += [f"{name}: {note}" for note in found]
+        for note in found:
+            progress.say(f"{name}: {note}")
+    return notes
 
 
 def _maybe_categorical(columns: set[str], source: SourceFormat) -> list[str]:
@@ -175,9 +200,10 @@ def _over_blocks(
 
 def _convert(
     rows_path: Path, total: int, rules: ConversionRules, spool: Spool, rejects_path: Path, context: Context
-) -> tuple[AcceptedRows, Rejects, card_figures.CategoricalColumns]:
+) -> tuple[AcceptedRows, Rejects, card_figures.CategoricalColumns, list[str]]:
     """Convert all rows: conversations into the spool, rejects into their file, the rest into arrays."""
     rejects, columns = Rejects(), card_figures.CategoricalColumns()
+    notes: Notes = Counter()
     # The one large array is filled in place: to join parts would take its memory twice.
     signatures = np.empty((total if rules.sign else 0, minhash.PERMUTATIONS), dtype=np.uint8)
     blocks: list[block_converter.ConvertedBlock] = []
@@ -192,13 +218,18 @@ def _convert(
             accepted += count
             rejects_file.write(block.rejects)
             rejects.add(block.kinds, block.rejected)
+            rejects.undesired.update(block.undesired)
+            notes.update(block.notes)
             columns.add(block.categories)
             # What stays of a block is its small arrays.
-            blocks.append(block._replace(part=b"", rejects=b"", signatures=None, categories={}, kinds={}))
+            blocks.append(
+                block._replace(part=b"", rejects=b"", signatures=None, categories={}, kinds={}, notes=Counter())
+            )
             rejected = rejects.by_source.total()
-            context.progress.line(f"{accepted + rejected:,} of {total:,} rows read, {rejected:,} rejected")
+            seen = accepted + rejected + rejects.undesired.total()
+            context.progress.line(f"{seen:,} of {total:,} rows read, {rejected:,} rejected")
     spool.finish()
-    assert accepted + rejects.by_source.total() == total
+    assert accepted + rejects.by_source.total() + rejects.undesired.total() == total
     values = [block.value for block in blocks if block.value is not None]
     rows = AcceptedRows(
         sources=list(rules.formats),
@@ -210,7 +241,10 @@ def _convert(
         value=_joined(values, np.uint64) if rules.value_column else None,
         signatures=signatures[:accepted],
     )
-    return rows, rejects, columns
+    noted = [f"{source}: {note} ({count:,} rows)" for (source, note), count in notes.most_common(MOST_NOTES)]
+    for note in noted:
+        context.progress.say(note)
+    return rows, rejects, columns, noted
 
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -223,7 +257,9 @@ def _joined(parts: list[npt.NDArray[Scalar]], dtype: type[Scalar]) -> npt.NDArra
 def _refuse_unusable(total: int, rows: AcceptedRows, rejects: Rejects, limit: float) -> None:
     """Raise UserError where no row is left but of test sets, or more than the share `limit` is rejected."""
     if rows.are(TEST).all():
-        raise UserError(f"no row can be used{rejects.because()}")
+        undesired = rejects.undesired.total()
+        why = f"; {undesired:,} rows say of their reply that it is not to be learnt" if undesired else ""
+        raise UserError(f"no row can be used{why}{rejects.because()}")
     rejected = rejects.by_source.total()
     if rejected > limit * total:
         raise UserError(
@@ -247,8 +283,8 @@ def _count(rows: AcceptedRows, rejects: Rejects, survey: Survey) -> dict[str, Co
     """The card's counts by source. Every row that was read is in exactly one class."""
     by_source: dict[str, Counts] = {}
     for name, found in zip(rows.sources, rows.count_by_source(), strict=True):
-        rows_in, rejected = survey.rows[name], rejects.by_source[name]
-        assert sum(found.values()) + rejected == rows_in, (name, found)
+        rows_in, rejected, undesired = survey.rows[name], rejects.by_source[name], rejects.undesired[name]
+        assert sum(found.values()) + rejected + undesired == rows_in, (name, found)
         by_source[name] = {
             "rows_in": rows_in,
             "train": found["train"],
@@ -258,6 +294,7 @@ def _count(rows: AcceptedRows, rejects: Rejects, survey: Survey) -> dict[str, Co
             "near_duplicates": found["near_duplicates"],
             "leaked": found["leaked"],
             "left_out": found["left_out"],
+            "undesired": undesired,
             "rejected": rejected,
         }
     return by_source
@@ -267,7 +304,7 @@ def _total(by_source: dict[str, Counts]) -> Counts:
     """The counts of all sources together."""
     total: Counts = {
         "rows_in": 0, "train": 0, "heldout": 0, "tests": 0, "duplicates": 0, "near_duplicates": 0, "leaked": 0,
-        "left_out": 0, "rejected": 0,
+        "left_out": 0, "undesired": 0, "rejected": 0,
     }  # fmt: skip
     for counts in by_source.values():
         for key in total:
@@ -280,7 +317,7 @@ def _refuse_empty(counts: Counts, share: float | None, rejects: Rejects) -> None
     dropped = (
         f"{counts['duplicates']:,} duplicates, {counts['leaked']:,} also held out, {counts['rejected']:,} rejected"
     )
-    for key in ("near_duplicates", "left_out"):
+    for key in ("near_duplicates", "left_out", "undesired"):
         if counts[key]:
             dropped += f", {counts[key]:,} {key.replace('_', ' ')}"
     if not counts["train"]:

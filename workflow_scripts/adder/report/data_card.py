@@ -38,6 +38,7 @@ def dataset_card(title: str, facts: RunFacts) -> str:
         "## What became of the rows",
         table(("Rows", "", ""), [(name, f"{count:,}", text(note)) for name, count, note in fates(facts)], (1,)),
         *_rejected(card),
+        *_notes(card),
         "## Quality",
         *[f"**{found.title}.** {text(found.summary)} {text(found.method)}".strip() for found in findings(card)],
         "## What is in it",
@@ -116,6 +117,10 @@ def _sources(facts: RunFacts) -> list[str]:
     if noticed:
         found.append(table(("Source", "Noticed while reading"), noticed))
     return [*found, table(("Source", "", "Digest"), pinned)] if pinned else found
+
+
+def _notes(card: Card) -> list[str]:
+    return ["How they were read:", "\n".join(f"- {text(note)}" for note in card["notes"])] if card["notes"] else []
 
 
 def _rejected(card: Card) -> list[str]:

@@ -17,7 +17,9 @@ from adder.report.stage import ReportSettings
 
 SCHEMA_VERSION = 2
 # What becomes of a row: one of these.
-DATA_CLASSES = ("train", "heldout", "tests", "duplicates", "near_duplicates", "leaked", "left_out", "rejected")
+DATA_CLASSES = (
+    *("train", "heldout", "tests", "duplicates", "near_duplicates", "leaked", "left_out", "undesired", "rejected"),
+)
 # What train.json says that isn't a figure of the training: it has keys of its own, or is for the report alone.
 NOT_FIGURES = ("facts", "kept", "preflight")
 

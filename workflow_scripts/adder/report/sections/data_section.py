@@ -97,6 +97,7 @@ def view(run: RunReport) -> View:
         "plot": plots.flow(card["rows_in"], flow_parts(card), "Rows in, and what became of them"),
         "card": card,
         "split": ticked(sentence(card["split"])),
+        "notes": [ticked(note) for note in card["notes"]],
         "fates": fates(facts),
         "sources": source_rows(facts),
         "reasons": bars(reasons),
@@ -129,6 +130,7 @@ def flow_parts(card: Card) -> list[plots.Part]:
         plots.Part("near-duplicates", card["near_duplicates"], "plain"),
         plots.Part("leaked", card["leaked"], "plain"),
         plots.Part("left out", card["left_out"], "plain"),
+        plots.Part("undesired", card["undesired"], "plain"),
         plots.Part("rejected", card["rejected"], "past"),
     ]
     return [part for number, part in enumerate(parts) if number < 2 or part.count]
@@ -150,6 +152,7 @@ def fates(facts: RunFacts) -> list[tuple[str, int, str]]:
         ("Near-duplicates", card["near_duplicates"], "nearly repeat an earlier row; dropped"),
         ("Leaked", card["leaked"], leaked),
         ("Left out", card["left_out"], "by weights below 1"),
+        ("Undesired", card["undesired"], "say of their own reply that it is not to be learnt"),
         ("Rejected", card["rejected"], "can't be used, for the reasons below" if card["rejected"] else ""),
         ("Not tokenized", tokenize["rejected_count"], "the template or the vocabulary can't hold them"),
         ("Too long", lengths["dropped"], f"longer than {lengths['max_seq_length']['value']:,} tokens; dropped"),

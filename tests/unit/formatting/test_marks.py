@@ -1,0 +1,75 @@
+"""Marks that say "don't learn this"."""
+
+import pytest
+
+from adder.formatting.marks import JUDGEMENTS, LEARNT, UNLEARNT, is_learnt, is_undesired
+from adder.formatting.rejected import Rejected
+from format_stage import format_rows, qa, reply, user
+
+
+@pytest.mark.parametrize("key", LEARNT)
+@pytest.mark.parametrize("no", [False, 0, 0.0])
+def test_a_reply_marked_not_to_be_learnt(key, no):
+    assert not is_learnt({key: no}, "m")
+    assert is_learnt({key: True}, "m") and is_learnt({key: 1.0}, "m") and is_learnt({key: None}, "m")
+
+
+@pytest.mark.parametrize("key", UNLEARNT)
+def test_a_reply_that_is_masked(key):
+    assert not is_learnt({key: True}, "m") and is_learnt({key: False}, "m")
+
+
+@pytest.mark.parametrize("mark", [0.5, "no", [0, 1], {}])
+def test_a_mark_that_is_neither_is_refused(mark):
+    with pytest.raises(Rejected, match="other than 0 and 1"):
+        is_learnt({"loss": mark}, "m")
+
+
+def test_spans_within_a_message_are_refused_unless_they_are_all_of_it():
+    spans = [{"begin_offset": 0, "end_offset": 3, "train": False}, {"begin_offset": 4, "end_offset": 9, "train": True}]
+    with pytest.raises(Rejected, match="'train_detail' marks parts of a message: m; only whole messages"):
+        is_learnt({"train_detail": spans}, "m")
+    assert is_learnt({"train_detail": spans[1:]}, "m") and is_learnt({"train_detail": []}, "m")
+
+
+@pytest.mark.parametrize("no", [False, "false", "False"])
+@pytest.mark.parametrize("key", JUDGEMENTS)
+def test_a_row_judged_undesired(key, no):
+    assert is_undesired({key: no}) == key
+    assert is_undesired({key: True}) is None and is_undesired({key: "spam"}) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "mark"),
+    [({"kto_tag": 0}, "kto_tag"), ({"label": 0}, None), ({"weight": 0.0}, "weight"), ({"loss": 0.0}, None),
+     ({"loss": False}, "loss"), ({"mask": True}, "mask"), ({"train": False}, "train"), ({"trainable": True}, None)],
+)  # fmt: skip
+def test_marks_of_rows_are_numbers_only_where_that_leaves_no_doubt(row, mark):
+    assert is_undesired(row) == mark
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda n: {"messages": [user(f"q {n}"), reply(f"a {n}")]},
+        lambda n: {"prompt": f"q {n}", "completion": f"a {n}"},
+        lambda n: {"prompt": f"q {n}", "response": f"a {n}"},
+        lambda n: {"conversations": [{"from": "human", "value": f"q {n}"}, {"from": "gpt", "value": f"a {n}"}]},
+    ],
+)
+@pytest.mark.parametrize("mark", ["label", "kto_tag"])
+def test_undesired_replies_are_counted_and_in_neither_split(tmp_path, row, mark):
+    rows = [{**row(n), mark: n % 2 == 0} for n in range(20)]
+    formatted = format_rows(tmp_path, rows, {"size": 2}, max_rejected=0.1)
+    assert (formatted.card["undesired"], formatted.card["rejected"]) == (10, 0)
+    replies = {one["messages"][-1]["content"] for one in formatted.train + formatted.heldout}
+    assert replies == {f"a {n}" for n in range(0, 20, 2)}
+    assert formatted.card["by_source"]["rows"]["undesired"] == 10
+
+
+def test_a_label_that_is_a_class_is_no_judgement_and_named(tmp_path):
+    formatted = format_rows(tmp_path, [qa(f"q {n}", label="spam") for n in range(4)], {"size": 1})
+    assert formatted.card["undesired"] == 0
+    assert formatted.card["notes"] == [
+        "rows: the column 'label' is neither true nor false, so nothing reads it (4 rows)"
+    ]

@@ -1,0 +1,57 @@
+"""What the run says of rows that it uses: in the terminal, and in the card."""
+
+from collections import Counter
+
+import pytest
+
+from adder.formatting.row_notes import column_notes, listed, notes_of
+from format_stage import format_of, format_rows, qa, reply, user
+
+
+def test_columns_that_nothing_reads_are_named_with_their_rows():
+    row = {"question": "q", "answer": "a", "context": "c", "level": 3, "label": True}
+    source = format_of(row)
+    sets = Counter({tuple(row): 3, ("question", "answer", "id"): 2})
+    notes = column_notes(source, sets, [])
+    assert notes == ["part of the prompt: context", "nothing reads the columns level (3 rows), id (2 rows)"]
+    assert column_notes(source, sets, ["level", "id"]) == notes[:1]
+
+
+def test_a_mapping_is_said_as_the_line_that_it_is_instead_of():
+    row = {"Problem": "q", "solution": "a"}
+    notes = column_notes(format_of(row), Counter({tuple(row): 1}), [])
+    assert notes == ["read as if it had the line `columns: {question: Problem, answer: solution}`"]
+
+
+@pytest.mark.parametrize(
+    ("row", "notes"),
+    [
+        ({"messages": [user("q"), reply("a", mood="m", train=True, name=None)]}, ["nothing reads the key 'mood' of m"]),
+        ({"messages": [user("q"), reply(4)]}, ["a message's content is a number, written as JSON"]),
+        ({"question": "q", "answer": 4}, ["'answer' is a number, written as JSON"]),
+        ({"question": "q", "answer": False}, ["'answer' is true or false, written as JSON"]),
+        ({"query": "q", "response": {"a": 1}}, ["'response' is an object, written as JSON"]),
+        ({"question": "q", "answer": "a"}, []),
+        ({"messages": [user("q"), reply("a")]}, []),
+        ({"text": "t", "id": 3}, []),
+    ],
+)
+def test_what_is_to_be_known_of_a_row(row, notes):
+    found = list(notes_of(row, format_of(row)))
+    assert len(found) == len(notes) and all(one.startswith(note) for one, note in zip(found, notes, strict=True))
+
+
+def test_each_note_is_in_the_card_once_with_its_count(tmp_path):
+    rows = [{"messages": [user(f"q {n}"), reply("a", mood="m")], "level": n} for n in range(5)]
+    formatted = format_rows(tmp_path, rows, {"size": 1})
+    assert formatted.card["notes"] == [
+        "rows: nothing reads the columns level (5 rows)",
+        "rows: nothing reads the key 'mood' of messages (5 rows)",
+    ]
+    numbers = format_rows(tmp_path / "numbers", [qa(f"q {n}", n) for n in range(5)], {"size": 1})
+    assert numbers.card["notes"] == ["rows: 'answer' is a number, written as JSON (5 rows)"]
+    assert {row["messages"][-1]["content"] for row in numbers.train + numbers.heldout} == set("01234")
+
+
+def test_a_line_names_a_dozen_columns_and_how_many_more():
+    assert listed({f"c{n}": 1 for n in range(14)}).endswith("c11 (1 rows), 2 more")

@@ -1,0 +1,102 @@
+"""Columns that belong to what is asked stand in the prompt, or the row is refused."""
+
+import pytest
+
+from adder.formatting.rejected import Rejected
+from adder.formatting.task_columns import NO_OPTIONS, labelled
+from format_stage import read, reply, system, user
+
+
+def messages_of(row, *args):
+    return read(row, *args)["messages"]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"question": "q", "answer": "a", "context": "c"}, "c\n\nq"),
+        ({"question": "q", "answer": "a", "documents": ["c", "d"]}, "c\n\nd\n\nq"),
+        ({"question": "q", "answer": "a", "documents": [{"title": "t", "text": "c"}]}, "t\nc\n\nq"),
+        ({"question": "q", "answer": "a", "context": {"x": 1}}, '{"x": 1}\n\nq'),
+        ({"question": "In c, q", "answer": "a", "context": "c"}, "In c, q"),
+        ({"question": "q", "answer": "a", "context": None, "choices": []}, "q"),
+        ({"question": "q", "answer": "B", "choices": ["x", "y"]}, "q\n\nA. x\nB. y"),
+        ({"question": "q", "answer": "y", "options": {"A": "x", "B": "y"}}, "q\n\nA. x\nB. y"),
+        ({"question": "q", "answer": "2", "choices": {"label": ["1", "2"], "text": ["x", "y"]}}, "q\n\n1. x\n2. y"),
+        ({"question": "q A. x B. y", "answer": "B", "options": ["x", "y"]}, "q A. x B. y"),
+        ({"instruction": "i", "output": "a", "context": "c"}, "i\n\nc"),
+        ({"instruction": "i", "response": "a", "context": "c"}, "i\n\nc"),
+        ({"instruction": "i", "input": "n", "output": "a", "context": "c"}, "i\n\nn\n\nc"),
+        ({"instruction": "i", "input": 0, "output": "a"}, "i\n\n0"),
+        ({"instruction": "i", "input": False, "output": "a"}, "i\n\nfalse"),
+        ({"prompt": "p", "completion": "a", "input": "n"}, "p\n\nn"),
+        ({"prompt": [user("p")], "completion": "a", "input": "n"}, "p\n\nn"),
+        ({"Question": "q", "Answer": "a", "Context": "c"}, "c\n\nq"),
+        ({"query": "q", "response": "a", "passage": "c"}, "c\n\nq"),
+        ({"context": "c", "input": "q", "output": "a"}, "c\n\nq"),
+    ],
+)
+def test_what_a_row_is_about_is_part_of_its_prompt(row, prompt):
+    assert messages_of(row)[-2] == user(prompt)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": "a"},
+        {"instruction": "q", "output": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"messages": [user("q"), reply("a")]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"query": "q", "response": "a"},
+    ],
+)
+def test_a_system_column_beside_any_form(row, name):
+    assert messages_of({**row, name: "s"}) == [system("s"), user("q"), reply("a")]
+
+
+def test_two_system_columns_that_differ_are_refused():
+    with pytest.raises(Rejected, match="more than one system message"):
+        read({"question": "q", "answer": "a", "system": "s", "system_prompt": "t"})
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_beside_a_reply(name):
+    row = {"question": "q", "answer": "a", name: "r"}
+    assert messages_of(row) == [user("q"), reply("a", reasoning_content="r")]
+
+
+def test_available_tools_are_tools():
+    row = {"question": "q", "answer": "a", "available_tools": [{"name": "f"}]}
+    assert read(row)["tools"] == [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": "B", "A": "x", "B": "y"},
+        {"question": "q", "answer": "(b)", "distractors": ["x", "y"]},
+        {"prompt": "q", "completion": "C.", "candidates": ["x", "y", "z"]},
+        {"question": "q", "answer": 1, "choices": ["x", "y"]},
+        {"question": "q", "answer": "1", "choices": ["x", "y"]},
+        {"question": "q", "answer": "E", "choices": ["x", "y"]},
+    ],
+)
+def test_a_reply_that_names_an_option_nobody_sees_is_refused(row):
+    with pytest.raises(Rejected) as caught:
+        read(row)
+    assert caught.value.kind == NO_OPTIONS
+
+
+def test_a_letter_may_be_the_answer():
+    assert messages_of({"question": "Which grade?", "answer": "A", "id": 3})[-1] == reply("A")
+    assert messages_of({"question": "Which? A) x B) y", "answer": "A", "topic": "t"})[-1] == reply("A")
+
+
+def test_options_have_labels():
+    assert labelled(["x", 2], "choices") == [("A", "x"), ("B", "2")]
+    assert labelled([{"label": "i", "text": "x"}], "choices") == [("i", "x")]
+    assert labelled("x or y", "choices") == labelled(None, "choices") == []
+    with pytest.raises(Rejected, match="options are no list"):
+        labelled(3, "choices")

@@ -1,0 +1,101 @@
+"""What a person should know of rows that are used: keys that nothing reads, values that became text."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from adder.formatting.column_names import line_for
+from adder.formatting.marks import ROW_MARKS, verdict
+from adder.formatting.messages import BLANK, MESSAGE_KEYS
+from adder.formatting.rejected import json_type
+from adder.formatting.row_formats import ColumnSets, SourceFormat
+from adder.formatting.task_columns import TASK_COLUMNS
+
+Row = Mapping[str, Any]
+Notes = Counter[tuple[str, str]]  # (source, what of it): rows
+TEXTS = (str, list, type(None))
+AS_JSON = (bool, int, float, dict)
+MOST_NOTED = 12  # columns that one line names
+MOST_NOTES = 200  # of a block; keys that are data would be without end
+
+
+def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
+    """What is to be known of one row that is used, each thing once."""
+    form = source.row_format
+    if form is None:
+        return
+    found: set[str] = set()
+    for canonical in form.columns:
+        value = row.get(source.actual(canonical))
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            found.update(_of_messages(value))
+        elif canonical in form.texts and isinstance(value, AS_JSON):
+            found.add(f"'{source.actual(canonical)}' is {json_type(value)}, written as JSON")
+    for key in row.keys() & _ROW_MARKS:
+        if row[key] not in BLANK and verdict(row, key) is None:
+            found.add(f"the column '{key}' is neither true nor false, so nothing reads it")
+    yield from found
+
+
+def unread_columns(source: SourceFormat, column_sets: ColumnSets, also_read: Iterable[str]) -> dict[str, int]:
+    """The columns that nothing reads, and how many rows have each, most frequent first.
+
+    also_read: columns that are read whatever the format.
+    """
+    read = {*source.own_columns(), *ROW_MARKS, *also_read}
+    found: Counter[str] = Counter()
+    for columns, rows in column_sets.items():
+        found.update(dict.fromkeys(set(columns) - read, rows))
+    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def column_notes(source: SourceFormat, column_sets: ColumnSets, also_read: Iterable[str]) -> list[str]:
+    """Which columns are read under other names, which become part of the prompt, and which nothing reads; a line each.
+
+    also_read: columns that are read whatever the format.
+    """
+    form = source.row_format
+    if form is None:
+        return []
+    there = {column for columns in column_sets for column in columns}
+    notes: list[str] = []
+    if source.columns:
+        notes.append(f"read as if it had the line `{_shown_line(source)}`")
+    task = [actual for name in TASK_COLUMNS if name in form.optional and (actual := source.actual(name)) in there]
+    if task:
+        notes.append(f"part of the prompt: {', '.join(task)}")
+    unread = unread_columns(source, column_sets, also_read)
+    if unread:
+        notes.append(f"nothing reads the columns {listed(unread)}")
+    return notes
+
+
+def _shown_line(source: SourceFormat) -> str:
+    return line_for({_shown(canonical): _shown(actual) for canonical, actual in source.columns.items()})
+
+
+def listed(columns: Mapping[str, int]) -> str:
+    """Columns and their rows, as a line lists them."""
+    names = [f"{_shown(name)} ({rows:,} rows)" for name, rows in columns.items()]
+    more = [f"{len(names) - MOST_NOTED:,} more"] if len(names) > MOST_NOTED else []
+    return ", ".join([*names[:MOST_NOTED], *more])
+
+
+_ROW_MARKS = frozenset(ROW_MARKS)
+
+
+def _shown(name: str) -> str:
+    """A name shortened, and without half surrogate pairs."""
+    return name[:40].encode("utf-8", "backslashreplace").decode()
+
+
+def _of_messages(messages: list[Any]) -> Iterator[str]:
+    for message in messages:
+        if not isinstance(message, dict):
+            continue
+        content = message.get("content", message.get("value"))
+        if not isinstance(content, TEXTS):
+            yield f"a message's content is {json_type(content)}, written as JSON"
+        for key in message.keys() - MESSAGE_KEYS if len(message) > 2 else ():
+            if message[key] not in BLANK and message[key] != {}:
+                yield f"nothing reads the key '{_shown(key)}' of messages"

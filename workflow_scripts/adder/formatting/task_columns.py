@@ -1,0 +1,125 @@
+"""Columns that belong to what is asked: a context, an input, options to choose from. They become part of the prompt."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from adder.formatting.column_names import folded
+from adder.formatting.messages import BLANK, as_text
+from adder.formatting.rejected import Rejected
+
+Row = Mapping[str, Any]
+
+CONTEXTS = (
+    *("context", "contexts", "passage", "passages", "document", "documents", "article", "story", "background"),
+    *("paragraph", "paragraphs", "schema"),
+)
+OPTIONS = ("choices", "options")
+TASK_COLUMNS = ("input", *CONTEXTS, *OPTIONS)
+TITLES = ("title", "name")
+TEXTS = ("text", "content", "contents", "page_content", "passage", "body", "document")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LABEL = re.compile(r"\(?([A-Za-z]|\d{1,2})\)?[.):]?")  # a reply that names an option and says nothing else
+# Columns that hold options, of which nothing is read.
+OPTION_NAME = re.compile(
+    r"[a-j]|(op|opt|option|choice|answer|ans|ending|distractor|incorrect|wrong|candidate|alternative)s?_?([a-j]|\d+)?(_.*)?"
+)
+NO_OPTIONS = "the reply names an option that the prompt doesn't show"
+
+
+def prompt_of(row: Row, column: str) -> str:
+    """What a row asks: the text of `column` with input, context and options around it.
+
+    A context stands before a question and behind an instruction; what the question says already isn't said twice.
+    """
+    asked = "" if row.get(column) in BLANK else as_text(row[column], column)
+    contexts = [text for name in CONTEXTS if (text := _context(row.get(name), name)) and text not in asked]
+    given = row.get("input")
+    extra = [as_text(given, "input")] if column != "input" and given not in BLANK else []
+    options = [text for name in OPTIONS if (text := _options(row.get(name), name, asked))]
+    if column == "instruction":
+        parts = [asked, *extra, *contexts, *options]
+    else:
+        parts = [*contexts, asked, *extra, *options]
+    text = "\n\n".join(part for part in parts if part)
+    if not asked and not extra:
+        raise Rejected("content is empty", column)
+    return text
+
+
+def check_options(row: Row, reply: Any, prompt: str, read: Iterable[str]) -> None:
+    """Refuse a reply that is the name or number of an option where the prompt doesn't tell which that is.
+
+    read: the columns that are read. Raises Rejected.
+    """
+    named = LABEL.fullmatch(reply.strip()) if isinstance(reply, str) else None
+    number = isinstance(reply, int) and not isinstance(reply, bool)
+    given = [option for name in OPTIONS for option in labelled(row.get(name), name)]
+    if given:
+        shown = {label for label, _ in given} | {text for _, text in given}
+        plain = named[1] if named else str(reply)
+        if (named or number) and plain not in shown and plain.upper() not in shown:
+            raise Rejected(NO_OPTIONS, f"the reply is {str(reply)[:40]!r}; say by `convert:` which option that is")
+        return
+    if named is None or not named[1].isalpha() or _shows(prompt, named[1]):
+        return
+    known = set(read)
+    unread = [name for name in row if name not in known and row[name] not in BLANK and _holds_options(name, row[name])]
+    if unread:
+        raise Rejected(
+            NO_OPTIONS, f"the reply is {str(reply)[:40]!r}, and nothing reads the columns {', '.join(unread[:8])}"
+        )
+
+
+def labelled(options: Any, where: str) -> list[tuple[str, str]]:
+    """Options as (label, text): from a list of texts, {"label": [...], "text": [...]}, or {label: text}."""
+    if options in (*BLANK, {}) or isinstance(options, str):
+        return []
+    if isinstance(options, dict):
+        texts = options.get("text")
+        labels = options.get("label")
+        if isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels):
+            return [(str(label), as_text(text, where)) for label, text in zip(labels, texts, strict=True)]
+        return [(str(label), as_text(text, where)) for label, text in options.items() if text not in BLANK]
+    if not isinstance(options, list):
+        raise Rejected("options are no list", where)
+    pairs: list[tuple[str, str]] = []
+    for number, option in enumerate(options):
+        label = LETTERS[number] if number < len(LETTERS) else str(number + 1)
+        if isinstance(option, dict) and {"label", "text"} <= option.keys():
+            label, option = str(option["label"]), option["text"]
+        pairs.append((label, as_text(option, where)))
+    return pairs
+
+
+def _options(options: Any, where: str, asked: str) -> str:
+    if isinstance(options, str):
+        return "" if options.strip() in asked else options
+    pairs = labelled(options, where)
+    if pairs and all(text in asked for _, text in pairs):
+        return ""
+    return "\n".join(f"{label}. {text}" for label, text in pairs)
+
+
+def _context(value: Any, where: str) -> str:
+    """A context as text: documents one after the other, each under its title."""
+    if value in (*BLANK, {}) or (isinstance(value, str) and not value.strip()):
+        return ""
+    if isinstance(value, list):
+        return "\n\n".join(text for part in value if (text := _context(part, where)))
+    if isinstance(value, dict):
+        body = next((value[key] for key in TEXTS if isinstance(value.get(key), str)), None)
+        if body is not None:
+            title = next((value[key] for key in TITLES if isinstance(value.get(key), str)), "")
+            return f"{title}\n{body}".strip()
+    return as_text(value, where)
+
+
+def _shows(prompt: str, letter: str) -> bool:
+    """Whether a prompt lists options: one of this letter with a sign behind it, or in brackets."""
+    return re.search(rf"(?mi)(^|[\s(\[]){re.escape(letter)}\s*[.):\]]", prompt) is not None
+
+
+def _holds_options(name: str, value: Any) -> bool:
+    """Whether a column may be one of the options, or all of them."""
+    return isinstance(value, list | dict) or OPTION_NAME.fullmatch(folded(name)) is not None
