@@ -118,6 +118,7 @@ class _Rows:
             raise UserError(f"{path}: has more than one column named '{repeated[0]}'")
         features = _features(schema.metadata)
         self.unfit = [_unfit_type(field.type) for field in schema]
+        self.only_nulls = [not _holds_json_or_maps(field, features.get(field.name)) for field in schema]
         self.restore = [self._restorer(field, features.get(field.name)) for field in schema]
         for name, type in zip(self.names, self.unfit, strict=True):
             if type is not None:
@@ -144,7 +145,7 @@ class _Rows:
             values = column.to_pylist()
         except (ValueError, OverflowError):  # also UnicodeDecodeError: one value of a thousand is enough
             values = [_value(scalar) for scalar in column]
-        if restore is None:
+        if restore is None or (self.only_nulls[index] and not _has_nulls(column)):
             return values
         return [value if value is None or isinstance(value, Unfit) else restore(value) for value in values]
 
@@ -157,7 +158,8 @@ class _Rows:
             return _parsed
         if types.is_struct(type):
             of_feature = feature if isinstance(feature, dict) else {}
-            inner = {child.name: self._restorer(child, of_feature.get(child.name)) for child in type.fields}
+            found = {child.name: self._restorer(child, of_feature.get(child.name)) for child in type.fields}
+            inner = {name: restore for name, restore in found.items() if restore is not None}
             return lambda value: self._without_nulls(value, inner)
         if types.is_map(type):
             of_value = self._restorer(type.item_field, None)
@@ -172,14 +174,12 @@ class _Rows:
                 return lambda items: [None if item is None else of_item(item) for item in items]
         return None
 
-    def _without_nulls(self, value: dict[str, Any], inner: Mapping[str, Restore | None]) -> dict[str, Any]:
-        kept: dict[str, Any] = {}
-        for name, item in value.items():
-            if item is None:
-                self.nulls += 1
-            else:
-                restore = inner[name]
-                kept[name] = item if restore is None else restore(item)
+    def _without_nulls(self, value: dict[str, Any], inner: Mapping[str, Restore]) -> dict[str, Any]:
+        kept = {name: item for name, item in value.items() if item is not None}
+        self.nulls += len(value) - len(kept)
+        for name, restore in inner.items():
+            if name in kept:
+                kept[name] = restore(kept[name])
         return kept
 
 
@@ -226,6 +226,28 @@ def _is_json(field: Any, feature: Any) -> bool:
         return False
     named = (field.metadata or {}).get(EXTENSION_KEY) == JSON_EXTENSION.encode()
     return named or (isinstance(feature, dict) and feature.get("_type") == "Json")
+
+
+def _holds_json_or_maps(field: Any, feature: Any) -> bool:
+    """Whether there is more to restore in a field than nulls in structs."""
+    import pyarrow.types as types
+
+    if _is_json(field, feature) or types.is_map(field.type):
+        return True
+    if types.is_struct(field.type):
+        of_feature = feature if isinstance(feature, dict) else {}
+        return any(_holds_json_or_maps(child, of_feature.get(child.name)) for child in field.type.fields)
+    return _is_list(field.type) and _holds_json_or_maps(field.type.value_field, _item_feature(feature))
+
+
+def _has_nulls(array: Any) -> bool:
+    """Whether a struct anywhere in an array has a field that is null; also true where such a struct is null itself."""
+    import pyarrow.types as types
+
+    if types.is_struct(array.type):
+        fields = [array.field(index) for index in range(array.type.num_fields)]
+        return any(field.null_count or _has_nulls(field) for field in fields)
+    return _is_list(array.type) and _has_nulls(array.values)
 
 
 def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:

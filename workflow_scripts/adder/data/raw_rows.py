@@ -50,12 +50,12 @@ def encode_record(name: str, number: int, split: Split | None, row: Row) -> tupl
     """
     if not isinstance(row, Unreadable):
         record: ReadableRecord = {"source": name, "row": number, "split": split, "data": row}
-        jsonable = _Jsonable()
         try:
-            line = orjson.dumps(record, default=jsonable)
-            if jsonable.unfit:
+            try:
+                line = orjson.dumps(record, default=_jsonable)
+            except TypeError:
                 record = _without_unfit(record)
-                line = orjson.dumps(record, default=_Jsonable())
+                line = orjson.dumps(record, default=_jsonable)
             # Brackets within text count too, so this asks often enough.
             if line.count(b"{") + line.count(b"[") <= MAX_NESTING:
                 return line, True
@@ -93,7 +93,7 @@ def _encode_with_care(record: ReadableRecord) -> bytes | str:
     """The line, or the reason why there is none, by Python's own JSON, which says what it can't hold."""
     try:
         record = _without_unfit(record)
-        row = json.loads(json.dumps(record["data"], default=_Jsonable()), parse_constant=lambda _: None)
+        row = json.loads(json.dumps(record["data"], default=_jsonable), parse_constant=lambda _: None)
         if _nested_too_deep(row):
             return f"nested more than {MAX_NESTING} levels deep"
         return json.dumps({**record, "data": row}, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
@@ -139,28 +139,27 @@ def _writable(text: str) -> str:
 
 def _without_unfit(record: ReadableRecord) -> ReadableRecord:
     """The record with null for each column that holds a value of a type that JSON can't hold, which `unfit` names."""
-    data, unfit = dict(record["data"]), dict[str, str]()
+    data, unfit = dict(record["data"]), dict(record.get("unfit", {}))
     for column, value in data.items():
-        jsonable = _Jsonable()
-        json.dumps(value, default=jsonable, skipkeys=True)
-        if jsonable.unfit:
-            unfit[column], data[column] = jsonable.unfit, None
+        try:
+            json.dumps(value, default=_jsonable, skipkeys=True)
+        except _UnfitError as error:
+            unfit[column], data[column] = str(error), None
+        except (TypeError, ValueError, RecursionError):  # what makes the whole row unreadable
+            pass
     return {**record, "data": data, "unfit": unfit} if unfit else record
 
 
-class _Jsonable:
-    """Turns dates, times and decimals, as Parquet and databases have them, into text, and remembers what it can't."""
+class _UnfitError(TypeError):
+    """A value of a type that JSON can't hold; its message is the type."""
 
-    def __init__(self) -> None:
-        self.unfit: str | None = None
 
-    def __call__(self, value: Any) -> Any:
-        if hasattr(value, "isoformat"):
-            return value.isoformat()
-        if isinstance(value, Decimal | UUID):
-            return str(value)
-        if isinstance(value, Unfit):
-            self.unfit = value.type
-        else:
-            self.unfit = "binary" if isinstance(value, bytes | bytearray | memoryview) else type(value).__name__
-        return None
+def _jsonable(value: Any) -> Any:
+    """Dates, times and decimals, as Parquet and databases have them, as text."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, Decimal | UUID):
+        return str(value)
+    if isinstance(value, Unfit):
+        raise _UnfitError(value.type)
+    raise _UnfitError("binary" if isinstance(value, bytes | bytearray | memoryview) else type(value).__name__)
