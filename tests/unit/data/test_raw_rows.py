@@ -85,6 +85,13 @@ def test_sample_goes_by_content_not_by_place(tmp_path):
     assert len(read(tmp_path / "there.jsonl", sample=500)) == 200
 
 
+def test_a_sample_is_the_same_each_time_where_columns_cant_be_read(tmp_path):
+    table = pa.table({"raw": [b"x"] * 100, "n": list(range(100))})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    one, other = ([row["n"] for _, row in read(tmp_path / "rows.parquet", sample=5)] for _ in range(2))
+    assert one == other and len(one) == 5
+
+
 @settings(max_examples=150, deadline=None)
 @given(lines=st.lists(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)), max_size=8))
 def test_random_bytes_as_json_lines_are_all_accounted_for(tmp_path_factory, lines):

@@ -21,6 +21,9 @@ class Unfit:
     def __init__(self, type: str) -> None:
         self.type = type
 
+    def __repr__(self) -> str:  # part of what `sample` hashes, so no address
+        return f"Unfit({self.type!r})"
+
 
 Row = dict[str, Any] | Unreadable
 
