@@ -25,7 +25,7 @@ def test_the_file_has_the_keys_of_the_record(tmp_path, tiny_model_dir):
     for split in ("train", "heldout"):
         write_conversations(tmp_path / "format" / f"{split}.parquet", rows)
     run(
-        TokenizeSettings(),
+        TokenizeSettings(max_rejected=0.5),
         TokenizeInputs(tmp_path / "format", tmp_path / "model"),
         tmp_path,
         Context(Progress.silent()),

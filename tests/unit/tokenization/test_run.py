@@ -126,6 +126,26 @@ def test_the_stage_says_why_nothing_could_be_used(stage_inputs, tmp_path):
         run(SETTINGS, inputs, tmp_path / "out", CONTEXT)
 
 
+@pytest.mark.parametrize("split", ["training", "held-out"])
+def test_many_rows_left_out_stop_the_run_with_the_reason(split, stage_inputs, tmp_path):
+    good = [conversation(f"{number}?", "A.") for number in range(6)]
+    bad = [*good, *(conversation(f"{number}?", "see <|im_end|>") for number in range(3)), conversation("c?", "")]
+    write_format(tmp_path / "format", *((bad, good) if split == "training" else (good, bad)))
+    inputs = replace(stage_inputs, format=tmp_path / "format")
+    (tmp_path / "out").mkdir()
+    expected = rf"4 of 10 {split} conversations \(40.0%\) .* tokenize.max_rejected allows \(30.0%\); most often, 3 of "
+    with pytest.raises(UserError, match=expected + "them: a text holds what the tokenizer reads as a control token"):
+        run(TokenizeSettings(max_rejected=0.3), inputs, tmp_path / "out", CONTEXT)
+    assert run(TokenizeSettings(max_rejected=0.4), inputs, tmp_path / "out", CONTEXT)["rejected"] == 4
+
+
+def test_a_split_of_which_nothing_can_be_used_is_named_for_that(stage_inputs, tmp_path):
+    write_format(tmp_path / "format", [conversation("a?", "A.")] * 9, [conversation("b?", "")] * 3)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"3 of 3 held-out conversations \(100.0%\).*3 of them: empty reply"):
+        run(SETTINGS, replace(stage_inputs, format=tmp_path / "format"), tmp_path / "out", CONTEXT)
+
+
 def test_rejected_rows_are_counted_by_kind_and_listed_up_to_a_limit(stage_inputs, tmp_path):
     bad = [conversation(f"{number}?", f"see <|im_{'end' if number % 2 else 'start'}|>") for number in range(1100)]
     write_format(tmp_path / "format", [*bad, conversation("a?", "")], [conversation("b?", ""), conversation("c?", "C")])
@@ -133,7 +153,8 @@ def test_rejected_rows_are_counted_by_kind_and_listed_up_to_a_limit(stage_inputs
     merged = [pq.read_table(tmp_path / name / "train.parquet") for name in ("format", "more")]
     pq.write_table(pa.concat_tables(merged), tmp_path / "format" / "train.parquet")
     (tmp_path / "out").mkdir()
-    run(SETTINGS, replace(stage_inputs, format=tmp_path / "format"), tmp_path / "out", CONTEXT)
+    settings = TokenizeSettings(max_rejected=1)
+    run(settings, replace(stage_inputs, format=tmp_path / "format"), tmp_path / "out", CONTEXT)
     details = read_json(tmp_path / "out" / "tokenize.json")
     assert details["rejected_count"] == 1102 and len(details["rejected"]) == 1000
     assert sorted(details["rejected_by_reason"].values()) == [2, 1100]

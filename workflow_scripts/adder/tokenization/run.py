@@ -112,7 +112,8 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     """Tokenise train.parquet and heldout.parquet of the format stage with the model's chat template.
 
     Writes `train.arrow` and `heldout.arrow` (token_table.SCHEMA), `tokenizer/` and `tokenize.json` (TokenizeRecord).
-    Raises UserError when the tokenizer or template can't be used, or when no training conversation can.
+    Raises UserError when the tokenizer or template can't be used, or when no training conversation can, or more than
+    settings.max_rejected of a split's can't.
     """
     model = inputs.model / "model"
     tokenizer = load_tokenizer(model)
@@ -127,6 +128,8 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
             f"no training conversation could be tokenised; {_most_frequent(train.reasons)}. If that is "
             "the template's fault, set tokenize.chat_template to a Jinja file that suits the model and the data"
         )
+    _refuse_unusable(train, "training", settings.max_rejected)
+    _refuse_unusable(heldout, "held-out", settings.max_rejected)
     reply = next((row for row in train.shown if row.has_reply), train.shown[0])
     stop = _end_of_turn(labeller, reply, _eos_ids(model))
     if tokenizer.pad_token is None:
@@ -154,8 +157,21 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     for warning in record["warnings"]:
         context.progress.say(f"warning: {warning}")
     if reasons:
-        context.progress.say(f"{reasons.total():,} conversations left out; {_most_frequent(reasons)}")
+        context.progress.say(f"warning: {reasons.total():,} conversations left out; {_most_frequent(reasons)}")
     return {"counts": record["counts"], "rejected": record["rejected_count"], "end_of_turn": stop["token"]}
+
+
+def _refuse_unusable(split: Split, which: str, limit: float) -> None:
+    """Raise UserError where more than the share `limit` of a split's conversations can't be used."""
+    rejected = split.reasons.total()
+    total = rejected + split.counts["examples"]
+    if rejected > limit * total:
+        raise UserError(
+            f"{rejected:,} of {total:,} {which} conversations ({rejected / total:.1%}) can't be used with this model's "
+            f"chat template and tokenizer, more than tokenize.max_rejected allows ({limit:.1%}); most often, "
+            f"{_most_frequent(split.reasons)}. Set tokenize.chat_template to a template that has a place for what the "
+            "data hold, mend the rows, or raise tokenize.max_rejected"
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

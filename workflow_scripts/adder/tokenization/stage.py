@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from adder.core.file_digests import FileDigests
 from adder.core.section import Section
 from adder.core.stage_spec import Memory, StageSpec
@@ -17,6 +19,8 @@ class TokenizeSettings(Section):
     """A Jinja file, or the name of one of Adder's templates (`chatml`, `plain`), instead of the model's own."""
     loss_on: LossOn = "assistant"
     """Which tokens carry loss: all replies, the last reply of each conversation, or everything."""
+    max_rejected: float = Field(default=0.1, ge=0, le=1)
+    """Share of conversations that the template or tokenizer can't hold, above which the run stops; of either split."""
 
 
 def _identity(settings: TokenizeSettings, where: str, digests: FileDigests) -> dict[str, object]:
