@@ -25,6 +25,6 @@ def test_a_template_of_the_users_counts_by_its_content(tmp_path):
     (tmp_path / "c.jinja").write_text("two")
     assert identity("a.jinja") == identity("b.jinja") != identity("c.jinja")
     assert identity("chatml") == {"chat_template": "chatml", "loss_on": "assistant", "max_rejected": 0.1}
-    assert identity(None) == {"chat_template": None, "loss_on": "assistant"}
+    assert identity(None) == {"chat_template": None, "loss_on": "assistant", "max_rejected": 0.1}
     with pytest.raises(UserError, match="tokenize.chat_template: there is no file 'd.jinja'"):
         identity("d.jinja")
