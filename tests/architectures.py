@@ -62,6 +62,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 16},
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 16},
     "phi": {},
+    "phimoe": EXPERTS,
+    "llama4_text": {**EXPERTS, "intermediate_size_mlp": 48},
+    "gpt_bigcode": {},
+    "seed_oss": {},
+    "olmoe": EXPERTS,
+    "cohere2": {"sliding_window": 16},
+    "minicpm3": LATENT,
     "phi3": {"sliding_window": None},
     "smollm3": {},
     "olmo2": {},
@@ -89,7 +96,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 4,
     },
     "minimax": {**EXPERTS, "block_size": 16},
-    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 64},
+    "recurrent_gemma": {"logits_soft_cap": 1.0, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 64},
     "zaya": {},
     "mamba": {"state_size": 4, "time_step_rank": 4},
     "falcon_mamba": {"state_size": 4, "time_step_rank": 4},
@@ -121,6 +128,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse"],
         "num_shared_experts": 1,
     },
+    "mpt": {},
+    "lfm3": {},
+    "granitemoe_swa": EXPERTS,
+    "mimo_v2_flash": EXPERTS,
     "gpt_oss": {**EXPERTS, "sliding_window": 16},
 }
 WITHOUT_HEAD_DIM = ("falcon",)  # which works it out
@@ -130,6 +141,7 @@ def tiny_architecture(name: str, dtype: torch.dtype = torch.float32) -> PreTrain
     """A tiny model with weights large enough for each part to show, with the attention that training loads it with."""
     shape = {key: value for key, value in SHAPE.items() if key != "head_dim" or name not in WITHOUT_HEAD_DIM}
     config = AutoConfig.for_model(name, **{**shape, **ARCHITECTURES[name]})
+    base_model.name_head_cap(config)
     attention = base_model.choose_attention(config, str(dtype).removeprefix("torch."), "cpu")
     generator = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.value)
@@ -139,3 +151,45 @@ def tiny_architecture(name: str, dtype: torch.dtype = torch.float32) -> PreTrain
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.config.use_cache = False
     return model.to(dtype)
+
+
+# What the check before training settles for each, by why; docs/models.md has it as a table.
+AT_ONCE = (
+    "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 phimoe llama4_text smollm3 olmo2 "
+    "olmoe granite cohere cohere2 glm4 seed_oss gpt_neox gpt_neox_japanese gpt2 gpt_bigcode gptj gpt_neo opt deepseek_v2 "
+    "deepseek_v3 glm4_moe_lite minicpm3"
+).split()
+ONE_AT_A_TIME = {
+    "its layers don't pass on where an example begins": "stablelm nemotron".split(),
+    "its recurrent states run on into the next example": (
+        "jamba minimax recurrent_gemma zaya mamba falcon_mamba lfm3".split()
+    ),
+    "it refuses packs without `causal-conv1d` or `flash-linear-attention`": (
+        "qwen3_next qwen3_5_text olmo_hybrid lfm2 bamba granitemoehybrid nemotron_h falcon_h1 kimi_linear".split()
+    ),
+    "its own attention, which no other can take the place of, knows no packs": "bloom xglm mpt falcon".split(),
+    "it has attention sinks, which attention over packs can't compute here": (
+        "gpt_oss granitemoe_swa mimo_v2_flash".split()
+    ),
+}
+APART = [name for names in ONE_AT_A_TIME.values() for name in names]
+
+
+def table() -> str:
+    """The rows of docs/models.md: architecture, how its packs are computed, and why."""
+    rows = [(", ".join(f"`{name}`" for name in AT_ONCE), "right, computed at once", "")]
+    rows += [
+        (", ".join(f"`{n}`" for n in names), "right, one example at a time", why)
+        for why, names in ONE_AT_A_TIME.items()
+    ]
+    rows.append(
+        ("`bert`, `roberta` and other encoders", "refused", "a token's loss changes when tokens behind it do"),
+    )
+    rows.append(
+        (
+            "`modernbert-decoder`",
+            "refused",
+            "its LM head has more to it than a matrix, and training would leave that out",
+        )
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

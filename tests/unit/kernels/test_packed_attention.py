@@ -90,6 +90,34 @@ def test_short_examples_by_plain_matmuls_are_torchs_attention(scale):
         assert errors(short, torch.bfloat16, exact) == ours
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_may_be_of_another_size_than_queries(dtype):
+    """As in DeepSeek's latent attention: packed as alone by torch's own, in 16 bit to its rounding."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 4, 24, n, generator=generator).to(dtype) for n in (24, 24, 16))
+    ends = torch.tensor([0, 9, 24], dtype=torch.int32)
+    for name in (packed_attention.SEGMENTS, packed_attention.TRITON, packed_attention.VARLEN):
+        function = packed_attention.ATTENTION_FUNCTIONS[name]
+        found = function(None, query, key, value, None, cu_seq_lens_q=ends, max_length_q=15)[0]
+        parts = zip(*(x.float().split([9, 15], 2) for x in (query, key, value)), strict=True)
+        alone = [torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True) for part in parts]
+        expected = torch.cat(alone, 2).transpose(1, 2)
+        assert found.shape == (1, 24, 4, 16)
+        assert (found.float() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_gpu_kernels_are_refused_where_values_are_of_another_size():
+    sizes = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+    config = SimpleNamespace(**vars(shape()), **sizes, v_head_dim=128)
+    choice = packed_attention.choose_attention(config, "bfloat16", "cuda", why_not=lambda *_: None)
+    assert (
+        choice.value == packed_attention.SEGMENTS and "values are of size 128 and its queries of 192" in choice.reason
+    )
+    config.v_head_dim = 192
+    choice = packed_attention.choose_attention(config, "bfloat16", "cuda", why_not=lambda *_: None)
+    assert choice.value == packed_attention.TRITON
+
+
 def test_bf16_packs_on_a_cpu_take_plain_matmuls_for_short_examples_only(monkeypatch):
     seen = []
     monkeypatch.setattr(

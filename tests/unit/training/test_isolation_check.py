@@ -1,13 +1,14 @@
 """The check before training: packs computed rightly at once, or one example at a time, or refused; by architecture."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from adder.core.choice import Choice
 from adder.core.errors import UserError
@@ -17,18 +18,11 @@ from adder.kernels import packed_attention
 from adder.training import isolation_check
 from adder.training.base_model import bare_model
 from adder.training.isolation_check import FULL, HALF, Differences, choose_isolation, measure, problem, verdict
-from architectures import ARCHITECTURES, SHAPE, tiny_architecture
+from architectures import APART, ARCHITECTURES, AT_ONCE, SHAPE, table, tiny_architecture
 from tiny import tiny_tokenizer, write_training_inputs
 from training_stage import run_training, train_settings
 
-AT_ONCE = (
-    "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 smollm3 olmo2 granite cohere glm4 "
-    "gpt_neox gpt_neox_japanese gpt2 opt deepseek_v2 deepseek_v3 glm4_moe_lite gptj gpt_neo"
-).split()
-ONE_AT_A_TIME = (
-    "falcon stablelm nemotron jamba minimax recurrent_gemma zaya mamba falcon_mamba bloom xglm "
-    "qwen3_next qwen3_5_text olmo_hybrid lfm2 bamba granitemoehybrid nemotron_h falcon_h1 kimi_linear gpt_oss"
-).split()
+ROOT = Path(__file__).resolve().parents[3]
 LENGTHS = (43, 71, 29)
 IDS = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], sum(LENGTHS))
 PACK = {"input_ids": IDS, "labels": IDS, "seq_lengths": np.array(LENGTHS)}
@@ -39,8 +33,9 @@ def adapted(name: str, dtype: torch.dtype = torch.float32):
     """With LoRA pairs, B not zero so that A has a gradient too, in fp32 as in training."""
     model = tiny_architecture(name, dtype)
     linear = [k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    # PEFT puts no pairs on a mamba mixer's output, and GPT-2 has no torch.nn.Linear.
-    wanted = sorted({n for n in linear if n not in {"lm_head", "embed_out", "out_proj"}}) or ["c_attn"]
+    # No pairs on routers and, with PEFT, on a mamba mixer's output; GPT-2 has no torch.nn.Linear.
+    left = {"lm_head", "embed_out", "out_proj", "router", "gate"}
+    wanted = sorted({*linear} - left) or ["c_attn"]
     model = get_peft_model(model, LoraConfig(r=4, target_modules=wanted, task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(1)
     for key, parameter in model.named_parameters():
@@ -62,7 +57,11 @@ def right(found: Differences) -> bool:
 
 
 def test_every_architecture_is_tried():
-    assert {*AT_ONCE, *ONE_AT_A_TIME} == set(ARCHITECTURES)
+    assert {*AT_ONCE, *APART} == set(ARCHITECTURES)
+
+
+def test_the_page_about_models_says_what_is_tested():
+    assert table() in (ROOT / "docs" / "models.md").read_text()
 
 
 @pytest.mark.parametrize("name", AT_ONCE)
@@ -74,7 +73,7 @@ def test_packs_are_computed_at_once_where_that_is_right(name):
     assert right(measure(model, PACK, "float32"))
 
 
-@pytest.mark.parametrize("name", ONE_AT_A_TIME)
+@pytest.mark.parametrize("name", APART)
 def test_one_example_at_a_time_where_packs_at_once_would_be_wrong(name):
     model = adapted(name)
     before = problem(model, PACK, "float32")
@@ -122,6 +121,13 @@ def test_attention_that_is_not_the_models_own_is_found():
     assert choose_isolation(model, PACK, "float32", Choice("other_scale", "")).value == "sdpa, one example at a time"
 
 
+def test_a_head_that_is_not_the_models_own_is_found():
+    """Logits that are scaled or capped by a name which nothing here knows."""
+    model = adapted("recurrent_gemma")
+    bare_model(model).config.final_logit_softcapping = None
+    assert "the architecture's own forward" in problem(model, PACK, "float32")
+
+
 def test_what_is_never_right_is_refused_with_architecture_and_reason():
     """A model that sees the future however it is computed."""
     model = adapted("llama")
@@ -129,6 +135,18 @@ def test_what_is_never_right_is_refused_with_architecture_and_reason():
         layer.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
     with pytest.raises(UserError, match="LlamaForCausalLM can't be trained rightly here.*tokens behind it"):
         choose_isolation(model, PACK, "float32", attention_of(model))
+
+
+def test_encoders_and_heads_that_are_more_than_a_matrix_are_refused():
+    sizes = {key: value for key, value in SHAPE.items() if key != "head_dim"}
+    for name, why in (("roberta", "when tokens behind it do"), ("modernbert-decoder", "own forward pass")):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes), attn_implementation="eager")
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+        with pytest.raises(UserError, match=f"{type(model).__name__} can't be trained rightly here.*{why}"):
+            choose_isolation(model, PACK, "float32", attention_of(model))
 
 
 def test_shards_are_refused_where_only_one_at_a_time_is_right():

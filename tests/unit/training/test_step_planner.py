@@ -227,7 +227,7 @@ def test_trials_leave_model_and_random_numbers_as_they_were(deep_model_dir, held
     for level in step_planner.supported_checkpointing(model, "cpu"):
         assert trials(StepPlan(2, 2, level)).fits
     # What a trial on a GPU does beside counting: TRL's head over the model, a backward pass.
-    with step_planner._as_before(model, "every 2nd layer"), step_planner._fused_head(trials.bare):
+    with step_planner._as_before(model, "every 2nd layer"), step_planner.fused_head(trials.bare):
         losses = model(**step_planner.made_up([20, 12], 300, "cpu"), fused_lm_head=True).log_probs
         losses.mean().backward()
         assert any(parameter.grad is not None for parameter in model.parameters())

@@ -137,7 +137,7 @@ def test_an_8b_model_is_planned_for_a_smaller_card_and_stays_within_it(cap, giga
     torch.cuda.reset_peak_memory_stats()
     for pack in ([2048], [300, 700, 500, 548], [64] * 32, [1000, 500, 400], [2000]):
         batch = step_planner.made_up(pack * plan.micro_batch, SHAPE["vocab_size"], "cuda")
-        with step_planner._fused_head(trials.bare), torch.autocast("cuda", getattr(torch, dtype)):
+        with step_planner.fused_head(trials.bare), torch.autocast("cuda", getattr(torch, dtype)):
             value = -model(**batch, fused_lm_head=True).log_probs.mean()
         value.backward()
         optimizer.step()

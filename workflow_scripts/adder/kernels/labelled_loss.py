@@ -42,6 +42,12 @@ def _lm_head(model: PreTrainedModel) -> Any:
     return model.get_output_embeddings()
 
 
+def backbone(model: PreTrainedModel) -> Any:
+    """The layers below the LM head; Llama 4 gives itself by that name, and holds them by the usual one."""
+    inner = model.base_model
+    return getattr(model, "model", inner) if inner is model else inner
+
+
 def labelled_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """Return the loss in nats (fp32) at each labelled position, in order, shape (labelled positions,).
 
@@ -56,7 +62,7 @@ def labelled_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs: Any)
 
 def unsharded_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """As labelled_losses, from weights that are all here."""
-    hidden = model.base_model(use_cache=False, **inputs).last_hidden_state
+    hidden = backbone(model)(use_cache=False, **inputs).last_hidden_state
     target = labels[:, 1:]
     mask = target != IGNORE_INDEX
     hidden, target = hidden[:, :-1][mask], target[mask]

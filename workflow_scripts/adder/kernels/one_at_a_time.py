@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from adder.kernels.labelled_loss import backbone
+
 BOUNDARIES = "cu_seq_lens_q"
 # What TRL's collator says of a pack's examples; none of it is needed for one that comes alone.
 ABOUT_EXAMPLES = (BOUNDARIES, "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids")
@@ -14,9 +16,9 @@ ABOUT_EXAMPLES = (BOUNDARIES, "cu_seq_lens_k", "max_length_q", "max_length_k", "
 def compute_one_at_a_time(model: PreTrainedModel) -> None:
     """From now on `model` computes each example of a pack by itself, and no layer is told of boundaries.
 
-    model: with a backbone (`base_model`) that gives `last_hidden_state`. Batches without boundaries stay as they are.
+    model: with a backbone that gives `last_hidden_state`. Batches without boundaries stay as they are.
     """
-    backbone: Any = model.base_model
+    inner = backbone(model)
     waiting: list[torch.Tensor] = []  # boundaries that reached the model, whose forward may not pass them on
 
     def keep_boundaries(
@@ -26,9 +28,9 @@ def compute_one_at_a_time(model: PreTrainedModel) -> None:
         waiting[:] = [] if boundaries is None else [boundaries]
         return args, inputs if boundaries is None else _without_boundaries(inputs)
 
-    if backbone is not model:
+    if inner is not model:
         model.register_forward_pre_hook(keep_boundaries, with_kwargs=True)
-    backbone.forward = _example_by_example(backbone.forward, waiting)
+    inner.forward = _example_by_example(inner.forward, waiting)
 
 
 def _example_by_example(forward: Callable[..., Any], waiting: list[torch.Tensor]) -> Callable[..., Any]:

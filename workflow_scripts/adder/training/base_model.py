@@ -52,7 +52,8 @@ def load(
     `in_shards`: the model is to be sharded, and waits in main memory for that; NF4 weights stay packed.
     """
     compute: torch.dtype = getattr(torch, dtype)
-    attention = choose_attention(AutoConfig.from_pretrained(folder), dtype, device)
+    config = AutoConfig.from_pretrained(folder)
+    attention = choose_attention(config, dtype, device)
     options: dict[str, Any] = {
         "dtype": torch.float32 if method == "full" else compute,
         "attn_implementation": attention.value,
@@ -68,6 +69,7 @@ def load(
     with _quantised_on(device) if method == "qlora" and in_shards else nullcontext():
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.config.use_cache = False
+    name_head_cap(model.config)
     if method != "qlora":
         return model, BaseChoices(attention)
     keep_cpu_weights_intact(model)
@@ -80,6 +82,13 @@ def load(
     if values.value == "dequantised once":
         hold_dequantised(model, compute)
     return model, BaseChoices(attention, values, left)
+
+
+def name_head_cap(config: PreTrainedConfig) -> None:
+    """Give RecurrentGemma's cap on logits the name by which TRL's LM head knows it, and would leave it out else."""
+    cap = getattr(config, "logits_soft_cap", None)
+    if cap is not None:
+        config.final_logit_softcapping = cap
 
 
 def choose_attention(config: PreTrainedConfig, dtype: str, device: str) -> Choice:

@@ -9,7 +9,6 @@ weights are left as they were.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,11 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.labels import IGNORE_INDEX
 from adder.core.rng import undisturbed
-from adder.kernels.labelled_loss import has_plain_head, labelled_losses
+from adder.kernels.labelled_loss import labelled_losses, supports_training
 from adder.kernels.one_at_a_time import compute_one_at_a_time
 from adder.training.base_model import bare_model
 from adder.training.packed_dataset import Pack
+from adder.training.step_planner import fused_head
 
 # Pieces of the first pack's examples that are tried, and tokens of each: a few hundred in all.
 PIECES, PIECE_TOKENS, SHORTEST = 2, 128, 8
@@ -172,7 +172,7 @@ def measure(model: PreTrainedModel | PeftModel, pack: Pack, dtype: str, with_gra
             ahead = [_losses_and_gradient(bare, [piece], [])[0][0] for piece in changed]
             later = _differences(_heads(ahead, pieces), _heads(alone, pieces)).max().item()
         with _attention(bare, "eager"), torch.no_grad():
-            eager = _own_losses(bare, {"input_ids": torch.from_numpy(pieces[0])[None].to(bare.device)}, pieces[0])
+            eager = _own_losses(bare, torch.from_numpy(pieces[0]))
     return Differences(
         unseen=change.max().item(),
         unseen_mean=change.mean().item(),
@@ -221,22 +221,21 @@ def _losses_and_gradient(
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([row])
     batch = {name: v.to(bare.device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
     with torch.set_grad_enabled(bool(weights)):
-        if has_plain_head(bare):
+        if supports_training(bare):
             losses = labelled_losses(bare, **batch)
         else:
-            labels = batch.pop("labels")
-            losses = _own_losses(bare, batch, labels[0].cpu().numpy())
+            with fused_head(bare):
+                scores = bare(**batch, fused_lm_head=True).log_probs
+            losses = -scores[batch["labels"][:, 1:] != IGNORE_INDEX]
         gradient = torch.autograd.grad(losses.sum(), weights, allow_unused=True) if weights else ()
     filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradient, strict=False)]
     return list(losses.detach().float().cpu().split([length - 1 for length in lengths])), filled
 
 
-def _own_losses(bare: PreTrainedModel, inputs: dict[str, Any], labels: NDArray[np.int64]) -> torch.Tensor:
-    """Losses at labelled tokens from the logits of the model's own forward: (labelled tokens but the first,)."""
-    logits = bare(**inputs, use_cache=False).logits[0, :-1].float()
-    target = torch.from_numpy(labels[1:]).to(logits.device)
-    kept = target != IGNORE_INDEX
-    return torch.nn.functional.cross_entropy(logits[kept], target[kept], reduction="none")
+def _own_losses(bare: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Losses of all tokens but the first, from the logits of the model's own forward. ids: (tokens,)."""
+    logits = bare(input_ids=ids[None].to(bare.device), use_cache=False).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none")
 
 
 def compared_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -409,7 +409,7 @@ class Trials:
         room = int(free - HEADROOM["cuda"] * hardware.total_memory("cuda")) - self.later
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with _as_before(self.model, plan.checkpointing), _fused_head(self.bare):
+        with _as_before(self.model, plan.checkpointing), fused_head(self.bare):
             try:
                 seconds = self._seconds(lengths)
                 if seconds < LONG_STEP:  # the first step warmed up
@@ -491,7 +491,7 @@ def _as_before(model: PreTrainedModel | PeftModel, level: str) -> Iterator[None]
 
 
 @contextmanager
-def _fused_head(bare: PreTrainedModel) -> Iterator[None]:
+def fused_head(bare: PreTrainedModel) -> Iterator[None]:
     """With TRL's LM head, which its trainer puts on every model."""
     before = bare.__dict__.get("forward")
     add_fused_lm_head(bare, outputs=("log_probs", "entropy", "is_top1"))
