@@ -137,12 +137,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 WITHOUT_HEAD_DIM = ("falcon",)  # which works it out
 
 
-def tiny_architecture(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_architecture(
+    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: Any
+) -> PreTrainedModel:
     """A tiny model with weights large enough for each part to show, with the attention that training loads it with."""
     shape = {key: value for key, value in SHAPE.items() if key != "head_dim" or name not in WITHOUT_HEAD_DIM}
-    config = AutoConfig.for_model(name, **{**shape, **ARCHITECTURES[name]})
+    config = AutoConfig.for_model(name, **{**shape, **ARCHITECTURES[name], **changes})
     base_model.name_head_cap(config)
-    attention = base_model.choose_attention(config, str(dtype).removeprefix("torch."), "cpu")
+    attention = base_model.choose_attention(config, str(dtype).removeprefix("torch."), device)
     generator = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.value)
     with torch.no_grad():
@@ -150,14 +152,14 @@ def tiny_architecture(name: str, dtype: torch.dtype = torch.float32) -> PreTrain
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.config.use_cache = False
-    return model.to(dtype)
+    return model.to(device, dtype)
 
 
 # What the check before training settles for each, by why; docs/models.md has it as a table.
 AT_ONCE = (
     "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 phimoe llama4_text smollm3 olmo2 "
-    "olmoe granite cohere cohere2 glm4 seed_oss gpt_neox gpt_neox_japanese gpt2 gpt_bigcode gptj gpt_neo opt deepseek_v2 "
-    "deepseek_v3 glm4_moe_lite minicpm3"
+    "olmoe granite cohere cohere2 glm4 seed_oss gpt_neox gpt_neox_japanese gpt2 gpt_bigcode gptj gpt_neo opt "
+    "deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3"
 ).split()
 ONE_AT_A_TIME = {
     "its layers don't pass on where an example begins": "stablelm nemotron".split(),

@@ -29,9 +29,9 @@ PACK = {"input_ids": IDS, "labels": IDS, "seq_lengths": np.array(LENGTHS)}
 SOUND = Differences(unseen=0.0, unseen_mean=0.0, later=None, alone=0.0, gradient=0.0, eager=0.0)
 
 
-def adapted(name: str, dtype: torch.dtype = torch.float32):
+def adapted(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes):
     """With LoRA pairs, B not zero so that A has a gradient too, in fp32 as in training."""
-    model = tiny_architecture(name, dtype)
+    model = tiny_architecture(name, dtype, device, **changes)
     linear = [k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     # No pairs on routers and, with PEFT, on a mamba mixer's output; GPT-2 has no torch.nn.Linear.
     left = {"lm_head", "embed_out", "out_proj", "router", "gate"}
@@ -42,7 +42,7 @@ def adapted(name: str, dtype: torch.dtype = torch.float32):
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
         if "lora_B" in key:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.05).to(device)
     return model
 
 
@@ -232,3 +232,17 @@ def test_a_run_says_in_one_sentence_that_it_goes_without_packs_at_once(tmp_path,
     plan = read_json(tmp_path / "out" / "plan.json")
     assert plan["attention"]["value"] == "sdpa, one example at a time"
     assert plan["attention"]["alternatives"][0]["attention"] == packed_attention.SEGMENTS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "deepseek_v3", "stablelm", "jamba", "bloom", "gpt_oss"])
+def test_a_gpus_kernels_lead_to_the_same_choice(name):
+    """In bf16, by the attention that a GPU is given; a dense model's tokens see nothing that they must not."""
+    model = adapted(name, torch.bfloat16, "cuda", head_dim=16)  # for kernels the least
+    attention = attention_of(model)
+    assert name != "llama" or attention.value == packed_attention.TRITON
+    choice = choose_isolation(model, PACK, "bfloat16", attention)
+    assert (choice is attention) == (name in AT_ONCE)
+    found = measure(model, PACK, "bfloat16")
+    assert verdict(found, HALF, isolation_check.has_experts(bare_model(model))) is None
+    assert found.unseen == 0 or isolation_check.has_experts(bare_model(model))
