@@ -20,7 +20,7 @@ FILES = [
 ]
 QUESTIONS = [f"question {number}" for number in range(400)]
 SENTENCE = "the quick brown fox jumps over the lazy dog and runs far away into the dark green forest"
-PLAIN: dict[str, Any] = {"max_rejected": 1.0, "near_duplicates": "off", "overlap": "off"}
+PLAIN: dict[str, Any] = {"max_rejected": 1.0, "max_leaked": 1.0, "near_duplicates": "off", "overlap": "off"}
 HELDOUT: dict[str, Any] = dict.fromkeys(("share", "size", "group_by", "stratify_by"))
 
 

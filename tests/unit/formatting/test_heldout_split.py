@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adder.core.errors import UserError
-from adder.formatting.heldout_split import choose_heldout, copies_of
+from adder.formatting.heldout_split import asked, choose_heldout, copies_of
 from format_stage import (
     QUESTIONS,
     format_rows,
@@ -136,3 +136,11 @@ def test_weights_say_nothing_of_which_digests_are_drawn():
     kept = digest[copies_of(digest, np.full(len(digest), 0.5)) == 1]
     assert abs(len(kept) - 10_000) < 400
     assert abs((kept < 2**63).mean() - 0.5) < 0.03
+
+
+def test_a_prompt_under_many_system_messages_asks_something_else_under_each():
+    prompt = np.array([7, 7, 7, 7, 7, 7, 9, 9], np.uint64)
+    system = np.array([1, 2, 3, 4, 5, 5, 1, 2], np.uint64)
+    found, with_system = asked(prompt, system)
+    assert with_system.tolist() == [True] * 6 + [False] * 2
+    assert found[6:].tolist() == [9, 9] and len(set(found[:6].tolist())) == 5 and found[4] == found[5]

@@ -35,6 +35,7 @@ WORD_CHARACTERS = 24  # of a first word; JSON without spaces would be one long w
 CATEGORIES = 50  # a column of more different values is not categorical
 CATEGORY_CHARACTERS = 80
 LONG_NUMBER = re.compile(rb"\d{19}")
+NO_SYSTEM = bytes(8)
 SEPARATOR = b"\xff"  # stands between pieces that are hashed: no UTF-8 has this byte
 TAGS = {role: role.encode() for role in ("system", "user", "assistant", "tool")}
 # ASCII in lower case, whatever str.split takes for white space as a space.
@@ -89,6 +90,7 @@ class ConvertedBlock(NamedTuple):
     split: npt.NDArray[np.int8]  # one of SPLITS
     digest: npt.NDArray[np.uint64]  # of the normalised conversation
     prompt: npt.NDArray[np.uint64]  # of what is asked, normalised
+    system: npt.NDArray[np.uint64]  # of the system message, normalised; 0 without one
     value: npt.NDArray[np.uint64] | None  # of ConversionRules.value_column; 0 where it is missing
     signatures: npt.NDArray[np.uint8] | None  # (n, minhash.PERMUTATIONS)
     rejects: bytes  # lines of rejects.jsonl
@@ -184,6 +186,7 @@ class _Converter:
             split=places[:, 2].astype(np.int8),
             digest=np.frombuffer(b"".join(rows.digests), dtype="<u8"),
             prompt=np.frombuffer(b"".join(rows.prompts), dtype="<u8"),
+            system=np.frombuffer(b"".join(rows.systems), dtype="<u8"),
             value=np.frombuffer(b"".join(rows.values), dtype="<u8") if rules.value_column else None,
             signatures=self.signer.sign(texts) if self.signer else None,
             rejects=b"".join(rejects.lines),
@@ -232,6 +235,7 @@ class _AcceptedRows:
         self.reply_words: list[bytes] = []
         self.digests: list[bytes] = []
         self.prompts: list[bytes] = []
+        self.systems: list[bytes] = []
         self.values: list[bytes] = []
 
     def pack(self) -> bytes:
@@ -285,6 +289,7 @@ class _AcceptedRows:
         digest = _hash(SEPARATOR.join(pieces))
         self.digests.append(digest)
         self.prompts.append(_hash(SEPARATOR.join(prompt)) if prompt else digest)
+        self.systems.append(_hash(pieces[1]) if first else NO_SYSTEM)
         self.figures += (systems, users, replies, results, prompt_characters, reply_characters)
         self.prompt_words.append(prompt_word)
         self.reply_words.append(reply_word)
@@ -294,6 +299,7 @@ class _AcceptedRows:
         digest = _hash(b"text" + SEPARATOR + plain)
         self.digests.append(digest)
         self.prompts.append(digest)
+        self.systems.append(NO_SYSTEM)
         self.figures += (0, 0, 0, 0, spool.NO_PROMPT, len(text))
         self.prompt_words.append(b"")
         self.reply_words.append(plain.partition(b" ")[0])
@@ -335,12 +341,13 @@ def full_text(conversation: Conversation) -> str:
     return "\n".join([message["content"] for message in conversation.get("messages", [])])
 
 
-def prompt_text(conversation: Conversation) -> str:
+def prompt_text(conversation: Conversation, with_system: bool = False) -> str:
     """What the user says, or a plain text as a whole: what overlap with held-out rows is found by."""
     if "text" in conversation:
         return conversation["text"]
     messages = conversation.get("messages", [])
-    return "\n".join([message["content"] for message in messages if message["role"] == "user"])
+    roles = ("system", "user") if with_system else ("user",)
+    return "\n".join([message["content"] for message in messages if message["role"] in roles])
 
 
 def normalise(text: str) -> bytes:

@@ -4,7 +4,7 @@ Rows are numbered in the order of the data. Each finding is arrays of one length
 of them matches, in ascending order of the first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -66,28 +66,51 @@ def find_leaks(side: Sides, prompt: Hashes) -> Matches:
     return Matches(train[found], held[first[place[found]]])
 
 
-def find_overlap(spool: Spool, side: Sides, share: float, context: Context) -> PartialMatches:
-    """Training rows whose prompt overlaps with a held-out or test row's by more than `share`; that row; the share."""
+def find_overlap(
+    spool: Spool, side: Sides, share: float, context: Context, with_system: npt.NDArray[np.bool_] | None = None
+) -> PartialMatches:
+    """Training rows whose prompt overlaps with a held-out or test row's by more than `share`; that row; the share.
+
+    What many of all these prompts have in common counts for none of them. with_system: rows, bool (n,), of which the
+    system message is part of what they ask.
+    """
     held = np.flatnonzero((side == HELDOUT) | (side == TEST))
     if not len(held):
         return PartialMatches(held, held, np.zeros(0))
-    index = HeldoutIndex([prompt_text(orjson.loads(text)) for text in spool.conversations(held)], share)
+    systems = np.zeros(len(side), dtype=bool) if with_system is None else with_system
+
+    def asked(texts: Iterable[bytes | str], rows: Integers) -> list[str]:
+        both = systems[rows].tolist()
+        return [prompt_text(orjson.loads(text), system) for text, system in zip(texts, both, strict=True)]
+
+    prompts = asked(spool.conversations(held), held)
+    index = HeldoutIndex(prompts, share)
+
+    def training() -> Iterator[tuple[int, Integers]]:
+        return ((part, np.flatnonzero(side[spool.slice(part)] == TRAIN)) for part in spool.parts())
+
+    def read(part: int, rows: Integers) -> list[str]:
+        texts = spool.read(part).column("conversation").take(rows).to_pylist()
+        return asked(texts, rows + int(spool.starts[part]))
+
+    workers = parallel.worker_count(len(side), OVERLAP_ENOUGH, context.threads)
+    index.shared.add(index.shared.look(list(dict.fromkeys(prompts))))
+    for seen in parallel.map_batches(lambda: lambda part: index.shared.look(read(*part)), training(), workers):
+        index.shared.add(seen)
+    index.leave_out_shared()
 
     def make() -> Callable[[tuple[int, Integers]], list[tuple[int, int, float]]]:
         def overlaps(part_and_rows: tuple[int, Integers]) -> list[tuple[int, int, float]]:
             part, rows = part_and_rows
-            texts = spool.read(part).column("conversation").take(rows).to_pylist()
-            found = index.overlaps([prompt_text(orjson.loads(text)) for text in texts])
+            found = index.overlaps(read(part, rows))
             return [(int(row), *match) for row, match in zip(rows, found, strict=True) if match]
 
         return overlaps
 
-    training = ((part, np.flatnonzero(side[spool.slice(part)] == TRAIN)) for part in spool.parts())
-    workers = parallel.worker_count(len(side), OVERLAP_ENOUGH, context.threads)
     rows: list[int] = []
     matches: list[int] = []
     shares: list[float] = []
-    for part, found in enumerate(parallel.map_batches(make, training, workers)):
+    for part, found in enumerate(parallel.map_batches(make, training(), workers)):
         start = int(spool.starts[part])
         for row, match, value in found:
             rows.append(start + row)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from adder.core.errors import UserError
 from adder.core.files import write_jsonl
 from adder.core.stage_spec import Context
 from adder.formatting import card_figures, deduplication
@@ -22,6 +23,7 @@ from adder.formatting.spool import Spool
 from adder.formatting.stage import FormatSettings
 
 SAME, OVERLAP = "same prompt", "8-word overlap"  # how a training row leaked
+FEW_LEAKS = 5  # rows that may be dropped of whatever few there are
 
 Integers = npt.NDArray[np.int64]
 
@@ -59,9 +61,10 @@ def decide(rows: AcceptedRows, spool: Spool, settings: FormatSettings, context: 
     rows.split[leaks.rows] = LEAKED
     overlap = near = PartialMatches(*_none(), np.zeros(0))
     if settings.overlap != "off":
-        overlap = deduplication.find_overlap(spool, rows.split, settings.overlap_share, context)
+        overlap = deduplication.find_overlap(spool, rows.split, settings.overlap_share, context, rows.with_system)
         if settings.overlap == "drop":
             rows.split[overlap.rows] = LEAKED
+    _refuse_many_leaks(rows, leaks, overlap, settings)
     if settings.near_duplicates != "off":
         context.progress.line("looking for near-duplicates")
         train = np.flatnonzero(rows.are(TRAIN))
@@ -70,6 +73,28 @@ def decide(rows: AcceptedRows, spool: Spool, settings: FormatSettings, context: 
             rows.split[near.rows] = NEAR_DUPLICATE
     rows.signatures = rows.signatures[:0].copy()  # by far the largest of the arrays
     return Findings(int(asked.sum()), duplicates, leaks, overlap, near)
+
+
+def _refuse_many_leaks(rows: AcceptedRows, leaks: Matches, overlap: PartialMatches, settings: FormatSettings) -> None:
+    """Raise UserError where more training rows than settings.max_leaked would be dropped, saying which rule took them.
+
+    Few rows are dropped whatever their share.
+    """
+    dropped = int(rows.are(LEAKED).sum())
+    total = dropped + int(rows.are(TRAIN).sum())
+    if dropped <= max(FEW_LEAKS, settings.max_leaked * total):
+        return
+    rules = {SAME: leaks, OVERLAP: overlap if settings.overlap == "drop" else PartialMatches(*_none(), np.zeros(0))}
+    found = [f"{len(one.rows):,} by {name}" for name, one in rules.items() if len(one.rows)]
+    first = next(one for one in rules.values() if len(one.rows))
+    one, other = int(first.rows[0]), int(first.matches[0])
+    raise UserError(
+        f"{dropped:,} of {total:,} training rows ({dropped / total:.1%}) ask what held-out or test rows ask: "
+        f"{' and '.join(found)} (first: {rows.id(one)} and {rows.id(other)}). To drop so many is more than "
+        f"format.max_leaked allows ({settings.max_leaked:.1%}). Where rows share a text that they are about, "
+        "data.heldout.group_by with its column keeps them on one side; format.overlap: report keeps rows that only "
+        "overlap; a higher format.max_leaked drops them"
+    )
 
 
 def write_findings(out: Path, rows: AcceptedRows, findings: Findings) -> None:

@@ -6,6 +6,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from adder.formatting.shared_words import (
+    PASSAGE,
+    PASSAGE_ROWS,
+    TEMPLATE,
+    TEMPLATE_ROWS,
+    TEMPLATE_SHARE,
+    SharedWords,
+)
 from adder.formatting.words import hash_sequences, hash_words
 
 Hashes = npt.NDArray[np.uint64]
@@ -24,7 +32,10 @@ def overlap_method(share: float) -> str:
         f"A training prompt overlaps with a held-out or test prompt where more than {100 * share:g} % of that prompt's "
         f"words lie in {NGRAM}-word sequences that both have, or where a whole prompt of {SHORTEST} to {NGRAM - 1} "
         f"words makes up more than {100 * share:g} % of it (Lambert et al. 2024, Tülu 3, arXiv:2411.15124, section "
-        f"3.2); sequences in more than {COMMON} such prompts are boilerplate and don't count."
+        f"3.2); sequences in more than {COMMON} such prompts are boilerplate and don't count. Only words of a prompt's "
+        f"own count: not those of {PASSAGE}-word sequences in more than {PASSAGE_ROWS} rows of the data (a shared "
+        f"passage), nor of {TEMPLATE}-word sequences in more than {TEMPLATE_ROWS} rows and {100 * TEMPLATE_SHARE:g} % "
+        f"of them (a template). A prompt with fewer than {SHORTEST} overlaps where it stands whole in the other."
     )
 
 
@@ -38,16 +49,27 @@ class HeldoutIndex:
       `share` of that: a longer request that begins with a common short one is another request.
     - Sequences that stand in many held-out prompts (more than COMMON, or than half of fewer than 20) are boilerplate,
       such as an instruction before every question: words that lie in no other sequence count for neither side.
+    - `leave_out_shared`: words that many rows of the data share count for neither side either. Of a prompt that has
+      fewer than SHORTEST others all sequences must stand in the training prompt, and make up more than `share` of it.
     """
 
     def __init__(self, prompts: Sequence[str], share: float) -> None:
         self.share = share
         words, offsets = hash_words(prompts)
         lengths = np.diff(offsets)
+        self.shared = SharedWords(words, offsets)
+        self._offsets, self._lengths = offsets, lengths
         self._of = _distinct(words, offsets)  # equal prompts are one, named by the first
         self._tables = [self._table(words, offsets, length, lengths == length) for length in range(SHORTEST, NGRAM)]
         self._tables.append(self._table(words, offsets, NGRAM, lengths >= NGRAM))
         self._tables = [table for table in self._tables if len(table.hashes)]
+
+    def leave_out_shared(self) -> None:
+        """Count from now on only words that the data counted by `self.shared` don't share."""
+        before = np.concatenate([[0], np.cumsum(self.shared.own())])
+        for table in self._tables:
+            if table.length == NGRAM:
+                table.own(before, self._offsets[:-1])
 
     def overlaps(self, texts: Sequence[str]) -> list[tuple[int, float] | None]:
         """For each training prompt the held-out prompt (its index) with the largest share above the limit, and that
@@ -63,8 +85,10 @@ class HeldoutIndex:
             if not len(hits):
                 continue
             text_of = np.searchsorted(offsets, first[hits], side="right") - 1
-            for text, prompt, share in table.shares(text_of, found[hits]):
+            for text, prompt, share, whole in table.shares(text_of, found[hits]):
                 earlier = best[text]
+                if whole and self._lengths[prompt] <= self.share * sizes[text]:
+                    continue
                 if table.length < NGRAM and table.length <= self.share * sizes[text]:
                     continue
                 if share > self.share and (earlier is None or (-share, prompt) < (-earlier[1], earlier[0])):
@@ -90,13 +114,28 @@ class _Table:
         rare = _prompts_with(hashes, prompt) <= min(COMMON, max(2, prompts // 2))
         self._prompt, self._place = prompt[rare], place[rare]
         self.hashes, self._start, self._count = np.unique(hashes[rare], return_index=True, return_counts=True)
-        counted, _, covered = _cover(np.zeros(len(self._prompt), np.int64), self._prompt, self._place, length)
-        self._words = dict(zip(counted.tolist(), covered.tolist(), strict=True)) if len(counted) else {}
+        self._before: Integers | None = None  # of the words before each, how many are their prompt's own
+        self._starts = np.zeros(0, np.int64)
+        self._words, self._own = self._words_of(own=False), dict[int, int]()
         # Most sequences of training prompts are in no held-out one: a table of bits answers that in a few nanoseconds.
         bits = max(16, (16 * len(self.hashes)).bit_length())
         self._shift = np.uint64(64 - bits)
         self._maybe = np.zeros(1 << bits, bool)
         self._maybe[self.hashes >> self._shift] = True
+
+    def own(self, before: Integers, starts: Integers) -> None:
+        """Count only prompts' own words. before: how many of the words before each are; starts: where prompts begin."""
+        self._before, self._starts = before, starts
+        self._own = self._words_of(own=True)
+
+    def _words_of(self, own: bool) -> dict[int, int]:
+        """How many words of each prompt lie in a sequence."""
+        text = np.zeros(len(self._prompt), np.int64)
+        prompt, _, covered = _cover(text, self._prompt, self._place, self.length, *(self._weights(own)))
+        return dict(zip(prompt.tolist(), covered.tolist(), strict=True))
+
+    def _weights(self, own: bool) -> tuple[Integers | None, Integers]:
+        return (self._before if own else None), self._starts
 
     def find(self, hashes: Hashes) -> Integers:
         """The index of each hash among `self.hashes`, or -1; int64."""
@@ -106,16 +145,24 @@ class _Table:
         found[maybe] = np.where(self.hashes[place] == hashes[maybe], place, -1)
         return found
 
-    def shares(self, text: Integers, found: Integers) -> Iterator[tuple[int, int, float]]:
-        """Each text and held-out prompt with a common sequence, and the share of the prompt's words in such.
+    def shares(self, text: Integers, found: Integers) -> Iterator[tuple[int, int, float, bool]]:
+        """Each text and held-out prompt with a common sequence, the share of the prompt's words in such, and whether
+        that is of all its words, for want of enough that are its own.
 
         `text`, `found`: one entry a sequence, the text that has it and its index among `self.hashes`.
         """
         count = self._count[found]
         entry = np.repeat(self._start[found] - (np.cumsum(count) - count), count) + np.arange(count.sum())
-        prompt, texts, covered = _cover(np.repeat(text, count), self._prompt[entry], self._place[entry], self.length)
-        for one, other, words in zip(texts.tolist(), prompt.tolist(), covered.tolist(), strict=True):
-            yield one, other, words / self._words[other]
+        found_in = np.repeat(text, count), self._prompt[entry], self._place[entry], self.length
+        prompt, texts, covered = _cover(*found_in, *self._weights(own=False))
+        own = covered if self._before is None else _cover(*found_in, *self._weights(own=True))[2]
+        for one, other, words, few in zip(texts.tolist(), prompt.tolist(), covered.tolist(), own.tolist(), strict=True):
+            if self._before is None:
+                yield one, other, words / self._words[other], False
+            elif self._own[other] >= SHORTEST:
+                yield one, other, few / self._own[other], False
+            elif words == self._words[other]:
+                yield one, other, 1.0, True
 
 
 def _distinct(words: Hashes, offsets: Integers) -> Integers:
@@ -136,8 +183,13 @@ def _prompts_with(hashes: Hashes, prompt: Integers) -> Integers:
     return counts[np.cumsum(new_hash) - 1]
 
 
-def _cover(text: Integers, prompt: Integers, place: Integers, length: int) -> tuple[Integers, Integers, Integers]:
-    """Each pair of prompt and text, and how many of the prompt's words lie in a sequence that begins at a `place`."""
+def _cover(
+    text: Integers, prompt: Integers, place: Integers, length: int, before: Integers | None, starts: Integers
+) -> tuple[Integers, Integers, Integers]:
+    """Each pair of prompt and text, and how many of the prompt's words lie in a sequence that begins at a `place`.
+
+    before, starts: which words count, as _Table.own takes them; all without them.
+    """
     order = np.lexsort((place, prompt, text))
     text, prompt, place = text[order], prompt[order], place[order]
     if not len(order):
@@ -145,5 +197,8 @@ def _cover(text: Integers, prompt: Integers, place: Integers, length: int) -> tu
     new = np.concatenate([[True], (text[1:] != text[:-1]) | (prompt[1:] != prompt[:-1])])
     ahead = np.full(len(place), length)
     ahead[:-1] = np.where(new[1:], length, np.minimum(np.diff(place), length))
-    starts = np.flatnonzero(new)
-    return prompt[starts], text[starts], np.add.reduceat(ahead, starts)
+    if before is not None:
+        word = starts[prompt] + place
+        ahead = before[word + ahead] - before[word]
+    first = np.flatnonzero(new)
+    return prompt[first], text[first], np.add.reduceat(ahead, first)

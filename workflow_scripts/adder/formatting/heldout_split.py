@@ -14,6 +14,7 @@ Mask = npt.NDArray[np.bool_]
 
 MISSING = 0  # the hash that stands for "no value" in the column of group_by or stratify_by
 RANGE = 2.0**64
+FEW_SYSTEMS = 4  # system messages over one prompt, at which it is still the same question
 
 
 def choose_heldout(settings: FormatSettings, prompt: Hashes, digest: Hashes, value: Hashes | None) -> Mask:
@@ -48,6 +49,21 @@ def choose_heldout(settings: FormatSettings, prompt: Hashes, digest: Hashes, val
     held = np.zeros(len(prompt), dtype=bool)
     held[np.lexsort((digest, prompt))[:size]] = True
     return held
+
+
+def asked(prompt: Hashes, system: Hashes) -> tuple[Hashes, Mask]:
+    """What each row asks: its prompt's hash, or, as the mask says, that of both where the same words stand under many
+    system messages.
+
+    The text that such a prompt is about stands in the system message: "Summarise it." asks something else each time.
+    """
+    if not len(prompt):
+        return prompt, np.zeros(0, dtype=bool)
+    _, which = np.unique(prompt, return_inverse=True)
+    pairs = np.unique(np.stack([which.astype(np.uint64), system]), axis=1)[0]
+    several = np.bincount(pairs.astype(np.int64), minlength=int(which.max()) + 1) > FEW_SYSTEMS
+    both = several[which]
+    return np.where(both, scramble(prompt ^ scramble(system, 3), 4), prompt), both
 
 
 def groups_of(prompt: Hashes, value: Hashes) -> Hashes:

@@ -231,15 +231,19 @@ def _convert(
     spool.finish()
     assert accepted + rejects.by_source.total() + rejects.undesired.total() == total
     values = [block.value for block in blocks if block.value is not None]
+    prompt, with_system = heldout_split.asked(
+        _joined([block.prompt for block in blocks], np.uint64), _joined([block.system for block in blocks], np.uint64)
+    )
     rows = AcceptedRows(
         sources=list(rules.formats),
         source=_joined([block.source for block in blocks], np.int32),
         row=_joined([block.row for block in blocks], np.int64),
         split=_joined([block.split for block in blocks], np.int8),
         digest=_joined([block.digest for block in blocks], np.uint64),
-        prompt=_joined([block.prompt for block in blocks], np.uint64),
+        prompt=prompt,
         value=_joined(values, np.uint64) if rules.value_column else None,
         signatures=signatures[:accepted],
+        with_system=with_system,
     )
     noted = [f"{source}: {note} ({count:,} rows)" for (source, note), count in notes.most_common(MOST_NOTES)]
     for note in noted:

@@ -24,7 +24,9 @@ class Format(Section):
     overlap: Literal["drop", "report", "off"] = "drop"
     """What to do with training rows whose prompt overlaps with a held-out or test prompt, found by 8-word sequences."""
     overlap_share: float = Field(default=0.5, gt=0, le=1)
-    """Share of the held-out prompt's words, above which that counts (Lambert et al. 2024, arXiv:2411.15124)."""
+    """Share of the held-out prompt's own words, above which that counts (Lambert et al. 2024, arXiv:2411.15124)."""
+    max_leaked: float = Field(default=0.05, ge=0, le=1)
+    """Share of the training rows dropped because held-out or test rows ask the same, above which the run stops."""
 
 
 class FormatSettings(Format):
