@@ -3,6 +3,7 @@
 import os
 import platform
 from pathlib import Path
+from typing import TypedDict
 
 from adder.core.errors import UserError
 
@@ -79,7 +80,17 @@ def prepare_gpu() -> None:
     torch.cuda.set_per_process_memory_fraction(total_memory("cuda") / torch.cuda.mem_get_info()[1])
 
 
-def describe() -> dict:
+class Machine(TypedDict):
+    """A machine as a stage's record has it: CPU's name, cores, memory in bytes, names of its GPUs, operating system."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpu: list[str]
+    system: str
+
+
+def describe() -> Machine:
     """CPU name, cores, memory in bytes and GPU names, for the provenance of a stage. Does not import torch."""
     import psutil
 

@@ -1,6 +1,8 @@
 """What a model's config.json tells about lengths: its context, and what attention costs."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,7 @@ def context_length(model: Path) -> int | None:
     return None
 
 
-def attention_share(config: dict, lengths: np.ndarray) -> float | None:
+def attention_share(config: Mapping[str, Any], lengths: np.ndarray) -> float | None:
     """Share of a pass's multiplications that attention over the tokens takes, for causal examples of these lengths.
 
     Scores and values take 2 · n²/2 · (heads · head size) multiplications a layer for n tokens; the linear layers take

@@ -2,6 +2,8 @@
 
 from typing import Any, NotRequired, TypedDict
 
+from adder.core.hardware import Machine
+
 
 class OutputFile(TypedDict):
     """A file that a stage wrote."""
@@ -42,7 +44,7 @@ class StageRecord(StageMeaning):
     finished_at: str
     peak_memory_bytes: int
     versions: dict[str, str]
-    hardware: dict[str, Any]
+    hardware: Machine
     peak_gpu_memory_bytes: NotRequired[int]
     attempts: NotRequired[int]
     energy_joules: NotRequired[float]

@@ -68,7 +68,7 @@ class PackedExamples:
     def pack(self, number: int) -> Pack:
         """One pack: its pieces' `input_ids` and `labels` joined, and their `seq_lengths`.
 
-        The first label of every piece is -100, since the token that would predict it belongs to another example.
+        The first label of every piece is IGNORE_INDEX, as the token that would predict it is of another example.
         """
         ids, labels = [], []
         chosen = self._order[self._borders[number] : self._borders[number + 1]]

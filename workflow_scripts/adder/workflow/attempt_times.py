@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from adder.core.files import read_json, write_json
+from adder.core.files import atomic_write, read_json, write_json
 
 # A kill that can't be heard loses at most so many seconds of the account.
 INTERVAL = 10.0
@@ -24,10 +24,9 @@ def counted(file: Path, start: float) -> Iterator[list[float]]:
     over = threading.Event()
 
     def keep() -> None:
-        partial = file.with_suffix(".partial")
-        with contextlib.suppress(OSError):  # a full disk is the stage's to tell
+        # A full disk is the stage's to tell.
+        with contextlib.suppress(OSError), atomic_write(file) as partial:
             write_json(partial, [*earlier, round(time.monotonic() - start, 3)])
-            partial.replace(file)
 
     def keep_on() -> None:
         keep()

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from adder.core.errors import UserError
 
 
-def read(file: str | Path) -> dict:
+def read(file: str | Path) -> dict[str, Any]:
     """The keys of a YAML or JSON file.
 
     Raises UserError: not there, not YAML or a key twice in one mapping (with line and column), without keys.

@@ -61,7 +61,7 @@ class Config(Settings):
     """Named runs, each with the settings in which it differs; without it there is one run, named `default`."""
 
 
-def load(config: dict) -> dict[str, Settings]:
+def load(config: dict[str, Any]) -> dict[str, Settings]:
     """Return the resolved settings by run name. Raises UserError listing every mistake of every run."""
     base = copy.deepcopy(dict(config))
     runs = base.pop("runs", None) or {"default": {}}
@@ -86,7 +86,7 @@ def load(config: dict) -> dict[str, Settings]:
     return loaded
 
 
-def _of_run(base: dict, override: dict) -> dict:
+def _of_run(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """A run's settings. What the runs have in common of LoRA doesn't concern one that is a full training by itself."""
     result, own = merged(base, override), override.get("train")
     if isinstance(own, dict) and own.get("method") == "full" and isinstance(result["train"], dict):
@@ -94,7 +94,7 @@ def _of_run(base: dict, override: dict) -> dict:
     return result
 
 
-def merged(base: dict, override: dict) -> dict:
+def merged(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """Return `base` with `override` laid over it; dictionaries merge key by key, anything else is replaced."""
     result = copy.deepcopy(base)
     for key, value in override.items():
@@ -117,7 +117,7 @@ def resolved(settings: Settings, config: dict[str, Any], run: str) -> list[Resol
     return rows
 
 
-def _leaves(value: dict, prefix: str = "") -> list[tuple[str, Any]]:
+def _leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     pairs = []
     for key, inner in value.items():
         name = f"{prefix}{key}"
@@ -161,7 +161,9 @@ def _unknown_row_formats(data: Data) -> list[str]:
     ]
 
 
-def _sentences(errors: Sequence[Mapping[str, Any]], base: dict, override: dict, run: str) -> list[str]:
+def _sentences(
+    errors: Sequence[Mapping[str, Any]], base: dict[str, Any], override: dict[str, Any], run: str
+) -> list[str]:
     """One line a mistake. Pydantic reports each branch of a union ("auto" or a number) apart: they are one mistake."""
     by_path: dict[tuple, list[Mapping[str, Any]]] = {}
     for error in errors:
@@ -169,7 +171,9 @@ def _sentences(errors: Sequence[Mapping[str, Any]], base: dict, override: dict, 
     return [_sentence(list(path), group, base, override, run) for path, group in by_path.items()]
 
 
-def _sentence(path: list[Any], errors: list[Mapping[str, Any]], base: dict, override: dict, run: str) -> str:
+def _sentence(
+    path: list[Any], errors: list[Mapping[str, Any]], base: dict[str, Any], override: dict[str, Any], run: str
+) -> str:
     """The key's path, what is wrong, what was found, the nearest valid name."""
     error = errors[0]
     names = [str(part) for part in path]
@@ -198,7 +202,7 @@ def _sentence(path: list[Any], errors: list[Mapping[str, Any]], base: dict, over
     return f"{where}: {message}" + ("" if isinstance(found, dict | list) else f" (found {found!r})")
 
 
-def _bounds(path: list) -> str:
+def _bounds(path: list[Any]) -> str:
     """All bounds of a number, as `greater than 0 and less than 1`; "" where it has none of its own."""
     section = _section(path[:-1])
     field = section.model_fields.get(path[-1]) if section else None
@@ -221,7 +225,7 @@ def _elsewhere(name: str) -> list[str]:
     return [f"{top}.{name}" for top, section in sections if section and name in section.model_fields]
 
 
-def _section(path: list) -> type[BaseModel] | None:
+def _section(path: list[Any]) -> type[BaseModel] | None:
     section: type[BaseModel] | None = Settings
     for part in path:
         if isinstance(part, int):

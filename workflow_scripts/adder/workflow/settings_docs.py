@@ -31,7 +31,7 @@ def tables() -> str:
     return "\n\n".join(_section_tables(Config, "", set()))
 
 
-def _section_tables(section: type[BaseModel], prefix: str, listed: set) -> list[str]:
+def _section_tables(section: type[BaseModel], prefix: str, listed: set[type[BaseModel]]) -> list[str]:
     """The section's own table and those of the sections in it; what several lists hold is shown once."""
     rows, inner = [], []
     for name, field in section.model_fields.items():
@@ -56,7 +56,7 @@ def _values(field: Any) -> str:
     return " or ".join(_kinds(field.annotation)) + _bounds(field.metadata)
 
 
-def _bounds(metadata: list) -> str:
+def _bounds(metadata: list[Any]) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     return "".join(f", {sign} {getattr(m, name)}" for m in metadata for name, sign in signs.items() if hasattr(m, name))
 

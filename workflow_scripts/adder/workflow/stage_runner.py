@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from adder.core import file_lock, hardware
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
-from adder.core.files import digest_file, link_or_copy, read_json, write_json
+from adder.core.files import atomic_write, digest_file, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_record import OutputFile, StageMeaning, StageRecord
 from adder.core.stage_spec import Context, Runtime, StageSpec
@@ -119,7 +119,7 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
     if waited and _fingerprint_of(job.folder) == known_as:
         progress.say("the other process has finished it")
         return
-    partial = job.folder.with_name(f".{job.key}.partial")
+    partial = job.folder.with_name(f".{job.key}.partial")  # one name, so that what a killed job left is found
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     checkpoints = job.results / "checkpoints" / known_as if job.spec.continued else None
@@ -270,9 +270,8 @@ def restore(kept: Path, folder: Path, key: str) -> bool:
             return False
     link_tree(kept, folder)
     # The record is the folder's own: the kept one may bear another key.
-    partial = folder / f".{RECORD}"
-    write_json(partial, {**record, "key": key, "restored": True})
-    partial.replace(folder / RECORD)
+    with atomic_write(folder / RECORD) as partial:
+        write_json(partial, {**record, "key": key, "restored": True})
     return True
 
 
