@@ -31,7 +31,7 @@ def tables() -> str:
     return "\n\n".join(_section_tables(Config, "", set()))
 
 
-def _section_tables(section: type[BaseModel], prefix: str, listed: set[type[BaseModel]]) -> list[str]:
+def _section_tables(section: type[BaseModel], prefix: str, listed: set[type[BaseModel] | None]) -> list[str]:
     """The section's own table and those of the sections in it; what several lists hold is shown once."""
     rows, inner = [], []
     for name, field in section.model_fields.items():
