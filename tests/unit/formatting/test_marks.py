@@ -3,8 +3,8 @@
 import pytest
 
 from adder.formatting.marks import JUDGEMENTS, LEARNT, UNLEARNT, is_learnt, is_undesired
-from adder.formatting.rejected import Rejected
-from format_stage import format_rows, qa, reply, user
+from adder.formatting.rejected import Rejected, Undesired
+from format_stage import format_rows, qa, read, reply, user
 
 
 @pytest.mark.parametrize("key", LEARNT)
@@ -65,6 +65,19 @@ def test_undesired_replies_are_counted_and_in_neither_split(tmp_path, row, mark)
     replies = {one["messages"][-1]["content"] for one in formatted.train + formatted.heldout}
     assert replies == {f"a {n}" for n in range(0, 20, 2)}
     assert formatted.card["by_source"]["rows"]["undesired"] == 10
+
+
+@pytest.mark.parametrize("label", [0, 1, 1.0])
+def test_a_label_of_0_or_1_is_asked_about(label):
+    row = qa("q", "a", label=label)
+    with pytest.raises(Rejected, match="a judgement of the reply, or a class"):
+        read(row)
+    assert read(row, "question_answer")["messages"][-1] == reply("a")
+    if label:
+        assert read(row, columns={"kto_tag": "label"})["messages"][-1] == reply("a")
+    else:
+        with pytest.raises(Undesired):
+            read(row, columns={"kto_tag": "label"})
 
 
 def test_a_label_that_is_a_class_is_no_judgement_and_named(tmp_path):

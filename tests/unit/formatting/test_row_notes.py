@@ -27,6 +27,8 @@ def test_a_mapping_is_said_as_the_line_that_it_is_instead_of():
     ("row", "notes"),
     [
         ({"messages": [user("q"), reply("a", mood="m", train=True, name=None)]}, ["nothing reads the key 'mood' of m"]),
+        ({"messages": [{**user("q"), "train": True}, reply("a")]}, ["'train: true' of messages that are no replies"]),
+        ({"messages": [{**user("q"), "train": False}, reply("a")]}, []),
         ({"messages": [user("q"), reply(4)]}, ["a message's content is a number, written as JSON"]),
         ({"question": "q", "answer": 4}, ["'answer' is a number, written as JSON"]),
         ({"question": "q", "answer": False}, ["'answer' is true or false, written as JSON"]),
@@ -34,6 +36,8 @@ def test_a_mapping_is_said_as_the_line_that_it_is_instead_of():
         ({"question": "q", "answer": "a"}, []),
         ({"messages": [user("q"), reply("a")]}, []),
         ({"text": "t", "id": 3}, []),
+        ({"prompt": "q", "completion": reply("a")}, []),
+        ({"prompt": "q", "completion": reply("a", mood="m")}, ["nothing reads the key 'mood' of messages"]),
     ],
 )
 def test_what_is_to_be_known_of_a_row(row, notes):

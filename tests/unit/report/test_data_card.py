@@ -36,7 +36,7 @@ def test_card_says_where_the_data_came_from_and_what_is_in_it(finished):
     }  # fmt: skip
     for words in (
         "980 conversations to train on and 200 held out", "| notes | data/notes.jsonl | not stated | 80 | 2 | text |",
-        "| notes | cells are separated by semicolons |",
+        "| notes | cells are separated by semicolons |", "- tickets: nothing reads the columns mood (980 rows)",
         "| support-chats | commit | 3f1c3f1c", "| Near-duplicates | 9 |", "| content is empty | 1 |",
         "MinHash with 128 permutations", "arXiv:2411.15124", "- Column urgent: false (900), true (180)",
         "- First word of prompts: hi (410)", "| Reply, characters | 3 |", "Sequences have 256 tokens; 3 examples",

@@ -21,6 +21,7 @@ JUDGEMENT = "label"  # in a row: true where its reply is desired
 JUDGEMENTS = (JUDGEMENT, "kto_tag", "kto_label", "desirable", "is_desirable", "desired")
 WEIGHTS = ("weight", "loss_weight", "loss_scale")  # marks of a row that may be numbers without being marks
 ROW_MARKS = (*JUDGEMENTS, *LEARNT, *UNLEARNT)
+_ROW_MARKS = frozenset(ROW_MARKS)
 WORDS = {"true": True, "false": False}
 
 
@@ -46,10 +47,18 @@ def is_undesired(row: Mapping[str, Any]) -> str | None:
 
     Numbers count where a name leaves no doubt: 0 in `label` may be a class, and `loss` a measurement.
     """
+    if row.keys().isdisjoint(_ROW_MARKS):  # nearly all there are
+        return None
     for key in ROW_MARKS:
         if key in row and verdict(row, key) is (key in UNLEARNT):
             return key
     return None
+
+
+def is_doubtful(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a number for a label that may be a judgement or a class."""
+    label = row.get(JUDGEMENT)
+    return isinstance(label, int | float) and not isinstance(label, bool) and label in (0, 1)
 
 
 def verdict(row: Mapping[str, Any], key: str) -> bool | None:

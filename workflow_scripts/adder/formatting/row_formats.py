@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from adder.core.errors import UserError
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
-from adder.formatting.marks import JUDGEMENT, ROW_MARKS, is_undesired
+from adder.formatting.marks import JUDGEMENT, JUDGEMENTS, ROW_MARKS, is_doubtful, is_undesired
 from adder.formatting.messages import (
     BLANK,
     REASONING_KEYS,
@@ -37,13 +37,14 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions", "available_tools")
 SHARED = (*SYSTEMS, *TOOLS)  # columns that any format but plain text may have
 BESIDE = (*REASONING_KEYS, *SHARED)  # those that a prompt and its reply may have
+_BESIDE = frozenset(BESIDE)
 MEDIA = {"images", "image", "audios", "audio", "videos", "video"}
 PROMPTS = ("question", "instruction", "prompt", "messages", "conversations")  # columns that hold what is asked
 HISTORY = "history is not a list of [instruction, output] pairs"
 PAIRS = {name for name, _, _ in ASKS.values()}  # formats of a prompt and its reply, which have many names
 LAST = ("conversation", "text")  # looked for where there is no such pair
 # Columns that are read as something else than text.
-NO_TEXT = {"messages", "conversations", "conversation", "history", "text", "choices", "options", *TOOLS}
+NO_TEXT = {"rejected", "messages", "conversations", "conversation", "history", "text", "choices", "options", *TOOLS}
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,8 @@ def _replies(row: Row, column: str) -> list[Message]:
 def _reply(row: Row, column: str) -> Message:
     """The reply in `column`, with the reasoning beside it."""
     message = assistant(row[column], column)
+    if row.keys().isdisjoint(_BESIDE):  # nearly all there are
+        return message
     reasoning = next((name for name in REASONING_KEYS if row.get(name) not in BLANK), None)
     if reasoning is not None:
         message["reasoning_content"] = text_of(row[reasoning], reasoning)
@@ -278,6 +281,13 @@ class SourceFormat(NamedTuple):
     def actual(self, canonical: str) -> str:
         """What a column that the format knows is called in the source."""
         return self.columns.get(canonical, canonical)
+
+    def canonical(self, name: str) -> str | None:
+        """What the format knows a column of the source as; None where it doesn't read it."""
+        if self.row_format is None:
+            return None
+        known = next((canonical for canonical, actual in self.columns.items() if actual == name), name)
+        return known if known in self.row_format.columns and self.columns.get(known, name) == name else None
 
     def own_columns(self) -> set[str]:
         """The actual names of the columns that the format reads."""
@@ -346,7 +356,7 @@ def source_format(
         form, mapping = ROW_FORMATS[row_format], _mapping_for(ROW_FORMATS[row_format], renamed, other_case)
     else:
         form, mapping = _most_frequent(source, column_sets, columns, other_case, protected)
-    allowed = {*form.columns, JUDGEMENT} if form else {*known, JUDGEMENT}
+    allowed = {*form.columns, *JUDGEMENTS} if form else {*known, *JUDGEMENTS}
     unknown = next((canonical for canonical in columns if canonical not in allowed | set(mapping.values())), None)
     if unknown is not None and column_sets:
         what = f"the row format {form.name} has" if form else "the row formats have"
@@ -409,6 +419,12 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     mark = is_undesired(row)
     if mark is not None:
         raise Undesired("undesired", f"'{mark}' says that its reply is not to be learnt")
+    if not source.named and form.name != "text" and is_doubtful(row):
+        raise Rejected(
+            f"the column {source.actual(JUDGEMENT)} is 0 or 1: a judgement of the reply, or a class?",
+            f"`columns: {{kto_tag: {source.actual(JUDGEMENT)}}}` leaves out replies of 0, `row_format: {form.name}` "
+            "doesn't read it",
+        )
     if form.named_only and not source.named:
         raise Rejected(
             f"{form.name} data ({' and '.join(form.known_by)})", f"`row_format: {form.name}` {form.named_only}"
@@ -427,7 +443,7 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     check_order(messages)
     if form.name in PAIRS:
         check_options(row, row[form.known_by[1]], messages[-2]["content"] if len(messages) > 1 else "", form.columns)
-    given = next((row[name] for name in TOOLS if row.get(name)), None)
+    given = None if row.keys().isdisjoint(_BESIDE) else next((row[name] for name in TOOLS if row.get(name)), None)
     tools = read_tools(given) if given else None
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
 
@@ -461,7 +477,7 @@ def _with_system(messages: list[Message], row: Row, system_prompt: str | None) -
     """A column of SYSTEMS is the system message unless the conversation has one already; then comes `system_prompt`."""
     if messages[0]["role"] == "system":
         return messages
-    given = [name for name in SYSTEMS if row.get(name) not in (None, "")]
+    given = [] if row.keys().isdisjoint(_BESIDE) else [name for name in SYSTEMS if row.get(name) not in (None, "")]
     if len({str(row[name]) for name in given}) > 1:
         raise Rejected("more than one system message", f"the columns {' and '.join(given)} differ")
     if not given and not system_prompt:

@@ -6,7 +6,7 @@ from typing import Any
 
 from adder.formatting.column_names import line_for
 from adder.formatting.marks import ROW_MARKS, verdict
-from adder.formatting.messages import BLANK, MESSAGE_KEYS
+from adder.formatting.messages import BLANK, MESSAGE_KEYS, is_message
 from adder.formatting.rejected import json_type
 from adder.formatting.row_formats import ColumnSets, SourceFormat
 from adder.formatting.task_columns import TASK_COLUMNS
@@ -25,13 +25,19 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
     if form is None:
         return
     found: set[str] = set()
-    for canonical in form.columns:
-        value = row.get(source.actual(canonical))
+    for name, value in row.items():
+        if isinstance(value, str) or value is None:  # nearly all there are
+            continue
+        canonical = source.canonical(name)
+        if canonical is None:
+            continue
         if isinstance(value, list) and value and isinstance(value[0], dict):
             found.update(_of_messages(value))
+        elif is_message(value):
+            found.update(_of_messages([value]))
         elif canonical in form.texts and isinstance(value, AS_JSON):
-            found.add(f"'{source.actual(canonical)}' is {json_type(value)}, written as JSON")
-    for key in row.keys() & _ROW_MARKS:
+            found.add(f"'{name}' is {json_type(value)}, written as JSON")
+    for key in () if row.keys().isdisjoint(_ROW_MARKS) else row.keys() & _ROW_MARKS:
         if row[key] not in BLANK and verdict(row, key) is None:
             found.add(f"the column '{key}' is neither true nor false, so nothing reads it")
     yield from found
@@ -82,6 +88,7 @@ def listed(columns: Mapping[str, int]) -> str:
 
 
 _ROW_MARKS = frozenset(ROW_MARKS)
+_ASKED = ("train", "training", "trainable", "loss")  # on a message that is no reply, who writes this means to learn it
 
 
 def _shown(name: str) -> str:
@@ -99,3 +106,7 @@ def _of_messages(messages: list[Any]) -> Iterator[str]:
         for key in message.keys() - MESSAGE_KEYS if len(message) > 2 else ():
             if message[key] not in BLANK and message[key] != {}:
                 yield f"nothing reads the key '{_shown(key)}' of messages"
+        if len(message) > 2 and message.get("role", message.get("from")) in ("user", "human", "system", "tool"):
+            for key in _ASKED:
+                if message.get(key) is True:
+                    yield f"'{key}: true' of messages that are no replies is not read: only replies are learnt"

@@ -16,6 +16,7 @@ CONTEXTS = (
 )
 OPTIONS = ("choices", "options")
 TASK_COLUMNS = ("input", *CONTEXTS, *OPTIONS)
+_TASK = frozenset(TASK_COLUMNS)
 TITLES = ("title", "name")
 TEXTS = ("text", "content", "contents", "page_content", "passage", "body", "document")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -24,6 +25,7 @@ LABEL = re.compile(r"\(?([A-Za-z]|\d{1,2})\)?[.):]?")  # a reply that names an o
 OPTION_NAME = re.compile(
     r"[a-j]|(op|opt|option|choice|answer|ans|ending|distractor|incorrect|wrong|candidate|alternative)s?_?([a-j]|\d+)?(_.*)?"
 )
+LONGEST_LABEL = 10  # characters of such a reply, spaces around it included
 NO_OPTIONS = "the reply names an option that the prompt doesn't show"
 
 
@@ -32,6 +34,11 @@ def prompt_of(row: Row, column: str) -> str:
 
     A context stands before a question and behind an instruction; what the question says already isn't said twice.
     """
+    beside = [name for name in row if name in _TASK and name != column and row[name] not in BLANK]
+    if not beside:  # nearly all there are
+        if row[column] in BLANK:
+            raise Rejected("content is empty", column)
+        return as_text(row[column], column)
     asked = "" if row.get(column) in BLANK else as_text(row[column], column)
     contexts = [text for name in CONTEXTS if (text := _context(row.get(name), name)) and text not in asked]
     given = row.get("input")
@@ -52,6 +59,8 @@ def check_options(row: Row, reply: Any, prompt: str, read: Iterable[str]) -> Non
 
     read: the columns that are read. Raises Rejected.
     """
+    if isinstance(reply, str) and len(reply) > LONGEST_LABEL:  # nearly all there are
+        return
     named = LABEL.fullmatch(reply.strip()) if isinstance(reply, str) else None
     number = isinstance(reply, int) and not isinstance(reply, bool)
     given = [option for name in OPTIONS for option in labelled(row.get(name), name)]

@@ -18,7 +18,7 @@ def test_what_data_says_is_escaped_in_every_part_of_the_data_section(tmp_path):
     for before in (
         "no assistant turn", '{"message": "', "tickets", "train-00000-of-00001.parquet", "CC0-1.0", "my kettle",
         "language", "日本語", "<b>", "48213?", "due date is 3 May.", "track_order", "Four ticks: ````", "tickets:1",
-        "refuses it",
+        "refuses it", "the columns mood",
     ):  # fmt: skip
         assert before + script in shown, before
     assert "<script" not in data
@@ -28,6 +28,7 @@ def test_rows_are_accounted_for_and_empty_classes_are_not_shown(finished, tmp_pa
     words = page_of(finished).words
     for fate in ("Copies50", "Test sets40", "Near-duplicates9", "Left out210", "Not tokenized1", "Too long3"):
         assert fate in words
+    assert "nothing reads the columns mood (980 rows)" in words
     settings, inputs = write_stage_folders(tmp_path / "stages", heldout=5)
     facts = load(inputs, settings.shows)
     card = facts.format
