@@ -80,6 +80,12 @@ def test_a_label_of_0_or_1_is_asked_about(label):
             read(row, columns={"kto_tag": "label"})
 
 
+def test_a_label_beside_a_text_judges_no_reply():
+    assert read({"text": "t", "label": False}, "text") == {"text": "t"}
+    with pytest.raises(Undesired):
+        read({"text": "t", "train": False}, "text")
+
+
 def test_a_label_that_is_a_class_is_no_judgement_and_named(tmp_path):
     formatted = format_rows(tmp_path, [qa(f"q {n}", label="spam") for n in range(4)], {"size": 1})
     assert formatted.card["undesired"] == 0

@@ -417,7 +417,7 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     if form.name == "text" and not source.named and not is_lone_text(frozenset(row)):
         raise _unrecognised(row, source)
     mark = is_undesired(row)
-    if mark is not None:
+    if mark is not None and not (form.name == "text" and mark in JUDGEMENTS):  # a text is no reply to judge
         raise Undesired("undesired", f"'{mark}' says that its reply is not to be learnt")
     if not source.named and form.name != "text" and is_doubtful(row):
         raise Rejected(
