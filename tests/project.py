@@ -36,10 +36,17 @@ class Project:
         path.write_text(yaml.safe_dump(merged(self.config, config or {})))
         return path
 
-    def python(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's environment, with the package of the copy in place of the installed one."""
+        return os.environ | {"PYTHONPATH": str(self.folder / "workflow_scripts")}
+
+    def python(
+        self, *arguments: str, variables: dict[str, str] | None = None, **options
+    ) -> subprocess.CompletedProcess:
         """Run Python in the project's folder, with its package; both of its outputs are in `stdout`."""
-        environment = os.environ | {"PYTHONPATH": str(self.folder / "workflow_scripts")}
-        streams = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = self.environment | (variables or {})
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
         return subprocess.run([sys.executable, *arguments], cwd=self.folder, timeout=600, **streams, **options)
 
     def snakemake(self, *arguments: str, config: dict | None = None) -> str:

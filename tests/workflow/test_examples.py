@@ -75,4 +75,4 @@ def test_a_length_above_the_models_context_is_refused_before_any_job(folder, tin
     done = dry_run(folder, "--configfile", "my.yaml")
     text = done.stdout + done.stderr
     assert done.returncode == 1 and "Traceback" not in text
-    assert "lengths.max_seq_length (run default): 4096 is above the model's context, 512 tokens" in text
+    assert "lengths.max_seq_length: 4096 is above the model's context, 512 tokens (run default)" in text

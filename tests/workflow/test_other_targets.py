@@ -1,7 +1,6 @@
 """What a configuration may ask for beside the model: tasks, a guard, a judge, a GGUF file, an upload. By real jobs."""
 
 import json
-import os
 
 from hub_server import serving
 from judge_server import judging
@@ -46,7 +45,7 @@ def test_task_guard_gguf_and_upload(project, tmp_path):
         variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         variables |= {"HF_TOKEN": "hf_right", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
         project.configure(config)
-        done = project.python("-m", "snakemake", "push", "--cores", "1", env=os.environ | variables)
+        done = project.python("-m", "snakemake", "push", "--cores", "1", variables=variables)
     assert done.returncode == 0, done.stdout
     assert project.result("pushed.json")["repo"] == "me/mine" and "hf_right" not in done.stdout
     names = {path.name for path in (tmp_path / "hub").rglob("*")}

@@ -33,7 +33,8 @@ def test_a_workflow_killed_while_training_goes_on(project):
     """kill -9 of everything, Snakemake included, then the same command: no lock to remove, no step lost twice."""
     project.configure(LONG)
     command = [sys.executable, "-m", "snakemake", "merged_model", "--cores", "1"]
-    process = subprocess.Popen(command, cwd=project.folder, start_new_session=True, stderr=subprocess.DEVNULL)
+    options = {"cwd": project.folder, "env": project.environment, "start_new_session": True}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
     results = project.folder / "results"
     while not list(results.glob("checkpoints/*/checkpoint-*/seal.json")):
         assert process.poll() is None, "training ended before there was a checkpoint"

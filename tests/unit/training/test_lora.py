@@ -28,6 +28,7 @@ from adder.merging.stage import MergeSettings
 from adder.tokenization.token_table import TokenTable
 from adder.training import base_model, lora, trainer
 from adder.training.packed_dataset import PackedExamples, heldout_examples
+from adder.training.records import TrainInputs
 from adder.training.stage import TrainSettings
 from tiny import pack_rows, save_tiny_model, tiny_tokenizer, token_row, write_tokens, write_training_inputs
 from training_stage import run_training, train_settings
@@ -215,7 +216,7 @@ def test_a_start_out_of_the_weights_is_the_base_and_is_saved_for_the_base(inputs
     assert not torch.allclose(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight,
                               load(folder).model.layers[0].mlp.up_proj.weight, atol=1e-3)  # fmt: skip
     train_a_little(model)
-    lora.save(model, inputs, tmp_path, "lora")
+    lora.save(model, TrainInputs(inputs["lengths"], inputs["tokenize"], inputs["model"]), tmp_path)
     config = read_json(tmp_path / "adapter" / "adapter_config.json")
     assert config["init_lora_weights"] is True and config["r"] == 8
     # Anybody who loads it on the original base gets what was trained.
@@ -232,7 +233,7 @@ def test_loftq_starts_nearer_to_the_base_than_zero_does(inputs, tmp_path, more):
     model = adapted(folder, "qlora", init_lora_weights="loftq", lora_r=16, **more)
     assert (logits(model) - right).norm() < 0.8 * (zero - right).norm()
     train_a_little(model)
-    lora.save(model, inputs, tmp_path, "qlora")
+    lora.save(model, TrainInputs(inputs["lengths"], inputs["tokenize"], inputs["model"]), tmp_path)
     # On the 16-bit base the quantisation error is not made up for a second time.
     found = logits(PeftModel.from_pretrained(load(folder), tmp_path / "adapter"))
     assert (found - logits(model)).norm() < 1.2 * (right - logits(adapted(folder, "qlora", init_lora_weights="loftq",
@@ -262,7 +263,7 @@ def test_dora_on_nf4_keeps_the_trained_lengths_in_the_merged_weights(inputs, tmp
         assert torch.allclose(start, layer.get_base_layer().weight.norm(dim=1), rtol=1e-5)
         assert not torch.allclose(start, base[f"{name}.weight"].float().norm(dim=1), rtol=1e-4)
     train_a_little(model)
-    lora.save(model, inputs, tmp_path, "qlora")
+    lora.save(model, TrainInputs(inputs["lengths"], inputs["tokenize"], inputs["model"]), tmp_path)
     changes = merging.read_adapter(tmp_path / "adapter")
     peft = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").merge_and_unload().state_dict()
     for name, layer in lora.layers(model):
@@ -415,7 +416,7 @@ def test_an_embedding_that_is_the_head_too_stays_one_tensor(inputs, tmp_path, na
     model = adapted(folder, modules_to_save=names)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     train_a_little(model)
-    lora.save(model, inputs, tmp_path, "lora")
+    lora.save(model, TrainInputs(inputs["lengths"], inputs["tokenize"], inputs["model"]), tmp_path)
     stored = weights(tmp_path)
     prefix = "base_model.model."
     assert torch.equal(stored[f"{prefix}lm_head.weight"], stored[f"{prefix}model.embed_tokens.weight"])

@@ -20,8 +20,10 @@ def test_a_request_is_new_only_where_the_record_tells_of_other_stages(tmp_path):
     assert file.stat().st_mtime == 5
     run_folder.request(tmp_path, "default", {"train": "b"}, record)
     assert file.stat().st_mtime > record.stat().st_mtime - 1 and read_json(file) == {"train": "b"}
-    file.unlink()
     run_folder.request(tmp_path, "default", {"train": "a"}, record)  # made already, so nothing is newer for it
+    assert file.stat().st_mtime == 0 and read_json(file) == {"train": "a"}
+    file.unlink()
+    run_folder.request(tmp_path, "default", {"train": "a"}, record)
     assert file.stat().st_mtime == 0
 
 

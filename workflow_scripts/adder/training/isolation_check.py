@@ -65,7 +65,8 @@ class Differences:
     example in the pack has other tokens. later: the same of one example alone, None where `unseen` is nothing. alone:
     mean absolute difference between packed and alone. gradient: of the trained weights, packed and alone; relative
     norm, None where it wasn't taken. eager: mean absolute difference between training's losses and those of the model's
-    own forward with its eager attention.
+    own forward with its eager attention. broken: whether that forward gives no number at all, so that nothing can be
+    compared; preflight refuses such a model.
     """
 
     unseen: float
@@ -74,6 +75,7 @@ class Differences:
     alone: float
     gradient: float | None
     eager: float
+    broken: bool = False
 
 
 def tolerances(dtype: str) -> Tolerances:
@@ -132,7 +134,11 @@ def has_experts(bare: PreTrainedModel) -> bool:
 
 
 def verdict(found: Differences, most: Tolerances, experts: bool) -> str | None:
-    """What is wrong, in words; None where all differences are within rounding. NaN is wrong too."""
+    """What is wrong, in words; None where all differences are within rounding. NaN is wrong too, unless the model's
+    own forward gives nothing else.
+    """
+    if found.broken:
+        return None
     change = found.unseen_mean if experts else found.unseen
     allowed = max(most.unseen, ROUNDING_OF_EXPERTS * found.eager) if experts else most.unseen
     if found.later is not None and not (change <= allowed or found.later <= allowed):
@@ -180,6 +186,7 @@ def measure(model: PreTrainedModel | PeftModel, pack: Pack, dtype: str, with_gra
         alone=_differences(packed, alone).mean().item(),
         gradient=_relative(packed_gradient, [gradient for _, gradient in by_itself]) if weights else None,
         eager=_differences(alone[:1], [eager.cpu()]).mean().item(),
+        broken=not bool(torch.isfinite(eager).all()),
     )
 
 
