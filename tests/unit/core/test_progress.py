@@ -28,11 +28,15 @@ def test_a_file_gets_a_line_now_and_then_and_the_last_one():
 
 
 def test_a_lost_terminal_ends_nothing():
+    tried = []
+
     class Gone(io.StringIO):
         def write(self, text):
+            tried.append(text)
             raise OSError("gone")
 
     Progress("train", Gone()).say("still here")
+    assert tried == ["train: still here\n"]
 
 
 def test_silence(capsys):
