@@ -25,13 +25,6 @@ def test_a_mark_that_is_neither_is_refused(mark):
         is_learnt({"loss": mark}, "m")
 
 
-def test_spans_within_a_message_are_refused_unless_they_are_all_of_it():
-    spans = [{"begin_offset": 0, "end_offset": 3, "train": False}, {"begin_offset": 4, "end_offset": 9, "train": True}]
-    with pytest.raises(Rejected, match="'train_detail' marks parts of a message: m; only whole messages"):
-        is_learnt({"train_detail": spans}, "m")
-    assert is_learnt({"train_detail": spans[1:]}, "m") and is_learnt({"train_detail": []}, "m")
-
-
 @pytest.mark.parametrize("no", [False, "false", "False"])
 @pytest.mark.parametrize("key", JUDGEMENTS)
 def test_a_row_judged_undesired(key, no):

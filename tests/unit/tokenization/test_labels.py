@@ -193,3 +193,46 @@ def test_the_embedded_models_tokenizer(embedded_model_dir):
             assert result[1][len(prompt) - 1] == IGNORE_INDEX != result[1][len(prompt)]
 
     check()
+
+
+MARKED = "Alpha beta gamma delta."
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parts_of_a_reply_that_are_not_to_be_learnt_carry_no_loss(name, loss_on):
+    labeller = Labeller(FAMILIES[name].tokenizer(), loss_on)
+
+    def learnt(*parts, content=MARKED):
+        spans = [(content.index(part), content.index(part) + len(part)) for part in parts]
+        messages = [*conversation("q", content), *conversation("r", "s")]
+        messages[1] = {**messages[1], "unlearnt": spans}
+        ids, labels, _ = label(labeller, messages)
+        plain, before, _ = label(labeller, [*conversation("q", content), *conversation("r", "s")])
+        assert np.array_equal(ids, plain) and set(labels) <= {*before, IGNORE_INDEX}
+        gone = labeller.tokenizer.decode(ids[labels != before], clean_up_tokenization_spaces=False)
+        return labelled_text(labeller.tokenizer, labels), gone
+
+    kept, gone = learnt("beta gamma")
+    assert "Alpha" in kept and "delta." in kept and "beta" not in kept and "gamma" not in kept
+    assert "beta" in gone and "gamma" in gone and "Alpha" not in gone and "delta" not in gone
+    kept, gone = learnt("Alpha", "gamma delta.")
+    assert "beta" in kept and "Alpha" not in kept and "gamma" not in kept and "delta" not in kept
+    assert "Alpha" not in learnt("Alpha", content=f"  {MARKED}")[0]
+
+
+def test_the_end_of_turn_is_learnt_with_the_end_of_the_reply(labellers):
+    labeller = labellers["chatml"]
+
+    def learnt(start, end):
+        messages = [*conversation("q"), {"role": "assistant", "content": MARKED, "unlearnt": [(start, end)]}]
+        return labelled_text(labeller.tokenizer, label(labeller, messages)[1])
+
+    assert learnt(0, len("Alpha beta gamma")).strip() == "delta.<|im_end|>"
+    assert learnt(len("Alpha "), len(MARKED)).strip() == "Alpha"
+
+
+def test_a_reply_whose_parts_cannot_be_told_apart_is_refused(labellers):
+    reply = {"role": "assistant", "content": "Add.", "reasoning_content": "Add.", "unlearnt": [(0, 2)]}
+    found = label(labellers["chatml"], [*conversation("q"), reply])
+    assert "can't tell where the chat template writes the parts" in found

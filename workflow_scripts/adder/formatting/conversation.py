@@ -23,7 +23,8 @@ class ToolCall(TypedDict):
 class Message(TypedDict):
     """One turn. `content` is text; it is empty only beside tool calls, and where a test set has no reply.
 
-    train: false on a reply that is not to be trained on. tool_call_id: on a tool's result, the call that it answers.
+    train: false on a reply that is not to be trained on. unlearnt: parts of a reply's content, (start, end) in
+    characters, that carry no loss. tool_call_id: on a tool's result, the call that it answers.
     """
 
     role: Role
@@ -33,6 +34,7 @@ class Message(TypedDict):
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
     train: NotRequired[bool]
+    unlearnt: NotRequired[list[tuple[int, int]]]
 
 
 class Conversation(TypedDict, total=False):

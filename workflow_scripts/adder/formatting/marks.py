@@ -36,9 +36,6 @@ def is_learnt(message: Mapping[str, Any], where: str) -> bool:
             found = repr(mark)[:40] if isinstance(mark, str | int | float) else json_type(mark)
             raise Rejected("a weight or train mark other than 0 and 1", f"{where} has {key}: {found}")
         learnt = learnt and bool(mark) != (key in UNLEARNT)
-    for key in SPANS:
-        if message.get(key) not in (None, [], {}):
-            learnt = _spans_learnt(message[key], key, where) and learnt
     return learnt
 
 
@@ -70,10 +67,3 @@ def verdict(row: Mapping[str, Any], key: str) -> bool | None:
         return WORDS.get(mark.strip().lower())
     numbers = key in WEIGHTS or (key in JUDGEMENTS and key != JUDGEMENT)
     return bool(mark) if numbers and isinstance(mark, int | float) and mark in (0, 1) else None
-
-
-def _spans_learnt(spans: Any, key: str, where: str) -> bool:
-    """Whether spans say that the whole message is learnt; what learns a part of it is refused."""
-    if isinstance(spans, list) and all(isinstance(span, dict) and span.get("train") is True for span in spans):
-        return True
-    raise Rejected(f"'{key}' marks parts of a message", f"{where}; only whole messages can be marked, by `train`")

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from adder.formatting.conversation import Conversation, Function, Message, Role, ToolCall
-from adder.formatting.marks import MESSAGE_MARKS, is_learnt
+from adder.formatting.marks import MESSAGE_MARKS, SPANS, is_learnt
 from adder.formatting.rejected import Rejected, json_type
+from adder.formatting.train_spans import covers, unlearnt_parts
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -230,6 +231,8 @@ def _read_extras(message: Mapping[str, Any], read: Message, where: str) -> None:
             read["tool_calls"] = _tool_calls(parse_json(calls, where) if isinstance(calls, str) else calls, where)
         if not is_learnt(message, where):
             read["train"] = False
+        elif not message.keys().isdisjoint(SPANS):
+            _read_spans(message, read, where)
     elif reasoning is not None or calls:
         found = "reasoning" if reasoning is not None else "a tool call"
         raise Rejected("only an assistant message can have reasoning or tool calls", f"{where} has {found}")
@@ -242,6 +245,18 @@ def _read_extras(message: Mapping[str, Any], read: Message, where: str) -> None:
             if not isinstance(value, str):
                 raise Rejected(f"{key} is not text", f"{where}: {json_type(value)}")
             read[key] = value
+
+
+def _read_spans(message: Mapping[str, Any], read: Message, where: str) -> None:
+    """Which parts of a reply's text are not to be learnt; where that is all there is to it, it isn't learnt at all."""
+    key = next((key for key in SPANS if message.get(key) not in (None, [], {})), None)
+    if key is None:
+        return
+    parts = unlearnt_parts(message[key], key, read["content"], where)
+    if covers(parts, read["content"]) and "reasoning_content" not in read and "tool_calls" not in read:
+        read["train"] = False
+    elif parts:
+        read["unlearnt"] = parts
 
 
 def _tool_calls(calls: Any, where: str) -> list[ToolCall]:

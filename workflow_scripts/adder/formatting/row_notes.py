@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from adder.formatting.column_names import line_for
-from adder.formatting.marks import ROW_MARKS, verdict
+from adder.formatting.marks import ROW_MARKS, SPANS, verdict
 from adder.formatting.messages import BLANK, MESSAGE_KEYS, is_message
 from adder.formatting.rejected import json_type
 from adder.formatting.row_formats import ColumnSets, SourceFormat
@@ -110,3 +110,6 @@ def _of_messages(messages: list[Any]) -> Iterator[str]:
             for key in _ASKED:
                 if message.get(key) is True:
                     yield f"'{key}: true' of messages that are no replies is not read: only replies are learnt"
+            for key in SPANS:
+                if message.get(key):
+                    yield f"'{key}' of messages that are no replies is not read: only replies are learnt"

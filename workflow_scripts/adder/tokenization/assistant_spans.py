@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +24,7 @@ class Rendered:
     text: str
     spans: list[Span]  # replies to train on
     masked: list[Span]  # replies marked train: false, where everything else carries loss
+    unlearnt: list[Span] = field(default_factory=list[Span])  # parts of replies that carry no loss
 
 
 class AssistantSpanFinder:
@@ -68,7 +69,8 @@ class AssistantSpanFinder:
         if any(before[1] > after[0] for before, after in itertools.pairwise(ordered)):
             raise UnusableRow("the chat template doesn't write the turns in their order")
         self._check_inputs(messages, tools, text)
-        return Rendered(text, [spans[turn] for turn in wanted], [spans[turn] for turn in masked])
+        unlearnt = [part for turn in wanted for part in _unlearnt(messages[turn], text, spans[turn])]
+        return Rendered(text, [spans[turn] for turn in wanted], [spans[turn] for turn in masked], unlearnt)
 
     def choose_turns(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Numbers of the messages to train on, and of those to leave out of a loss on all."""
@@ -225,7 +227,7 @@ class _Conversation:
         if own is None and turn == len(self.messages) - 1 and prompt is not None:
             self.around(turn)  # may know better why: text written twice, or not at all
             raise self.other_prompt(prompt, text)
-        if own is not None and len(message) - ("train" in message) == 2:
+        if own is not None and len(message) - ("train" in message) - ("unlearnt" in message) == 2:
             for reply in (content, content.strip()):
                 end = len(own) + len(reply)
                 if text.startswith(reply, len(own)) and self.finder.special_run.match(text, end):
@@ -361,6 +363,22 @@ class _Conversation:
         reasoning = message.get("reasoning_content", "").strip()
         if reasoning not in written and (last or reasoning not in self.through(turn).text):
             raise UnusableRow(f"{complaint} a reply's reasoning")
+
+
+def _unlearnt(message: Message, text: str, span: Span) -> list[Span]:
+    """Where in the text the parts of a reply stand that carry no loss; with its last part its end of turn is one."""
+    parts = message.get("unlearnt")
+    if not parts:
+        return []
+    content = message["content"].strip()
+    start = text.find(content, *span)
+    if start < 0 or text.find(content, start + 1, span[1]) >= 0:
+        raise UnusableRow("can't tell where the chat template writes the parts of a reply that aren't to be learnt")
+    offset = start - message["content"].index(content)
+    found = [(begin + offset, end + offset) for begin, end in parts]
+    if found[-1][1] == start + len(content) and not message.get("tool_calls"):
+        found[-1] = found[-1][0], span[1]
+    return found
 
 
 def _other_call(call: ToolCall, marker: str) -> ToolCall:

@@ -105,11 +105,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 class ChatTemplate:
     """Renders conversations as `tokenizer.apply_chat_template` does.
 
-    A message is {"role", "content"} and maybe reasoning_content, tool_calls, tool_call_id, name, train. Templates
-    differ in the form in which they take some of that, so each form is tried once on a conversation of our own, and the
-    first whose text comes out is used: contents as text or as a list of parts (vision models), a call's arguments as an
-    object or as JSON text, no content beside a call as "" or None, reasoning under one of REASONING_KEYS. Where a
-    template knows none of these keys, reasoning is written before the answer as <think>...</think>.
+    A message is {"role", "content"} and maybe what else a Message has. Templates differ in the form in which they take
+    some of that, so each form is tried once on a conversation of our own, and the first whose text comes out is used:
+    contents as text or as a list of parts (vision models), a call's arguments as an object or as JSON text, no content
+    beside a call as "" or None, reasoning under one of REASONING_KEYS. Where a template knows none of these keys,
+    reasoning is written before the answer as <think>...</think>.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -173,7 +173,7 @@ class ChatTemplate:
         """The message in the form that the template takes."""
         if len(message) == 2 and not self._parts:  # role and content
             return message
-        taken = {key: value for key, value in message.items() if key not in ("train", "reasoning_content")}
+        taken = {key: value for key, value in message.items() if key not in ("train", "unlearnt", "reasoning_content")}
         reasoning = message.get("reasoning_content")
         if reasoning:
             beside_call = bool(message.get("tool_calls"))

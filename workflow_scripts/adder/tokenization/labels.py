@@ -213,6 +213,10 @@ class Labeller:
             replies.append(last - first)
         for start, end in rendered.masked:
             labels[bisect_left(offsets, (start,)) : bisect_left(offsets, (end,))] = IGNORE_INDEX
+        for start, end in rendered.unlearnt:
+            labels[_overlapping(offsets, start, end)] = IGNORE_INDEX
+        if rendered.unlearnt and (labels[1:] == IGNORE_INDEX).all():
+            raise UnusableRow("nothing to train on: no token lies in what a reply's spans say is to be learnt")
         if self._lone_bos is not None and ids[:2] == [self._lone_bos] * 2:
             raise UnusableRow("the chat template writes the beginning-of-text token twice")
         return _one(row, array, labels, last, replies)
@@ -285,6 +289,14 @@ class Labeller:
             self._known.add(char)
             return True
         return False
+
+
+def _overlapping(offsets: list[Span], start: int, end: int) -> slice:
+    """The tokens that hold any of the characters from `start` to `end`."""
+    first = bisect_left(offsets, (start,))
+    while first and offsets[first - 1][1] > start:
+        first -= 1
+    return slice(first, bisect_left(offsets, (end,)))
 
 
 def _flat(lists: list[list[int]]) -> tuple[Tokens, Integers]:
