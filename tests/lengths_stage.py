@@ -16,7 +16,7 @@ from adder.packing.stage import LengthsSettings
 from adder.training.packed_dataset import PackedExamples
 from tiny import write_tokens
 
-CHOICES: dict[str, Any] = {"effective_batch_size": 16, "max_examples": None}
+CHOICES: dict[str, Any] = {"effective_batch_size": 16, "max_examples": None, "max_dropped": 1.0}
 
 
 class Packed:

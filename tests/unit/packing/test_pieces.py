@@ -3,7 +3,7 @@
 import numpy as np
 
 from adder.core.labels import IGNORE_INDEX
-from adder.packing.pieces import Pieces, cut, describe_truncation, sample
+from adder.packing.pieces import Pieces, count_lost, cut, describe_truncation, sample
 from adder.tokenization.token_table import TokenTable
 from tiny import write_tokens
 
@@ -17,6 +17,21 @@ def test_a_piece_that_carries_no_loss_is_left_out(tmp_path):
     for truncate, kept in (("right", []), ("left", [36]), ("split", [64])):
         pieces = cut(table, np.arange(1), lengths, labelled, 64, truncate)
         assert pieces.starts.tolist() == kept, truncate
+
+
+def test_what_a_length_would_lose_is_counted_as_it_is_cut(tmp_path):
+    random = np.random.default_rng(3)
+    lengths = random.integers(1, 90, 60).tolist()
+    labels = [np.where(random.random(length) < 0.4, 7, IGNORE_INDEX).tolist() for length in lengths]
+    rows = [{"id": f"a:{n}", "input_ids": [7] * len(own), "labels": own} for n, own in enumerate(labels)]
+    write_tokens(tmp_path / "t.arrow", rows)
+    table = TokenTable(tmp_path / "t.arrow")
+    tokens, labelled = table.column("tokens").astype(np.int64), table.column("labelled").astype(np.int64)
+    limits, some = [1, 2, 16, 30, 31, 89, 90], np.arange(0, 60, 2)
+    for truncate in ("drop", "right", "left", "split"):
+        pieces = [cut(table, some, tokens[some], labelled[some], limit, truncate) for limit in limits]
+        expected = [int(labelled[some].sum() - piece.labelled.sum()) for piece in pieces]
+        assert count_lost(table, some, limits, truncate).tolist() == expected, truncate
 
 
 def test_a_sample_is_of_the_smallest_digests_in_the_order_of_the_rows():

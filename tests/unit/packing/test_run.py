@@ -49,6 +49,22 @@ def test_examples_that_are_too_long_are_dropped_whole_and_listed(tmp_path):
         pack(tmp_path, [100, 90], max_seq_length=64, name="none")
 
 
+def test_many_examples_without_any_training_stop_the_run(tmp_path):
+    lengths = [30] * 17 + [100] * 3
+    with pytest.raises(
+        UserError, match=r"3 of 20 examples \(15.0%\) are longer than 64 tokens.*lengths.max_dropped allows \(10.0%\)"
+    ) as found:
+        pack(tmp_path, lengths, max_seq_length=64, max_dropped=0.1, name="a")
+    assert "A larger lengths.max_seq_length (the model's context is 512)" in str(found.value)
+    with pytest.raises(UserError, match=r"3 of 20 examples.*`lengths.truncate: right`"):
+        pack(tmp_path, lengths, context=64, max_dropped=0.1, name="b")
+    assert pack(tmp_path, lengths, max_seq_length=64, max_dropped=0.15, name="c").record["dropped"] == 3
+    cut = pack(tmp_path, lengths, max_seq_length=64, max_dropped=0.1, truncate="left", name="d").record
+    chosen = cut["max_seq_length"]["alternatives"][0]
+    assert cut["truncation"]["labelled_lost"] == chosen["labelled_tokens_lost"] > 0 == cut["dropped"]
+    assert f"{chosen['labelled_share_lost']:.1%}" in cut["max_seq_length"]["reason"]
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     lengths = np.random.default_rng(1).integers(20, 200, 100)
     pack(tmp_path, lengths, name="a")

@@ -1,6 +1,7 @@
 """How long a sequence may get: candidates, what each would cost, and the choice among them."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ STEP = 64  # tokens: GPU kernels work in tiles of 64 or 128, so lengths in betwe
 GOOD_FILL = 0.03  # packs that leave no more than this share of their positions empty are good enough
 
 Integers = npt.NDArray[np.int64]
+CountLost = Callable[[list[int]], Integers]
 
 
 def choose_max_seq_length(
@@ -26,6 +28,7 @@ def choose_max_seq_length(
     context: int,
     settings: LengthsSettings,
     config: dict[str, Any] | None = None,
+    count_lost: CountLost | None = None,
 ) -> Choice[int, LengthCandidate]:
     """Choose the longest sequence in tokens; the alternatives are the candidates with what each would cost.
 
@@ -43,12 +46,13 @@ def choose_max_seq_length(
             raise UserError(
                 f"lengths.max_seq_length: {requested} tokens asked for, but the model's context is {context}"
             )
-        row = weigh(lengths, labelled, requested, batch, truncate, config)
+        row = weigh(lengths, labelled, requested, batch, truncate, config, _lost(count_lost, [requested])[0])
         reason = f"{requested} tokens, as set in the configuration; {_cost(row, lengths, truncate)}"
         return Choice(requested, reason, [row])
     rows: list[LengthCandidate] = []
-    for candidate in ladder(context):
-        rows.append(weigh(lengths, labelled, candidate, batch, truncate, config))
+    candidates = ladder(context)
+    for candidate, lost in zip(candidates, _lost(count_lost, candidates), strict=True):
+        rows.append(weigh(lengths, labelled, candidate, batch, truncate, config, lost))
         if not rows[-1]["examples_truncated"] and rows[-1]["examples_per_pack"] > batch:
             break  # longer ones keep no more examples and only put more of them into a step
     enough = [row for row in rows if row["share_whole"] >= settings.keep_whole]
@@ -77,6 +81,10 @@ def choose_max_seq_length(
     return Choice(chosen["max_seq_length"], reason, rows)
 
 
+def _lost(count_lost: CountLost | None, limits: list[int]) -> list[int | None]:
+    return [None] * len(limits) if count_lost is None else [int(count) for count in count_lost(limits)]
+
+
 def ladder(context: int) -> list[int]:
     """Candidates for max_seq_length: multiples of 64, each a power of two or one and a half of one, up to `context`."""
     steps = [STEP]
@@ -96,32 +104,32 @@ def weigh(
     effective_batch_size: int,
     truncate: Truncate = "drop",
     config: dict[str, Any] | None = None,
+    lost: int | None = None,
 ) -> LengthCandidate:
     """What one max_seq_length would mean: examples and loss-bearing tokens lost, padding and packing waste.
 
-    `attention_share`: of the model's arithmetic on the examples that fit, none of which sees another. The lost tokens
-    of `truncate: right` and `left` are estimated as if loss were spread evenly over an example; split loses none but
-    the first of each piece.
+    lost: loss-bearing tokens that are lost where examples are cut. `attention_share`: of the model's arithmetic on the
+    examples that fit, none of which sees another.
     """
     fits = lengths <= max_seq_length
     if truncate == "drop":
-        kept, lost = lengths[fits], int(labelled[~fits].sum())
+        kept, gone = lengths[fits], int(labelled[~fits].sum())
     else:
         longer = lengths[~fits]
         parts = -(-longer // max_seq_length)
         rest = longer - (parts - 1) * max_seq_length
         full = np.full(int((parts - 1).sum()) if truncate == "split" else len(longer), max_seq_length)
         kept = np.concatenate([lengths[fits], full, rest if truncate == "split" else rest[:0]])
-        share = (parts - 1) / longer if truncate == "split" else 1 - max_seq_length / longer
-        lost = round(float((labelled[~fits] * share).sum()))
+        assert lost is not None
+        gone = lost
     tokens = int(kept.sum())
     packs = len(best_fit_decreasing(kept, max_seq_length))
     row: LengthCandidate = {
         "max_seq_length": max_seq_length,
         "examples_truncated": int((~fits).sum()),
         "share_whole": float(fits.mean()),
-        "labelled_tokens_lost": lost,
-        "labelled_share_lost": lost / max(1, int(labelled.sum())),
+        "labelled_tokens_lost": gone,
+        "labelled_share_lost": gone / max(1, int(labelled.sum())),
         "padding_waste": waste(tokens, batch_padded_positions(kept, effective_batch_size)),
         "packs": packs,
         "packing_waste": waste(tokens, packs * max_seq_length),

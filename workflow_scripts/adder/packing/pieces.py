@@ -58,6 +58,36 @@ def cut(
     return Pieces(*kept[:, order])
 
 
+def count_lost(table: TokenTable, rows: Integers, limits: list[int], truncate: Truncate) -> Integers:
+    """Loss-bearing tokens that each of some max_seq_length would lose, int64 (limits,), as `cut` would cut the rows."""
+    chosen = np.zeros(len(table), dtype=bool)
+    chosen[rows] = True
+    lost = np.zeros(len(limits), dtype=np.int64)
+    for first, carries, borders in table.loss_batches():
+        before = np.concatenate([[0], np.cumsum(carries, dtype=np.int64)])  # of the tokens before each, how many
+        used = chosen[first : first + len(borders) - 1]
+        starts, ends = borders[:-1][used], borders[1:][used]
+        for number, limit in enumerate(limits):
+            long = ends - starts > limit
+            lost[number] += _lost_of(carries, before, starts[long], ends[long], limit, truncate)
+    return lost
+
+
+def _lost_of(
+    carries: npt.NDArray[np.bool_], before: Integers, starts: Integers, ends: Integers, limit: int, truncate: Truncate
+) -> int:
+    """Loss-bearing tokens lost of some rows of a batch, all of which are longer than `limit`."""
+    if truncate == "drop":
+        return int((before[ends] - before[starts]).sum())
+    if truncate == "right":
+        return int((before[ends] - before[starts + limit]).sum())
+    if truncate == "left":  # the first of what is kept has nothing before it
+        return int((before[ends - limit + 1] - before[starts]).sum())
+    cuts = (ends - starts - 1) // limit
+    number = np.arange(int(cuts.sum())) - np.repeat(np.cumsum(cuts) - cuts, cuts) + 1
+    return int(carries[np.repeat(starts, cuts) + number * limit].sum())
+
+
 def describe_truncation(
     lengths: Integers, labelled: Integers, pieces: Pieces, max_seq_length: int, truncate: Truncate
 ) -> Truncation:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -24,7 +25,7 @@ from adder.packing.best_fit_decreasing import (
 )
 from adder.packing.max_seq_length import choose_max_seq_length
 from adder.packing.pack_or_pad import choose_packing
-from adder.packing.pieces import Pieces, cut, describe_truncation, sample
+from adder.packing.pieces import Pieces, count_lost, cut, describe_truncation, sample
 from adder.packing.records import Histogram, LengthsRecord
 from adder.packing.stage import LengthsSettings
 from adder.tokenization.token_table import TokenTable
@@ -66,19 +67,22 @@ def run(settings: LengthsSettings, inputs: LengthsInputs, out: Path, context: Co
     most = context_length(model)
     if most is None:
         raise UserError(f"{model / 'config.json'} doesn't give the model's context length")
-    limit = choose_max_seq_length(lengths, labelled, most, settings, read_json(model / "config.json"))
+    cutting = settings.truncate != "drop"
+    count = partial(count_lost, table, rows, truncate=settings.truncate) if cutting else None
+    limit = choose_max_seq_length(lengths, labelled, most, settings, read_json(model / "config.json"), count)
     pieces = cut(table, rows, lengths, labelled, limit.value, settings.truncate)
     if not len(pieces.rows):
         raise UserError(
             f"lengths.max_seq_length: {limit.value} drops every example, the shortest has {lengths.min()} tokens"
         )
+    gone = np.setdiff1d(rows, pieces.rows)
+    _refuse_many_dropped(len(gone), len(rows), lengths, limit.value, most, settings)
     batch = settings.effective_batch_size
     packing = choose_packing(pieces.tokens, limit.value, batch, settings.packing)
     packs = make_packs(pieces.tokens, limit.value) if packing.value else one_by_one(len(pieces.rows))
     write_table(out / "packs.parquet", pack_table(pieces, packs))
     tokens = int(pieces.tokens.sum())
     positions = len(packs) * limit.value if packing.value else batch_padded_positions(pieces.tokens, batch)
-    gone = np.setdiff1d(rows, pieces.rows)
     record: LengthsRecord = {
         "tokens": summarise(lengths),
         "histogram": _histogram(lengths),
@@ -106,6 +110,27 @@ def run(settings: LengthsSettings, inputs: LengthsInputs, out: Path, context: Co
         "dropped": record["dropped"],
         "packs": record["packs"],
     }
+
+
+def _refuse_many_dropped(
+    dropped: int, total: int, lengths: npt.NDArray[np.int64], limit: int, context: int, settings: LengthsSettings
+) -> None:
+    """Raise UserError where a larger share of the examples than settings.max_dropped would not be trained on."""
+    if dropped <= settings.max_dropped * total:
+        return
+    what = f"{dropped:,} of {total:,} examples ({dropped / total:.1%}) are longer than {limit:,} tokens and would be"
+    if settings.truncate == "drop":
+        what += " dropped"
+        cuts = "`lengths.truncate: right`, `left` or `split` cuts them instead; "
+    else:
+        what += f" left out, as nothing that carries loss is left of them with `truncate: {settings.truncate}`"
+        cuts = "another `lengths.truncate` keeps other parts of them; "
+    if limit < context:
+        cuts = f"a larger lengths.max_seq_length (the model's context is {context:,}) keeps them; {cuts}"
+    raise UserError(
+        f"{what}, more than lengths.max_dropped allows ({settings.max_dropped:.1%}); the longest has "
+        f"{lengths.max():,}. {cuts[0].upper()}{cuts[1:]}a higher lengths.max_dropped leaves them out"
+    )
 
 
 def make_packs(lengths: npt.NDArray[np.int64], max_seq_length: int) -> Packs:

@@ -18,6 +18,8 @@ class PackingChoices(Section):
     """Longest sequence in tokens. `auto` weighs the cost of each."""
     truncate: Literal["drop", "right", "left", "split"] = "drop"
     """What becomes of longer examples: dropped, cut at the end, cut at the start, or split into several."""
+    max_dropped: float = Field(default=0.1, ge=0, le=1)
+    """Share of examples of which nothing is trained on for their length, above which the run stops."""
     packing: Auto | bool = "auto"
     """Put several examples into one sequence, none of which sees another. `auto` compares the padding either way."""
     keep_whole: float = Field(default=0.99, gt=0, le=1)

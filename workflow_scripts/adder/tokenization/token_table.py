@@ -1,6 +1,6 @@
 """Tokenised examples on disk, mapped into memory: any of them is there at once, and none takes memory for good."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from adder.core.labels import IGNORE_INDEX
 
 Tokens = npt.NDArray[np.int32]
 
@@ -60,6 +62,18 @@ class TokenTable:
     def labels(self, row: int) -> Tokens:
         """Labels of one row."""
         return self._list("labels", row)
+
+    def loss_batches(self) -> Iterator[tuple[int, npt.NDArray[np.bool_], npt.NDArray[np.int64]]]:
+        """The rows in batches: the first row's number, which tokens carry loss (bool (tokens,), all rows' one after the
+        other), and where each row begins among them (int64 (rows + 1,)).
+        """
+        for batch, first in enumerate(self._starts[:-1].tolist()):
+            values, offsets = self._lists("labels", batch)
+            borders = offsets.astype(np.int64)
+            carries = values[borders[0] : borders[-1]] != IGNORE_INDEX
+            borders = borders - borders[0]
+            carries[borders[:-1][borders[:-1] < borders[1:]]] = False  # nothing predicts a row's first token
+            yield first, carries, borders
 
     def row(self, row: int) -> TokenRow:
         """One row, its lists of plain numbers."""
