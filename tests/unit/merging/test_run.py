@@ -170,7 +170,7 @@ def test_a_wrong_scale_fails_the_proof(tmp_path, tiny_model_dir, monkeypatch, fa
     inputs = make_inputs(tmp_path / "in", tiny_model_dir, size=0.1)
     right = weight_deltas._scale
     monkeypatch.setattr(weight_deltas, "_scale", lambda *arguments: factor * right(*arguments))
-    with pytest.raises(UserError, match="isn't base \\+ adapter.*merge.tolerance"):
+    with pytest.raises(UserError, match="isn't base \\+ adapter.*merge.tolerance|the training changed nothing"):
         run(inputs, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -181,12 +181,12 @@ def test_the_tolerance_is_enforced(tmp_path, tiny_model_dir):
         run(inputs, tmp_path / "out", tolerance=1e-12)
 
 
-def test_an_untrained_adapter_changes_nothing_and_says_so(tmp_path, tiny_model_dir):
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path, tiny_model_dir, base):
     inputs = make_inputs(tmp_path / "in", tiny_model_dir, size=0.0)
-    run(inputs, tmp_path / "out")
-    proof = read_json(tmp_path / "out" / "proof.json")
-    assert proof["changed_weights"] == 0 and proof["unchanged_weights"] == 14 and proof["kl"] < 1e-9
-    assert "nothing or lost in rounding" in proof["reason"]
+    with pytest.raises(UserError, match="the training changed nothing: none of 14 adapted weights differs"):
+        run(inputs, tmp_path / "out", base=base)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -289,6 +289,13 @@ def test_a_fully_trained_model_is_taken_as_it_is(tmp_path, tiny_model_dir):
     # Files of the train stage may be linked, never written into.
     assert kept == {path.name: path.read_bytes() for path in (inputs["train"] / "model").iterdir()}
     assert read_json(tmp_path / "out" / "model" / "generation_config.json")["eos_token_id"] == [2]
+
+
+def test_a_full_training_that_changed_nothing_is_refused(tmp_path, tiny_model_dir):
+    inputs = make_inputs(tmp_path / "in", tiny_model_dir, adapter=False)
+    shutil.copytree(tiny_model_dir, inputs["train"] / "model")
+    with pytest.raises(UserError, match="the training changed nothing"):
+        run(inputs, tmp_path / "out")
 
 
 def test_a_diverged_full_training_is_refused(tmp_path, tiny_model_dir):

@@ -3,9 +3,12 @@
 import resource
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import get_scheduler
 
 from adder.core.errors import UserError
-from adder.core.files import digest_file
+from adder.core.files import digest_file, read_jsonl
 from adder.core.progress import Progress
 from adder.training import checkpoints, fit, packed_dataset, trainer
 from tiny import write_training_inputs
@@ -15,6 +18,39 @@ from training_stage import adapter_digests, run_training, small_settings, train_
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tiny_model_dir):
     return write_training_inputs(tmp_path_factory.mktemp("inputs"), tiny_model_dir)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
+def test_step_k_of_w_warm_up_steps_has_the_rate_k_of_w(name):
+    def rates(warmup, steps, is_ours):
+        optimizer = torch.optim.SGD([{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in (1.0, 4.0)])
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        if is_ours:
+            trainer.warm_from_first_step(scheduler, warmup)
+        found = []
+        for _ in range(steps):
+            found.append([group["lr"] for group in optimizer.param_groups])
+            assert scheduler.get_last_lr() == found[-1]
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    ours, theirs = rates(4, 10, True), rates(4, 10, False)
+    assert ours[:4] == [[k / 4, k] for k in (1, 2, 3, 4)]
+    assert ours[4:] == theirs[4:]
+    assert rates(1, 1, True) == [[1.0, 4.0]] and rates(1, 1, False) == [[0.0, 0.0]]
+    assert rates(0, 3, True) == rates(0, 3, False)
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_a_run_of_one_step_trains(inputs, tmp_path, method):
+    values = {"eval_samples": 0, "samples": 0, "method": method, "effective_batch_size": 1000, "warmup_ratio": 0.05}
+    train_small(inputs, tmp_path / "one", epochs=1, **values)
+    rows = [row for row in read_jsonl(tmp_path / "one" / "metrics.jsonl") if "loss" in row]
+    assert [row["learning_rate"] for row in rows] == [small_settings(**values).learning_rate]
+    if method == "qlora":
+        weights = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
+        assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
 def test_reading_batches_ahead_changes_nothing(inputs, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from adder.merging.records import BaseCandidate, FullProof, LogitComparison, Mer
 from adder.merging.stage import MergeSettings
 from adder.merging.streamed_merge import Deltas, check_weights, merge_weights
 from adder.merging.verification import PROOF_POSITIONS, PROOF_ROWS, choose_tolerance, compare, spread_rows
-from adder.merging.weight_deltas import read_adapter, share_tied
+from adder.merging.weight_deltas import is_nothing, read_adapter, share_tied
 
 # Beside weights, config and tokenizer, what belongs to a model and must travel with it.
 KEPT_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -108,6 +108,7 @@ def _merge(settings: MergeSettings, inputs: MergeInputs, base: Path, model: Path
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         merged = _merge_into_chosen(settings, inputs, deltas, model, Path(folder), context)
         weights = check_weights(base, model, merged.deltas, context)
+        _refuse_unchanged(weights, deltas, adapter)
         shutil.copyfile(base / "config.json", model / "config.json")
         _write_companions(inputs, base, model)
         rows = spread_rows(heldout, PROOF_ROWS, PROOF_POSITIONS)
@@ -127,6 +128,16 @@ def _merge(settings: MergeSettings, inputs: MergeInputs, base: Path, model: Path
         "reloaded": None,
     }
     return {**proof, **predictions} if predictions else proof
+
+
+def _refuse_unchanged(weights: WeightCheck, deltas: Deltas, adapter: Path) -> None:
+    """Raise UserError where the adapter changes no weight: what would be evaluated as tuned is the base."""
+    if weights["changed_weights"] and not all(map(is_nothing, deltas.values())):
+        return
+    raise UserError(
+        f"{adapter}: the training changed nothing: none of {weights['adapted_weights']:,} adapted weights differs from "
+        "the base's, so the merged model would be the base. Raise train.learning_rate or train.epochs"
+    )
 
 
 def _merge_into_chosen(
@@ -213,12 +224,34 @@ def _take_full(trained: Path, base: Path, model: Path) -> FullProof:
             broken = [name for name in stored.keys() if not torch.isfinite(stored.get_tensor(name)).all()]
         if broken:
             raise UserError(f"{trained / file}: {broken[0]} holds numbers that aren't finite: the training diverged")
+    if not _differ(base, model):
+        raise UserError(f"{trained}: the training changed nothing: raise train.learning_rate or train.epochs")
     return {
         "checked": True,
         "method": "full",
         "reason": "all weights were trained, so there is nothing to merge: every tensor is finite and shaped as the "
         "base's",
     }
+
+
+def _differ(base: Path, model: Path) -> bool:
+    """Whether a tensor that both models have differs, rounded to the base's dtype; also where they share none."""
+    shared = False
+    places = {name: file for file in shard_files(base) for name in _names(base / file)}
+    for file in shard_files(model):
+        with safe_open(model / file, "pt") as stored:
+            for name in sorted(set(stored.keys()) & places.keys()):
+                with safe_open(base / places[name], "pt") as before:
+                    tensor = before.get_tensor(name)
+                if not torch.equal(stored.get_tensor(name).to(tensor.dtype), tensor):
+                    return True
+                shared = True
+    return not shared
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as stored:
+        return list(stored.keys())
 
 
 def _write_companions(inputs: MergeInputs, base: Path, model: Path) -> None:

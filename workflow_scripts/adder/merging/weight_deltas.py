@@ -125,6 +125,11 @@ class BiasDelta(TensorDelta):
         return weight + self.value[first : first + len(weight)].to(weight.device)
 
 
+def is_nothing(delta: WeightDelta) -> bool:
+    """Whether a change is a pair whose product is zero, as a pair's is before its first step."""
+    return isinstance(delta, LoraDelta) and delta.magnitude is None and not (delta.a.any() and delta.b.any())
+
+
 def read_adapter(folder: Path) -> dict[str, WeightDelta]:
     """What a PEFT directory changes, by the name of the base's tensor: pairs, biases and tensors trained in full.
 

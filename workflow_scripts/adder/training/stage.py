@@ -27,7 +27,7 @@ class TrainChoices(Section):
     min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Where the cosine ends, as a share of the peak."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises from zero."""
+    """Share of the steps in which the learning rate rises: step k of w has k / w of the peak."""
     weight_decay: float = Field(default=0.01, ge=0, lt=1)
     """AdamW's weight decay."""
     effective_batch_size: int = Field(default=16, ge=1)

@@ -4,7 +4,7 @@ import errno
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -33,6 +34,21 @@ from adder.training.monitoring.live import why_not_a_number
 from adder.training.packed_dataset import DealtBatches, ReadAhead, WithEmptyPack
 from adder.training.sampled_replies import Sampler
 from adder.training.stage import TrainSettings
+
+
+def warm_from_first_step(scheduler: LRScheduler, warmup: int) -> None:
+    """Let step k of `warmup` steps have the rate k / warmup of the peak; the scheduler has made no step yet."""
+    assert isinstance(scheduler, LambdaLR)
+    scheduler.lr_lambdas = [partial(_rate, rate, warmup) for rate in scheduler.lr_lambdas]
+    for group, peak, rate in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = peak * rate(0)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
+def _rate(rate: Callable[[int], float], warmup: int, done: int) -> float:
+    return (done + 1) / warmup if done < warmup else rate(done)
 
 
 class Trainer(SFTTrainer):
@@ -98,6 +114,16 @@ class Trainer(SFTTrainer):
             return super().train(*args, **kwargs)
         finally:
             self.stop.release()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As transformers', but step k of w warm-up steps has the rate k / w: with theirs, (k - 1) / w, a run's first
+        step does nothing, and a run of one step ends as it began.
+        """
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new:
+            warm_from_first_step(scheduler, self.args.get_warmup_steps(num_training_steps))
+        return scheduler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The packs in the order that transformers' trainer has them in, dealt to the processes step by step."""
