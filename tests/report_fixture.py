@@ -214,6 +214,7 @@ def write_model(folder: Path, hostile: bool) -> None:
         "files": {"config.json": "ab12" * 10, "model.safetensors": "cd34" * 10, "tokenizer.json": "ef56" * 10},
         "parameters": 134_515_008,
         "context_length": 8192,
+        "quantised": None,
     }
     write_json(folder / "source.json", source)
 

@@ -5,10 +5,11 @@ import io
 import pytest
 import torch
 
-from adder.core.files import read_json
+from adder.core.files import digest_file, read_json
 from adder.core.progress import Progress
 from adder.workflow.code_digest import closure
 from data_stages import write_model
+from quantised_checkpoints import by_bitsandbytes, tiny_model
 
 
 def test_directory_is_taken_as_it_is_and_loads(tiny_model_dir, tmp_path):
@@ -71,5 +72,21 @@ def test_progress_says_what_is_done(tiny_gguf, tmp_path):
 def test_nothing_but_fetching_a_model_is_part_of_the_stage():
     """Editing how rows are fetched, or the ticket generator, must not fetch the base model anew."""
     names = {f"{path.parent.name}.{path.stem}" for path in closure("adder.data.fetch_model")}
-    own = {"data.fetch_model", "data.model_source", "data.model_types"}
-    assert names == own | {"core.files", "core.model_config", "core.section"}
+    own = {"data.fetch_model", "data.model_source", "data.model_types", "data.quantisation", "data.dequantise"}
+    assert names == own | {"core.files", "core.model_config", "core.safetensors_layout", "core.section"}
+
+
+def test_a_quantised_checkpoint_comes_out_in_16_bit_and_4_bit_weights_are_kept_too(tmp_path):
+    plain = tiny_model(tmp_path / "plain")
+    int8 = by_bitsandbytes(plain, tmp_path / "int8", load_in_8bit=True)
+    nf4 = by_bitsandbytes(plain, tmp_path / "nf4", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    parameters = write_model(tmp_path / "out-plain", plain)["parameters"]
+    for source, kept in ((int8, False), (nf4, True)):
+        out = tmp_path / f"out-{source.name}"
+        record = write_model(out, source)
+        assert record["parameters"] == parameters
+        assert record["quantised"]["trained_as_it_is"] == kept == (out / "packed").is_dir()
+        assert set(record["files"]) == {path.name for path in (out / "model").iterdir()}
+    assert read_json(tmp_path / "out-plain" / "source.json")["quantised"] is None
+    packed = {path.name: digest_file(path) for path in nf4.glob("model*")}
+    assert packed == {path.name: digest_file(path) for path in (tmp_path / "out-nf4" / "packed").glob("model*")}

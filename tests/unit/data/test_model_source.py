@@ -49,7 +49,7 @@ def own_tokenizer_code(folder):
 
 
 def quantised(folder):
-    edit(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    edit(folder / "config.json", quantization_config={"quant_method": "quip"})
 
 
 def no_tokenizer(folder):
@@ -83,7 +83,7 @@ def shard_missing(folder):
         (gguf_inside, r"name the file itself, .*/m\.gguf"),
         (own_code, r"auto_map in config\.json"),
         (own_tokenizer_code, r"auto_map in tokenizer_config\.json"),
-        (quantised, r"already quantised \(gptq\)"),
+        (quantised, r"is quantised \(quip\), and only .*FP8.* can be dequantised here; name its 16-bit model"),
         (no_tokenizer, "has no tokenizer"),
         (no_config, r"has no config\.json"),
         (broken_config, r"config\.json of .* can't be read"),

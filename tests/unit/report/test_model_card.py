@@ -10,7 +10,8 @@ from adder.core.files import read_json, write_json
 from adder.report import regression_guard
 from adder.report.data_card import text
 from adder.report.facts import load
-from adder.report.model_card import LICENSES, _modelfile, model_card
+from adder.report.model_card import LICENSES, _modelfile, came_as, model_card
+from adder.report.run import about
 from adder.report.run_metrics import build_metrics
 from report_fixture import HOSTILE, write_stage_folders
 
@@ -217,3 +218,18 @@ def test_a_system_prompt_can_not_end_its_code(tmp_path):
     assert eval(messages.partition(" = ")[2])[0]["content"] == prompt
     assert f'SYSTEM """{prompt}"""\n' == modelfile(card).partition("temperature 0\n")[2]
     assert "\n# Now a heading" not in re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", card, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_a_base_that_came_quantised_is_told_with_what_was_made_of_it(tmp_path):
+    record = {"method": "FP8 in blocks", "weights": 3, "stored_bytes": 8_110_000_000, "dtype": "bfloat16"}
+
+    def quantised(facts):
+        facts.model["quantised"] = {**record, "trained_as_it_is": False}
+
+    card, facts, _ = make(tmp_path, change=quantised)
+    assert "| It came as | FP8 in blocks (8.11 GB), dequantised to bfloat16 |" in card
+    facts.model["quantised"] = {**record, "trained_as_it_is": True}
+    assert "QLoRA trains the 4-bit weights as they came" in (came_as(facts.model) or "")
+    assert "came as" in dict(about(write_stage_folders(tmp_path / "again")[0], facts))["Base"]
+    facts.model["quantised"] = None
+    assert came_as(facts.model) is None

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from adder.core.errors import UserError
+from adder.core.files import read_json
 from adder.training import base_model, lora
+from data_stages import write_model
 from gradient_cases import collate, gradients_of, relative_error
-from tiny import pack_rows, save_tiny_model, token_row
-from training_stage import small_settings
+from merge_fixture import make_inputs, reply_in_this_process  # noqa: F401 (a fixture)
+from merge_fixture import run as merge
+from quantised_checkpoints import by_bitsandbytes, tiny_model
+from tiny import pack_rows, save_tiny_model, token_row, write_training_inputs
+from training_stage import adapter_digests, small_settings, train_small
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARD = 50_000_000  # bytes
@@ -112,3 +118,64 @@ def test_quantisation_is_nf4_with_double_quantisation(tiny_model_dir):
     for layer in base_model.four_bit_layers(quantised(tiny_model_dir)).values():
         state = layer.weight.quant_state
         assert (state.quant_type, state.nested, state.blocksize) == ("nf4", True, 64)
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A 16-bit model and the same as bitsandbytes stores it in 4 bit, each as the model stage leaves it."""
+    folder = tmp_path_factory.mktemp("both")
+    plain = tiny_model(folder / "plain")
+    packed = by_bitsandbytes(plain, folder / "packed", **NF4, bnb_4bit_compute_dtype=torch.float16)
+    write_model(folder / "stage-plain", plain)
+    write_model(folder / "stage-packed", packed)
+    return folder
+
+
+def inputs_of(folder: Path, stage: Path) -> dict[str, Path]:
+    inputs = write_training_inputs(folder, stage / "model", packs=4)
+    return {**inputs, "model": stage}
+
+
+def test_a_4_bit_checkpoint_gives_the_adapter_of_the_16_bit_model_quantised_the_same_way(both, tmp_path):
+    settings = {"epochs": 1, "compute_dtype": "bfloat16", "eval_samples": 0, "samples": 0, "lora_dropout": 0.0}
+    for name in ("plain", "packed"):
+        train_small(inputs_of(tmp_path / f"inputs-{name}", both / f"stage-{name}"), tmp_path / name, **settings)
+    weights = [adapter_digests(tmp_path / name)["adapter_model.safetensors"] for name in ("plain", "packed")]
+    assert weights[0] == weights[1]
+    losses = [(tmp_path / name / "metrics.jsonl").read_text().count("loss") for name in ("plain", "packed")]
+    assert losses[0] == losses[1] > 0
+
+
+def test_a_4_bit_checkpoint_is_not_quantised_once_more(both):
+    packed, _ = base_model.load(both / "stage-packed" / "packed", "qlora", "float32", "cpu", in_shards=True)
+    layers = base_model.four_bit_layers(packed)
+    assert len(layers) == 14
+    assert {layer.compute_dtype for layer in layers.values()} == {torch.float32}  # not the checkpoint's
+    values, _ = base_model.load(both / "stage-packed" / "model", "lora", "float32", "cpu")
+    base_model.hold_dequantised(packed, torch.float32)
+    for name, tensor in values.state_dict().items():
+        assert torch.equal(packed.state_dict()[name], tensor)
+
+
+@pytest.mark.usefixtures("reply_in_this_process")
+def test_what_was_trained_on_4_bit_weights_is_merged_into_their_values(both, tmp_path):
+    """Merged and proved: nothing is measured to choose between two bases, since there is one."""
+    inputs = make_inputs(tmp_path / "inputs", both / "stage-packed" / "model")
+    inputs["model"] = both / "stage-packed"
+    merge(inputs, tmp_path / "out", method="qlora")
+    proof = read_json(tmp_path / "out" / "proof.json")
+    assert proof["checked"] and proof["base"] is None and proof["changed_weights"] == proof["adapted_weights"] == 14
+
+
+def test_4_bit_weights_that_transformers_holds_otherwise_are_refused(tmp_path, both):
+    """As the experts of a mixture, which it joins into tensors of three dimensions."""
+    for path in (both / "packed").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = read_json(tmp_path / "config.json")
+    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "model.layers.0.mlp.gate_proj"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="of the 14 .* transformers can load .*train.method: lora"):
+        base_model.load(tmp_path, "qlora", "float32", "cpu")

@@ -1,30 +1,52 @@
 """The stage "model": the base model as a directory of safetensors, and where it came from."""
 
+import shutil
 from pathlib import Path
 
-from adder.core.files import digest_file, write_json
+from adder.core.files import digest_file, read_json, write_json
 from adder.core.model_config import context_length
 from adder.core.stage_spec import Context, NoInputs
 from adder.data import model_source
-from adder.data.model_types import ModelRecord, ModelSettings, ModelSummary
+from adder.data.model_types import ModelRecord, ModelSettings, ModelSummary, QuantisedRecord
+from adder.data.quantisation import quantisation
 
 
 def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) -> ModelSummary:
-    """Write the base model to `out/model/` and its ModelRecord to `out/source.json`.
+    """Write the base model, in 16 bit, to `out/model/` and its ModelRecord to `out/source.json`.
+
+    4-bit weights of bitsandbytes are kept as they came in `out/packed/`, for a training on just these.
 
     Raises UserError for a source that can't be found, fetched, trusted or used.
     """
     folder = out / "model"
     origin = model_source.fetch(settings, folder, context.progress)
     model_source.refuse_unusable(folder, settings.source)
+    quantised = _dequantise(settings.source, out, context)
     context.progress.say("digesting the model's files")
     summary: ModelSummary = {
         **origin,
         "source": settings.source,
         "parameters": model_source.count_parameters(folder),
         "context_length": context_length(folder),
+        "quantised": quantised,
     }
     record: ModelRecord = {**summary, "files": {path.name: digest_file(path) for path in sorted(folder.iterdir())}}
     write_json(out / "source.json", record)
     context.progress.say(f"{settings.source}: {summary['parameters'] / 1e6:,.1f} M parameters")
     return summary
+
+
+def _dequantise(source: str, out: Path, context: Context) -> QuantisedRecord | None:
+    """Make `out/model/` one in 16 bit where it is quantised; None where it isn't."""
+    from adder.data import dequantise  # torch, which most models don't need here
+
+    folder, packed = out / "model", out / "packed"
+    if quantisation(read_json(folder / "config.json")) is None:
+        dequantise.refuse_packed(folder, source)
+        return None
+    folder.rename(packed)
+    folder.mkdir()
+    record = dequantise.dequantise(packed, folder, source, context.threads, context.progress)
+    if not record["trained_as_it_is"]:
+        shutil.rmtree(packed)
+    return record

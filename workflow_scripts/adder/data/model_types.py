@@ -33,14 +33,28 @@ class ModelOrigin(TypedDict):
     sha256: str | None
 
 
+class QuantisedRecord(TypedDict):
+    """What a quantised checkpoint was made into. method: how it came; weights: of how many tensors; stored_bytes: in
+    which it came; dtype: of the 16-bit weights; trained_as_it_is: whether qlora trains on the weights as they came.
+    """
+
+    method: str
+    weights: int
+    stored_bytes: int
+    dtype: str
+    trained_as_it_is: bool
+
+
 class ModelSummary(ModelOrigin):
     """What is said of a fetched model. source: as in the settings; parameters: their count, tied weights once;
-    context_length: positions that the model was made for, where its configuration tells.
+    context_length: positions that the model was made for, where its configuration tells. quantised: None for a model
+    that came in 16 or 32 bit.
     """
 
     source: str
     parameters: int
     context_length: int | None
+    quantised: QuantisedRecord | None
 
 
 class ModelRecord(ModelSummary):

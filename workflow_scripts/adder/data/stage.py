@@ -1,17 +1,21 @@
 """The stages "model" and "data": the base model as a directory, and the raw rows of every source."""
 
+import contextlib
+from pathlib import Path
 from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
+from adder.core.files import read_json
 from adder.core.paths import local_files, resolve_path
 from adder.core.secrets import refuse_secrets
 from adder.core.section import Section
 from adder.core.stage_spec import Memory, StageSpec
 from adder.data.converter import imported_files
 from adder.data.model_types import ModelSettings
+from adder.data.quantisation import refuse_unknown
 from adder.data.records import Origin
 
 # Settings of a source that only some origins have.
@@ -192,6 +196,11 @@ def _source_identity(source: Source, where: str, digests: FileDigests) -> dict[s
     return identity
 
 
+def _refuse_model(settings: ModelSettings, model: Path) -> None:
+    with contextlib.suppress(ValueError):  # no JSON: the stage says so, with all else about its files
+        refuse_unknown(read_json(model / "config.json"), settings.source)
+
+
 MODEL = StageSpec(
     name="model",
     rule="download_model",
@@ -201,6 +210,7 @@ MODEL = StageSpec(
     message="Fetching the base model",
     reads={},
     identity=_model_identity,
+    refuse=_refuse_model,
     shows={"model": "source.json"},
     local=True,
     threads=None,

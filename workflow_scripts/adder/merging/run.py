@@ -145,7 +145,9 @@ def _merge_into_chosen(
 ) -> Merged:
     """Write the merged weights, merged into whichever base is chosen; `work` is a folder for what is measured."""
     base = inputs.model / "model"
-    if settings.method != "qlora":
+    # A base that came in 4 bit has no values but those that were trained on.
+    came_packed = bool((read_json(inputs.model / "source.json").get("quantised") or {}).get("trained_as_it_is"))
+    if settings.method != "qlora" or came_packed:
         merge_weights(base, deltas, model, context)
         return Merged(None, deltas, base)
     compute: torch.dtype = getattr(torch, precision.compute_dtype(context.device).value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from adder.data.model_types import ModelRecord
 from adder.evaluation.metrics import SCORES
 from adder.report import regression_guard
 from adder.report.data_card import fenced, table, text
@@ -196,7 +197,18 @@ def _origin(facts: RunFacts, chosen: Resolved) -> str:
     ]
     if model.get("sha256"):
         rows.insert(2, ("Its SHA-256", text(model["sha256"])))
+    if came := came_as(model):
+        rows.insert(-3, ("It came as", text(came)))
     return table(("", ""), rows)
+
+
+def came_as(model: ModelRecord) -> str | None:
+    """How a base came that was quantised, and what was made of it; None for one in 16 bit."""
+    found = model.get("quantised")
+    if not found:
+        return None
+    made = f"{found['method']} ({found['stored_bytes'] / 1e9:.3g} GB), dequantised to {found['dtype']}"
+    return f"{made}; QLoRA trains the 4-bit weights as they came" if found["trained_as_it_is"] else made
 
 
 def _details(chosen: Resolved) -> str:

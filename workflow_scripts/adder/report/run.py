@@ -16,7 +16,7 @@ from adder.report import resolved_settings
 from adder.report.data_card import dataset_card
 from adder.report.facts import RunFacts
 from adder.report.html_page import render
-from adder.report.model_card import model_card
+from adder.report.model_card import came_as, model_card
 from adder.report.page_section import PageSection, RunReport, View
 from adder.report.run_metrics import build_metrics
 from adder.report.sections import (
@@ -97,8 +97,9 @@ def about(settings: ReportSettings, facts: RunFacts) -> list[tuple[str, str]]:
     values = {row.key: row.value for row in settings.resolved}
     trained = "every weight" if train.get("trainable_parameters") == train.get("total_parameters") else "adapters"
     heldout = f"{facts.format['heldout']:,} held-out conversations"
+    came = came_as(facts.model)
     return [
-        ("Base", str(facts.model["source"])),
+        ("Base", f"{facts.model['source']}, which came as {came}" if came else str(facts.model["source"])),
         ("Method", f"{values.get('train.method', trained)}, {epochs(train)}"),
         ("Data", f"{trained_on(facts)} training and {heldout}"),
     ]

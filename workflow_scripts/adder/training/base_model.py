@@ -19,6 +19,8 @@ from transformers import (
 
 from adder.core import hardware
 from adder.core.choice import Choice
+from adder.core.errors import UserError
+from adder.core.safetensors_layout import stored_tensors
 from adder.kernels import packed_attention
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ def load(
     """Load the model in `folder` to be trained by `method` ("qlora", "lora" or "full") in compute dtype `dtype`.
 
     The weights of a `full` training are fp32 (matmuls run in `dtype` by autocast); frozen ones are kept in `dtype`.
-    `in_shards`: the model is to be sharded, and waits in main memory for that; NF4 weights stay packed.
+    What is in 4 bit already stays as it is. `in_shards`: the model is to be sharded, and waits in main memory for that;
+    NF4 weights stay packed. Raises UserError for 4-bit weights that transformers can't hold so.
     """
     compute: torch.dtype = getattr(torch, dtype)
     config = AutoConfig.from_pretrained(folder)
@@ -59,7 +62,8 @@ def load(
         "attn_implementation": attention.value,
         "device_map": {"": torch.cuda.current_device() if device == "cuda" and not in_shards else "cpu"},
     }
-    if method == "qlora":
+    came_packed = getattr(config, "quantization_config", None) is not None
+    if method == "qlora" and not came_packed:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -67,13 +71,15 @@ def load(
             bnb_4bit_compute_dtype=compute,
         )
     with _quantised_on(device) if method == "qlora" and in_shards else nullcontext():
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = _load_packed(folder, compute, options) if came_packed else _from_pretrained(folder, options)
     model.config.use_cache = False
     name_head_cap(model.config)
     if method != "qlora":
         return model, BaseChoices(attention)
     keep_cpu_weights_intact(model)
     left = left_unquantised(model, dtype)
+    if left is None and came_packed:
+        left = Choice("as they came", "the base came in bitsandbytes' 4 bit, and is trained on these very weights")
     values = (
         Choice("dequantised in each product", "processes send each other a layer's weights packed")
         if in_shards
@@ -82,6 +88,28 @@ def load(
     if values.value == "dequantised once":
         hold_dequantised(model, compute)
     return model, BaseChoices(attention, values, left)
+
+
+def _from_pretrained(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _load_packed(folder: Path, compute: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """Load 4-bit weights of bitsandbytes as they are, to compute in `compute` whatever the checkpoint says."""
+    packed = [name for name in stored_tensors(folder) if ".quant_state." in name]
+    start = f"train.method: qlora trains 4-bit weights as they are, and of the {len(packed)} that this checkpoint has "
+    instead = "train.method: lora trains on their values in 16 bit"
+    try:
+        model = _from_pretrained(folder, options)
+    except (RuntimeError, ValueError, KeyError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{start}transformers can load none ({why}); {instead}") from error
+    layers = four_bit_layers(model).values()
+    if len(layers) != len(packed):
+        raise UserError(f"{start}transformers can load {len(layers)}; {instead}")
+    for layer in layers:
+        layer.compute_dtype, layer.compute_type_is_set = compute, True
+    return model
 
 
 def name_head_cap(config: PreTrainedConfig) -> None:

@@ -134,11 +134,13 @@ def fit(job: TrainJob, progress: Progress) -> None:
     compute_dtype = precision.compute_dtype(job.device, settings.compute_dtype)
     dtype: str = compute_dtype.value
     packs = load_packs(inputs, settings)
-    progress.say(f"loading the base model for {settings.method} on {job.device} in {dtype}")
+    weights = (settings.method == "qlora" and inputs.packed) or inputs.base
+    came = " as it came in 4 bit" if weights == inputs.packed else ""
+    progress.say(f"loading the base model{came} for {settings.method} on {job.device} in {dtype}")
     set_seed(settings.seed)
     sharding = _choose_sharding(job)
     sharded = sharding is not None and sharding.value == "fsdp"
-    model, base = base_model.load(inputs.base, settings.method, dtype, job.device, sharded)
+    model, base = base_model.load(weights, settings.method, dtype, job.device, sharded)
     earlier = collectives.call_on_main(_earlier_start, job.checkpoints)
     matmuls = None
     if settings.method != "full":

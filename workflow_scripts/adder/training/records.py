@@ -25,6 +25,12 @@ class TrainInputs:
         return self.model / "model"
 
     @property
+    def packed(self) -> Path | None:
+        """The base's 4-bit weights as they came, where they came so."""
+        folder = self.model / "packed"
+        return folder if folder.is_dir() else None
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer, with its chat template."""
         return self.tokenize / "tokenizer"

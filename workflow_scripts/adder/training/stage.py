@@ -133,7 +133,7 @@ TRAIN = StageSpec(
     reads={
         "lengths": ("packs.parquet",),
         "tokenize": ("train.arrow", "heldout.arrow", "tokenizer/"),
-        "model": ("model/", "source.json"),
+        "model": ("model/", "packed/", "source.json"),
     },
     continued="checkpoint-*/seal.json",
     shows={"train": "train.json", "plan": "plan.json", "curve": "metrics.jsonl", "sampled": "samples.jsonl"},

@@ -63,7 +63,9 @@ def _coarse(plan: Mapping[str, ChoiceRecord]) -> str | None:
 
 def _left_unquantised(plan: Mapping[str, ChoiceRecord]) -> str | None:
     choice = plan.get("nf4_weights")
-    return None if choice is None else f"train.method: qlora, but {choice['reason']}"
+    if choice is None or choice["value"] == "as they came":
+        return None
+    return f"train.method: qlora, but {choice['reason']}"
 
 
 def time_in_words(seconds: float, steps: int) -> str:
