@@ -16,6 +16,15 @@ adder              as the evaluate stage runs it: the reference is read with the
                    also gives the held-out loss (the other arms give none)
 
 `arms` are the tuned model's, whose replies are mostly right, `base_arms` the base's, whose aren't.
+
+With --gpu, on a GPU: new tokens a second of a model of Llama-3.1-8B's shape with random bf16 weights, --slots made-up
+prompts at once and --new-tokens each (`gpu_arms` in the same file, the rest of which stays):
+
+limit_gpu            what reading the weights once a step and each reply's keys and values allows, at the rate of a copy
+                     on the same device; reading the prompts isn't counted
+generate_gpu         transformers' generate
+generate_static_gpu  the same with its compiled static cache, after a first run that compiles
+adder_gpu            the evaluate stage's decoding, prompts included, after a first run that compiles
 """
 
 import argparse
@@ -196,6 +205,140 @@ def compare(folder: Path, inputs: dict[str, Path], count: int, dtype: str, devic
     return results
 
 
+def copy_bytes_per_second(size: int) -> float:
+    """Of a copy on the GPU, bytes read and written both counted."""
+    import torch
+
+    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / sorted(seconds[1:])[2]
+
+
+def random_llama(shape: dict[str, Any], layers: int, device: str, dtype: str) -> Any:
+    """A Llama of that shape with random weights, made where it stays."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**shape, num_hidden_layers=layers, attn_implementation="sdpa")
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, None, 0
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(std=0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    return model.eval()
+
+
+def by_generate(model: Any, prompts: list[list[int]], count: int, **options: Any) -> tuple[float, list[list[int]]]:
+    """Seconds and new tokens of transformers' generate, the prompts padded on the left."""
+    import torch
+    from transformers import GenerationConfig
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, **options)
+    _wait(model)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    return time.perf_counter() - start, found
+
+
+def by_decoding(model: Any, prompts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
+    """Seconds and new tokens of the evaluate stage's decoding."""
+    from adder.evaluation import speculative_decoding
+
+    requests = [speculative_decoding.Request(prompt, len(prompt)) for prompt in prompts]
+    _wait(model)
+    start = time.perf_counter()
+    found = speculative_decoding.generate(model, requests, [], count, len(prompts), lambda _: None)
+    return time.perf_counter() - start, [reply.ids for reply in found]
+
+
+def _wait(model: Any) -> None:
+    import torch
+
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def gpu_arms(options: argparse.Namespace) -> dict[str, Any]:
+    """All arms of --gpu; on a CPU, for a try, those that need no GPU, with a tiny model."""
+    import random
+
+    import torch
+    from speed_model import LLAMA_8B, TINY
+
+    cuda = torch.cuda.is_available()
+    shape, layers, dtype = (LLAMA_8B, 32, "bfloat16") if cuda and not options.tiny else (TINY, 2, "float32")
+    model = random_llama(shape, layers, "cuda" if cuda else "cpu", dtype)
+    draw = random.Random(0)
+    # Lengths like those of GSM8K's questions.
+    lengths = [draw.randint(50, 150) for _ in range(options.slots)]
+    prompts = [[draw.randrange(3, shape["vocab_size"]) for _ in range(length)] for length in lengths]
+    count = options.new_tokens
+    found: dict[str, Any] = {}
+
+    def note(name: str, seconds: float, replies: list[list[int]], **more: Any) -> None:
+        tokens = sum(map(len, replies))
+        found[name] = {"new_tokens_per_second": round(tokens / seconds, 1), "seconds": round(seconds, 3), **more}
+        print(f"{name:22} {found[name]}", flush=True)
+
+    first, _ = by_decoding(model, prompts, count)
+    seconds, own = by_decoding(model, prompts, count)
+    peak = {"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()} if cuda else {}
+    note("adder_gpu", seconds, own, first_seconds=round(first, 3), **peak)
+    by_generate(model, prompts, 4)
+    seconds, plain = by_generate(model, prompts, count)
+    note("generate_gpu", seconds, plain)
+    found["adder_gpu"]["first_tokens_as_generate"] = sum(a[0] == b[0] for a, b in zip(own, plain, strict=True))
+    found["adder_gpu"]["replies_as_generate"] = sum(a == b for a, b in zip(own, plain, strict=True))
+    if cuda:
+        config = model.config
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights -= model.model.embed_tokens.weight.numel() * 2
+        a_token = 2 * layers * config.num_key_value_heads * config.head_dim * 2
+        cache = a_token * (sum(lengths) + len(lengths) * count / 2)
+        rate = copy_bytes_per_second(2**33)
+        step = (weights + cache) / rate
+        found["limit_gpu"] = {
+            "new_tokens_per_second": round(len(prompts) / step, 1),
+            "copy_bytes_per_second": round(rate),
+            "bytes_a_step": round(weights + cache),
+        }
+        print(found["limit_gpu"], flush=True)
+        if not options.no_static:
+            static = {"cache_implementation": "static"}
+            first, _ = by_generate(model, prompts, count, **static)
+            seconds, replies = by_generate(model, prompts, count, **static)
+            note("generate_static_gpu", seconds, replies, first_seconds=round(first, 3))
+    return {
+        "slots": options.slots,
+        "new_tokens": count,
+        "dtype": dtype,
+        "prompt_tokens": sum(lengths),
+        "hardware": _hardware(),
+        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES[:2]},
+        "arms": found,
+    }
+
+
+def _hardware() -> Any:
+    from adder.core import hardware
+
+    return hardware.describe()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -206,7 +349,16 @@ def main() -> None:
     parser.add_argument("--base-rows", type=int, default=12, help="rows that the base replies to; it goes on for long")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evaluate.json")
+    parser.add_argument("--gpu", action="store_true", help="the arms on a GPU alone")
+    parser.add_argument("--slots", type=int, default=100)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--no-static", action="store_true", help="leave out the arm that compiles for a minute")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, for a try")
     options = parser.parse_args()
+    if options.gpu:
+        known = json.loads(options.out.read_text()) if options.out.exists() else {}
+        options.out.write_text(json.dumps(known | {"gpu": gpu_arms(options)}, indent=2) + "\n", encoding="utf-8")
+        return
     from adder.core import hardware
 
     device = hardware.device("auto")

@@ -6,65 +6,7 @@ import transformers
 
 from adder.core.labels import IGNORE_INDEX
 from adder.evaluation import heldout_loss, speculative_decoding
-
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 3,
-}
-FAMILIES = {
-    "Llama": {},
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 8},
-    "Mixtral": {"num_local_experts": 4, "sliding_window": None},
-    "Phi3": {},
-    "Olmo2": {},
-    "GPTNeoX": {},
-}
-STOPS = list(range(3, 96, 9))  # so many that a random model meets one now and then
-
-
-def make(family: str, **more):
-    torch.manual_seed(1)
-    config = getattr(transformers, f"{family}Config")(**SIZES, **{**FAMILIES.get(family, {}), **more})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    for parameter in model.parameters():  # large enough that the likeliest token is far ahead of the second
-        parameter.data *= 3 if parameter.dim() > 1 else 1
-    return model
-
-
-def prompts(count=9, shared=4):
-    random = torch.Generator().manual_seed(0)
-    lengths = [shared + 1 + (7 * number) % 20 for number in range(count)]
-    start = [11, 12, 13, 14, 15, 16, 17][:shared]
-    return [start + torch.randint(6, 96, (n - shared,), generator=random).tolist() for n in lengths]
-
-
-def by_transformers(model, prompt, limit):
-    """New tokens through the ending one."""
-    config = transformers.GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=STOPS, pad_token_id=0)
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[0, len(prompt) :].tolist()
-
-
-def draft_of(kind, reply, number):
-    """A draft at a reply: none, all of it, all but its end, more than it, wrong from a place on, or any of them."""
-    kinds = {
-        "none": [],
-        "right": reply,
-        "short": reply[:-2],
-        "long": [*reply, 7, 8],
-        "wrong": [*reply[: number % 4], 90, *reply[number % 4 :]],
-    }
-    return kinds[kind] if kind != "mixed" else kinds[list(kinds)[number % 5]]
+from decoding_cases import FAMILIES, SIZES, STOPS, by_transformers, draft_of, make, prompts
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -88,7 +30,7 @@ def test_replies_of_every_family_are_those_of_generate(family, draft):
 @pytest.mark.parametrize("slots", [1, 3, 50])
 @pytest.mark.parametrize("shared", [0, 7])
 def test_neither_slots_nor_drafts_nor_a_common_beginning_change_a_reply(monkeypatch, draft, slots, shared):
-    monkeypatch.setattr(speculative_decoding, "PREFILL_TOKENS", 60)  # several passes over prompts
+    monkeypatch.setitem(speculative_decoding.PREFILL_TOKENS, "cpu", 60)  # several passes over prompts
     model = make("Llama")
     asked = prompts(7, shared)
     expected = [by_transformers(model, prompt, 9) for prompt in asked]
@@ -150,9 +92,14 @@ def test_a_common_beginning_keeps_off_labels_and_last_prompt_tokens():
 
 
 def test_prompts_read_in_one_pass_are_bounded_by_their_own_tokens_and_by_memory():
-    assert speculative_decoding.prompts_at_once(64, 0) == 64 and speculative_decoding.prompts_at_once(64, 32) == 128
-    assert speculative_decoding.prompts_at_once(3050, 3000) == 10  # 30,500 keys and values, not 4,096 // 50 times 3,050
-    assert speculative_decoding.prompts_at_once(9000, 0) == 1
+    assert (
+        speculative_decoding.prompts_at_once(64, 0, 4096) == 64
+        and speculative_decoding.prompts_at_once(64, 32, 4096) == 128
+    )
+    assert (
+        speculative_decoding.prompts_at_once(3050, 3000, 4096) == 10
+    )  # 30,500 keys and values, not 4,096 // 50 times 3,050
+    assert speculative_decoding.prompts_at_once(9000, 0, 4096) == 1
 
 
 class Counted:

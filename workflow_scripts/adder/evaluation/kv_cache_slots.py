@@ -30,6 +30,10 @@ class KVCacheSlots(Cache):
         self.rows += rows
         self.lengths += lengths
 
+    def steps(self, tokens: Sequence[int], most: int) -> list[list[int]]:
+        """Go on from each reply's last token; return the next tokens of all of them, one list a step, here one."""
+        return [self.step(tokens)]
+
     def step(self, tokens: Sequence[int]) -> list[int]:
         """Read one more token of each reply; return the argmax of each one's logits."""
         device = self.model.device

@@ -5,9 +5,11 @@
    greedy speculative decoding (Leviathan et al. 2023, arXiv:2211.17192) with a draft that is given. A held-out row's
    reference is such a draft, so the pass that measures the loss on it is the beginning of the generation as well, and a
    reply that equals its reference takes no further pass.
-2. Each reply has a slot in a KV cache of fixed size. A reply that ends leaves its slot at once, and a waiting prompt
-   takes it: nothing is computed for replies that have ended, and none waits for the longest of a batch.
+2. Each reply has a slot in a KV cache of fixed size. A reply that ends leaves its slot, and a waiting prompt takes it:
+   nothing is computed for replies that have ended, and none waits for the longest of a batch.
 3. What all prompts begin with, a system prompt say, is computed once.
+4. On a GPU the step of one token a reply is a CUDA graph (graph_slots).
+5. A reply that has been repeating itself for long is taken to go on so (text_loops).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +21,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from adder.core.labels import IGNORE_INDEX
-from adder.evaluation.kv_cache_slots import KVCacheSlots, keys_and_values
+from adder.evaluation.graph_slots import fastest_slots
+from adder.evaluation.kv_cache_slots import keys_and_values
+from adder.evaluation.text_loops import continue_loop, has_loop, loop_period
 from adder.kernels.labelled_loss import has_plain_head
 
-PREFILL_TOKENS = 4096  # positions of one pass over prompts, padding included
+# Positions of one pass over prompts, padding included.
+PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 HEAD_POSITIONS = 1024  # positions whose logits are computed at once
 PLAIN_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # that depend on a token's position alone
 REFILL_SHARE = 0.25  # of the slots must be free before prompts are read: one pass for several
@@ -42,11 +47,20 @@ class Request:
 
 @dataclass
 class Reply:
-    """New token ids, the ending one included; whether there is one; losses (nats, fp32) at the request's labels."""
+    """New token ids, the ending one included; whether there is one; losses (nats, fp32) at the request's labels.
+
+    `looped`: of a reply that was repeating itself, how many tokens were computed; the rest goes on as they do.
+    """
 
     ids: list[int] = field(default_factory=list)
     ended: bool = False
     losses: torch.Tensor | None = None
+    looped: int | None = None
+
+    @property
+    def computed(self) -> int:
+        """How many of the tokens the model wrote."""
+        return len(self.ids) if self.looped is None else self.looped
 
     def is_done(self, limit: int) -> bool:
         """Whether no further token comes: it has ended, or has `limit` tokens."""
@@ -74,35 +88,70 @@ def generate(
     limit: int,
     slots: int,
     observe: Callable[[list[Reply]], None],
+    stops_at: Callable[[list[int], int], bool] = lambda ids, new: False,
 ) -> list[Reply]:
     """Reply to each request by the argmax of the logits each time, up to one of `stop_ids` or `limit` tokens.
 
     At most `slots` replies are written at a time. `observe` is called with all replies before each pass and at the end.
+    `stops_at(ids, new)`: whether a reply ends for another reason within its last `new` tokens; where, the caller knows.
     """
     found = [Reply() for _ in requests]
     stops = set(stop_ids)
-    cache = KVCacheSlots(model, min(slots, len(requests)), max(request.prompt_length for request in requests) + limit)
-    prefix = read_prefix(model, requests[0].ids[: common_prefix_length(requests)])
-    # Longest first: neighbours need little padding.
-    waiting = sorted(range(len(requests)), key=lambda index: (-len(requests[index].ids), index))
-    while waiting or cache.rows:
+    capacity = max(request.prompt_length for request in requests) + limit
+    # A reply that ought to repeat itself isn't cut short for it.
+    may_loop = [has_loop(request.ids[request.prompt_length :]) for request in requests]
+    with fastest_slots(model, [request.ids for request in requests], min(slots, len(requests)), capacity) as cache:
+        prefix = read_prefix(model, requests[0].ids[: common_prefix_length(requests)])
+        # Longest first: neighbours need little padding.
+        waiting = sorted(range(len(requests)), key=lambda index: (-len(requests[index].ids), index))
+        filling = True
+        while waiting or cache.rows:
+            observe(found)
+            free = cache.count - len(cache.rows)
+            filling = bool(waiting and free and (filling or free >= REFILL_SHARE * cache.count))
+            if filling:
+                most = prompts_at_once(
+                    len(requests[waiting[0]].ids), prefix.get_seq_length(), PREFILL_TOKENS[model.device.type]
+                )
+                batch, waiting = waiting[: min(free, most)], waiting[min(free, most) :]
+                read = _read(model, prefix, requests, batch, found, stops, limit)
+                for row in batch:
+                    found[row].ended = found[row].ended or stops_at(found[row].ids, len(found[row].ids))
+                going_on = [number for number, row in enumerate(batch) if not found[row].is_done(limit)]
+                rows = [batch[number] for number in going_on]
+                cache.add(rows, [requests[row].prompt_length + len(found[row].ids) - 1 for row in rows], going_on, read)
+                continue
+            left = max(limit - len(found[row].ids) for row in cache.rows)
+            steps = cache.steps([found[row].ids[-1] for row in cache.rows], left)
+            for slot, row in enumerate(cache.rows):
+                _append(found[row], [tokens[slot] for tokens in steps], stops, limit, stops_at, may_loop[row])
+            cache.keep([not found[row].is_done(limit) for row in cache.rows])
         observe(found)
-        free = cache.count - len(cache.rows)
-        if waiting and free >= REFILL_SHARE * cache.count:
-            size = min(free, prompts_at_once(len(requests[waiting[0]].ids), prefix.get_seq_length()))
-            batch, waiting = waiting[:size], waiting[size:]
-            read = _read(model, prefix, requests, batch, found, stops, limit)
-            going_on = [number for number, row in enumerate(batch) if not found[row].is_done(limit)]
-            lengths = [requests[batch[number]].prompt_length + len(found[batch[number]].ids) - 1 for number in going_on]
-            cache.add([batch[number] for number in going_on], lengths, going_on, read)
-            continue
-        tokens = cache.step([found[row].ids[-1] for row in cache.rows])
-        for row, token in zip(cache.rows, tokens, strict=True):
-            found[row].ids.append(token)
-            found[row].ended = token in stops
-        cache.keep([not found[row].is_done(limit) for row in cache.rows])
-    observe(found)
     return found
+
+
+def _append(
+    reply: Reply,
+    tokens: list[int],
+    stops: set[int],
+    limit: int,
+    stops_at: Callable[[list[int], int], bool],
+    may_loop: bool,
+) -> None:
+    """Lengthen a reply by what was computed after it, up to what ends it."""
+    before = len(reply.ids)
+    for token in tokens[: limit - before]:
+        reply.ids.append(token)
+        if token in stops:
+            reply.ended = True
+            break
+    reply.ended = reply.ended or stops_at(reply.ids, len(reply.ids) - before)
+    if reply.ended or may_loop:
+        return
+    period = loop_period(reply.ids, len(reply.ids) - before)
+    if period is not None and len(reply.ids) < limit:
+        reply.looped = len(reply.ids)
+        reply.ids = continue_loop(reply.ids, period, limit)
 
 
 def common_prefix_length(requests: list[Request]) -> int:
@@ -115,9 +164,12 @@ def common_prefix_length(requests: list[Request]) -> int:
     return length
 
 
-def prompts_at_once(length: int, prefix: int) -> int:
-    """How many prompts of `length` tokens are read in one pass. The beginning that they share takes only memory."""
-    return max(1, PREFILL_TOKENS // max(length - prefix, length // 8))
+def prompts_at_once(length: int, prefix: int, most: int) -> int:
+    """How many prompts of `length` tokens are read in one pass of `most` positions.
+
+    The beginning that they share takes only memory.
+    """
+    return max(1, most // max(length - prefix, length // 8))
 
 
 def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache:
