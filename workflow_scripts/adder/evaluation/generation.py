@@ -29,10 +29,14 @@ TASK = "heldout"
 
 
 class ReplyCounts(TypedDict):
-    """New tokens of a reply, the one that ends it included, and whether it was cut at the limit."""
+    """Tokens that were computed of a reply, the one that ends it included, and whether it was cut at the limit.
+
+    looped: there, and true, where it repeated itself for so long that the rest of it was not computed.
+    """
 
     new_tokens: int
     truncated: bool
+    looped: NotRequired[bool]
 
 
 class Question(TypedDict):
@@ -160,14 +164,16 @@ class SpeculativeReplyModel(HfReplyModel):
         self.losses = [reply.losses for reply in found]
         for request, reply in zip(asked, found, strict=True):
             prompt = tuple(request.ids[: request.prompt_length])
-            self.written[prompt] = {"new_tokens": len(reply.ids), "truncated": not reply.ended}
+            self.written[prompt] = {"new_tokens": reply.computed, "truncated": not reply.ended}
+            if reply.looped is not None:
+                self.written[prompt]["looped"] = True
         until = handle_stop_sequences(
             options["until"], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         )
         return [postprocess_generated_text(self.tok_decode(reply.ids), until, None) for reply in found]
 
     def _observe(self, limit: int, found: list[speculative_decoding.Reply]) -> None:
-        self.show(sum(reply.is_done(limit) for reply in found), sum(len(reply.ids) for reply in found))
+        self.show(sum(reply.is_done(limit) for reply in found), sum(reply.computed for reply in found))
 
 
 def reply_lengths(new_ids: torch.Tensor, stop_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -261,7 +261,7 @@ class GraphSlotLayer(DynamicLayer):
 @contextmanager
 def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Attention by the function of this name inside, then as before."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation_internal = name

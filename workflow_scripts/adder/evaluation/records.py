@@ -20,13 +20,16 @@ class ModelFacts(TypedDict):
 class GenerationFacts(TypedDict):
     """How the replies came about.
 
-    seconds: of generation alone. truncated: replies cut at max_new_tokens. prompts_cut: prompts that lost their
-    beginning, to fit the context. prompts_unlike_training: those that aren't, token for token, what training used.
+    seconds: of generation alone. new_tokens: that were computed. truncated: replies cut at max_new_tokens. looped: of
+    these, the ones that repeated themselves for so long that the rest was not computed. prompts_cut: prompts that lost
+    their beginning, to fit the context. prompts_unlike_training: those that aren't, token for token, what training
+    used.
     """
 
     seconds: float
     new_tokens: int
     truncated: int
+    looped: NotRequired[int]
     prompts_cut: int
     prompts_unlike_training: int
 
@@ -55,7 +58,8 @@ class SampleRecord(TypedDict):
     """A line of samples.jsonl. Beside these keys stand the reply's own scores, each under its name in metrics.SCORES.
 
     loss: nats a labelled token, the row's mean. A plain text has no prompt and no reply. new_tokens include the one
-    that ends the reply; a truncated one was cut at the limit. fields: of JSON replies.
+    that ends the reply; a truncated one was cut at the limit, a looped one repeats itself up to it.
+    fields: of JSON replies.
     """
 
     id: str
@@ -67,6 +71,7 @@ class SampleRecord(TypedDict):
     reply: str | None
     new_tokens: NotRequired[int]
     truncated: NotRequired[bool]
+    looped: NotRequired[bool]
     exact_match: NotRequired[int]
     fields: NotRequired[dict[str, FieldComparison]]
 

@@ -169,6 +169,7 @@ def measure(
         "seconds": round(seconds, 2),
         "new_tokens": new_tokens,
         "truncated": sum(reply["truncated"] for reply in replies.values()),
+        "looped": sum(reply.get("looped", False) for reply in replies.values()),
         "prompts_cut": sum(row.is_cut(plan.limit.value, plan.context) for row in asked),
         "prompts_unlike_training": sum(not row.is_as_trained() for row in asked),
     }

@@ -6,7 +6,7 @@ is found out by trying, as for training (fused_lora.layer_probes).
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,16 +153,16 @@ class InferenceLayer:
 def join_linears(linears: list[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of several linear layers with the same input as of one; theirs become views of these."""
     weight = _joined([linear.weight for linear in linears])
-    biases = [linear.bias for linear in linears]
-    if all(bias is None for bias in biases):
+    named = [dict(linear.named_parameters()) for linear in linears]
+    biases = [parameters["bias"] for parameters in named if "bias" in parameters]
+    if not biases:
         return weight, None
-    for linear in linears:
-        if linear.bias is None:
-            raise CannotFuse("a bias that only some of the projections have")
+    if len(biases) < len(linears):
+        raise CannotFuse("a bias that only some of the projections have")
     return weight, _joined(biases)
 
 
-def _joined(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+def _joined(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():  # else nothing could train the parameters any more
         joined = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, joined.split([len(parameter) for parameter in parameters]), strict=True):

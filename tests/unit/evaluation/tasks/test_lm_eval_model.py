@@ -120,3 +120,17 @@ def test_a_reply_longer_than_the_context_is_held_to_half(inputs, own_tasks, tmp_
     (own_tasks / "written.yaml").write_text(text)
     scores, _ = run(inputs, tmp_path / "out", path=str(own_tasks / "written.yaml"), limit=2)
     assert scores["prompts_cut"] == 0
+
+
+@pytest.mark.parametrize("stop", ["e", "a "])
+def test_replies_in_slots_are_those_of_generate(inputs, own_tasks, tmp_path, monkeypatch, in_fp32, stop):
+    """As on a GPU: with the task's own texts that end a reply."""
+    text = WRITTEN.replace('until: ["or"], max_gen_toks: 9', f'until: ["{stop}"], max_gen_toks: 24')
+    (own_tasks / "written.yaml").write_text(text)
+    path = str(own_tasks / "written.yaml")
+    _, expected = run(inputs, tmp_path / "a", path=path)
+    used = []
+    monkeypatch.setattr(lm_eval_model.TaskModel, "_decodes_in_slots", lambda self: used.append(1) or True)
+    _, found = run(inputs, tmp_path / "b", path=path)
+    assert used and [row["reply"] for row in found] == [row["reply"] for row in expected]
+    assert not any(stop in row["reply"] for row in found)
