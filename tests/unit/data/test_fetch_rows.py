@@ -111,3 +111,18 @@ def test_memory_does_not_grow_with_the_file(tmp_path, ending, few, many):
         peaks[count] = int(done.stdout)
         assert sum(1 for _ in (out / "rows.jsonl").open("rb")) == count
     assert peaks[many] - peaks[few] < 30, f"megabytes by rows: {peaks}"
+
+
+def test_templates_and_names_of_messages_reach_reading_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"q": "1", "r": "2"}\n')
+    own = {
+        "prompt": "{q}?",
+        "completion": "{r}",
+        "system": "s",
+        "message_keys": {"role": "who"},
+        "roles": {"user": "A"},
+    }
+    reading = write_rows(tmp_path / "data", [{"path": str(tmp_path / "a.jsonl"), **own}]).reading
+    assert reading["a"] == {
+        **{"row_format": "auto", "columns": {}, "weight": 1.0, "split": None}, **own, "roles": {"a": "user"},
+    }  # fmt: skip

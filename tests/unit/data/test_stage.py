@@ -1,6 +1,7 @@
 """What stands for a model and a source in the keys of their stages, and which settings go together."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +116,26 @@ def test_the_workflow_is_parsed_without_what_the_stages_compute_with():
     code = f"import json, sys, adder.data.stage; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "{}"}, "names no column"),
+        ({"completion": "{a"}, "names no column"),
+        ({"prompt": "always the same"}, "names no column in braces"),
+        ({"system": ""}, "is empty"),
+        ({"prompt": "{a}", "row_format": "text"}, "leave one of them out"),
+        ({"roles": {"user": "a", "assistant": ["b", "A "]}}, "`roles` has 'a' twice"),
+        ({"roles": {"boss": "a"}}, "boss"),
+        ({"message_keys": {"speaker": "role"}}, "speaker"),
+    ],
+)
+def test_templates_and_names_of_messages_that_cannot_be_meant_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        Source(path="rows.csv", **settings)
+
+
+def test_roles_are_known_by_what_the_data_call_them():
+    source = Source(path="rows.csv", roles={"user": "Customer", "assistant": ["Agent", 1]}, system="Be brief.")
+    assert source.roles_by_name() == {"customer": "user", "agent": "assistant", "1": "assistant"}

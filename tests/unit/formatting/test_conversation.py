@@ -9,7 +9,7 @@ def test_conversations_have_the_keys_of_their_types():
         user("q"),
         {**reply(""), "tool_calls": [call("f", {"x": 1}, id="1")], "reasoning": "r", "weight": 0},
         result("r", tool_call_id="1", name="f"),
-        reply("a"),
+        reply("ab", train_detail=[{"begin_offset": 0, "end_offset": 0, "train": False}]),
     ]
     found = read({"messages": asked, "tools": [{"name": "f"}]})
     assert found.keys() <= Conversation.__annotations__.keys()

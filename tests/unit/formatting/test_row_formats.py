@@ -275,7 +275,7 @@ CALLING = {"role": "assistant", "content": None}
         ({"messages": [user("q"), reply("a"), user("q")]}, "the last message is not the assistant's", ""),
         ({"messages": [user("q"), system("s"), reply("a")]}, "a system message that is not the first", ""),
         ({"messages": [user("q"), {"role": "critic", "content": "3"}, reply("a")]}, "unknown role", "'critic'"),
-        ({"messages": [user("q"), {"content": "a"}]}, "unknown role", "nothing"),
+        ({"messages": [user("q"), {"content": "a"}]}, "unknown role", "its keys are content"),
         ({"messages": [user("q"), {"role": ["user"], "content": "a"}]}, "unknown role", "a list"),
         ({"messages": [user("q"), reply(None)]}, "content is not text", "nothing"),
         ({"messages": [user("q"), reply(" \n")]}, "content is empty", "assistant message 2"),

@@ -77,4 +77,20 @@ def _write_source(
 
 
 def _reading(source: Source, split: Split | None) -> Reading:
-    return {"row_format": source.row_format, "columns": source.columns, "weight": source.weight, "split": split}
+    reading: Reading = {
+        "row_format": source.row_format,
+        "columns": source.columns,
+        "weight": source.weight,
+        "split": split,
+    }
+    if source.system is not None:
+        reading["system"] = source.system
+    if source.prompt is not None:
+        reading["prompt"] = source.prompt
+    if source.completion is not None:
+        reading["completion"] = source.completion
+    if source.message_keys:
+        reading["message_keys"] = {ours: theirs for ours, theirs in source.message_keys.items()}
+    if source.roles:
+        reading["roles"] = source.roles_by_name()
+    return reading

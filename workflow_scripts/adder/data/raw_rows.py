@@ -7,6 +7,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -23,6 +24,7 @@ from adder.data.row_types import MAX_RAW, Row, Unfit, Unreadable
 from adder.data.sources import File
 from adder.data.stage import Source
 
+NO_NUMBER = "NaN or infinity, which JSON lacks"
 MAX_NESTING = 64  # Python's own JSON reader gives up at about a thousand; no conversation needs more than this
 
 
@@ -45,14 +47,17 @@ def read_source(source: Source, named: list[tuple[str, File]]) -> Iterator[tuple
 def encode_record(name: str, number: int, split: Split | None, row: Row) -> tuple[bytes, bool]:
     """One line of rows.jsonl, strict JSON in UTF-8 without the line's end, and whether the row could be read.
 
-    NaN and infinities, which JSON lacks, become null. A column whose value is of a type that JSON can't hold becomes
-    null and is named under `unfit`. A row that JSON or UTF-8 can't hold otherwise is written as unreadable.
+    A column that is NaN or infinite, which JSON lacks, becomes null. So does one whose value is of a type that JSON
+    can't hold, or that holds NaN somewhere within, and `unfit` names it. A row that JSON or UTF-8 can't hold otherwise
+    is written as unreadable.
     """
     if not isinstance(row, Unreadable):
         record: ReadableRecord = {"source": name, "row": number, "split": split, "data": row}
         try:
             try:
                 line = orjson.dumps(record, default=_jsonable)
+                if b"null" in line and any(map(_holds_no_number, row.values())):
+                    raise TypeError
             except TypeError:
                 record = _without_unfit(record)
                 line = orjson.dumps(record, default=_jsonable)
@@ -143,11 +148,28 @@ def _without_unfit(record: ReadableRecord) -> ReadableRecord:
     for column, value in data.items():
         try:
             json.dumps(value, default=_jsonable, skipkeys=True)
+            if _holds_no_number(value):
+                unfit[column], data[column] = NO_NUMBER, None
         except _UnfitError as error:
             unfit[column], data[column] = str(error), None
         except (TypeError, ValueError, RecursionError):  # what makes the whole row unreadable
             pass
     return {**record, "data": data, "unfit": unfit} if unfit else record
+
+
+def _holds_no_number(value: Any) -> bool:
+    """Whether a list or an object holds NaN or an infinity, which within a message or a call would become null."""
+    if not isinstance(value, dict | list):
+        return False
+    waiting: list[Any] = [value]
+    while waiting:
+        inner = waiting.pop()
+        for child in inner.values() if isinstance(inner, dict) else inner:
+            if isinstance(child, dict | list):
+                waiting.append(child)
+            elif isinstance(child, float) and not math.isfinite(child):
+                return True
+    return False
 
 
 class _UnfitError(TypeError):

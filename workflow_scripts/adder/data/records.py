@@ -37,13 +37,19 @@ RowRecord = ReadableRecord | UnreadableRecord
 class Reading(TypedDict):
     """How a file's rows are to be read; reading.json has one for each file's short name.
 
-    row_format: a name of formatting.row_formats, or "auto".
+    row_format: a name of formatting.row_formats, or "auto". system, prompt, completion: templates (field_template).
+    message_keys: {ours: theirs}, roles: {theirs: ours}, of messages.
     """
 
     row_format: str
     columns: dict[str, str]
     weight: float
     split: Split | None
+    system: NotRequired[str]
+    prompt: NotRequired[str]
+    completion: NotRequired[str]
+    message_keys: NotRequired[dict[str, str]]
+    roles: NotRequired[dict[str, str]]
 
 
 class BuiltinRecord(TypedDict):

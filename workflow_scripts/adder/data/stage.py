@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
@@ -14,6 +14,7 @@ from adder.core.secrets import refuse_secrets
 from adder.core.section import Section
 from adder.core.stage_spec import Memory, StageSpec
 from adder.data.converter import imported_files
+from adder.data.field_template import parse
 from adder.data.model_types import ModelSettings
 from adder.data.quantisation import refuse_unknown
 from adder.data.records import Origin
@@ -28,6 +29,14 @@ NEEDED_ORIGIN: dict[str, tuple[Origin, ...]] = {
     "token_env": ("url",),
     "convert": ("path", "url"),
 }
+
+
+Role = Literal["system", "user", "assistant", "tool"]
+MessageKey = Literal["role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train"]
+
+
+def _theirs(names: str | int | list[str | int]) -> list[str]:
+    return [str(name).strip().lower() for name in (names if isinstance(names, list) else [names])]
 
 
 class Source(Section):
@@ -70,6 +79,17 @@ class Source(Section):
     """What a row is; `auto` goes by its columns. `preference` trains on the `chosen` reply; `text` on all of a text."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the row format's columns in this source, where they differ: `{question: problem, answer: solution}`."""
+    prompt: str | None = None
+    """What is asked, made of columns in braces: `"{context}\\n\\n{question}"`; `{answers.text.0}` looks into a
+    value."""
+    completion: str | None = None
+    """The reply, made in the same way: `"{answer}"`."""
+    system: str | None = None
+    """The system message, made in the same way; without braces the same for all rows."""
+    message_keys: dict[MessageKey, str] = Field(default_factory=dict)
+    """What messages call their keys, where they differ: `{role: speaker, content: utterance}`."""
+    roles: dict[Role, str | int | list[str | int]] = Field(default_factory=dict)
+    """What messages call their roles, where they differ: `{user: customer, assistant: [agent, bot]}`."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first so many rows."""
     sample: int | None = Field(default=None, ge=1)
@@ -86,6 +106,32 @@ class Source(Section):
     """Which part of its vocabulary the built-in generator uses; held-out names, products and phrasings are its own."""
     seed: int = 42
     """Seed of the built-in generator."""
+
+    def roles_by_name(self) -> dict[str, str]:
+        """{theirs: ours} of `roles`, in lower case."""
+        return {name: ours for ours, names in self.roles.items() for name in _theirs(names)}
+
+    @field_validator("prompt", "completion", "system")
+    @classmethod
+    def _template(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            template = parse(value)
+            if not template.parts:
+                raise ValueError("is empty")
+            if not template.fields and info.field_name != "system":
+                raise ValueError("names no column in braces, so that it would be the same for all rows")
+        return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        given = [name for name in ("prompt", "completion") if getattr(self, name) is not None]
+        if given and self.row_format != "auto":
+            raise ValueError(f"`row_format` says what a row is, and so does `{given[0]}`: leave one of them out")
+        theirs = [name for names in self.roles.values() for name in _theirs(names)]
+        double = next((name for name in theirs if theirs.count(name) > 1), None)
+        if double is not None:
+            raise ValueError(f"`roles` has '{double}' twice")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

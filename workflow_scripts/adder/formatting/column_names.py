@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
+from adder.data.field_template import folded
+
 # What is asked: the row format whose prompt it is, and that format's two columns.
 _ALPACA = ("alpaca", "instruction", "output")
 _PROMPT = ("prompt_completion", "prompt", "completion")
@@ -41,11 +43,6 @@ class Reading(NamedTuple):
     columns: dict[str, str]
 
 
-def folded(name: str) -> str:
-    """The name as names are compared."""
-    return re.sub(r"[\s\-]+", "_", name.strip().lower())
-
-
 def canonical_names(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     """{known name: actual} of columns that are known but for case, spaces and hyphens; exact names need none."""
     there, wanted = set(names), set(known)
@@ -64,7 +61,27 @@ def pair_readings(names: Iterable[str], chosen: Iterable[str] = ()) -> list[Read
 
     Of {question, solution, answer} there are two: which of them is to be learnt nobody can tell from their names.
     """
-    named = set(chosen)
+    asks, replies = _pairs(names, set(chosen))
+    found: list[Reading] = []
+    for ask in asks:
+        row_format, question, answer = ASKS[folded(ask)]
+        found += [Reading(row_format, {question: ask, answer: reply}) for reply in replies]
+    return found
+
+
+def asked_columns(names: Iterable[str], chosen: Iterable[str] = ()) -> list[str]:
+    """The columns that may hold what is asked."""
+    asks = _of(names, ASKS, set(chosen))
+    return [name for name in asks if folded(name) != EXTRA] or asks
+
+
+def reply_columns(names: Iterable[str], chosen: Iterable[str] = ()) -> list[str]:
+    """The columns that may hold the reply."""
+    return _of(names, REPLIES, set(chosen))
+
+
+def _pairs(names: Iterable[str], named: set[str]) -> tuple[list[str], list[str]]:
+    """The columns that may hold what is asked, and those that may hold the reply."""
     asks = _of(names, ASKS, named)
     replies = _of(names, REPLIES, named)
     spoken = [name for name in replies if folded(name) in ANSWERING]
@@ -72,11 +89,7 @@ def pair_readings(names: Iterable[str], chosen: Iterable[str] = ()) -> list[Read
     if others or not spoken:
         asks = [name for name in asks if folded(name) not in SPEAKERS]
         replies = [name for name in replies if folded(name) not in ANSWERING]
-    found: list[Reading] = []
-    for ask in others or asks:
-        row_format, question, answer = ASKS[folded(ask)]
-        found += [Reading(row_format, {question: ask, answer: reply}) for reply in replies]
-    return found
+    return others or asks, replies
 
 
 @lru_cache(1024)

@@ -189,7 +189,7 @@ def _message(message: Any, number: int) -> Message | None:
     name = message.get(role_key)
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        name, role = _unusual_role(name, number, role_key)
+        name, role = _unusual_role(message, number, role_key)
     content = message.get("content")
     if content is None:
         content = message.get("value")
@@ -211,13 +211,19 @@ def _message(message: Any, number: int) -> Message | None:
     return read
 
 
-def _unusual_role(name: Any, number: int, key: str) -> tuple[str, Role]:
+def _unusual_role(message: dict[str, Any], number: int, key: str) -> tuple[str, Role]:
     """A role in other case or with spaces around it."""
+    name = message.get(key)
     plain = name.strip().lower() if isinstance(name, str) else ""
-    if plain not in ROLES:
-        found = f"'{name[:40]}'" if isinstance(name, str) else json_type(name)
-        raise Rejected("unknown role", f"message {number} has {key} {found}; known are {', '.join(ROLES)}")
-    return plain, ROLES[plain]
+    if plain in ROLES:
+        return plain, ROLES[plain]
+    if key not in message:
+        keys = ", ".join(str(one)[:40] for one in list(message)[:8]) or "none"
+        remedy = "`message_keys: {role: …, content: …}` says what they are called"
+        raise Rejected("unknown role", f"message {number} has no role; its keys are {keys}. {remedy}")
+    found = f"'{name[:40]}'" if isinstance(name, str) else json_type(name)
+    known = f"known are {', '.join(ROLES)}; `roles: {{assistant: …}}` says which others mean one of them"
+    raise Rejected("unknown role", f"message {number} has {key} {found}; {known}")
 
 
 def _read_extras(message: Mapping[str, Any], read: Message, where: str) -> None:

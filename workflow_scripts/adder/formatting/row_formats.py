@@ -27,7 +27,8 @@ from adder.formatting.messages import (
     user,
 )
 from adder.formatting.rejected import Rejected, Undesired, json_type
-from adder.formatting.task_columns import TASK_COLUMNS, check_options, prompt_of
+from adder.formatting.row_fields import RowFields
+from adder.formatting.task_columns import TASK_COLUMNS, check_options, prompt_of, refuse_hidden_options
 
 Row = Mapping[str, Any]
 Reader = Callable[[Row], list[Message] | str]
@@ -266,12 +267,14 @@ def row_format_names() -> tuple[str, ...]:
 
 class SourceFormat(NamedTuple):
     """How to read the rows of one source: the row format (None: unknown), the columns to rename ({canonical: actual}),
-    and whether the format was named by the user, who then asked for what preference data means.
+    whether the format was named by the user, who then asked for what preference data means, and what else the settings
+    say of the rows.
     """
 
     row_format: RowFormat | None
     columns: Mapping[str, str]
     named: bool
+    fields: RowFields | None = None
 
     @property
     def name(self) -> str | None:
@@ -284,15 +287,53 @@ class SourceFormat(NamedTuple):
 
     def canonical(self, name: str) -> str | None:
         """What the format knows a column of the source as; None where it doesn't read it."""
-        if self.row_format is None:
+        if self.row_format is None or (self.fields and name in self.fields.columns()):
             return None
         known = next((canonical for canonical, actual in self.columns.items() if actual == name), name)
-        return known if known in self.row_format.columns and self.columns.get(known, name) == name else None
+        if known not in self.row_format.columns or known in self._replaced():
+            return None
+        return known if self.columns.get(known, name) == name else None
 
     def own_columns(self) -> set[str]:
         """The actual names of the columns that the format reads."""
         canonical = self.row_format.columns if self.row_format else ()
-        return {self.actual(name) for name in canonical}
+        if self.fields is None:
+            return {self.actual(name) for name in canonical}
+        read = set(canonical) - self._replaced()
+        return {self.actual(name) for name in read} | self.fields.columns()
+
+    def filled(self, row: Row) -> Row:
+        """The row with what the templates make of it, and with our names for keys and roles of messages."""
+        fields = self.fields
+        if fields is None:
+            return row
+        made = fields.made(row)
+        used = fields.columns() - ({self.actual(name) for name in self._known_by()} if not fields.makes_pair else set())
+        row = _rename({name: value for name, value in row.items() if name not in used}, self.columns)
+        replaced = self._replaced()
+        kept = {name: value for name, value in row.items() if name not in replaced}
+        if fields.message_keys or fields.roles:
+            texts = (
+                frozenset() if self.row_format is None else self.row_format.texts - {"prompt", "completion", "chosen"}
+            )
+            kept = {name: value if name in texts else fields.renamed(value) for name, value in kept.items()}
+            made = {name: fields.renamed(value) for name, value in made.items()}
+        return {**kept, **made}
+
+    def _known_by(self) -> tuple[str, ...]:
+        return self.row_format.known_by if self.row_format else ()
+
+    def _replaced(self) -> set[str]:
+        """Columns, as the format knows them, in whose place a template stands."""
+        fields = self.fields
+        if fields is None or not fields.templates:
+            return set()
+        replaced: set[str] = {*SYSTEMS} if "system" in fields.templates else set()
+        if fields.makes_pair:
+            replaced |= {"prompt", "completion"}
+        if "prompt" in fields.given:
+            replaced |= {*TASK_COLUMNS, "history"}
+        return replaced
 
 
 Vote = tuple[str, tuple[tuple[str, str], ...]]  # a candidate's format and columns
@@ -331,13 +372,19 @@ def candidates(columns: Iterable[str], named: Iterable[str] = ()) -> list[Candid
 
 
 def source_format(
-    source: str, row_format: str, columns: Mapping[str, str], column_sets: ColumnSets, protected: bool = False
+    source: str,
+    row_format: str,
+    columns: Mapping[str, str],
+    column_sets: ColumnSets,
+    protected: bool = False,
+    fields: RowFields | None = None,
 ) -> SourceFormat:
     """Decide how to read a source, from the column sets of all its rows.
 
     row_format and columns as in the settings; with "auto" the format is the one that most rows have. protected: only
-    what the rows ask is of interest. Raises UserError for an unknown format, for a column mapping that names what the
-    format or the source doesn't have, and where the rows can be read in more than one way.
+    what the rows ask is of interest. fields: what else the settings say of the rows. Raises UserError for an unknown
+    format, for a column mapping that names what the format or the source doesn't have, and where the rows can be read
+    in more than one way.
     """
     there = sorted({column for columns_of_row in column_sets for column in columns_of_row})
     for canonical, actual in columns.items():
@@ -352,7 +399,10 @@ def source_format(
     renamed = set(_rename(dict.fromkeys(there), columns))
     known = {name for form in ROW_FORMATS.values() for name in form.columns}
     other_case = canonical_names(renamed, known)
-    if named:
+    if fields is not None and fields.makes_pair:
+        named, form, mapping = True, ROW_FORMATS["prompt_completion"], {}
+        other_case = {ours: theirs for ours, theirs in other_case.items() if ours in form.columns}
+    elif named:
         form, mapping = ROW_FORMATS[row_format], _mapping_for(ROW_FORMATS[row_format], renamed, other_case)
     else:
         form, mapping = _most_frequent(source, column_sets, columns, other_case, protected)
@@ -365,7 +415,9 @@ def source_format(
     used = {name for canonical, name in actual.items() if canonical != name}
     given = {canonical: name for canonical, name in columns.items() if canonical not in used}
     found = {canonical: columns.get(name, name) for canonical, name in actual.items()}
-    return SourceFormat(form, {**given, **{c: name for c, name in found.items() if c != name}}, named)
+    if fields is not None and "system" in fields.templates and form is not None and "system" not in form.columns:
+        raise UserError(f"{source}: `system` is for conversations, and the row format {form.name} has none")
+    return SourceFormat(form, {**given, **{c: name for c, name in found.items() if c != name}}, named, fields)
 
 
 def _mapping_for(form: RowFormat, names: set[str], other_case: Mapping[str, str]) -> Mapping[str, str]:
@@ -409,11 +461,13 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     Raises Rejected with a reason that a person can act on. Lone surrogates and numbers that JSON can't hold may still
     be in the conversation: whoever encodes it finds them (`messages.why_not_json`).
     """
-    if source.columns:
-        row = _rename(row, source.columns)
-    form = source.row_format
+    form, whole = source.row_format, row
     if form is None:
         raise _unrecognised(row, source)
+    if source.fields is not None:
+        row = source.filled(row)
+    elif source.columns:
+        row = _rename(row, source.columns)
     if form.name == "text" and not source.named and not is_lone_text(frozenset(row)):
         raise _unrecognised(row, source)
     mark = is_undesired(row)
@@ -439,10 +493,19 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     read = form.read(row)
     if isinstance(read, str):
         return {"text": read}
+    made = () if source.fields is None else source.fields.templates
+    if "system" in made and row.get("system") and read[0]["role"] == "system":
+        raise Rejected(
+            "more than one system message",
+            "the conversation has one, and so does `system` of the source; format.system_prompt is for rows without",
+        )
     messages = _with_system(read, row, system_prompt)
     check_order(messages)
     if form.name in PAIRS:
-        check_options(row, row[form.known_by[1]], messages[-2]["content"] if len(messages) > 1 else "", form.columns)
+        asked = messages[-2]["content"] if len(messages) > 1 else ""
+        check_options(row, row[form.known_by[1]], asked, form.columns)
+        if source.fields is not None:
+            refuse_hidden_options(whole, row[form.known_by[1]], asked, source.own_columns())
     given = None if row.keys().isdisjoint(_BESIDE) else next((row[name] for name in TOOLS if row.get(name)), None)
     tools = read_tools(given) if given else None
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
@@ -457,7 +520,7 @@ def to_prompt(row: Row, source: SourceFormat) -> Conversation:
     try:
         return to_conversation(row, source)
     except Rejected:
-        row = _rename(row, source.columns)
+        row = _rename(row, source.columns) if source.fields is None else source.filled(row)
         column = next((name for name in PROMPTS if row.get(name)), None)
         if column is None:
             raise
@@ -498,7 +561,12 @@ def _unrecognised(row: Row, source: SourceFormat) -> Rejected:
     form = source.row_format
     if form is None:
         known = "; ".join(" + ".join(one.known_by) for one in ROW_FORMATS.values())
-        hint = f"columns {columns}; known are {known}. `columns:` maps other names to them, `row_format:` names one"
+        one, other = (name[:40] for name in (*sorted(row), "question", "answer")[:2])
+        hint = (
+            f"columns {columns}; known are {known}. `columns:` maps other names to them, `row_format:` names one; "
+            f'`prompt:` and `completion:` make them of columns, such as `prompt: "{{{one}}}"` and '
+            f'`completion: "{{{other}}}"`'
+        )
         if "text" in row:
             hint += "; `row_format: text` trains on the text alone"
         if not all(column.isidentifier() for column in row):

@@ -8,13 +8,14 @@ from adder.formatting.column_names import line_for
 from adder.formatting.marks import ROW_MARKS, SPANS, verdict
 from adder.formatting.messages import BLANK, MESSAGE_KEYS, is_message
 from adder.formatting.rejected import json_type
-from adder.formatting.row_formats import ColumnSets, SourceFormat
+from adder.formatting.row_formats import TOOLS, ColumnSets, SourceFormat
 from adder.formatting.task_columns import TASK_COLUMNS
 
 Row = Mapping[str, Any]
 Notes = Counter[tuple[str, str]]  # (source, what of it): rows
 TEXTS = (str, list, type(None))
 AS_JSON = (bool, int, float, dict)
+NO_MESSAGES = frozenset((*TASK_COLUMNS, *TOOLS))  # lists of objects in these aren't messages
 MOST_NOTED = 12  # columns that one line names
 MOST_NOTES = 200  # of a block; keys that are data would be without end
 
@@ -24,16 +25,19 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
     form = source.row_format
     if form is None:
         return
-    found: set[str] = set()
+    fields = source.fields
+    found: set[str] = set() if fields is None else set(fields.notes(row))
     for name, value in row.items():
         if isinstance(value, str) or value is None:  # nearly all there are
             continue
         canonical = source.canonical(name)
         if canonical is None:
             continue
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = value if fields is None else fields.renamed(value)
+        may_be_messages = canonical not in NO_MESSAGES
+        if may_be_messages and isinstance(value, list) and value and isinstance(value[0], dict):
             found.update(_of_messages(value))
-        elif is_message(value):
+        elif may_be_messages and is_message(value):
             found.update(_of_messages([value]))
         elif canonical in form.texts and isinstance(value, AS_JSON):
             found.add(f"'{name}' is {json_type(value)}, written as JSON")
@@ -67,7 +71,15 @@ def column_notes(source: SourceFormat, column_sets: ColumnSets, also_read: Itera
     notes: list[str] = []
     if source.columns:
         notes.append(f"read as if it had the line `{_shown_line(source)}`")
-    task = [actual for name in TASK_COLUMNS if name in form.optional and (actual := source.actual(name)) in there]
+    notes += (
+        [] if source.fields is None else [f"`{name}` is {text}" for name, text in source.fields.described().items()]
+    )
+    read = source.own_columns() - (source.fields.columns() if source.fields else set())
+    task = [
+        actual
+        for name in TASK_COLUMNS
+        if name in form.optional and (actual := source.actual(name)) in there and actual in read
+    ]
     if task:
         notes.append(f"part of the prompt: {', '.join(task)}")
     unread = unread_columns(source, column_sets, also_read)

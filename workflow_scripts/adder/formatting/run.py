@@ -27,6 +27,7 @@ from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, UNDECIDED, Co
 from adder.formatting.conversation_file import write_conversations
 from adder.formatting.findings import decide, quality, write_findings
 from adder.formatting.records import Card, Counts
+from adder.formatting.row_fields import row_fields
 from adder.formatting.row_formats import ColumnSets, SourceFormat, source_format
 from adder.formatting.row_notes import Notes
 from adder.formatting.spool import Spool
@@ -146,6 +147,7 @@ def _survey(rows_path: Path, context: Context) -> Survey:
 def _rules(readings: Readings, survey: Survey, settings: FormatSettings) -> ConversionRules:
     """How the rows are to be read, as the settings and a look at their columns tell."""
     nothing: ColumnSets = Counter()
+    columns = {name: {c for columns in survey.column_sets.get(name, ()) for c in columns} for name in readings}
     formats = {
         name: source_format(
             name,
@@ -153,10 +155,10 @@ def _rules(readings: Readings, survey: Survey, settings: FormatSettings) -> Conv
             asked["columns"],
             survey.column_sets.get(name, nothing),
             protected=asked["split"] == "test",
+            fields=row_fields(name, asked, columns[name], asked["split"] == "test"),
         )
         for name, asked in readings.items()
     }
-    columns = {name: {c for columns in survey.column_sets.get(name, ()) for c in columns} for name in readings}
     value_column = settings.group_by or settings.stratify_by
     if value_column and not any(value_column in there for there in columns.values()):
         which = "group_by" if settings.group_by else "stratify_by"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adder.formatting.column_names import folded
+from adder.data.field_template import folded
 from adder.formatting.messages import BLANK, as_text
 from adder.formatting.rejected import Rejected
 
@@ -40,7 +40,7 @@ def prompt_of(row: Row, column: str) -> str:
             raise Rejected("content is empty", column)
         return as_text(row[column], column)
     asked = "" if row.get(column) in BLANK else as_text(row[column], column)
-    contexts = [text for name in CONTEXTS if (text := _context(row.get(name), name)) and text not in asked]
+    contexts = [text for name in CONTEXTS if (text := document_text(row.get(name), name)) and text not in asked]
     given = row.get("input")
     extra = [as_text(given, "input")] if column != "input" and given not in BLANK else []
     options = [text for name in OPTIONS if (text := _options(row.get(name), name, asked))]
@@ -70,6 +70,14 @@ def check_options(row: Row, reply: Any, prompt: str, read: Iterable[str]) -> Non
         if (named or number) and plain not in shown and plain.upper() not in shown:
             raise Rejected(NO_OPTIONS, f"the reply is {str(reply)[:40]!r}; say by `convert:` which option that is")
         return
+    refuse_hidden_options(row, reply, prompt, read)
+
+
+def refuse_hidden_options(row: Row, reply: Any, prompt: str, read: Iterable[str]) -> None:
+    """Refuse a reply that is an option's letter where columns that nothing reads may hold the options, and the prompt
+    shows none. read: the columns that are read. Raises Rejected.
+    """
+    named = LABEL.fullmatch(reply.strip()) if isinstance(reply, str) and len(reply) <= LONGEST_LABEL else None
     if named is None or not named[1].isalpha() or _shows(prompt, named[1]):
         return
     known = set(read)
@@ -105,17 +113,20 @@ def _options(options: Any, where: str, asked: str) -> str:
     if isinstance(options, str):
         return "" if options.strip() in asked else options
     pairs = labelled(options, where)
-    if pairs and all(text in asked for _, text in pairs):
-        return ""
-    return "\n".join(f"{label}. {text}" for label, text in pairs)
+    return "" if pairs and all(text in asked for _, text in pairs) else options_text(options, where)
 
 
-def _context(value: Any, where: str) -> str:
+def options_text(options: Any, where: str) -> str:
+    """Options as lines, each with its letter or label."""
+    return "\n".join(f"{label}. {text}" for label, text in labelled(options, where))
+
+
+def document_text(value: Any, where: str) -> str:
     """A context as text: documents one after the other, each under its title."""
     if value in (*BLANK, {}) or (isinstance(value, str) and not value.strip()):
         return ""
     if isinstance(value, list):
-        return "\n\n".join(text for part in value if (text := _context(part, where)))
+        return "\n\n".join(text for part in value if (text := document_text(part, where)))
     if isinstance(value, dict):
         body = next((value[key] for key in TEXTS if isinstance(value.get(key), str)), None)
         if body is not None:
