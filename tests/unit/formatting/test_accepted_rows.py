@@ -16,6 +16,7 @@ def rows() -> AcceptedRows:
         prompt=np.zeros(4, np.uint64),
         value=None,
         signatures=np.zeros((0, 128), np.uint8),
+        passage=np.zeros(4, np.uint64),
     )
 
 

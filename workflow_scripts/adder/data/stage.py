@@ -161,6 +161,8 @@ class Heldout(Section):
     group_by: str | None = None
     """Column whose rows stay together: one conversation or author never stands on both sides. Intervals take each of
     its groups as a whole."""
+    keep_passages: bool = True
+    """Rows that ask about one passage, found by the long lines that they share, stay on one side by themselves."""
     stratify_by: str | None = None
     """Column of whose values each is held out by the same share."""
 

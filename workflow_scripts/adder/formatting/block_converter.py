@@ -18,7 +18,7 @@ import numpy.typing as npt
 import orjson
 
 from adder.core.errors import UserError
-from adder.formatting import spool
+from adder.formatting import passages, spool
 from adder.formatting.conversation import Conversation, Message
 from adder.formatting.messages import why_not_json
 from adder.formatting.minhash import Signer
@@ -93,6 +93,7 @@ class ConvertedBlock(NamedTuple):
     system: npt.NDArray[np.uint64]  # of the system message, normalised; 0 without one
     value: npt.NDArray[np.uint64] | None  # of ConversionRules.value_column; 0 where it is missing
     signatures: npt.NDArray[np.uint8] | None  # (n, minhash.PERMUTATIONS)
+    lines: npt.NDArray[np.uint64]  # (n, passages.LINES), of long lines that may be a passage's
     rejects: bytes  # lines of rejects.jsonl
     kinds: dict[str, RejectKind]
     rejected: Counter[str]  # by source
@@ -152,6 +153,7 @@ class _Converter:
         """Convert one block of rows.jsonl."""
         rules, rows, rejects = self.rules, _AcceptedRows(), _Rejects()
         texts: list[str] = []
+        lines: list[bytes] = []
         categorical: dict[str, list[Any]] = {}
         undesired: Counter[str] = Counter()
         notes: Notes = Counter()
@@ -174,6 +176,7 @@ class _Converter:
                     notes[source, note] += 1
             if rules.value_column:
                 rows.values.append(hash_value(data.get(rules.value_column)))
+            lines.append(passages.passages_of(conversation))
             if rules.sign:
                 texts.append(full_text(conversation))
             for column in rules.categorical[source]:
@@ -189,6 +192,7 @@ class _Converter:
             system=np.frombuffer(b"".join(rows.systems), dtype="<u8"),
             value=np.frombuffer(b"".join(rows.values), dtype="<u8") if rules.value_column else None,
             signatures=self.signer.sign(texts) if self.signer else None,
+            lines=passages.joined(lines),
             rejects=b"".join(rejects.lines),
             kinds=rejects.kinds,
             rejected=rejects.by_source,

@@ -16,7 +16,7 @@ from adder.formatting.accepted_rows import DUPLICATE, LEAKED, NEAR_DUPLICATE, Ac
 from adder.formatting.block_converter import HELDOUT, TRAIN, UNDECIDED
 from adder.formatting.deduplication import Matches, PartialMatches
 from adder.formatting.heldout_overlap import overlap_method
-from adder.formatting.heldout_split import choose_heldout
+from adder.formatting.heldout_split import by_passages, choose_heldout
 from adder.formatting.minhash import near_duplicate_method
 from adder.formatting.records import Duplicate, ExampleRow, Leak, NearDuplicate, Quality
 from adder.formatting.spool import Spool
@@ -34,6 +34,7 @@ class Findings:
 
     heldout_in_train: held-out rows that training rows asked too, as the data came. duplicates are dropped. leaks: the
     same prompt as a held-out or test row's, dropped; overlap: a similar one; near: near-duplicates in training.
+    by_passage: whether rows of one passage were kept together.
     """
 
     heldout_in_train: int
@@ -41,6 +42,7 @@ class Findings:
     leaks: Matches
     overlap: PartialMatches
     near: PartialMatches
+    by_passage: bool
 
 
 def decide(rows: AcceptedRows, spool: Spool, settings: FormatSettings, context: Context) -> Findings:
@@ -50,10 +52,14 @@ def decide(rows: AcceptedRows, spool: Spool, settings: FormatSettings, context: 
         duplicates = deduplication.find_duplicates(rows.split, rows.digest)
     sides = rows.split.copy()
     rows.split[duplicates.rows] = DUPLICATE
-    undecided = np.flatnonzero(rows.are(UNDECIDED))
+    undecided, by_passage = np.flatnonzero(rows.are(UNDECIDED)), False
     if len(undecided):
         value = None if rows.value is None else rows.value[undecided]
-        held = choose_heldout(settings, rows.prompt[undecided], rows.digest[undecided], value)
+        prompt, about = rows.prompt[undecided], rows.passage[undecided]
+        held = by_passages(settings, prompt, about)
+        by_passage = held is not None
+        if held is None:
+            held = choose_heldout(settings, prompt, rows.digest[undecided], value)
         rows.split[undecided] = sides[undecided] = np.where(held, HELDOUT, TRAIN)
     asked = np.isin(rows.prompt[sides == HELDOUT], rows.prompt[sides == TRAIN])
 
@@ -72,7 +78,7 @@ def decide(rows: AcceptedRows, spool: Spool, settings: FormatSettings, context: 
         if settings.near_duplicates == "drop":
             rows.split[near.rows] = NEAR_DUPLICATE
     rows.signatures = rows.signatures[:0].copy()  # by far the largest of the arrays
-    return Findings(int(asked.sum()), duplicates, leaks, overlap, near)
+    return Findings(int(asked.sum()), duplicates, leaks, overlap, near, by_passage)
 
 
 def _refuse_many_leaks(rows: AcceptedRows, leaks: Matches, overlap: PartialMatches, settings: FormatSettings) -> None:

@@ -51,6 +51,25 @@ def choose_heldout(settings: FormatSettings, prompt: Hashes, digest: Hashes, val
     return held
 
 
+def by_passages(settings: FormatSettings, prompt: Hashes, passage: Hashes) -> Mask | None:
+    """Which of n rows are held out so that rows about one passage are on one side, bool (n,); None where another column
+    decides, no rows share a passage, or the passages can't be divided in anything like the parts that are asked for.
+
+    A passage's hash decides in place of the prompt's. Where that holds out less than half or more than twice of what is
+    asked for, as it may with few passages, they are taken in the order of their hashes, each that still fits.
+    """
+    if settings.group_by or settings.stratify_by or not settings.keep_passages or not passage.any():
+        return None
+    key = groups_of(prompt, passage)
+    wanted = settings.size if settings.size is not None else max(1, round((settings.share or 0.0) * len(prompt)))
+    if settings.size is None:
+        held = key < _limit(settings.share or 0.0)
+        if wanted / 2 <= held.sum() <= 2 * wanted:
+            return held
+    taken = _fitting(key, wanted)
+    return taken if taken.sum() >= wanted / 2 and wanted < len(prompt) else None
+
+
 def asked(prompt: Hashes, system: Hashes) -> tuple[Hashes, Mask]:
     """What each row asks: its prompt's hash, or, as the mask says, that of both where the same words stand under many
     system messages.
@@ -71,8 +90,11 @@ def groups_of(prompt: Hashes, value: Hashes) -> Hashes:
     return np.where(value == MISSING, prompt, value)
 
 
-def describe(settings: FormatSettings, held: int, left: int, own_sources: bool) -> str:
-    """One sentence on how the held-out rows were chosen: `held` of them, and `left` to train on."""
+def describe(settings: FormatSettings, held: int, left: int, own_sources: bool, about: str | None = None) -> str:
+    """One sentence on how the held-out rows were chosen: `held` of them, and `left` to train on.
+
+    about: what was kept together where passages decided (passages.describe).
+    """
     if own_sources:
         return f"The {held:,} held-out rows come from sources of their own."
     wanted = f"{settings.share:.3g} of the rows" if settings.share is not None else f"{settings.size:,} rows"
@@ -84,6 +106,8 @@ def describe(settings: FormatSettings, held: int, left: int, own_sources: bool) 
         )
     if settings.stratify_by:
         return f"{led}, the same part of each value of the column '{settings.stratify_by}', by a hash of the prompt."
+    if about:
+        return f"{led}, chosen by a hash of the prompt, and of the passage where rows share one: {about}."
     stays = "a row stays where it is" if settings.share is not None else "one of them at most is displaced"
     return f"{led}, chosen by a hash of the prompt: {stays} when another is added."
 
@@ -111,6 +135,16 @@ def _limit(share: float) -> np.uint64:
 
 def _fitting_groups(key: Hashes, size: int, column: str) -> Mask:
     """Groups in the order of their hashes, each that still fits into `size` rows."""
+    held = _fitting(key, size)
+    if not held.any():
+        smallest = np.unique(key, return_counts=True)[1].min()
+        raise UserError(
+            f"data.heldout.size is {size:,}, but the smallest group of `group_by: {column}` has {smallest:,} rows"
+        )
+    return held
+
+
+def _fitting(key: Hashes, size: int) -> Mask:
     _, group, counts = np.unique(key, return_inverse=True, return_counts=True)  # sorted: in the order of the hashes
     taken = np.zeros(len(counts), dtype=bool)
     waiting, room = np.flatnonzero(counts <= size), size
@@ -120,10 +154,6 @@ def _fitting_groups(key: Hashes, size: int, column: str) -> Mask:
         room -= int(counts[waiting[:fitting]].sum())
         waiting = waiting[fitting + 1 :]  # the next one is too large for what is left
         waiting = waiting[counts[waiting] <= room]
-    if not taken.any():
-        raise UserError(
-            f"data.heldout.size is {size:,}, but the smallest group of `group_by: {column}` has {counts.min():,} rows"
-        )
     return taken[group]
 
 

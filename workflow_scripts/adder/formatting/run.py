@@ -21,7 +21,7 @@ from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
 from adder.data.records import Reading
-from adder.formatting import block_converter, card_figures, heldout_split, minhash, row_notes
+from adder.formatting import block_converter, card_figures, heldout_split, minhash, passages, row_notes
 from adder.formatting.accepted_rows import CLASSES, LEFT_OUT, AcceptedRows
 from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, UNDECIDED, ConversionRules, RejectKind, Survey
 from adder.formatting.conversation_file import write_conversations
@@ -81,10 +81,10 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
     """Write train.parquet and heldout.parquet (conversation_file.SCHEMA), what was dropped and why (*.jsonl; see
     records), and card.json (records.Card).
 
-    Where `group_by` chose the held-out rows, heldout.parquet has a column more, `group` (16 hex digits), which tells
-    rows that are alike to the evaluation. `share`, `size`, `group_by` and `stratify_by` are used where the rows have no
-    held-out sources. Every row ends in exactly one of CLASSES or is rejected; `tests` are rows of protected test sets,
-    which are in no file. Returns the card's counts.
+    Where `group_by` or passages chose the held-out rows, heldout.parquet has a column more, `group` (16 hex digits),
+    which tells rows that are alike to the evaluation. `share`, `size`, `group_by` and `stratify_by` are used where the
+    rows have no held-out sources. Every row ends in exactly one of CLASSES or is rejected; `tests` are rows of
+    protected test sets, which are in no file. Returns the card's counts.
 
     Raises UserError where nothing is left to train on or to hold out, more is to be held out than there is, more than
     settings.max_rejected can't be used, or a column that is named is nowhere.
@@ -111,8 +111,14 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
     group = None
     if settings.group_by and rows.value is not None:
         group = heldout_split.groups_of(rows.prompt, rows.value)
+    elif findings.by_passage:
+        group = heldout_split.groups_of(rows.prompt, rows.passage)
     write_conversations(out / "heldout.parquet", spool, rows, rows.are(HELDOUT).astype(np.int64), progress, group)
     write_findings(out, rows, findings)
+    about = passages.describe(rows.passage, rows.are(HELDOUT), rows.are(TRAIN)) if findings.by_passage else None
+    split = heldout_split.describe(settings, counts["heldout"], counts["train"], own_sources, about)
+    if about:
+        progress.say(split)
     train_rows = int(copies[rows.are(TRAIN)].sum())
     card: Card = {
         **counts,
@@ -126,7 +132,7 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
         "samples": card_figures.samples(spool, np.flatnonzero(rows.are(TRAIN)), rows.digest),
         "columns": columns.result(),
         "quality": quality(rows, spool, findings, settings),
-        "split": heldout_split.describe(settings, counts["heldout"], counts["train"], own_sources),
+        "split": split,
         "notes": [*column_notes, *notes],
         **figures.result(),
     }
@@ -233,9 +239,9 @@ def _convert(
     spool.finish()
     assert accepted + rejects.by_source.total() + rejects.undesired.total() == total
     values = [block.value for block in blocks if block.value is not None]
-    prompt, with_system = heldout_split.asked(
-        _joined([block.prompt for block in blocks], np.uint64), _joined([block.system for block in blocks], np.uint64)
-    )
+    system = _joined([block.system for block in blocks], np.uint64)
+    prompt, with_system = heldout_split.asked(_joined([block.prompt for block in blocks], np.uint64), system)
+    lines = np.concatenate([np.zeros((0, passages.LINES), np.uint64), *(block.lines for block in blocks)])
     rows = AcceptedRows(
         sources=list(rules.formats),
         source=_joined([block.source for block in blocks], np.int32),
@@ -246,6 +252,7 @@ def _convert(
         value=_joined(values, np.uint64) if rules.value_column else None,
         signatures=signatures[:accepted],
         with_system=with_system,
+        passage=passages.passage_of_each(lines, system, prompt),
     )
     noted = [f"{source}: {note} ({count:,} rows)" for (source, note), count in notes.most_common(MOST_NOTES)]
     for note in noted:

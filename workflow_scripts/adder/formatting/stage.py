@@ -38,6 +38,8 @@ class FormatSettings(Format):
     """See `data.heldout`."""
     group_by: str | None = None
     """See `data.heldout`."""
+    keep_passages: bool = True
+    """See `data.heldout`."""
     stratify_by: str | None = None
     """See `data.heldout`."""
 
@@ -48,7 +50,7 @@ FORMAT = StageSpec(
     run="adder.formatting.run",
     settings=FormatSettings,
     section="format",
-    takes={name: f"data.heldout.{name}" for name in ("share", "size", "group_by", "stratify_by")},
+    takes={name: f"data.heldout.{name}" for name in ("share", "size", "group_by", "stratify_by", "keep_passages")},
     message="Turning rows into conversations",
     reads={"data": ("rows.jsonl", "reading.json")},
     shows={"format": "card.json", "rejects": "rejects.jsonl"},
