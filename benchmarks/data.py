@@ -2,6 +2,7 @@
 
 Usage: python benchmarks/data.py [--data ../shared/data/gsm8k/train.jsonl] [--rows 1000000] [--flat 5000000]
                                  [--out benchmarks/results/data.json]
+       python benchmarks/data.py --append 2000000 [--keep FOLDER]   # only these two arms, into the same JSON
 
 The work: GSM8K's training rows, repeated and numbered (so that no two are equal), to examples with loss on the replies,
 packed by best-fit decreasing into 2,048 tokens, with SmolLM2-135M-Instruct's tokenizer and chat template. All arms
@@ -12,6 +13,9 @@ trl_map         TRL: load_dataset, then SFTTrainer's own preparation of prompt/c
 adder           Adder with exact duplicates dropped and a held-out split, near-duplicates and overlap off: TRL's work
 adder_checked   Adder as it comes: near-duplicates found, overlap with the held-out rows dropped
 adder_flat      download to packs over a file of five million short rows: how much memory it takes
+first_run       file to packs as the workflow runs it, all checks on, digests of what is read and written included, over
+                rows of which no two are alike (pieces of five words of GSM8K's, put together by chance)
+append_one      the same after one row was appended to the file, beside the first results
 """
 
 import argparse
@@ -21,10 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +58,25 @@ def write_short_rows(target: Path, count: int) -> None:
     with target.open("w", encoding="utf-8") as file:
         for number in range(count):
             file.write(f'{{"question": "What is {number} plus {number % 97}?", "answer": "{number + number % 97}"}}\n')
+
+
+def write_distinct_rows(source: Path, target: Path, count: int) -> None:
+    """Rows as long as the source's and of its words, but no two alike: pieces of five words, drawn anew for each."""
+    rng = np.random.default_rng(1)
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    words = {side: " ".join(row[side] for row in rows).split(" ") for side in ("question", "answer")}
+    pieces = {side: [" ".join(all[at : at + 5]) for at in range(0, len(all), 5)] for side, all in words.items()}
+
+    def texts(side: str, number: int) -> Iterator[str]:
+        sizes = np.maximum(2, rng.poisson(len(pieces[side]) / len(rows), number))
+        chosen = iter(rng.integers(0, len(pieces[side]), sizes.sum()).tolist())
+        return (" ".join([pieces[side][piece] for piece in islice(chosen, size)]) for size in sizes.tolist())
+
+    with target.open("w", encoding="utf-8") as file:
+        for start in range(0, count, BATCH):
+            number = min(BATCH, count - start)
+            for question, answer in zip(texts("question", number), texts("answer", number), strict=True):
+                file.write(json.dumps({"question": question, "answer": answer}, ensure_ascii=False) + "\n")
 
 
 def tokenizer_only(work: Path, rows: Path, count: int) -> float:
@@ -140,7 +167,53 @@ def adder(work: Path, rows: Path, count: int, checked: bool = False, download: b
     return seconds
 
 
+def through_stages(work: Path, rows: Path, count: int) -> float:
+    """Seconds from the file to packs as the workflow's jobs run, with their results in `work`.
+
+    A stage that was run there before over the same file isn't again, and counts as it was: a long measurement can go on
+    after it was ended. seconds.json has the seconds of each stage.
+    """
+    from adder.core.file_digests import FileDigests
+    from adder.core.stage_spec import Runtime
+    from adder.data.stage import RowSettings, Source
+    from adder.formatting.stage import FormatSettings
+    from adder.packing.stage import LengthsSettings
+    from adder.tokenization.stage import TokenizeSettings
+    from adder.workflow import stage_runner
+    from adder.workflow.stages import SPECS
+
+    os.chdir(work)
+    results, took = Path("results"), Path(f"{rows.stat().st_size}.seconds.json")
+    runtime = Runtime.model_validate({"threads": os.environ.get("OMP_NUM_THREADS", "auto")}).model_dump(mode="json")
+    settings = {
+        "data": RowSettings(sources=[Source(path=str(rows))]),
+        "format": FormatSettings(size=max(2, min(1000, count // 100))),
+        "tokenize": TokenizeSettings(),
+        "lengths": LengthsSettings(max_seq_length=LENGTH, packing=True, effective_batch_size=16, max_examples=None),
+    }
+    seconds: dict[str, float] = json.loads(took.read_text()) if took.exists() else {}
+    key = f"of-{rows.stat().st_size}"
+    for name, asked in settings.items():
+        if name in seconds:
+            continue
+        spec, start = SPECS[name], time.perf_counter()
+        digests = FileDigests(results / "cache" / "digests.json", Path.cwd())
+        plain = asked.model_dump(mode="json")
+        identity = spec.identity(asked, spec.section or "", digests) if spec.identity else plain
+        inputs = {parent: results / "stages" / parent / key for parent in spec.reads}
+        inputs |= {"model": Path("model")} if "model" in inputs else {}
+        stage_runner.execute(
+            name, {"settings": plain, "identity": identity, "versions": {}}, runtime, inputs=inputs, results=results,
+            key=key, log=results / "logs" / f"{name}.log",
+        )  # fmt: skip
+        seconds[name] = round(time.perf_counter() - start, 2)
+        took.write_text(json.dumps(seconds))
+    return sum(seconds.values())
+
+
 ARMS = {
+    "first_run": through_stages,
+    "append_one": through_stages,
     "tokenizer_only": tokenizer_only,
     "trl_map": trl_map,
     "adder": adder,
@@ -149,10 +222,15 @@ ARMS = {
 }
 
 
-def measure(arm: str, model: Path, rows: Path, count: int, cores: int) -> dict[str, Any]:
-    """Run one arm in a process of its own; its seconds and the peak of its and its children's memory (PSS)."""
-    with tempfile.TemporaryDirectory(dir=rows.parent) as work:
-        (Path(work) / "model").symlink_to(model)
+def measure(arm: str, model: Path, rows: Path, count: int, cores: int, folder: Path | None = None) -> dict[str, Any]:
+    """Run one arm in a process of its own; its seconds and the peak of its and its children's memory (PSS).
+
+    folder: to work in, and to leave as it is afterwards.
+    """
+    made = tempfile.TemporaryDirectory(dir=rows.parent) if folder is None else nullcontext(str(folder))
+    with made as work:
+        if not (Path(work) / "model").is_symlink():
+            (Path(work) / "model").symlink_to(model)
         command = [sys.executable, __file__, "--arm", arm, "--work", work, "--input", str(rows), "--rows", str(count)]
         threads = {name: str(cores) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
         environment = os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
@@ -196,18 +274,58 @@ def memory_of(pid: int) -> int:
     return total
 
 
-def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Run all arms; the figures as data.json has them."""
+def append(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The arms first_run and append_one, with the seconds of each stage."""
     from adder.core import hardware
+
+    folder = options.keep or Path(tempfile.mkdtemp(dir=options.scratch))
+    folder.mkdir(exist_ok=True)
+    model, rows = folder / "fetched", folder / "rows.jsonl"
+    fetch_model(options, model)
+    if not rows.exists():
+        write_distinct_rows(options.data, rows, options.append)
+    cores, results = hardware.available_cores(), []
+    for arm in ("first_run", "append_one"):
+        results.append(measure(arm, model, rows, options.append, cores, folder))
+        took = json.loads((folder / f"{rows.stat().st_size}.seconds.json").read_text())
+        results[-1] |= {"stages": took, "load_average": round(os.getloadavg()[1], 2)}
+        if arm == "first_run":
+            with rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"question": "How much is one row more?", "answer": "#### 1"}) + "\n")
+    return results
+
+
+def fetch_model(options: argparse.Namespace, folder: Path) -> None:
+    """The model that the options name, as the stage "model" leaves it."""
     from adder.core.progress import Progress
     from adder.core.stage_spec import Context, NoInputs
     from adder.data import fetch_model
     from adder.data.model_types import ModelSettings
+    from adder.workflow import stage_runner
+
+    if (folder / "stage.json").exists():
+        return
+    folder.mkdir()
+    fetch_model.run(ModelSettings(source=options.model), NoInputs(), folder, Context(Progress.silent()))
+    meaning = {
+        "stage": "model",
+        "key": "",
+        "settings": {},
+        "identity": {},
+        "asked_versions": {},
+        "inputs": {},
+        "code": "",
+    }
+    stage_runner.finish(folder, meaning, {}, 0.0)  # pyright: ignore[reportArgumentType] - a record of no stage's own
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Run all arms; the figures as data.json has them."""
+    from adder.core import hardware
 
     scratch = Path(tempfile.mkdtemp(dir=options.scratch))
     model = scratch / "model"
-    model.mkdir()
-    fetch_model.run(ModelSettings(source=options.model), NoInputs(), model, Context(Progress.silent()))
+    fetch_model(options, model)
     cores = hardware.available_cores()
     results = []
     for count in sorted({options.rows // 100, options.rows // 10, options.rows}):
@@ -249,6 +367,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--trl-most", type=int, default=sys.maxsize, help="largest number of rows for TRL's path")
     parser.add_argument("--flat", type=int, default=5_000_000, help="short rows of the memory test; 0 for none")
+    parser.add_argument("--append", type=int, help="only the arms first_run and append_one, over so many rows")
+    parser.add_argument("--keep", type=Path, help="folder of these two, to go on in after it was ended")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/data.json")
     parser.add_argument("--scratch", type=Path, help="folder for a few GB; the system's temporary one without it")
     for name, kind in (("--arm", str), ("--work", Path), ("--input", Path)):  # what measure() starts
@@ -257,7 +377,14 @@ def main() -> None:
     if options.arm:
         print(json.dumps({"seconds": ARMS[options.arm](options.work, options.input, options.rows)}))
         return
-    found = compare(options)
+    if options.append:
+        found = json.loads(options.out.read_text(encoding="utf-8"))
+        arms = append(options)
+        names = {arm["name"] for arm in arms}
+        found["arms"] = [arm for arm in found["arms"] if arm["name"] not in names] + arms
+        found["ratios"]["append_one_to_first_run"] = round(arms[1]["seconds"] / arms[0]["seconds"], 4)
+    else:
+        found = compare(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found["ratios"]))

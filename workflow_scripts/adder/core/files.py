@@ -80,6 +80,13 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
         shutil.copy2(source, target)
 
 
+def read_bytes(file: int, start: int, end: int) -> bytes:
+    """Bytes of an open file, given its descriptor; several processes may read at once."""
+    # One call reads 2 GiB at most.
+    chunks = [os.pread(file, min(end - at, 1 << 30), at) for at in range(start, end, 1 << 30)]
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
 def digest_file(path: Path) -> str:
     """BLAKE2b digest (40 hex digits) of a file's content."""
     with path.open("rb") as file:

@@ -48,17 +48,31 @@ class Runtime(Section):
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """What earlier runs of a stage left, for parts to be taken over that would come out the same.
+
+    folders: of their finished results, newest first; one may be gone by the time it is looked into. code: digest of
+    what a module ("adder.tokenization.labels") and all that it imports do.
+    """
+
+    folders: tuple[Path, ...]
+    code: Callable[[str], str]
+
+
+@dataclass(frozen=True)
 class Context:
     """What a stage is run with, apart from what decides its result: the machine and the people who watch.
 
     checkpoints: a folder that outlives a kill, of just this work, for stages that are continued; None for the others.
     results: the directory of all results, for what is beside the stages, such as downloads and trackers' files.
+    earlier: None where nothing is to be kept for later runs either.
     """
 
     progress: Progress
     runtime: Runtime = field(default_factory=Runtime)
     results: Path = Path("results")
     checkpoints: Path | None = None
+    earlier: Earlier | None = None
 
     @cached_property
     def device(self) -> str:

@@ -5,27 +5,26 @@ to hand over than to make.
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from adder.core.errors import UserError
+from adder.core.record_blocks import RecordBlock, parse_line, read_range
 from adder.formatting import passages, spool
 from adder.formatting.conversation import Conversation, Message
 from adder.formatting.messages import why_not_json
-from adder.formatting.minhash import Signer
+from adder.formatting.minhash import Signatures, Signer
 from adder.formatting.records import Reject
 from adder.formatting.rejected import Rejected, Undesired
 from adder.formatting.row_formats import MEDIA, ColumnSets, SourceFormat, to_conversation, to_prompt
-from adder.formatting.row_notes import MOST_NOTES, Notes, notes_of
+from adder.formatting.row_notes import MOST_NOTES, notes_of
 
 BLOCK = 2 << 20  # bytes of rows.jsonl that one worker takes at once
 TRAIN, HELDOUT, TEST, UNDECIDED = range(4)
@@ -34,7 +33,6 @@ MOST_COLUMN_SETS = 1_000  # of a source; of more, those count that have a column
 WORD_CHARACTERS = 24  # of a first word; JSON without spaces would be one long word
 CATEGORIES = 50  # a column of more different values is not categorical
 CATEGORY_CHARACTERS = 80
-LONG_NUMBER = re.compile(rb"\d{19}")
 NO_SYSTEM = bytes(8)
 SEPARATOR = b"\xff"  # stands between pieces that are hashed: no UTF-8 has this byte
 TAGS = {role: role.encode() for role in ("system", "user", "assistant", "tool")}
@@ -81,25 +79,35 @@ class RejectKind(NamedTuple):
     first: Reject
 
 
+class Rest(TypedDict):
+    """What is known of a block's rows beside the accepted ones, as JSON; they are all of one source.
+
+    kinds: [rows, the first of them] of each kind of rejection. undesired: rows that say of their reply that it isn't to
+    be learnt. notes: [what is to be known, rows]. categories: [value, rows] of each column that may be categorical,
+    None where it isn't.
+    """
+
+    kinds: dict[str, tuple[int, Reject]]
+    rejected: int
+    undesired: int
+    notes: list[tuple[str, int]]
+    categories: dict[str, list[tuple[Any, int]] | None]
+
+
 class ConvertedBlock(NamedTuple):
-    """One block's n accepted rows, as arrays (n,) and a part of the spool, and what became of the others."""
+    """One block's accepted rows, as a part of the spool and what became of the others.
+
+    Rows are numbered from the block's first one, so that it may stand anywhere. part's columns: row, int64; digest, of
+    the normalised conversation, prompt, of what is asked, normalised, and system, of the system message, normalised, or
+    0, all uint64; lines, passages.LINES uint64 as bytes, of long lines that may be a passage's; value of
+    ConversionRules.value_column, uint64, 0 where it is missing; signature, uint8 (rows, minhash.PERMUTATIONS), where
+    rows are signed. rejects: lines of rejects.jsonl.
+    """
 
     part: bytes
-    source: npt.NDArray[np.int32]  # index into ConversionRules.formats
-    row: npt.NDArray[np.int64]  # number within the source
-    split: npt.NDArray[np.int8]  # one of SPLITS
-    digest: npt.NDArray[np.uint64]  # of the normalised conversation
-    prompt: npt.NDArray[np.uint64]  # of what is asked, normalised
-    system: npt.NDArray[np.uint64]  # of the system message, normalised; 0 without one
-    value: npt.NDArray[np.uint64] | None  # of ConversionRules.value_column; 0 where it is missing
-    signatures: npt.NDArray[np.uint8] | None  # (n, minhash.PERMUTATIONS)
-    lines: npt.NDArray[np.uint64]  # (n, passages.LINES), of long lines that may be a passage's
-    rejects: bytes  # lines of rejects.jsonl
-    kinds: dict[str, RejectKind]
-    rejected: Counter[str]  # by source
-    undesired: Counter[str]  # rows that say of their reply that it isn't to be learnt, by source
-    notes: Notes
-    categories: dict[str, Categories | None]  # by column; None where it is not categorical
+    accepted: int
+    rejects: bytes
+    rest: Rest
 
 
 def blocks(path: Path) -> list[tuple[int, int]]:
@@ -119,7 +127,7 @@ def surveyor(path: Path) -> Callable[[tuple[int, int]], Survey]:
     return partial(_survey, path)
 
 
-def converter(path: Path, rules: ConversionRules) -> Callable[[tuple[int, int]], ConvertedBlock]:
+def converter(path: Path, rules: ConversionRules) -> Callable[[RecordBlock], ConvertedBlock]:
     """The function that converts one block of the file."""
     return _Converter(path, rules).convert
 
@@ -146,72 +154,68 @@ class _Converter:
 
     def __init__(self, path: Path, rules: ConversionRules) -> None:
         self.path, self.rules = path, rules
-        self.index = {source: index for index, source in enumerate(rules.formats)}
         self.signer = Signer() if rules.sign else None
 
-    def convert(self, block: tuple[int, int]) -> ConvertedBlock:
+    def convert(self, block: RecordBlock) -> ConvertedBlock:
         """Convert one block of rows.jsonl."""
         rules, rows, rejects = self.rules, _AcceptedRows(), _Rejects()
         texts: list[str] = []
         lines: list[bytes] = []
-        categorical: dict[str, list[Any]] = {}
-        undesired: Counter[str] = Counter()
-        notes: Notes = Counter()
-        for line in _lines(self.path, block):
+        source = rules.formats[block.source]
+        categorical: dict[str, list[Any]] = {name: [] for name in rules.categorical[block.source]}
+        undesired = 0
+        notes: Counter[str] = Counter()
+        for line in _lines(self.path, (block.start, block.end)):
             record = parse_line(line)
-            source, split = record["source"], record["split"]
+            record["row"] -= block.first_row
             try:
-                conversation, encoded = self._read(record, split)
+                conversation, encoded = self._read(record, source)
             except Undesired:
-                undesired[source] += 1
+                undesired += 1
                 continue
             except Rejected as reason:
                 rejects.add(record, reason)
                 continue
             rows.add(conversation, encoded)
-            rows.places.append((self.index[source], record["row"], SPLITS[split]))
+            rows.numbers.append(record["row"])
             data = record["data"]
-            for note in notes_of(data, rules.formats[source]):
-                if len(notes) < MOST_NOTES or (source, note) in notes:
-                    notes[source, note] += 1
+            for note in notes_of(data, source):
+                if len(notes) < MOST_NOTES or note in notes:
+                    notes[note] += 1
             if rules.value_column:
                 rows.values.append(hash_value(data.get(rules.value_column)))
             lines.append(passages.passages_of(conversation))
             if rules.sign:
                 texts.append(full_text(conversation))
-            for column in rules.categorical[source]:
-                categorical.setdefault(column, []).append(data.get(column))
-        places = np.array(rows.places, dtype=np.int64).reshape(-1, 3)
+            for column, values in categorical.items():
+                values.append(data.get(column))
+        found = {column: count_values(values) for column, values in categorical.items()} if rows.numbers else {}
         return ConvertedBlock(
-            part=rows.pack(),
-            source=places[:, 0].astype(np.int32),
-            row=places[:, 1].copy(),
-            split=places[:, 2].astype(np.int8),
-            digest=np.frombuffer(b"".join(rows.digests), dtype="<u8"),
-            prompt=np.frombuffer(b"".join(rows.prompts), dtype="<u8"),
-            system=np.frombuffer(b"".join(rows.systems), dtype="<u8"),
-            value=np.frombuffer(b"".join(rows.values), dtype="<u8") if rules.value_column else None,
-            signatures=self.signer.sign(texts) if self.signer else None,
-            lines=passages.joined(lines),
+            part=rows.pack(lines, self.signer.sign(texts) if self.signer else None, rules.value_column is not None),
+            accepted=len(rows.numbers),
             rejects=b"".join(rejects.lines),
-            kinds=rejects.kinds,
-            rejected=rejects.by_source,
-            undesired=undesired,
-            notes=notes,
-            categories={column: count_values(values) for column, values in categorical.items()},
+            rest={
+                "kinds": {name: (kind.rows, kind.first) for name, kind in rejects.kinds.items()},
+                "rejected": rejects.rows,
+                "undesired": undesired,
+                "notes": list(notes.items()),
+                "categories": {
+                    name: None if counts is None else list(counts.items()) for name, counts in found.items()
+                },
+            },
         )
 
-    def _read(self, record: dict[str, Any], split: str | None) -> tuple[Conversation, bytes]:
+    def _read(self, record: dict[str, Any], source: SourceFormat) -> tuple[Conversation, bytes]:
         """The conversation, and its JSON."""
         if "error" in record:
             raise Rejected("unreadable row", str(record["error"]), counted_as=record.get("kind"))
-        data, source = record["data"], self.rules.formats[record["source"]]
+        data = record["data"]
         if not isinstance(data, dict):
             raise Rejected("unreadable row", "not an object with named columns")
         if "unfit" in record:
             needed = {*source.own_columns(), *MEDIA, self.rules.value_column}
             _refuse_unfit(record["unfit"], needed)
-        if split == "test":
+        if record["split"] == "test":
             conversation = to_prompt(data, source)
         else:
             conversation = to_conversation(data, source, self.rules.system_prompt)
@@ -232,7 +236,7 @@ class _AcceptedRows:
     """The accepted rows of one block as columns."""
 
     def __init__(self) -> None:
-        self.places: list[tuple[int, int, int]] = []
+        self.numbers: list[int] = []
         self.conversations: list[bytes] = []
         self.figures: list[int] = []  # of all rows, one after the other: spool.FIGURES
         self.prompt_words: list[bytes] = []
@@ -242,13 +246,24 @@ class _AcceptedRows:
         self.systems: list[bytes] = []
         self.values: list[bytes] = []
 
-    def pack(self) -> bytes:
+    def pack(self, lines: list[bytes], signatures: Signatures | None, with_values: bool) -> bytes:
         """The part of the spool that holds them."""
         figures = np.array(self.figures, dtype=np.int32).reshape(-1, len(spool.FIGURES))
         prompt_words, reply_words = (
             [_cut_word(word) for word in words] for words in (self.prompt_words, self.reply_words)
         )
-        return spool.pack(self.conversations, figures, prompt_words, reply_words)
+        columns: dict[str, npt.NDArray[Any]] = {
+            "row": np.array(self.numbers, dtype=np.int64),
+            "digest": np.frombuffer(b"".join(self.digests), dtype="<u8"),
+            "prompt": np.frombuffer(b"".join(self.prompts), dtype="<u8"),
+            "system": np.frombuffer(b"".join(self.systems), dtype="<u8"),
+            "lines": passages.joined(lines).view(np.uint8),
+        }
+        if with_values:
+            columns["value"] = np.frombuffer(b"".join(self.values), dtype="<u8")
+        if signatures is not None:
+            columns["signature"] = signatures
+        return spool.pack(self.conversations, figures, prompt_words, reply_words, columns)
 
     def add(self, conversation: Conversation, encoded: bytes) -> None:
         """Take one conversation and its JSON; all its figures and hashes are made here, in one pass."""
@@ -315,7 +330,7 @@ class _Rejects:
     def __init__(self) -> None:
         self.lines: list[bytes] = []
         self.kinds: dict[str, RejectKind] = {}
-        self.by_source: Counter[str] = Counter()
+        self.rows = 0
 
     def add(self, record: dict[str, Any], reason: Rejected) -> None:
         """Take a row as rows.jsonl has it, and why it can't be used."""
@@ -333,9 +348,19 @@ class _Rejects:
             reject["data"] = _encodable(reject["data"])
             line = orjson.dumps(reject, option=orjson.OPT_SORT_KEYS)
         self.lines += (line, b"\n")
-        self.by_source[record["source"]] += 1
+        self.rows += 1
         known = self.kinds.get(reason.kind, RejectKind(0, reject))
         self.kinds[reason.kind] = known._replace(rows=known.rows + 1)
+
+
+def place_rejects(lines: bytes, first_row: int) -> bytes:
+    """Lines of rejects.jsonl whose rows are numbered from 0 on, for a block whose first row has this number."""
+    placed = []
+    for line in lines.splitlines(keepends=True):
+        start = line.rindex(b',"row":') + 7  # what follows it is a text, where no quotation mark stands by itself
+        end = line.index(b",", start)
+        placed.append(b"%b%d%b" % (line[:start], int(line[start:end]) + first_row, line[end:]))
+    return b"".join(placed)
 
 
 def full_text(conversation: Conversation) -> str:
@@ -405,25 +430,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _lines(path: Path, block: tuple[int, int]) -> Iterator[bytes]:
-    start, end = block
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read(end - start)
-    return filter(None, data.split(b"\n"))
-
-
-def parse_line(line: bytes) -> dict[str, Any]:
-    """One record of rows.jsonl, half surrogate pairs and all; NaN is a missing value."""
-    # orjson rounds integers beyond 64 bits to floats: in a tool call that would be another number, silently.
-    if not ((b"tool" in line or b"function" in line) and LONG_NUMBER.search(line)):
-        try:
-            return orjson.loads(line)
-        except orjson.JSONDecodeError:  # half surrogate pairs, NaN
-            pass
-    try:
-        return json.loads(line, parse_constant=lambda _: None)  # NaN is a missing number
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"rows.jsonl of the stage data is damaged: {error}: {line[:80]!r}") from error
+    return filter(None, read_range(path, block).split(b"\n"))
 
 
 def _extras(message: Message) -> bytes:

@@ -4,25 +4,31 @@ Rows are numbered in the order of the data. Each finding is arrays of one length
 of them matches, in ascending order of the first.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+import base64
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from adder.core import parallel
-from adder.core.stage_spec import Context
+from adder.core import parallel, row_blocks
+from adder.core.files import read_bytes
+from adder.core.kept_blocks import PAYLOAD
+from adder.core.stage_spec import Context, Earlier
 from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, prompt_text
 from adder.formatting.heldout_overlap import HeldoutIndex
 from adder.formatting.minhash import Signatures, estimated_similarity, near_duplicates
-from adder.formatting.spool import Spool
+from adder.formatting.shared_words import Seen
+from adder.formatting.spool import Spool, unpack
 
 Integers = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 Sides = npt.NDArray[np.int8]  # one of TRAIN, HELDOUT, TEST and UNDECIDED a row
 CHUNK = 1 << 16  # rows
 OVERLAP_ENOUGH = 20_000  # rows that are worth a worker
+LOOKED = "overlap.json"
 
 
 class Matches(NamedTuple):
@@ -78,25 +84,17 @@ def find_overlap(
     if not len(held):
         return PartialMatches(held, held, np.zeros(0))
     systems = np.zeros(len(side), dtype=bool) if with_system is None else with_system
-
-    def asked(texts: Iterable[bytes | str], rows: Integers) -> list[str]:
-        both = systems[rows].tolist()
-        return [prompt_text(orjson.loads(text), system) for text, system in zip(texts, both, strict=True)]
-
-    prompts = asked(spool.conversations(held), held)
+    prompts = _asked(spool.conversations(held), systems[held])
     index = HeldoutIndex(prompts, share)
-
-    def training() -> Iterator[tuple[int, Integers]]:
-        return ((part, np.flatnonzero(side[spool.slice(part)] == TRAIN)) for part in spool.parts())
+    parts = [_TrainingPart.of(spool, part, side, systems) for part in spool.parts()]
 
     def read(part: int, rows: Integers) -> list[str]:
         texts = spool.read(part).column("conversation").take(rows).to_pylist()
-        return asked(texts, rows + int(spool.starts[part]))
+        return _asked(texts, systems[rows + int(spool.starts[part])])
 
-    workers = parallel.worker_count(len(side), OVERLAP_ENOUGH, context.threads)
-    index.shared.add(index.shared.look(list(dict.fromkeys(prompts))))
-    for seen in parallel.map_batches(lambda: lambda part: index.shared.look(read(*part)), training(), workers):
-        index.shared.add(seen)
+    # Few rows have a sequence of a held-out prompt at all; only these are compared once it is known what all share.
+    looked = _look(parts, prompts, index, spool, read, context)
+    touched = [(part, np.array(rows, np.int64)) for part, rows in enumerate(looked) if rows]
     index.leave_out_shared()
 
     def make() -> Callable[[tuple[int, Integers]], list[tuple[int, int, float]]]:
@@ -107,18 +105,161 @@ def find_overlap(
 
         return overlaps
 
-    rows: list[int] = []
+    found_rows: list[int] = []
     matches: list[int] = []
     shares: list[float] = []
-    for part, found in enumerate(parallel.map_batches(make, training(), workers)):
+    workers = parallel.worker_count(sum(len(rows) for _, rows in touched), OVERLAP_ENOUGH, context.threads)
+    for (part, _), found in zip(touched, parallel.map_batches(make, touched, workers), strict=True):
         start = int(spool.starts[part])
         for row, match, value in found:
-            rows.append(start + row)
+            found_rows.append(start + row)
             matches.append(int(held[match]))
             shares.append(value)
-        done = int(spool.starts[part + 1])
-        context.progress.line(f"{done:,} of {len(side):,} rows compared with the held-out ones")
-    return PartialMatches(np.array(rows, np.int64), np.array(matches, np.int64), np.array(shares, np.float64))
+    return PartialMatches(np.array(found_rows, np.int64), np.array(matches, np.int64), np.array(shares, np.float64))
+
+
+@dataclass(frozen=True)
+class _TrainingPart:
+    """The training rows of a part of the spool, counted from its first row.
+
+    name: equal for parts of equal rows of which the same are training rows and have their system message counted; ""
+    where that isn't known. place: where the part stands in the spool. rows, systems: int64 and bool, (training rows,).
+    """
+
+    name: str
+    place: tuple[int, int]
+    rows: Integers
+    systems: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, spool: Spool, part: int, side: Sides, systems: npt.NDArray[np.bool_]) -> "_TrainingPart":
+        own = spool.slice(part)
+        rows = np.flatnonzero(side[own] == TRAIN)
+        counted = systems[own][rows]
+        key = spool.keys[part]
+        name = row_blocks.meaning(key, _to_ranges(rows), _to_ranges(rows[counted])) if key else ""
+        return cls(name, spool.places[part], rows, counted)
+
+
+class _LookedPart(TypedDict):
+    """A part that was looked at: its name, its place in the spool, training rows and those of them whose system message
+    counts, as ranges, and which of them have a sequence of a held-out prompt.
+    """
+
+    name: str
+    place: tuple[int, int]
+    rows: list[int]
+    systems: list[int]
+    touched: list[int]
+
+
+class _Looked(TypedDict):
+    """overlap.json: what was found in the training rows for the held-out prompts that `made_by` stands for.
+
+    counts: SharedWords.counts, as base64 of int64.
+    """
+
+    made_by: str
+    counts: list[str]
+    parts: list[_LookedPart]
+
+
+def _look(
+    parts: list[_TrainingPart],
+    prompts: list[str],
+    index: HeldoutIndex,
+    spool: Spool,
+    read: Callable[[int, Integers], list[str]],
+    context: Context,
+) -> list[list[int]]:
+    """Count in the training rows the sequences of the held-out prompts; of each part, the rows that have one.
+
+    Where an earlier run counted for the same held-out prompts, only what was added since is counted, and what is gone.
+    """
+    made_by = ""
+    found: list[list[int] | None] = [None] * len(parts)
+    if context.earlier and spool.kept:
+        libraries = row_blocks.versions("numpy")
+        made_by = row_blocks.meaning(context.earlier.code(__name__), libraries, prompts, index.share)
+        found = _take_earlier(parts, index, made_by, context.earlier)
+    if all(one is None for one in found):
+        index.shared.add(index.shared.look(list(dict.fromkeys(prompts))))
+    new = [(number, parts[number].rows) for number, one in enumerate(found) if one is None]
+    workers = parallel.worker_count(sum(len(rows) for _, rows in new), OVERLAP_ENOUGH, context.threads)
+
+    def look(part_and_rows: tuple[int, Integers]) -> tuple[Seen, Integers]:
+        seen, touched = index.look(read(*part_and_rows))
+        return seen, part_and_rows[1][touched]
+
+    for (part, _), (seen, touched) in zip(new, parallel.map_batches(lambda: look, new, workers), strict=True):
+        index.shared.add(seen)
+        found[part] = touched.tolist()
+        context.progress.line(f"{int(spool.starts[part + 1]):,} of {int(spool.starts[-1]):,} rows compared")
+    looked = [one or [] for one in found]
+    if made_by:
+        written: _Looked = {
+            "made_by": made_by,
+            "counts": [base64.b64encode(counts.tobytes()).decode() for counts in index.shared.counts],
+            "parts": [_as_json(part, touched) for part, touched in zip(parts, looked, strict=True)],
+        }
+        (spool.path.parent / LOOKED).write_bytes(orjson.dumps(written))
+    return looked
+
+
+def _take_earlier(
+    parts: list[_TrainingPart], index: HeldoutIndex, made_by: str, earlier: Earlier
+) -> list[list[int] | None]:
+    """Set `index`'s counts to those of an earlier run, less what it saw of parts that are gone; of each part the rows
+    that it found, None where the part is new. All are new where no earlier run helps.
+    """
+    nothing: list[list[int] | None] = [None] * len(parts)
+    for folder in earlier.folders:
+        try:
+            looked: _Looked = orjson.loads((folder / LOOKED).read_bytes())
+            file = (folder / PAYLOAD).open("rb")
+        except OSError:
+            continue
+        with file:
+            if looked["made_by"] != made_by:
+                continue
+            known: dict[str, list[_LookedPart]] = {}
+            for one in looked["parts"]:
+                known.setdefault(one["name"], []).append(one)
+            taken = [known[part.name].pop() if known.get(part.name) else None for part in parts]
+            gone = [one for rest in known.values() for one in rest]
+            if len(gone) + taken.count(None) >= len(parts):  # to count all anew is no more work
+                continue
+            index.shared.counts = [np.frombuffer(base64.b64decode(one), np.int64).copy() for one in looked["counts"]]
+            for one in gone:
+                rows = _from_ranges(one["rows"])
+                texts = unpack(read_bytes(file.fileno(), *one["place"])).column("conversation").take(rows).to_pylist()
+                index.shared.add(index.look(_asked(texts, np.isin(rows, _from_ranges(one["systems"]))))[0], -1)
+            return [one["touched"] if one else None for one in taken]
+    return nothing
+
+
+def _as_json(part: _TrainingPart, touched: list[int]) -> _LookedPart:
+    systems = part.rows[part.systems]
+    return {
+        "name": part.name, "place": part.place, "rows": _to_ranges(part.rows), "systems": _to_ranges(systems),
+        "touched": touched,
+    }  # fmt: skip
+
+
+def _to_ranges(numbers: Integers) -> list[int]:
+    """Ascending numbers as where each unbroken range of them begins, and ends (exclusive)."""
+    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+    return [int(end) for part in np.split(numbers, breaks) if len(part) for end in (part[0], part[-1] + 1)]
+
+
+def _from_ranges(ranges: list[int]) -> Integers:
+    parts = [np.arange(a, b) for a, b in zip(ranges[::2], ranges[1::2], strict=True)]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def _asked(texts: Iterable[bytes | str], with_system: npt.NDArray[np.bool_]) -> list[str]:
+    """What conversations (JSON) ask. with_system: of which the system message is part of that, bool (n,)."""
+    return [prompt_text(orjson.loads(text), system) for text, system in zip(texts, with_system.tolist(), strict=True)]
 
 
 def find_near_duplicates(signatures: Signatures, rows: Integers, similarity: float) -> PartialMatches:

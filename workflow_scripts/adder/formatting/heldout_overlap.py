@@ -12,6 +12,9 @@ from adder.formatting.shared_words import (
     TEMPLATE,
     TEMPLATE_ROWS,
     TEMPLATE_SHARE,
+    Lookup,
+    Seen,
+    Sequences,
     SharedWords,
 )
 from adder.formatting.words import hash_sequences, hash_words
@@ -71,21 +74,28 @@ class HeldoutIndex:
             if table.length == NGRAM:
                 table.own(before, self._offsets[:-1])
 
+    def look(self, texts: Sequence[str]) -> tuple[Seen, Integers]:
+        """What `shared` finds in some training prompts, and which of these have a sequence of a held-out prompt."""
+        sequences = Sequences(*hash_words(texts))
+        touched = [np.empty(0, np.int64)]
+        for table in self._tables:
+            hashes, first = sequences.of(table.length)
+            touched.append(sequences.texts(first[table.find(hashes)[0]]))
+        return self.shared.look_at(sequences), np.unique(np.concatenate(touched))
+
     def overlaps(self, texts: Sequence[str]) -> list[tuple[int, float] | None]:
         """For each training prompt the held-out prompt (its index) with the largest share above the limit, and that
         share; the first of equals; None where there is none.
         """
-        words, offsets = hash_words(texts)
-        sizes = np.diff(offsets)
+        sequences = Sequences(*hash_words(texts))
+        sizes = np.diff(sequences.offsets)
         best: list[tuple[int, float] | None] = [None] * len(texts)
         for table in self._tables:
-            hashes, first = hash_sequences(words, offsets, table.length)
-            found = table.find(hashes)
-            hits = np.flatnonzero(found >= 0)
+            hashes, first = sequences.of(table.length)
+            hits, found = table.find(hashes)
             if not len(hits):
                 continue
-            text_of = np.searchsorted(offsets, first[hits], side="right") - 1
-            for text, prompt, share, whole in table.shares(text_of, found[hits]):
+            for text, prompt, share, whole in table.shares(sequences.texts(first[hits]), found):
                 earlier = best[text]
                 if whole and self._lengths[prompt] <= self.share * sizes[text]:
                     continue
@@ -117,11 +127,7 @@ class _Table:
         self._before: Integers | None = None  # of the words before each, how many are their prompt's own
         self._starts = np.zeros(0, np.int64)
         self._words, self._own = self._words_of(own=False), dict[int, int]()
-        # Most sequences of training prompts are in no held-out one: a table of bits answers that in a few nanoseconds.
-        bits = max(16, (16 * len(self.hashes)).bit_length())
-        self._shift = np.uint64(64 - bits)
-        self._maybe = np.zeros(1 << bits, bool)
-        self._maybe[self.hashes >> self._shift] = True
+        self._lookup = Lookup(self.hashes)
 
     def own(self, before: Integers, starts: Integers) -> None:
         """Count only prompts' own words. before: how many of the words before each are; starts: where prompts begin."""
@@ -137,13 +143,9 @@ class _Table:
     def _weights(self, own: bool) -> tuple[Integers | None, Integers]:
         return (self._before if own else None), self._starts
 
-    def find(self, hashes: Hashes) -> Integers:
-        """The index of each hash among `self.hashes`, or -1; int64."""
-        found = np.full(len(hashes), -1, np.int64)
-        maybe = np.flatnonzero(self._maybe[hashes >> self._shift])
-        place = np.minimum(np.searchsorted(self.hashes, hashes[maybe]), len(self.hashes) - 1)
-        found[maybe] = np.where(self.hashes[place] == hashes[maybe], place, -1)
-        return found
+    def find(self, hashes: Hashes) -> tuple[Integers, Integers]:
+        """Which of some hashes are among `self.hashes`, and their indices there."""
+        return self._lookup.find(hashes)
 
     def shares(self, text: Integers, found: Integers) -> Iterator[tuple[int, int, float, bool]]:
         """Each text and held-out prompt with a common sequence, the share of the prompt's words in such, and whether

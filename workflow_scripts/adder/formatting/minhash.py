@@ -21,6 +21,7 @@ Shares = npt.NDArray[np.float64]
 SHINGLE = 3  # words
 PERMUTATIONS = 128  # of MinHash: the standard error of a similarity s is sqrt(s * (1 - s) / 128), 0.035 at 0.8
 SEED = 1
+CHUNK = 1 << 16  # rows
 RECALL = 0.9  # of the pairs exactly at the asked similarity; of more similar ones nearly all
 # Kept rows that one row is compared with in a bucket: bounds the work where thousands share a boilerplate text.
 MOST_COMPARED = 32
@@ -151,9 +152,10 @@ def _buckets(signatures: Signatures, bands: int, rows: int) -> tuple[npt.NDArray
     buckets = np.full((bands, len(signatures)), -1, np.int32)
     count = 0
     for band in range(bands if len(signatures) > 1 else 0):
-        keys = np.zeros(len(signatures), np.uint64)
-        for place in range(rows):
-            keys += signatures[:, band * rows + place] * PLACES[place]
+        keys = np.empty(len(signatures), np.uint64)
+        for start in range(0, len(signatures), CHUNK):  # each row's bytes of a band are read at once
+            part = signatures[start : start + CHUNK, band * rows : (band + 1) * rows]
+            keys[start : start + CHUNK] = part.astype(np.uint64) @ PLACES[:rows]
         order = np.argsort(keys)
         keys = keys[order]
         new = np.concatenate([[True], keys[1:] != keys[:-1]])

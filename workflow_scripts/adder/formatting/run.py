@@ -1,32 +1,45 @@
 """Stage "format": raw rows to conversations, split into training and held-out, with every row accounted for.
 
-Rows are read in blocks by workers and their conversations wait in a temporary file; in memory stay only hashes and
-numbers, about 40 bytes a row (and 200 more where near-duplicates are looked for). Arrays decide which rows are trained
-on; then the conversations pass through once more into the two Parquet files.
+Rows are read in blocks by workers and their conversations wait in a file; in memory stay only hashes and numbers, about
+40 bytes a row (and 200 more where near-duplicates are looked for). Arrays decide which rows are trained on; then the
+conversations pass through once more into the two Parquet files. Blocks that an earlier run has read are taken from it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from adder.core import parallel
+from adder.core import parallel, record_blocks, row_blocks
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
+from adder.core.kept_blocks import INDEX, PAYLOAD, BlockIndex, EarlierBlocks
 from adder.core.progress import Progress
+from adder.core.record_blocks import RecordBlock
 from adder.core.stage_spec import Context
 from adder.data.records import Reading
 from adder.formatting import block_converter, card_figures, heldout_split, minhash, passages, row_notes
 from adder.formatting.accepted_rows import CLASSES, LEFT_OUT, AcceptedRows
-from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, UNDECIDED, ConversionRules, RejectKind, Survey
+from adder.formatting.block_converter import (
+    HELDOUT,
+    SPLITS,
+    TEST,
+    TRAIN,
+    UNDECIDED,
+    ConversionRules,
+    ConvertedBlock,
+    RejectKind,
+    Rest,
+    Survey,
+)
 from adder.formatting.conversation_file import write_conversations
 from adder.formatting.findings import decide, quality, write_findings
-from adder.formatting.records import Card, Counts
+from adder.formatting.records import Card, Counts, Reject
 from adder.formatting.row_fields import row_fields
 from adder.formatting.row_formats import ColumnSets, SourceFormat, source_format
 from adder.formatting.row_notes import Notes
@@ -36,11 +49,13 @@ from adder.formatting.stage import FormatSettings
 COUNTS = ("rows_in", *CLASSES, "rejected")
 FEW_HELDOUT = 30  # an interval over fewer rows is too wide to tell anything but the plainest difference
 ENOUGH = 4 << 20  # bytes of rows that are worth a worker
+LIBRARIES = ("orjson", "numpy", "pyarrow", "rensa")  # with which rows are read
 MOST_COLUMNS = 20  # columns of one source that are looked at for categories
 MOST_NOTES = 30  # that are said of the rows
 SHOWN = 200  # characters of a rejected row in a message
 
 Readings = dict[str, Reading]
+Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
@@ -51,6 +66,21 @@ class FormatInputs:
     data: Path
 
 
+class SurveyedBlock(NamedTuple):
+    """A block of rows.jsonl, and what a first look at it found."""
+
+    block: RecordBlock
+    survey: Survey
+
+
+class Told(TypedDict):
+    """What is kept of a block beside its part of the spool and its rejects. column_sets: [columns, rows]."""
+
+    column_sets: list[tuple[list[str], int]]
+    accepted: int
+    rest: Rest
+
+
 @dataclass
 class Rejects:
     """How many rows rejects.jsonl holds, by kind of reason and by source; and, by source, how many are undesired."""
@@ -59,12 +89,14 @@ class Rejects:
     by_source: Counter[str] = field(default_factory=Counter)
     undesired: Counter[str] = field(default_factory=Counter)
 
-    def add(self, kinds: dict[str, RejectKind], by_source: Counter[str]) -> None:
+    def add(self, block: RecordBlock, rest: Rest) -> None:
         """Take those of one block."""
-        self.by_source.update(by_source)
-        for kind, found in kinds.items():
-            known = self.kinds.get(kind, RejectKind(0, found.first))
-            self.kinds[kind] = known._replace(rows=known.rows + found.rows)
+        self.by_source[block.source] += rest["rejected"]
+        self.undesired[block.source] += rest["undesired"]
+        for kind, (rows, first) in rest["kinds"].items():
+            placed: Reject = {**first, "row": first["row"] + block.first_row}
+            known = self.kinds.get(kind, RejectKind(0, placed))
+            self.kinds[kind] = known._replace(rows=known.rows + rows)
 
     def because(self) -> str:
         """The most frequent reasons, each with its first row; "" if there are none."""
@@ -91,13 +123,19 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
     """
     rows_path, progress = inputs.data / "rows.jsonl", context.progress
     readings: Readings = read_json(inputs.data / "reading.json")
-    survey = _survey(rows_path, context)
+    earlier = EarlierBlocks(context.earlier, block_converter.__name__, *LIBRARIES) if context.earlier else None
+    blocks = _survey(rows_path, earlier, context)
+    survey = Survey(Counter(), {})
+    for block in blocks:
+        survey.add(block.survey)
     rules = _rules(readings, survey, settings)
     column_notes = _say_formats(rules, survey, progress)
-    spool = Spool(out / "spool")
-    rows, rejects, columns, notes = _convert(
-        rows_path, survey.rows.total(), rules, spool, out / "rejects.jsonl", context
-    )
+    spool = Spool(out / PAYLOAD, keep=earlier is not None)
+    meanings = _meanings(rules, readings, earlier.made_by) if earlier else {}
+    converted = _converted(rows_path, blocks, rules, earlier, meanings, context)
+    if earlier:
+        converted = _indexed(out / INDEX, earlier.made_by, blocks, meanings, converted)
+    rows, rejects, columns, notes = _gather(blocks, converted, rules, spool, meanings, out / "rejects.jsonl", context)
     _refuse_unusable(survey.rows.total(), rows, rejects, settings.max_rejected)
 
     own_sources = not rows.are(UNDECIDED).any()
@@ -141,13 +179,35 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
     return counts
 
 
-def _survey(rows_path: Path, context: Context) -> Survey:
-    """A first look at all rows."""
-    survey = Survey(Counter(), {})
-    for found in _over_blocks(partial(block_converter.surveyor, rows_path), rows_path, context.threads):
-        survey.add(found)
-        context.progress.line(f"{survey.rows.total():,} rows seen")
-    return survey
+def _survey(rows_path: Path, earlier: EarlierBlocks | None, context: Context) -> list[SurveyedBlock]:
+    """A first look at all rows, in blocks."""
+    size = rows_path.stat().st_size
+    workers = parallel.worker_count(size, ENOUGH, context.threads)
+    scanned: list[record_blocks.Scanned] = []
+    rows = 0
+    for found in parallel.map_batches(
+        partial(record_blocks.scanner, rows_path), block_converter.blocks(rows_path), workers
+    ):
+        scanned.append(found)
+        rows += len(found.numbers)
+        context.progress.line(f"{rows:,} rows seen")
+    blocks = record_blocks.in_blocks(scanned, size)
+    known = [_known_survey(block, earlier) for block in blocks]
+    new = [(block.start, block.end) for block, survey in zip(blocks, known, strict=True) if survey is None]
+    made = _over(partial(block_converter.surveyor, rows_path), new, _bytes_of(new), context)
+    return [SurveyedBlock(block, survey or next(made)) for block, survey in zip(blocks, known, strict=True)]
+
+
+def _known_survey(block: RecordBlock, earlier: EarlierBlocks | None) -> Survey | None:
+    told: Told | None = earlier.told(block.key) if earlier else None
+    if told is None:
+        return None
+    column_sets: ColumnSets = Counter({tuple(columns): rows for columns, rows in told["column_sets"]})
+    return Survey(Counter({block.source: block.rows}), {block.source: column_sets} if column_sets else {})
+
+
+def _bytes_of(ranges: list[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
 
 
 def _rules(readings: Readings, survey: Survey, settings: FormatSettings) -> ConversionRules:
@@ -198,73 +258,141 @@ def _maybe_categorical(columns: set[str], source: SourceFormat) -> list[str]:
     return [name for name in sorted(columns) if name not in own and block_converter.is_unicode(name)][:MOST_COLUMNS]
 
 
-def _over_blocks(
-    make: Callable[[], Callable[[tuple[int, int]], Result]], rows_path: Path, threads: int
+def _over(
+    make: Callable[[], Callable[[Batch], Result]], batches: list[Batch], size: int, context: Context
 ) -> Iterator[Result]:
-    """The results over all blocks of rows.jsonl, in order."""
-    workers = parallel.worker_count(rows_path.stat().st_size, ENOUGH, threads)
-    return parallel.map_batches(make, block_converter.blocks(rows_path), workers)
+    """The results over some blocks of rows.jsonl, of `size` bytes together, in order."""
+    return parallel.map_batches(make, batches, parallel.worker_count(size, ENOUGH, context.threads))
 
 
-def _convert(
-    rows_path: Path, total: int, rules: ConversionRules, spool: Spool, rejects_path: Path, context: Context
+def _meanings(rules: ConversionRules, readings: Readings, made_by: str) -> dict[str, str]:
+    """For each source a digest of all that decides, beside its rows, what is made of a block of its."""
+    return {
+        name: row_blocks.meaning(
+            made_by,
+            {key: value for key, value in readings[name].items() if key != "weight"},
+            {**form._asdict(), "row_format": form.name, "fields": asdict(form.fields) if form.fields else None},
+            rules.system_prompt,
+            rules.value_column,
+            rules.categorical[name],
+            rules.sign,
+        )
+        for name, form in rules.formats.items()
+    }
+
+
+def _converted(
+    rows_path: Path,
+    blocks: list[SurveyedBlock],
+    rules: ConversionRules,
+    earlier: EarlierBlocks | None,
+    meanings: dict[str, str],
+    context: Context,
+) -> Iterator[ConvertedBlock]:
+    """What is made of each block: what an earlier run did, or made now."""
+
+    def is_new(block: RecordBlock) -> bool:
+        return earlier is None or not earlier.has(block.key, meanings[block.source])
+
+    new = [block for block, _ in blocks if is_new(block)]
+    size = _bytes_of([(block.start, block.end) for block in new])
+    fresh = _over(partial(block_converter.converter, rows_path, rules), new, size, context)
+    for block, _ in blocks:
+        if earlier is None or is_new(block):
+            yield next(fresh)
+        else:
+            (part, rejects), told = earlier.get(block.key, meanings[block.source])
+            yield ConvertedBlock(part, told["accepted"], rejects, told["rest"])
+
+
+def _indexed(
+    path: Path,
+    made_by: str,
+    blocks: list[SurveyedBlock],
+    meanings: dict[str, str],
+    converted: Iterable[ConvertedBlock],
+) -> Iterator[ConvertedBlock]:
+    """Pass on what is made of each block; when all are through, write the index by which later runs find it."""
+    index = BlockIndex(made_by)
+    for (block, survey), made in zip(blocks, converted, strict=True):
+        column_sets: ColumnSets = survey.column_sets.get(block.source, Counter())
+        found = [(list(columns), rows) for columns, rows in column_sets.items()]
+        told: Told = {"column_sets": found, "accepted": made.accepted, "rest": made.rest}
+        index.add(block.key, meanings[block.source], [len(made.part), len(made.rejects)], told)
+        yield made
+    index.write(path)
+
+
+def _gather(
+    blocks: list[SurveyedBlock],
+    converted: Iterable[ConvertedBlock],
+    rules: ConversionRules,
+    spool: Spool,
+    meanings: dict[str, str],
+    rejects_path: Path,
+    context: Context,
 ) -> tuple[AcceptedRows, Rejects, card_figures.CategoricalColumns, list[str]]:
-    """Convert all rows: conversations into the spool, rejects into their file, the rest into arrays."""
+    """Take what is made of all blocks: conversations into the spool, rejects into their file, the rest into arrays."""
     rejects, columns = Rejects(), card_figures.CategoricalColumns()
     notes: Notes = Counter()
-    # The one large array is filled in place: to join parts would take its memory twice.
-    signatures = np.empty((total if rules.sign else 0, minhash.PERMUTATIONS), dtype=np.uint8)
-    blocks: list[block_converter.ConvertedBlock] = []
-    accepted = 0
+    total = sum(block.rows for block, _ in blocks)
+    accepted = seen = 0
     with rejects_path.open("wb") as rejects_file:
-        make = partial(block_converter.converter, rows_path, rules)
-        for block in _over_blocks(make, rows_path, context.threads):
-            count = len(block.row)
-            spool.append(block.part, count)
-            if block.signatures is not None:
-                signatures[accepted : accepted + count] = block.signatures
-            accepted += count
-            rejects_file.write(block.rejects)
-            rejects.add(block.kinds, block.rejected)
-            rejects.undesired.update(block.undesired)
-            notes.update(block.notes)
-            columns.add(block.categories)
-            # What stays of a block is its small arrays.
-            blocks.append(
-                block._replace(part=b"", rejects=b"", signatures=None, categories={}, kinds={}, notes=Counter())
-            )
-            rejected = rejects.by_source.total()
-            seen = accepted + rejected + rejects.undesired.total()
-            context.progress.line(f"{seen:,} of {total:,} rows read, {rejected:,} rejected")
+        for (block, _), made in zip(blocks, converted, strict=True):
+            spool.append(made.part, made.accepted, made.rejects, block.key + meanings.get(block.source, ""))
+            accepted += made.accepted
+            rejects_file.write(block_converter.place_rejects(made.rejects, block.first_row))
+            rejects.add(block, made.rest)
+            notes.update({(block.source, note): rows for note, rows in made.rest["notes"]})
+            columns.add({name: None if found is None else Counter(dict(found)) for name, found in _categories(made)})
+            seen += block.rows
+            context.progress.line(f"{seen:,} of {total:,} rows read, {rejects.by_source.total():,} rejected")
     spool.finish()
     assert accepted + rejects.by_source.total() + rejects.undesired.total() == total
-    values = [block.value for block in blocks if block.value is not None]
-    system = _joined([block.system for block in blocks], np.uint64)
-    prompt, with_system = heldout_split.asked(_joined([block.prompt for block in blocks], np.uint64), system)
-    lines = np.concatenate([np.zeros((0, passages.LINES), np.uint64), *(block.lines for block in blocks)])
-    rows = AcceptedRows(
-        sources=list(rules.formats),
-        source=_joined([block.source for block in blocks], np.int32),
-        row=_joined([block.row for block in blocks], np.int64),
-        split=_joined([block.split for block in blocks], np.int8),
-        digest=_joined([block.digest for block in blocks], np.uint64),
-        prompt=prompt,
-        value=_joined(values, np.uint64) if rules.value_column else None,
-        signatures=signatures[:accepted],
-        with_system=with_system,
-        passage=passages.passage_of_each(lines, system, prompt),
-    )
     noted = [f"{source}: {note} ({count:,} rows)" for (source, note), count in notes.most_common(MOST_NOTES)]
     for note in noted:
         context.progress.say(note)
-    return rows, rejects, columns, noted
+    return _accepted_rows([block for block, _ in blocks], rules, spool, accepted), rejects, columns, noted
 
 
-Scalar = TypeVar("Scalar", bound=np.generic)
+def _categories(made: ConvertedBlock) -> Iterable[tuple[str, list[tuple[Any, int]] | None]]:
+    return made.rest["categories"].items()
 
 
-def _joined(parts: list[npt.NDArray[Scalar]], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
-    return np.concatenate([np.zeros(0, dtype), *parts])
+def _accepted_rows(blocks: list[RecordBlock], rules: ConversionRules, spool: Spool, accepted: int) -> AcceptedRows:
+    """What is known of the accepted rows, from the parts of the spool, one for each block."""
+    sources = list(rules.formats)
+    # Filled in place: to join parts would take their memory twice.
+    rows = AcceptedRows(
+        sources=sources,
+        source=np.empty(accepted, np.int32),
+        row=np.empty(accepted, np.int64),
+        split=np.empty(accepted, np.int8),
+        digest=np.empty(accepted, np.uint64),
+        prompt=np.empty(accepted, np.uint64),
+        passage=np.empty(0, np.uint64),
+        value=np.empty(accepted, np.uint64) if rules.value_column else None,
+        signatures=np.empty((accepted if rules.sign else 0, minhash.PERMUTATIONS), np.uint8),
+    )
+    system = np.empty(accepted, np.uint64)
+    lines = np.empty((accepted, passages.LINES), np.uint64)
+    for part, block in enumerate(blocks):
+        own = spool.slice(part)
+        if own.start == own.stop:
+            continue
+        found = spool.columns(part)
+        rows.source[own] = sources.index(block.source)
+        rows.row[own] = found["row"] + block.first_row
+        rows.split[own] = SPLITS[block.split]
+        rows.digest[own], rows.prompt[own], system[own] = found["digest"], found["prompt"], found["system"]
+        lines[own] = found["lines"].view(np.uint64)
+        if rows.value is not None:
+            rows.value[own] = found["value"]
+        if rules.sign:
+            rows.signatures[own] = found["signature"]
+    rows.prompt, rows.with_system = heldout_split.asked(rows.prompt, system)
+    rows.passage = passages.passage_of_each(lines, system, rows.prompt)
+    return rows
 
 
 def _refuse_unusable(total: int, rows: AcceptedRows, rejects: Rejects, limit: float) -> None:

@@ -40,14 +40,27 @@ class SharedWords:
 
     def look(self, texts: Sequence[str]) -> Seen:
         """Find the sequences in some texts."""
-        words, offsets = hash_words(texts)
-        return Seen(len(texts), [one.count(words, offsets) for one in self._sequences])
+        return self.look_at(Sequences(*hash_words(texts)))
 
-    def add(self, seen: Seen) -> None:
-        """Take what was found in some texts."""
-        self._texts += seen.texts
+    def look_at(self, sequences: "Sequences") -> Seen:
+        """The same, given the texts' sequences."""
+        return Seen(len(sequences.offsets) - 1, [one.count(sequences) for one in self._sequences])
+
+    def add(self, seen: Seen, times: int = 1) -> None:
+        """Take what was found in some texts; with `times` -1 take it back."""
+        self._texts += times * seen.texts
         for rows, (index, count) in zip(self._rows, seen.found, strict=True):
-            rows[index] += count
+            rows[index] += times * count
+
+    @property
+    def counts(self) -> list[Integers]:
+        """In how many rows each sequence was found, for each length, and how many rows there were."""
+        return [*self._rows, np.array([self._texts], np.int64)]
+
+    @counts.setter
+    def counts(self, counts: list[Integers]) -> None:
+        *self._rows, texts = counts
+        self._texts = int(texts[0])
 
     def own(self) -> Mask:
         """Which words of the held-out prompts no shared sequence holds, bool (words,)."""
@@ -60,22 +73,61 @@ class SharedWords:
         return own
 
 
+class Sequences:
+    """The word sequences of some texts, each length hashed once. `words`, `offsets`: as `hash_words` returns them."""
+
+    def __init__(self, words: Hashes, offsets: Integers) -> None:
+        self.words, self.offsets = words, offsets
+        self._of_length: dict[int, tuple[Hashes, Integers]] = {}
+
+    def of(self, length: int) -> tuple[Hashes, Integers]:
+        """Hashes of all of so many words, and the word that each begins at."""
+        if length not in self._of_length:
+            self._of_length[length] = hash_sequences(self.words, self.offsets, length)
+        return self._of_length[length]
+
+    def texts(self, first: Integers) -> Integers:
+        """The texts that sequences are in, given the words that they begin at."""
+        return np.searchsorted(self.offsets, first, side="right") - 1
+
+
+class Lookup:
+    """Sorted distinct hashes, and their places among these."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        self.hashes = hashes
+        # Most sequences are not there: a table of bits answers that in a few nanoseconds.
+        bits = max(16, (16 * len(hashes)).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._maybe = np.zeros(1 << bits, bool)
+        self._maybe[hashes >> self._shift] = True
+
+    def find(self, hashes: Hashes) -> tuple[Integers, Integers]:
+        """Which of some hashes are there (their indices, ascending), and the place of each of these."""
+        maybe = np.flatnonzero(self._maybe[hashes >> self._shift])
+        if not len(maybe) or not len(self.hashes):
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        place = np.minimum(np.searchsorted(self.hashes, hashes[maybe]), len(self.hashes) - 1)
+        there = self.hashes[place] == hashes[maybe]
+        return maybe[there], place[there]
+
+
 class _Sequences:
     """The distinct sequences of one length, sorted, and where in the words each begins."""
 
     def __init__(self, words: Hashes, offsets: Integers, length: int) -> None:
         self.length = length
         hashes, self.first = hash_sequences(words, offsets, length)
-        self.hashes, self.index = np.unique(hashes, return_inverse=True)
+        distinct, self.index = np.unique(hashes, return_inverse=True)
+        self.hashes = distinct
+        self._lookup = Lookup(distinct)
 
-    def count(self, words: Hashes, offsets: Integers) -> tuple[Integers, Integers]:
-        """Indices of the sequences in these texts, and in how many of the texts each is."""
-        hashes, first = hash_sequences(words, offsets, self.length)
-        if not len(self.hashes) or not len(hashes):
+    def count(self, sequences: Sequences) -> tuple[Integers, Integers]:
+        """Indices of the sequences in some texts, and in how many of the texts each is."""
+        hashes, first = sequences.of(self.length)
+        hits, place = self._lookup.find(hashes)
+        if not len(hits):
             return np.empty(0, np.int64), np.empty(0, np.int64)
-        place = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-        hits = np.flatnonzero(self.hashes[place] == hashes)
-        text = np.searchsorted(offsets, first[hits], side="right") - 1
-        pairs = np.unique(place[hits] * len(offsets) + text)
-        index, count = np.unique(pairs // len(offsets), return_counts=True)
+        pairs = np.unique(place * len(sequences.offsets) + sequences.texts(first[hits]))
+        index, count = np.unique(pairs // len(sequences.offsets), return_counts=True)
         return index.astype(np.int64), count.astype(np.int64)

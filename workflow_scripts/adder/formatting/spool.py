@@ -1,11 +1,17 @@
-"""Accepted conversations on disk while it is decided what becomes of them: parts in order, each an Arrow stream."""
+"""Accepted conversations on disk while it is decided what becomes of them: parts in order, each an Arrow stream.
 
-import os
+The file may be kept for later runs, beside other bytes of each part's.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from adder.core.files import read_bytes
 
 Integers = npt.NDArray[np.int64]
 
@@ -20,13 +26,19 @@ SCHEMA = pa.schema(
 )
 # One thread: parts are written and read in forked workers.
 WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-READ = pa.ipc.IpcReadOptions(use_threads=False)
+READ = pa.ipc.IpcReadOptions(use_threads=False, included_fields=list(range(len(SCHEMA))))
 
 
 def pack(
-    conversations: list[bytes], figures: npt.NDArray[np.int32], prompt_words: list[str], reply_words: list[str]
+    conversations: list[bytes],
+    figures: npt.NDArray[np.int32],
+    prompt_words: list[str],
+    reply_words: list[str],
+    columns: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> bytes:
-    """A part of the spool as bytes. `conversations`: JSON in UTF-8; `figures`: (rows, len(FIGURES))."""
+    """A part of the spool as bytes. `conversations`: JSON in UTF-8; `figures`: (rows, len(FIGURES)); `columns`: further
+    ones, (rows,) or uint8 (rows, width).
+    """
     offsets = np.zeros(len(conversations) + 1, dtype=np.int64)
     np.cumsum(np.fromiter(map(len, conversations), np.int64, len(conversations)), out=offsets[1:])
     # Put together from bytes: a string a row would be decoded and encoded again.
@@ -37,26 +49,58 @@ def pack(
         pa.array(prompt_words, type=pa.string()),
         pa.array(reply_words, type=pa.string()),
     ]
+    more = {name: _as_arrow(values) for name, values in (columns or {}).items()}
+    schema = pa.schema([*SCHEMA, *((name, array.type) for name, array in more.items())])
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, SCHEMA, options=WRITE) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+    with pa.ipc.new_stream(sink, schema, options=WRITE) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays([*arrays, *more.values()], schema=schema))
     return sink.getvalue().to_pybytes()
 
 
-class Spool:
-    """A temporary file of parts; `starts` (parts + 1) counts the rows before each part."""
+def unpack(part: bytes) -> pa.RecordBatch:
+    """A part's columns of SCHEMA."""
+    return pa.ipc.open_stream(part, options=READ).read_next_batch()
 
-    def __init__(self, path: Path) -> None:
+
+def _as_arrow(values: npt.NDArray[Any]) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values)
+    buffer = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.shape[1]), len(values), [None, buffer])
+
+
+def _as_numpy(array: pa.Array) -> npt.NDArray[Any]:
+    if pa.types.is_fixed_size_binary(array.type):
+        width = array.type.byte_width
+        flat = np.frombuffer(array.buffers()[1], np.uint8, len(array) * width, array.offset * width)
+        return flat.reshape(len(array), width)
+    return array.to_numpy()
+
+
+class Spool:
+    """A file of parts; `starts` (parts + 1) counts the rows before each part. It is temporary unless it is kept.
+
+    places: where each part stands in the file. keys: equal for parts of equal rows, "" where it isn't known.
+    """
+
+    def __init__(self, path: Path, keep: bool = False) -> None:
+        self.path, self.kept = path, keep
         self._file = path.open("w+b")
-        path.unlink()  # the file goes with the process, however that ends
-        self._ends = [0]
+        if not keep:
+            path.unlink()  # the file goes with the process, however that ends
+        self.places: list[tuple[int, int]] = []
+        self.keys: list[str] = []
+        self._end = 0
         self._rows = [0]
         self.starts: Integers = np.zeros(1, np.int64)
 
-    def append(self, part: bytes, rows: int) -> None:
-        """Add one part of so many rows."""
+    def append(self, part: bytes, rows: int, beside: bytes = b"", key: str = "") -> None:
+        """Add one part of so many rows, and behind it bytes that only later runs read."""
+        self.keys.append(key)
         self._file.write(part)
-        self._ends.append(self._ends[-1] + len(part))
+        self._file.write(beside)
+        self.places.append((self._end, self._end + len(part)))
+        self._end += len(part) + len(beside)
         self._rows.append(self._rows[-1] + rows)
 
     def finish(self) -> None:
@@ -66,15 +110,22 @@ class Spool:
 
     def parts(self) -> range:
         """Numbers of all parts."""
-        return range(len(self._ends) - 1)
+        return range(len(self.places))
 
     def read(self, part: int) -> pa.RecordBatch:
-        """One part; several processes may read at once."""
-        start, end = self._ends[part], self._ends[part + 1]
-        # One call reads 2 GiB at most.
-        chunks = [os.pread(self._file.fileno(), min(end - at, 1 << 30), at) for at in range(start, end, 1 << 30)]
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        return pa.ipc.open_stream(data, options=READ).read_next_batch()
+        """One part's columns of SCHEMA; several processes may read at once."""
+        return unpack(self._bytes(part))
+
+    def columns(self, part: int) -> dict[str, npt.NDArray[Any]]:
+        """One part's further columns."""
+        data = self._bytes(part)
+        fields = pa.ipc.open_stream(data).schema.names
+        options = pa.ipc.IpcReadOptions(use_threads=False, included_fields=list(range(len(SCHEMA), len(fields))))
+        batch = pa.ipc.open_stream(data, options=options).read_next_batch()
+        return {name: _as_numpy(batch.column(name)) for name in batch.schema.names}
+
+    def _bytes(self, part: int) -> bytes:
+        return read_bytes(self._file.fileno(), *self.places[part])
 
     def slice(self, part: int) -> slice:
         """The rows of a part, in the order of all rows."""

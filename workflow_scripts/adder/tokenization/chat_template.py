@@ -137,6 +137,10 @@ class ChatTemplate:
         """Whether reasoning was met that the template has no key for."""
         return "" in self._reasoning_keys.values()
 
+    def forget_reasoning(self) -> None:
+        """Have `folds_reasoning` tell of what is met from here on."""
+        self._reasoning_keys.clear()
+
     def render(self, messages: Messages, prompt: bool = False, tools: Tools | None = None) -> str:
         """Text of the conversation; with `prompt`, as the model sees it when the next reply is its own to write.
 

@@ -1,6 +1,5 @@
 """Conversations to token ids and labels: loss on what the model has to write, its end-of-turn token included."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +8,9 @@ from typing import NamedTuple, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from adder.core import parallel
 from adder.core.errors import UserError
@@ -20,7 +18,17 @@ from adder.core.files import read_json, write_json
 from adder.core.labels import IGNORE_INDEX
 from adder.core.length_summary import summarise
 from adder.core.stage_spec import Context
-from adder.formatting.conversation import Conversation
+from adder.tokenization import block_tokenizer
+from adder.tokenization.block_tokenizer import (
+    BlockFile,
+    EarlierTokens,
+    Piece,
+    Scanner,
+    Table,
+    TokenizedBlock,
+    Worker,
+    load_tokenizer,
+)
 from adder.tokenization.chat_template import adds_bos, choose_template
 from adder.tokenization.labels import Batch, Labeller
 from adder.tokenization.records import (
@@ -34,25 +42,15 @@ from adder.tokenization.records import (
 from adder.tokenization.stage import TokenizeSettings
 from adder.tokenization.token_table import SCHEMA
 
-ROWS = 1024  # conversations handed to the tokenizer at a time, and rows of a record batch
-MOST_BATCHES = 8  # that a worker hands over at once
 ENOUGH = 4096  # rows that are worth another worker: starting one takes as long as a few hundred
+SCANNED_ENOUGH = 100_000  # rows that are worth another worker where they are just looked at
 LISTED = 1000  # rejected rows that tokenize.json lists; all are counted
 EXAMPLES = 3
 EXAMPLE_TOKENS = 600
-COLUMNS = ["id", "source", "conversation", "digest"]
 FALLBACKS = {  # what the template of a model without one of its own is, in words
     "chatml": "ChatML, whose tokens its vocabulary has",
     "plain": "the plain one (### User: … ### Assistant: …)",
 }
-
-
-class Piece(NamedTuple):
-    """Rows of one row group of a Parquet file."""
-
-    group: int
-    start: int
-    stop: int
 
 
 class Shown(NamedTuple):
@@ -64,20 +62,6 @@ class Shown(NamedTuple):
     labels: npt.NDArray[np.int32]
     end: int  # where its last reply ends
     has_reply: bool
-
-
-class Labelled(NamedTuple):
-    """What a worker made of a piece."""
-
-    batches: bytes  # Arrow IPC stream of SCHEMA
-    examples: int
-    tokens: int
-    labelled: int
-    cut: int
-    replies: npt.NDArray[np.int32]  # tokens of each reply
-    rejected: list[tuple[str, str, str]]  # id, reason, kind of reason
-    shown: list[Shown]
-    folds_reasoning: bool  # see ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -119,8 +103,12 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     tokenizer = load_tokenizer(model)
     source = choose_template(tokenizer, settings.chat_template)
     labeller = Labeller(tokenizer, settings.loss_on)
+    meaning, earlier = "", None
+    if context.earlier:
+        meaning = block_tokenizer.meaning(context.earlier, model, tokenizer, settings.loss_on)
+        earlier = EarlierTokens(context.earlier, meaning)
     train, heldout = (
-        _tokenize_split(labeller, inputs.format / f"{name}.parquet", out / f"{name}.arrow", context)
+        _tokenize_split(labeller, inputs.format / f"{name}.parquet", out / f"{name}.arrow", earlier, meaning, context)
         for name in ("train", "heldout")
     )
     if not train.counts["examples"]:
@@ -174,125 +162,76 @@ def _refuse_unusable(split: Split, which: str, limit: float) -> None:
         )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load the fast tokenizer of a model directory, ready to encode whole texts. Raises UserError if it has none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"can't load the model's tokenizer from {folder}: {error}") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"{folder}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
-    # A tokenizer.json may carry the truncation and padding of whoever saved it; nothing may be cut silently.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
+def _tokenize_split(
+    labeller: Labeller, source: Path, target: Path, earlier: EarlierTokens | None, meaning: str, context: Context
+) -> Split:
+    """Write one split's tokens, of `source` (Parquet) into `target` (Arrow IPC file of SCHEMA), a record batch a block.
 
-
-def _tokenize_split(labeller: Labeller, source: Path, target: Path, context: Context) -> Split:
-    """Write one split's tokens, of `source` (Parquet) into `target` (Arrow IPC file of SCHEMA)."""
-    metadata = pq.read_metadata(source)
-    total, name = metadata.num_rows, source.stem
-    workers = parallel.worker_count(total, ENOUGH, context.threads)
-    done = 0
+    meaning: what the blocks are kept under for later runs, "" where they aren't.
+    """
+    table, name = Table(source, ["id", "source", "digest"]), source.stem
     counts: SplitCounts = {"examples": 0, "tokens": 0, "labelled": 0, "cut": 0}
     reasons: Counter[str] = Counter()
     replies, folds_reasoning = [np.zeros(0, np.int32)], False
     rejected: list[RejectedConversation] = []
     shown: list[Shown] = []
+    pieces = _blocks(source, context)
+    kept = BlockFile(target.with_suffix(".blocks.arrow"), meaning) if meaning else None
     with pa.ipc.new_file(target, SCHEMA) as writer:
-        pieces = list(_pieces(metadata, workers))
-        results = parallel.map_batches(lambda: Worker(labeller, source), pieces, workers)
-        for piece, result in zip(pieces, results, strict=True):
-            for batch in pa.ipc.open_stream(result.batches):
-                writer.write_batch(batch)
-            counts["examples"] += result.examples
-            counts["tokens"] += result.tokens
-            counts["labelled"] += result.labelled
-            counts["cut"] += result.cut
-            replies.append(result.replies)
-            reasons.update(kind for _, _, kind in result.rejected)
+        for piece, block in zip(pieces, _tokenized(labeller, source, pieces, earlier, context), strict=True):
+            rows, batch = table.rows(piece.start, piece.stop), block.batch
+            names = rows.column("id")
+            reasons.update(one.kind for one in block.rejected)
             found: list[RejectedConversation] = [
-                {"id": row, "split": name, "reason": reason} for row, reason, _ in result.rejected
+                {"id": names[one.row].as_py(), "split": name, "reason": one.reason}
+                for one in block.rejected[: LISTED - len(rejected)]
             ]
-            rejected += found[: LISTED - len(rejected)]
-            shown = _choose_examples(shown + result.shown)
-            folds_reasoning |= result.folds_reasoning
-            done += piece.stop - piece.start
-            context.progress.line(f"{name}: {done:,} of {total:,} conversations")
+            rejected += found
+            counts["cut"] += block.cut
+            folds_reasoning |= block.folds_reasoning
+            if len(batch.rows):
+                writer.write_batch(_record_batch(rows, block))
+                counts["examples"] += len(batch.rows)
+                counts["tokens"] += len(batch.ids)
+                counts["labelled"] += int(block.labelled.sum())
+                replies.append(batch.replies.astype(np.int32))
+                shown = _choose_examples(shown + _first_of_sources(rows, batch))
+            if kept:
+                kept.add(piece.key, block)
+            context.progress.line(f"{name}: {piece.stop:,} of {len(table):,} conversations")
+    if kept:
+        kept.close()
     return Split(counts, np.concatenate(replies), reasons, rejected, shown, folds_reasoning)
 
 
-def _pieces(metadata: pq.FileMetaData, workers: int) -> Iterator[Piece]:
-    """The rows in pieces, several for each worker so that all end at much the same time.
-
-    Pieces are whole batches, so what is written doesn't depend on their size.
-    """
-    size = ROWS * min(MOST_BATCHES, max(1, metadata.num_rows // (4 * workers * ROWS)))
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        for start in range(0, rows, size):
-            yield Piece(group, start, min(start + size, rows))
+def _blocks(source: Path, context: Context) -> list[Piece]:
+    """The rows of a Parquet file in blocks."""
+    metadata = pq.read_metadata(source)
+    workers = parallel.worker_count(metadata.num_rows, SCANNED_ENOUGH, context.threads)
+    groups = range(metadata.num_row_groups)
+    return block_tokenizer.pieces(list(parallel.map_batches(lambda: Scanner(source), groups, workers)))
 
 
-class Worker:
-    """Tokenises pieces of a Parquet file, which it reads by itself: only a few numbers and the tokens travel."""
-
-    def __init__(self, labeller: Labeller, source: Path) -> None:
-        self.labeller = labeller
-        self.file = pq.ParquetFile(source)
-        self._group: tuple[int, pa.Table] | None = None  # the row group read last, of which the next piece may be too
-
-    def __call__(self, piece: Piece) -> Labelled:
-        """Token ids and labels of a piece."""
-        if self._group is None or self._group[0] != piece.group:
-            self._group = piece.group, self.file.read_row_group(piece.group, columns=COLUMNS, use_threads=False)
-        table = self._group[1].slice(piece.start, piece.stop - piece.start)
-        cut_before = self.labeller.cut
-        sink = pa.BufferOutputStream()
-        replies = [np.zeros(0, np.int32)]
-        rejected: list[tuple[str, str, str]] = []
-        shown: list[Shown] = []
-        examples = tokens = labelled = 0
-        with pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for start in range(0, table.num_rows, ROWS):
-                rows = table.slice(start, ROWS).combine_chunks()
-                names = rows.column("id")
-                conversations = [_parse(text) for text in rows.column("conversation").to_pylist()]
-                batch, reasons = self.labeller.label_batch(conversations)
-                rejected += [(names[row].as_py(), str(reason), reason.kind) for row, reason in reasons.items()]
-                if not len(batch.rows):
-                    continue
-                record = _record_batch(rows, batch)
-                writer.write_batch(record)
-                replies.append(batch.replies.astype(np.int32))
-                shown = _choose_examples(shown + _first_of_sources(rows, batch))
-                examples += len(batch.rows)
-                tokens += len(batch.ids)
-                labelled += int(np.asarray(record.column("labelled")).sum())
-        return Labelled(
-            sink.getvalue().to_pybytes(), examples, tokens, labelled, self.labeller.cut - cut_before,
-            np.concatenate(replies), rejected, shown,
-            self.labeller.finder.template.folds_reasoning,
-        )  # fmt: skip
+def _tokenized(
+    labeller: Labeller, source: Path, pieces: list[Piece], earlier: EarlierTokens | None, context: Context
+) -> Iterator[TokenizedBlock]:
+    """What is made of each block: what an earlier run did, or made now."""
+    new = [piece for piece in pieces if earlier is None or piece.key not in earlier]
+    workers = parallel.worker_count(sum(piece.stop - piece.start for piece in new), ENOUGH, context.threads)
+    fresh = parallel.map_batches(lambda: Worker(labeller, source), new, workers)
+    for piece in pieces:
+        yield next(fresh) if earlier is None or piece.key not in earlier else earlier[piece.key]
 
 
-def _parse(text: str) -> Conversation:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return json.loads(text)  # whole numbers of more than 64 bits
-
-
-def _record_batch(rows: pa.Table, batch: Batch) -> pa.RecordBatch:
-    """A batch as rows of SCHEMA; `rows`: those of the Parquet file that it was made of."""
-    borders = np.concatenate([[0], np.cumsum(batch.lengths)])
-    carries = batch.labels != IGNORE_INDEX
-    carries[borders[:-1]] = False  # nothing predicts an example's first token
-    kept = rows.take(pa.array(batch.rows)) if len(batch.rows) < rows.num_rows else rows
-    lists = [pa.ListArray.from_arrays(pa.array(borders, pa.int32()), values) for values in (batch.ids, batch.labels)]
+def _record_batch(rows: pa.Table, block: TokenizedBlock) -> pa.RecordBatch:
+    """A block as rows of SCHEMA; `rows`: those of the Parquet file that it was made of."""
+    batch = block.batch
+    borders = pa.array(np.concatenate([[0], np.cumsum(batch.lengths)]), pa.int32())
+    kept = rows if np.array_equal(batch.rows, np.arange(rows.num_rows)) else rows.take(pa.array(batch.rows))
+    lists = [pa.ListArray.from_arrays(borders, values) for values in (batch.ids, batch.labels)]
     columns = [
         kept.column("id").combine_chunks(), *lists, pa.array(batch.lengths, pa.int32()),
-        pa.array(np.add.reduceat(carries, borders[:-1], dtype=np.int32)), kept.column("digest").combine_chunks(),
+        pa.array(block.labelled, pa.int32()), kept.column("digest").combine_chunks(),
     ]  # fmt: skip
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 

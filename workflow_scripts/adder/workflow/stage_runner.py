@@ -27,7 +27,7 @@ from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import atomic_write, digest_file, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_record import OutputFile, StageMeaning, StageRecord
-from adder.core.stage_spec import Context, Runtime, StageSpec
+from adder.core.stage_spec import Context, Earlier, Runtime, StageSpec
 from adder.workflow import attempt_times
 from adder.workflow.code_digest import code_digest
 from adder.workflow.library_versions import recorded_versions
@@ -36,6 +36,7 @@ from adder.workflow.stages import SPECS
 
 RECORD = "stage.json"
 WEIGHTS = (".safetensors", ".gguf")
+MOST_EARLIER = 8  # results of a stage that it looks into for parts to take over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
     checkpoints = job.results / "checkpoints" / known_as if job.spec.continued else None
     try:
         with _attempts(checkpoints, start) as earlier:
-            context = Context(progress, job.runtime, job.results, checkpoints)
+            context = Context(progress, job.runtime, job.results, checkpoints, _earlier(job))
             with _files_unchanged(job):
                 summary = run_stage(job.spec, meaning["settings"], job.inputs, partial, context)
             seconds = round(sum(earlier) + time.monotonic() - start, 3)
@@ -263,16 +264,37 @@ def restore(kept: Path, folder: Path, key: str) -> bool:
     if not (kept / RECORD).exists():
         return False
     record: StageRecord = read_json(kept / RECORD)
-    for path, known in record["outputs"].items():
-        file = kept / path
-        if not file.exists() or [file.stat().st_size, file.stat().st_mtime_ns] != [known["bytes"], known["mtime_ns"]]:
-            shutil.rmtree(kept)
-            return False
+    if not _is_intact(kept, record):
+        shutil.rmtree(kept)
+        return False
     link_tree(kept, folder)
     # The record is the folder's own: the kept one may bear another key.
     with atomic_write(folder / RECORD) as partial:
         write_json(partial, {**record, "key": key, "restored": True})
     return True
+
+
+def _is_intact(folder: Path, record: StageRecord) -> bool:
+    """Whether a finished result's files are as they were written."""
+    for path, known in record["outputs"].items():
+        try:
+            stat = (folder / path).stat()
+        except FileNotFoundError:
+            return False
+        if [stat.st_size, stat.st_mtime_ns] != [known["bytes"], known["mtime_ns"]]:
+            return False
+    return True
+
+
+def _earlier(job: Job) -> Earlier:
+    """The newest finished results of the job's stage; none where all is to be computed again."""
+    found: list[tuple[str, Path]] = []
+    for record in (job.results / "cache" / job.spec.name).glob("[!.]*/" + RECORD) if job.runtime.restore else ():
+        with contextlib.suppress(FileNotFoundError):  # pruned at this moment
+            kept: StageRecord = read_json(record)
+            if _is_intact(record.parent, kept):
+                found.append((kept["finished_at"], record.parent))
+    return Earlier(tuple(folder for _, folder in sorted(found, reverse=True)[:MOST_EARLIER]), code_digest)
 
 
 def link_tree(source: Path, target: Path, put: Callable[[str, str], object] = link_or_copy) -> None:
