@@ -95,10 +95,13 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path, ending, compressi
         read(path)
 
 
-@pytest.mark.parametrize("ending", ["xlsx", "xls", "ods", "xlsx.gz"])
-def test_a_spreadsheet_is_refused_with_what_to_do(tmp_path, ending):
+@pytest.mark.parametrize(
+    ("ending", "remedy"),
+    [("numbers", "export it as CSV"), ("pdf.gz", "turn it into text"), ("pkl", "save the table as Parquet")],
+)
+def test_a_file_that_nothing_reads_is_refused_with_what_to_do(tmp_path, ending, remedy):
     (tmp_path / f"rows.{ending}").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"spreadsheets aren't read; save the sheet as CSV in UTF-8 \(or `libreoffice"):
+    with pytest.raises(UserError, match=f"files aren't read; {remedy}"):
         read(tmp_path / f"rows.{ending}")
 
 

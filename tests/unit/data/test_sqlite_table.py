@@ -79,5 +79,5 @@ def test_what_is_no_database_or_has_no_tables_is_named(tmp_path):
     with pytest.raises(UserError, match=r"b\.db: has no tables"):
         read(_make(tmp_path / "b.db", "CREATE TABLE t (a)", "DROP TABLE t"))
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="`table` is for SQLite files, and this one is read as jsonl"):
+    with pytest.raises(UserError, match="`table` is for SQLite files and spreadsheets, and this one is read as jsonl"):
         read(tmp_path / "rows.jsonl", table="t")

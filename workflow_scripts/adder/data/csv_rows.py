@@ -85,16 +85,21 @@ def _names(reader: Iterator[list[str]], path: Path, layout: Layout, notes: Count
     names = [cell.strip() for cell in header]
     while names and not names[-1]:
         names.pop()
-    _check_names(names, path, layout, notes)
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"{path}: the header names the column '{repeated[0]}' more than once")
+    check_names(names, path, layout, notes)
+    refuse_repeated(names, path)
     if any(name != cell for name, cell in zip(names, header, strict=False)):
         notes["names of columns are taken without the spaces around them"] = 1
     return names
 
 
-def _check_names(names: list[str], path: Path, layout: Layout, notes: Counter[str]) -> None:
+def refuse_repeated(names: list[str], path: Path) -> None:
+    """Raise UserError where two columns have one name."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{path}: the header names the column '{repeated[0]}' more than once")
+
+
+def check_names(names: list[str], path: Path, layout: Layout, notes: Counter[str]) -> None:
     """Raise UserError where the first line can't be the columns' names, and note where it may not be."""
     named = set(names).intersection(layout.columns)
     likely = [_is_name(name) for name in names if name]

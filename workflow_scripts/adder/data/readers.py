@@ -16,7 +16,7 @@ import orjson
 
 from adder.core.errors import UserError
 from adder.core.paths import DOCUMENTS
-from adder.data import columnar, converter, csv_rows, json_stream, sqlite_table
+from adder.data import columnar, converter, csv_rows, json_stream, spreadsheet, sqlite_table
 from adder.data.compression import CHUNK, bare_name, open_bytes
 from adder.data.json_stream import kind
 from adder.data.row_types import MAX_RAW, Layout, Row, Unreadable
@@ -33,10 +33,24 @@ FORMATS_BY_SUFFIX = {
     ".sqlite": "sqlite",
     ".sqlite3": "sqlite",
     ".db": "sqlite",
+    **dict.fromkeys((".xlsx", ".xlsm", ".xlsb", ".xls", ".ods"), "spreadsheet"),
     **dict.fromkeys(DOCUMENTS, "text"),
 }
 TEXT_FORMATS = ("json", "jsonl", "csv", "tsv", "text")
-SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+NO_READER = {
+    ".numbers": "export it as CSV or .xlsx",
+    ".docx": "save it as text or Markdown",
+    ".doc": "save it as text or Markdown",
+    ".pdf": "turn it into text or Markdown first",
+    ".html": "turn it into text or Markdown first",
+    ".pkl": "save the table as Parquet: a pickle runs code when it is read",
+    ".pickle": "save the table as Parquet: a pickle runs code when it is read",
+    ".yaml": "save the rows as JSON lines",
+    ".yml": "save the rows as JSON lines",
+    ".xml": "save the rows as JSON lines, or name a Python file that reads it by `convert:`",
+    ".orc": "save the table as Parquet",
+    ".avro": "save the table as Parquet",
+}
 MAX_FIRST_LINE = 1 << 26  # characters of a first line that are looked at to tell JSON lines from JSON
 
 # orjson reads whole numbers of more than 64 bits as floats, which have 15 digits: these go to Python's own reader.
@@ -52,15 +66,12 @@ def format_of(path: Path, chosen: str | None = None, shown: str | None = None) -
     if chosen and chosen != "auto":
         return chosen
     suffix = Path(bare_name(path)).suffix.lower()
-    if suffix in SPREADSHEETS:
-        raise UserError(
-            f"{shown or path}: spreadsheets aren't read; save the sheet as CSV in UTF-8 (or `libreoffice --headless "
-            f"--convert-to csv:'Text - txt - csv (StarCalc)':44,34,76 {path.name}`) and name that file"
-        )
+    if suffix in NO_READER:
+        raise UserError(f"{shown or path}: {suffix} files aren't read; {NO_READER[suffix]}")
     if suffix not in FORMATS_BY_SUFFIX:
         raise UserError(
             f"{shown or path}: can't tell the format from the ending '{suffix}'. Set `format:` to json, jsonl, "
-            "csv, tsv, parquet, arrow, sqlite or text, or `convert:` to a Python file with a function "
+            "csv, tsv, parquet, arrow, sqlite, spreadsheet or text, or `convert:` to a Python file with a function "
             "rows(path, encoding)."
         )
     return FORMATS_BY_SUFFIX[suffix]
@@ -228,6 +239,10 @@ def _read_sqlite(path: Path, encoding: str, layout: Layout, notes: Counter[str])
     yield from enumerate(sqlite_table.rows(path, layout.table), 1)
 
 
+def _read_spreadsheet(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
+    yield from spreadsheet.rows(path, layout, notes)
+
+
 def _read_document(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
     with _open_text(path, encoding) as file:
         yield 1, {"text": file.read()}
@@ -241,6 +256,7 @@ READERS: dict[str, Callable[[Path, str, Layout, Counter[str]], Iterator[tuple[in
     "parquet": _read_parquet,
     "arrow": _read_arrow,
     "sqlite": _read_sqlite,
+    "spreadsheet": _read_spreadsheet,
     "text": _read_document,
 }
 

@@ -33,9 +33,9 @@ class Layout:
     """How a file is to be read.
 
     encoding: of text formats, as `readers.fitting_encoding` returned it. convert: a Python file of the user's that
-    reads the file. split: the part of a file or folder that has several; table: of an SQLite file. Of a CSV file,
-    delimiter: None to find it; header: the names of its columns where it has none; columns: names that the settings
-    say it has.
+    reads the file. split: the part of a file or folder that has several; table: of an SQLite file, or a sheet. Of a CSV
+    file, delimiter: None to find it; header: the names of its columns where it has none; columns: names that the
+    settings say it has.
     """
 
     format: str

@@ -15,6 +15,13 @@ from adder.data.records import HubRecord, Origin, SourceRecord, Split
 from adder.data.row_types import Layout
 from adder.data.stage import Source
 
+# Settings that only some formats have use for.
+FOR_FORMATS = (
+    ("delimiter", ("csv", "tsv"), "CSV files"),
+    ("header", ("csv", "tsv", "spreadsheet"), "CSV files and spreadsheets"),
+    ("table", ("sqlite", "spreadsheet"), "SQLite files and spreadsheets"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class File:
@@ -183,11 +190,9 @@ def _file(
         format = "arrow"
     else:
         format = readers.format_of(path, source.format, shown)
-    for name in ("delimiter", "header"):
-        if getattr(source, name) and format not in ("csv", "tsv"):
-            raise UserError(f"{shown}: `{name}` is for CSV files, and this one is read as {format}")
-    if source.table and format != "sqlite":
-        raise UserError(f"{shown}: `table` is for SQLite files, and this one is read as {format}")
+    for name, formats, kinds in FOR_FORMATS:
+        if getattr(source, name) and format not in formats:
+            raise UserError(f"{shown}: `{name}` is for {kinds}, and this one is read as {format}")
     split = source.split if origin != "hub" else None  # of a hub data set, its files are those of the split
     encoding = None
     if format == "converted" or format in readers.TEXT_FORMATS:

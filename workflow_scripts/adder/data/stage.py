@@ -44,8 +44,8 @@ class Source(Section):
 
     path: str | None = None
     """A file, a pattern such as `data/*.jsonl`, a folder that `datasets` saved, or a folder of documents: JSON, JSON
-    lines, CSV, TSV, Parquet, Arrow, SQLite, text or Markdown, each also compressed (`.gz`, `.zst`, `.xz`, `.bz2`, a
-    `.zip` of one file)."""
+    lines, CSV, TSV, Parquet, Arrow, SQLite, spreadsheets, text or Markdown, each also compressed (`.gz`, `.zst`, `.xz`,
+    `.bz2`, a `.zip` of one file)."""
     url: str | None = None
     """A file elsewhere: `https://…`, `s3://…`, `gs://…` or anything else that fsspec opens. `${NAME}` stands for an
     environment variable, so that no secret is written here."""
@@ -61,16 +61,16 @@ class Source(Section):
     """Expected SHA-256 of the one file at `path` or `url`; anything else is refused."""
     token_env: str | None = None
     """Name of the environment variable that holds the token for `url`, sent as `Authorization: Bearer`."""
-    format: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "sqlite", "text"] = "auto"
+    format: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "sqlite", "spreadsheet", "text"] = "auto"
     """How to read the file; `auto` goes by its ending. `text`: each file is one row, a document."""
     table: str | None = None
-    """Table or view of an SQLite file; without it, the only table."""
+    """Table or view of an SQLite file, or sheet of a spreadsheet; without it, the only one."""
     encoding: str | list[str] = "utf-8"
     """Text encoding; UTF-8 may start with a byte-order mark. Of a list, each file is read in the first that fits it."""
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
     """What separates the cells of a CSV file; without it, comma, semicolon, tab or vertical bar, as the file tells."""
     header: list[str] | None = Field(default=None, min_length=1)
-    """Names of the columns of a CSV file whose first line is a row, in order: `[question, answer]`."""
+    """Names of the columns of a CSV file or sheet whose first line is a row, in order: `[question, answer]`."""
     convert: str | None = None
     """A Python file with `def rows(path, encoding)` that yields one dictionary a row, for any other format. It may
     import Python files beside it."""

@@ -13,6 +13,7 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("config/README.md", "settings"): settings_docs.tables,
     ("docs/architecture.md", "stages"): stage_docs.table,
     ("docs/data.md", "row formats"): row_format_docs.table,
+    ("docs/data.md", "forms"): row_format_docs.forms,
     ("docs/evaluation.md", "scores"): score_docs.table,
 }
 PROFILE = "profiles/slurm/config.yaml"
@@ -25,11 +26,16 @@ def documents(root: Path) -> dict[Path, str]:
     return {
         root / "config" / "schema.json": settings_docs.schema(),
         root / PROFILE: profile + PROFILE_MARK + stage_docs.cluster_resources(),
-        **{
-            root / page: filled((root / page).read_text(encoding="utf-8"), name, table())
-            for (page, name), table in TABLES.items()
-        },
+        **{root / page: _page(root, page) for page, _ in TABLES},
     }
+
+
+def _page(root: Path, page: str) -> str:
+    """A page with all of its tables."""
+    text = (root / page).read_text(encoding="utf-8")
+    for (where, name), table in TABLES.items():
+        text = filled(text, name, table()) if where == page else text
+    return text
 
 
 def filled(page: str, name: str, text: str) -> str:
