@@ -347,9 +347,15 @@ def result(content, name="get_weather", number=1):
 
 def label(labeller, messages, tools=None):
     """Ids, labels and reply lengths of one conversation, or the reason why it can't be used."""
+    found = label_all(labeller, messages, tools)
+    return found if isinstance(found, str) else (found[0].ids, found[0].labels, found[0].replies)
+
+
+def label_all(labeller, messages, tools=None):
+    """All examples of one conversation, the conversation itself first, or the reason why it can't be used."""
     conversation = {"messages": messages, "tools": tools} if tools else {"messages": messages}
     found = labeller.label([conversation])[0]
-    return str(found) if isinstance(found, UnusableRow) else (found.ids, found.labels, found.replies)
+    return str(found) if isinstance(found, UnusableRow) else found
 
 
 def labelled_text(tokenizer, labels):

@@ -28,11 +28,11 @@ def conversations(draw):
     return conversation(*draw(st.lists(TEXT, min_size=2 * turns, max_size=2 * turns)), system=draw(st.none() | TEXT))
 
 
-def expected_replies(family: Family, messages: list[Message]) -> str:
-    """What must carry loss, as the template writes it."""
+def expected_replies(family: Family, messages: list[Message]) -> list[str]:
+    """What must carry loss, reply by reply, as the template writes it."""
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
     written = [family.before + (reply.strip() if family.trims else reply) for reply in replies]
-    return "".join(reply + family.end for reply in written)
+    return [reply + family.end for reply in written]
 
 
 def holds_control_token(labeller: Labeller, messages: list[Message]) -> bool:

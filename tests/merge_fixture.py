@@ -59,7 +59,7 @@ def make_inputs(folder, base, adapter=None, groups=None, **lora):
     write_tokens(inputs["tokenize"] / "heldout.arrow", rows)
     columns = {"id": [row["id"] for row in rows]} | ({"group": groups} if groups else {})
     write_table(inputs["format"] / "heldout.parquet", pa.table(columns))
-    details = {"end_of_turn": {"token": "<|im_end|>", "id": tokenizer.eos_token_id}}
+    details = {"end_of_turn": {"token": "<|im_end|>", "id": tokenizer.eos_token_id}, "reply_ends": []}
     write_json(inputs["tokenize"] / "tokenize.json", {**details, "counts": {"train": {"examples": 9, "labelled": 99}}})
     write_json(
         inputs["model"] / "source.json", {"source": "org/tiny", "kind": "hub", "revision": "abc", "license": "MIT"}

@@ -364,10 +364,15 @@ def write_tokenize(folder: Path, heldout: int, hostile: bool) -> None:
         "template": "own",
         "loss_on": "assistant",
         "end_of_turn": {"token": "<|im_end|>", "id": 2},
+        "reply_ends": [{"token": "<|im_end|>", "id": 2, "replies": 8}],
+        "template_variables": {},
         "generation_blocks": False,
         "bos": {"token": "<|im_start|>", "id": 1, "written": False},
         "warnings": [],
-        "counts": {s: {"examples": e, "tokens": t, "labelled": n} for s, (e, t, n) in counts.items()},
+        "counts": {
+            s: {"examples": e, "split": 0, "unmatched": 0, "tokens": t, "labelled": n}
+            for s, (e, t, n) in counts.items()
+        },
         "reply_tokens": {"train": {"max": 61, "p50": 43, "p99": 58}, "heldout": {"max": 60, "p50": 43, "p99": 58}},
         "examples": [
             {"id": f"tickets:1{HOSTILE if hostile else ''}", "source": "tickets", **plain},

@@ -13,6 +13,7 @@ from chat_families import (
     Family,
     conversation,
     label,
+    label_all,
     labelled_text,
     prompt_ids,
     result,
@@ -37,11 +38,17 @@ def test_control_tokens_that_someone_typed_are_refused_not_parsed(labellers, who
         assert typed in reason and f"message {who + 1}" in reason
 
 
-def test_earlier_reasoning_that_the_template_drops_bears_no_loss(labellers):
+def test_a_reply_whose_reasoning_is_dropped_later_is_learnt_in_a_text_of_its_own(labellers):
     labeller = labellers["qwen_think"]
     messages = conversation("a?", "<think>\nhm\n</think>\n\nA.", "b?", "<think>\nho\n</think>\n\nB.")
-    _, labels, _ = label(labeller, messages)
-    assert labelled_text(labeller.tokenizer, labels) == "A.<|im_end|><think>\nho\n</think>\n\nB.<|im_end|>"
+    last, first = label_all(labeller, messages)
+    assert labelled_text(labeller.tokenizer, last.labels) == "<think>\nho\n</think>\n\nB.<|im_end|>"
+    assert labelled_text(labeller.tokenizer, first.labels) == "<think>\nhm\n</think>\n\nA.<|im_end|>"
+    assert "hm" not in labeller.tokenizer.decode(last.ids)  # as generation sees the second turn
+    (whole,) = Labeller(labeller.tokenizer, "last").label([{"messages": messages}])[0]
+    assert np.array_equal(whole.ids, last.ids) and np.array_equal(whole.labels, last.labels)
+    batch, _ = labeller.label_batch([{"messages": messages}], split=False)
+    assert np.array_equal(batch.labels, last.labels)
 
 
 def test_what_the_template_adds_after_the_prompt_must_be_learnt(labellers):
@@ -52,19 +59,34 @@ def test_what_the_template_adds_after_the_prompt_must_be_learnt(labellers):
 
 def test_a_system_prompt_that_moves_to_the_last_user_turn(labellers):
     labeller = labellers["mistral"]
-    ids, labels, _ = label(labeller, conversation("a?", "A.", "b?", "B.", system="Be brief."))
-    assert labelled_text(labeller.tokenizer, labels) == " A.</s> B.</s>"
-    assert labeller.tokenizer.decode(ids) == "<s>[INST] a?[/INST] A.</s>[INST] Be brief.\n\nb?[/INST] B.</s>"
+    last, first = label_all(labeller, conversation("a?", "A.", "b?", "B.", system="Be brief."))
+    assert labelled_text(labeller.tokenizer, last.labels) == " B.</s>"
+    assert labeller.tokenizer.decode(last.ids) == "<s>[INST] a?[/INST] A.</s>[INST] Be brief.\n\nb?[/INST] B.</s>"
+    assert labelled_text(labeller.tokenizer, first.labels) == " A.</s>"
+    assert labeller.tokenizer.decode(first.ids) == "<s>[INST] Be brief.\n\na?[/INST] A.</s>"
 
 
-def test_a_prompt_that_the_finished_reply_does_not_share_is_refused(labellers):
+def test_a_block_of_reasoning_that_only_the_prompt_opens_is_closed_in_the_reply():
     tokenizer = tiny_tokenizer()  # DeepSeek R1: the prompt opens a reasoning block, finished replies have none
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"
     )
     assert "<think>" in tokenizer.chat_template
+    labeller = Labeller(tokenizer)
+    assert labelled_text(tokenizer, label(labeller, conversation("a?", "A."))[1]) == "\n</think>\n\nA.<|im_end|>"
+    messages = [user("a?"), reply("A.", reasoning_content="Hm.")]
+    ids, labels, _ = label(labeller, messages)
+    assert labelled_text(tokenizer, labels) == "Hm.\n</think>\n\nA.<|im_end|>"
+    assert tokenizer.decode(ids).rstrip().endswith("assistant\n<think>\nHm.\n</think>\n\nA.<|im_end|>")
+
+
+def test_a_prompt_that_the_finished_reply_does_not_share_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "assistant\n' }}{% endif", "assistant\nSure: ' }}{% endif"
+    )
     reason = label(Labeller(tokenizer), conversation("a?", "A."))
-    assert "'assistant\\n<think>\\n'" in reason and "another prompt than it is given" in reason
+    assert "'assistant\\nSure: '" in reason and "another prompt than it is given" in reason
 
 
 @pytest.mark.parametrize(
@@ -75,10 +97,6 @@ def test_a_prompt_that_the_finished_reply_does_not_share_is_refused(labellers):
         (("message['content']", "message['content'] + message['content']"), "writes a reply 2 times"),
         (("message['content']", "(message['content'] | replace('e', '3'))"), "rewrites a reply's text"),
         (("message['content']", "message['text']"), "refuses this conversation|writes a reply 0 times"),
-        (
-            ("{% for message in messages %}", "{% for message in messages | reverse %}"),
-            "order|another prompt|can't tell",
-        ),
     ],
 )
 def test_replies_that_cannot_be_located_for_sure_are_refused(change, reason):
@@ -140,16 +158,16 @@ def test_tool_calls_of_a_template_that_moves_the_tools_to_the_last_user_turn():
     tokenizer = mistral_tools()
     labeller = Labeller(tokenizer)
     messages = CONVERSATIONS["tool_last"]
-    ids, labels, replies = label(labeller, messages, TOOLS)
+    last, first = label_all(labeller, messages, TOOLS)  # the tools stand before the last question of the time
     arguments = '"arguments": {"city": "%s", "days": 2}, "id": "call00001"}]</s>'
-    assert [text for _, text in segments(tokenizer, labels, ids)] == [
+    assert [text for _, text in segments(tokenizer, first.labels, first.ids)] == [
         '[TOOL_CALLS] [{"name": "get_weather", ' + arguments % "Paris",
         " Yes, there.</s>",
-        '[TOOL_CALLS] [{"name": "get_weather", ' + arguments % "Rome",
     ]
-    assert len(replies) == 3
+    call = '[TOOL_CALLS] [{"name": "get_weather", ' + arguments % "Rome"
+    assert [text for _, text in segments(tokenizer, last.labels, last.ids)] == [call]
     prompt = prompt_ids(tokenizer, messages[:5], TOOLS)
-    assert ids[: len(prompt)].tolist() == prompt
+    assert last.ids[: len(prompt)].tolist() == prompt
     messages = [user("Rain?"), reply("", "Paris")]
     messages[1]["tool_calls"][0]["id"] = "call_1"
     assert "length 9" in label(labeller, messages, TOOLS)
@@ -160,7 +178,7 @@ def test_tools_and_messages_that_a_template_leaves_out_are_refused():
     assert "no place for the list of tools" in label(labeller, CONVERSATIONS["single"], TOOLS)
     # DEEPSEEK writes user, assistant and system messages only.
     messages = [user("Rain?"), reply("I'll look."), result("12 mm"), reply("Yes.")]
-    assert "leaves out message 3 (tool)" in label(labeller, messages)
+    assert "leaves out or rewrites message 3 (tool)" in label(labeller, messages)
 
 
 def test_control_tokens_in_calls_tools_and_reasoning_are_refused():
@@ -175,10 +193,18 @@ def test_control_tokens_in_calls_tools_and_reasoning_are_refused():
 
 def test_templates_whose_replies_end_in_nothing_are_refused():
     chatglm = Family(CHATGLM, ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"), eos="<|endoftext|>").tokenizer()
-    assert NO_END in label(Labeller(chatglm), conversation("a?", "A."))
+    ids, labels, _ = label(Labeller(chatglm), conversation("a?", "A.", "b?", "B."))
+    assert labelled_text(chatglm, labels) == "A.<|user|>B.<|user|>"  # what comes next ends a turn
+    assert chatglm.decode(ids).endswith("B.<|user|>")
+    chatglm.chat_template = chatglm.chat_template.replace(
+        "'<|' + message['role'] + '|>\n'", "'<sop>' + message['role']"
+    )
+    assert NO_END in label(Labeller(chatglm), conversation("a?", "A."))  # which begins the model's own turns as well
     last = Family(EOS_LAST, eos="<|endoftext|>").tokenizer()
     _, labels, _ = label(Labeller(last), conversation("a?", "A."))
     assert labelled_text(last, labels) == "A.\n<|endoftext|>"
-    assert NO_END in label(Labeller(last), conversation("a?", "A.", "b?", "B."))
+    second, first = label_all(Labeller(last), conversation("a?", "A.", "b?", "B."))
+    assert labelled_text(last, first.labels) == "A.\n<|endoftext|>"
+    assert labelled_text(last, second.labels) == "B.\n<|endoftext|>"
     _, labels, _ = label(Labeller(last, "last"), conversation("a?", "A.", "b?", "B."))
     assert labelled_text(last, labels) == "B.\n<|endoftext|>"

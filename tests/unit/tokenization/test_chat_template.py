@@ -3,11 +3,12 @@
 import pytest
 
 from adder.core.errors import UserError
-from adder.tokenization.chat_template import NAMED, ChatTemplate, choose_template
+from adder.tokenization.chat_template import NAMED, ChatTemplate, choose_template, set_variables
 from adder.tokenization.labels import Labeller
 from adder.tokenization.stage import NAMED_TEMPLATES
 from chat_families import (
     FAMILIES,
+    TOOLS,
     bos_adding,
     conversation,
     label,
@@ -99,3 +100,38 @@ def test_reasoning_without_a_place_in_the_template_is_written_into_the_reply():
     _, labels, _ = label(labeller, CONVERSATIONS["reasoning"][:2])
     assert labelled_text(labeller.tokenizer, labels) == "<think>\nI saw it.\n</think>\n\nHere, I think.<|im_end|>"
     assert labeller.finder.template.folds_reasoning
+
+
+def test_template_variables_become_defaults_that_a_caller_can_still_set():
+    tokenizer = tiny_tokenizer(
+        "{%- if deep %}{{ 'deep ' }}{%- endif %}{%- macro level() %}{{ effort }}{% endmacro %}\n"
+        "{% for message in messages %}{{ level() + message.content }}{% endfor %}"
+    )
+    set_variables(tokenizer, {"deep": True, "effort": 'é"\n'})
+    messages = [{"role": "user", "content": "a?"}]
+    assert ChatTemplate(tokenizer).render(messages) == 'deep é"\na?'
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == 'deep é"\na?'
+    assert tokenizer.apply_chat_template(messages, tokenize=False, deep=False, effort="") == "a?"
+    with pytest.raises(UserError, match="reads no variable 'depth'; it reads deep, effort"):
+        set_variables(tokenizer, {"depth": 1})
+    plain = tiny_tokenizer()
+    set_variables(plain, {})
+    assert plain.chat_template == tiny_tokenizer().chat_template
+
+
+def test_named_templates_are_chosen_as_transformers_does_and_kept():
+    tokenizer = tiny_tokenizer()
+    default = tokenizer.chat_template
+    tokenizer.chat_template = {
+        "default": default,
+        "tool_use": "{{ tools | tojson }}" + default,
+        "rag": "{{ documents }}",
+    }
+    assert choose_template(tokenizer, None) == "own" and tokenizer.chat_template["rag"] == "{{ documents }}"
+    template, messages = ChatTemplate(tokenizer), conversation("a?", "A.")
+    assert "get_weather" not in template.render(messages) and "get_weather" in template.render(messages, tools=TOOLS)
+    _, labels, _ = label(Labeller(tokenizer), messages, TOOLS)
+    assert labelled_text(tokenizer, labels) == "A.<|im_end|>"
+    tokenizer.chat_template = {"tool_use": default}
+    with pytest.raises(UserError, match="none is the default"):
+        choose_template(tokenizer, None)

@@ -63,8 +63,10 @@ def test_the_fast_path_gives_what_the_slow_path_gives(name, loss_on):
             if isinstance(other, UnusableRow):
                 assert str(one) == str(other)
                 continue
-            assert np.array_equal(one.ids, other.ids) and np.array_equal(one.labels, other.labels)
-            assert one.replies == other.replies
+            assert len(one) == len(other)
+            for mine, theirs in zip(one, other, strict=True):
+                assert np.array_equal(mine.ids, theirs.ids) and np.array_equal(mine.labels, theirs.labels)
+                assert mine.replies == theirs.replies
 
     check()
 
@@ -89,5 +91,5 @@ def test_a_template_that_looks_at_contents_takes_the_slow_path():
     labeller = Labeller(tokenizer)
     conversations = [{"messages": conversation(text, "Yes.")} for text in ("a?", "b, please?", "c?")]
     assert labeller.take_fast_path(conversations).rows.tolist() == [0, 2]
-    texts = [tokenizer.decode(found.ids) for found in labeller.label(conversations)]
+    texts = [tokenizer.decode(found[0].ids) for found in labeller.label(conversations)]
     assert "Calm: b, please?" in texts[1] and "Calm" not in texts[0] + texts[2]

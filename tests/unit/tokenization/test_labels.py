@@ -18,6 +18,7 @@ from chat_families import (
     bos_adding,
     conversation,
     label,
+    label_all,
     labelled_text,
     prompt_ids,
     rstrip_tokenizer,
@@ -29,6 +30,7 @@ from conversation_cases import (
     holds_control_token,
     usable,
 )
+from template_matrix import runs
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen_think"])
@@ -36,37 +38,35 @@ from conversation_cases import (
 @given(messages=conversations())
 def test_labelled_tokens_are_the_replies_and_their_ends_of_turn(labellers, name, messages):
     labeller, family = labellers[name], FAMILIES[name]
-    result = label(labeller, messages)
+    result = label_all(labeller, messages)
     if holds_control_token(labeller, messages):
         assert "reads as a control token" in result
         return
     assume(all(message["content"].strip() for message in messages))
     assert not isinstance(result, str), result
-    ids, labels, replies = result
-    assert np.array_equal(labels[labels != IGNORE_INDEX], ids[labels != IGNORE_INDEX])
-    assert labelled_text(labeller.tokenizer, labels) == expected_replies(family, messages)
-    assert sum(replies) == (labels != IGNORE_INDEX).sum()
-    assert len(replies) == sum(message["role"] == "assistant" for message in messages)
+    written = []
+    for example in result:
+        ids, labels = example.ids, example.labels
+        assert np.array_equal(labels[labels != IGNORE_INDEX], ids[labels != IGNORE_INDEX])
+        for start, end in runs(labels.tolist(), example.replies):
+            written.append(labeller.tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
+    assert sorted(written) == sorted(expected_replies(family, messages))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=conversations())
 def test_tokens_before_a_reply_are_the_prompt_that_generation_is_given(labellers, name, messages):
-    labeller, family = labellers[name], FAMILIES[name]
+    labeller = labellers[name]
     assume(usable(labeller, messages) and not any("</think>" in message["content"] for message in messages))
-    cut_before = labeller.cut
-    ids, labels, _ = label(labeller, messages)
-    bears_loss = np.append(labels != IGNORE_INDEX, False)
-    starts = np.flatnonzero(bears_loss[:-1] & ~np.insert(bears_loss[:-2], 0, False))
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    assert len(starts) == len(turns)
-    if labeller.cut > cut_before:
-        starts, turns = starts[:1], turns[:1]  # cuts stay in the later turns' history
-    elif family.rewrites:
-        starts, turns = starts[-1:], turns[-1:]  # only the last prompt is still written as it was
-    for start, turn in zip(starts, turns, strict=True):
-        assert ids[:start].tolist() == prompt_ids(labeller.tokenizer, messages[:turn])
+    prompts = [prompt_ids(labeller.tokenizer, messages[:turn]) for turn in turns]
+    found = [
+        example.ids[:start].tolist()
+        for example in label_all(labeller, messages)
+        for start, _ in runs(example.labels.tolist(), example.replies)
+    ]
+    assert sorted(found) == sorted(prompts)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vicuna"])
@@ -103,7 +103,7 @@ def test_unusable_rows_stay_apart_from_the_usable_ones_around_them(labellers):
     turns = (["a?"], ["b?", "B."], ["c?", ""], ["d?", "\nD."], ["e?", "E."])
     results = labellers["chatml"].label([{"messages": conversation(*contents)} for contents in turns])
     assert [isinstance(result, UnusableRow) for result in results] == [True, False, True, False, False]
-    written = [labelled_text(labellers["chatml"].tokenizer, results[number].labels) for number in (1, 3, 4)]
+    written = [labelled_text(labellers["chatml"].tokenizer, results[number][0].labels) for number in (1, 3, 4)]
     assert written == ["B.<|im_end|>", "\nD.<|im_end|>", "E.<|im_end|>"]
 
 
@@ -150,7 +150,8 @@ def test_characters_without_tokens_are_refused_not_dropped():
 
 def test_plain_texts_carry_loss_on_all_of_them_and_end(labellers):
     labeller = labellers["chatml"]
-    found = labeller.label([{"text": "My order has arrived."}, {"messages": conversation("a?", "A.")}, {"text": " "}])
+    texts = [{"text": "My order has arrived."}, {"messages": conversation("a?", "A.")}, {"text": " "}]
+    found = [one if isinstance(one, UnusableRow) else one[0] for one in labeller.label(texts)]
     assert labeller.tokenizer.decode(found[0].ids) == "My order has arrived.<|im_end|>"
     assert np.array_equal(found[0].ids, found[0].labels) and found[0].replies == []
     assert labelled_text(labeller.tokenizer, found[1].labels) == "A.<|im_end|>"
@@ -161,7 +162,7 @@ def test_plain_texts_begin_once_and_end_once():
     tokenizer = bos_adding(sentencepiece_like_tokenizer(None))
     choose_template(tokenizer, None)
     texts = ["Yes it is.", "<s>Yes it is.", "Yes it is.</s>"]
-    for found in Labeller(tokenizer).label([{"text": text} for text in texts]):
+    for (found,) in Labeller(tokenizer).label([{"text": text} for text in texts]):
         assert (found.ids == tokenizer.bos_token_id).sum() == (found.ids == tokenizer.eos_token_id).sum() == 1
         assert found.ids[0] == tokenizer.bos_token_id and found.ids[-1] == tokenizer.eos_token_id
 
@@ -177,20 +178,21 @@ def test_the_embedded_models_tokenizer(embedded_model_dir):
     @given(conversations())
     def check(messages):
         assume(usable(labeller, messages))
-        cut_before = labeller.cut
-        result = label(labeller, messages)
+        result = label_all(labeller, messages)
         if isinstance(result, str):  # its vocabulary lacks a few control characters and what lies beyond U+40000
             assert "has no tokens for" in result
             replies = "".join(message["content"] for message in messages if message["role"] == "assistant")
             assert any(ord(char) < 32 or ord(char) >= 0x40000 for char in replies)
             return
-        assert labelled_text(tokenizer, result[1]) == expected_replies(FAMILIES["chatml"], messages)
-        # "assistant\n" and a reply's own first newline are one token: cut there, earlier turns keep their cut.
-        first = next(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
-        for turn in (first, len(messages) - 1) if labeller.cut == cut_before else (first,):
-            prompt = prompt_ids(tokenizer, messages[:turn])
-            assert result[0][: len(prompt)].tolist() == prompt
-            assert result[1][len(prompt) - 1] == IGNORE_INDEX != result[1][len(prompt)]
+        # "assistant\n" and a reply's own first newline are one token: cut there, and each reply is an example then.
+        written, before = [], []
+        for example in result:
+            for start, end in runs(example.labels.tolist(), example.replies):
+                written.append(tokenizer.decode(example.ids[start:end], clean_up_tokenization_spaces=False))
+                before.append(example.ids[:start].tolist())
+        assert sorted(written) == sorted(expected_replies(FAMILIES["chatml"], messages))
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        assert sorted(before) == sorted(prompt_ids(tokenizer, messages[:turn]) for turn in turns)
 
     check()
 

@@ -80,7 +80,7 @@ def test_the_stage_writes_what_later_stages_read(stage_inputs, tmp_path):
     counts = details["counts"]["train"]
     assert counts == {
         "examples": 2499, "tokens": int(table.column("tokens").sum()), "labelled": int(table.column("labelled").sum()),
-        "cut": 0,
+        "split": 0, "unmatched": 0, "cut": 0,
     }  # fmt: skip
     (rejected,) = details["rejected"]
     assert rejected["id"] == "train:1501" and "<|im_end|>" in rejected["reason"] and rejected["split"] == "train"

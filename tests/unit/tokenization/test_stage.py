@@ -24,7 +24,17 @@ def test_a_template_of_the_users_counts_by_its_content(tmp_path):
     (tmp_path / "b.jinja").write_text("one")
     (tmp_path / "c.jinja").write_text("two")
     assert identity("a.jinja") == identity("b.jinja") != identity("c.jinja")
-    assert identity("chatml") == {"chat_template": "chatml", "loss_on": "assistant", "max_rejected": 0.1}
-    assert identity(None) == {"chat_template": None, "loss_on": "assistant", "max_rejected": 0.1}
+    assert identity("chatml") == {
+        "chat_template": "chatml",
+        "loss_on": "assistant",
+        "max_rejected": 0.1,
+        "template_variables": {},
+    }
+    assert identity(None) == {
+        "chat_template": None,
+        "loss_on": "assistant",
+        "max_rejected": 0.1,
+        "template_variables": {},
+    }
     with pytest.raises(UserError, match="tokenize.chat_template: there is no file 'd.jinja'"):
         identity("d.jinja")

@@ -79,7 +79,7 @@ def inputs(tmp_path_factory, tiny_model_dir):
     # Tokens made up at random can only be learnt by heart: what is held out are eight of the training examples.
     learnt = TokenTable(folders["tokenize"] / "train.arrow")
     write_tokens(folders["tokenize"] / "heldout.arrow", [plain(learnt.row(number)) for number in range(8)])
-    details = {"end_of_turn": {"token": "<|im_end|>", "id": tiny_tokenizer().eos_token_id}}
+    details = {"end_of_turn": {"token": "<|im_end|>", "id": tiny_tokenizer().eos_token_id}, "reply_ends": []}
     write_json(folders["tokenize"] / "tokenize.json", details | {"counts": {"train": {"examples": 24, "labelled": 99}}})
     return folders
 

@@ -199,7 +199,7 @@ def plan_replies(
         batch_size=batch,
         context=context,
         stop=stop["token"],
-        stop_ids=sorted({stop["id"], *eos_ids(model, tokenizer)}),
+        stop_ids=sorted({stop["id"], *(end["id"] for end in details["reply_ends"]), *eos_ids(model, tokenizer)}),
         requests=[make_request(row, limit.value, context) for row in asked],
     )
 

@@ -266,7 +266,8 @@ def _write_companions(inputs: MergeInputs, base: Path, model: Path) -> None:
         _replace(model / path.name, path.read_bytes())
     config = read_json(model / "config.json")
     details = read_json(inputs.tokenize / "tokenize.json")
-    generation = generation_config(base, config, details["end_of_turn"]["id"], _pad_id(model))
+    ends = [details["end_of_turn"]["id"], *(end["id"] for end in details["reply_ends"])]
+    generation = generation_config(base, config, ends, _pad_id(model))
     _replace(model / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True).encode() + b"\n")
 
 
@@ -279,16 +280,16 @@ def _pad_id(model: Path) -> int | None:
     return AutoTokenizer.from_pretrained(model, local_files_only=True).pad_token_id
 
 
-def generation_config(base: Path, config: dict[str, Any], end_of_turn: int, pad: int | None) -> dict[str, Any]:
-    """The base's generation config, which also ends at the trained end of turn, and pads with an id that exists."""
+def generation_config(base: Path, config: dict[str, Any], trained: list[int], pad: int | None) -> dict[str, Any]:
+    """The base's generation config, which also ends at the trained ends of turn, and pads with an id that exists."""
     path = base / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    generation["eos_token_id"] = [end_of_turn, *(end for end in ends if end != end_of_turn)]
+    generation["eos_token_id"] = list(dict.fromkeys([*trained, *ends]))
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     own = generation.get("pad_token_id")
     if own is None or not 0 <= own < vocabulary:
-        generation["pad_token_id"] = end_of_turn if pad is None else pad
+        generation["pad_token_id"] = trained[0] if pad is None else pad
     generation.pop("_from_model_config", None)
     return generation

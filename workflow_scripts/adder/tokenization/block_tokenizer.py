@@ -40,7 +40,8 @@ BLOCKS = pa.schema(
         ("batch", pa.int32()),
         *((name, INTEGERS) for name in ("rows", "ends", "counts", "replies")),
         ("rejected", REJECTED),
-        ("cut", pa.int32()),
+        *((name, pa.int32()) for name in ("cut", "split", "unmatched")),
+        ("unwritten", pa.list_(pa.string())),
         ("folds_reasoning", pa.bool_()),
     ]
 )
@@ -64,12 +65,15 @@ class RejectedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizedBlock:
-    """What is made of a block's conversations: n examples, of those at `batch.rows`."""
+    """What is made of a block's conversations: n examples, of those at `batch.rows`; of one maybe several."""
 
     batch: Batch
     labelled: Counts  # (n,), tokens that carry loss
     rejected: list[RejectedRow]
-    cut: int  # conversations encoded in pieces
+    cut: int  # examples encoded in pieces
+    split: int  # conversations that became several examples
+    unmatched: int  # see Labeller
+    unwritten: list[str]  # see PromptContents.unwritten_of_tools
     folds_reasoning: bool  # see ChatTemplate
 
 
@@ -152,20 +156,25 @@ def pieces(scanned: list[tuple[Digests, Integers]]) -> list[Piece]:
 class Worker:
     """Tokenises pieces of a Parquet file, which it reads by itself: only a few numbers and the tokens travel."""
 
-    def __init__(self, labeller: Labeller, source: Path) -> None:
-        self.labeller = labeller
+    def __init__(self, labeller: Labeller, source: Path, split: bool) -> None:
+        self.labeller, self.split = labeller, split
         self._table = Table(source, ["conversation"])
 
     def __call__(self, piece: Piece) -> TokenizedBlock:
         """Token ids and labels of a piece."""
         template = self.labeller.finder.template
+        contents = self.labeller.finder.contents
         template.forget_reasoning()  # what is found depends on the piece alone
-        cut_before = self.labeller.cut
+        contents.forget()
+        before = self.labeller.cut, self.labeller.split, self.labeller.unmatched
         texts = self._table.rows(piece.start, piece.stop).column("conversation").to_pylist()
-        batch, reasons = self.labeller.label_batch([_parse(text) for text in texts])
+        batch, reasons = self.labeller.label_batch([_parse(text) for text in texts], self.split)
         rejected = [RejectedRow(row, str(reason), reason.kind) for row, reason in sorted(reasons.items())]
-        cut = self.labeller.cut - cut_before
-        return TokenizedBlock(batch, _count_labelled(batch), rejected, cut, template.folds_reasoning)
+        after = self.labeller.cut, self.labeller.split, self.labeller.unmatched
+        cut, split, unmatched = (now - then for now, then in zip(after, before, strict=True))
+        unwritten = sorted(contents.unwritten_of_tools)
+        labelled = _count_labelled(batch)
+        return TokenizedBlock(batch, labelled, rejected, cut, split, unmatched, unwritten, template.folds_reasoning)
 
 
 def _parse(text: str) -> Conversation:
@@ -225,7 +234,8 @@ class EarlierTokens:
             lists += [np.asarray(batch.column(name)) for name in ("tokens", "labelled")]
         ids, labels, lengths, labelled = lists
         made = Batch(rows, ids, labels, lengths.astype(np.int64), ends, counts, replies)
-        return TokenizedBlock(made, labelled, rejected, row["cut"].as_py(), row["folds_reasoning"].as_py())
+        others = (row[name].as_py() for name in ("cut", "split", "unmatched", "unwritten", "folds_reasoning"))
+        return TokenizedBlock(made, labelled, rejected, *others)
 
 
 def meaning(earlier: Earlier, model: Path, tokenizer: PreTrainedTokenizerFast, loss_on: str) -> str:
@@ -236,7 +246,7 @@ def meaning(earlier: Earlier, model: Path, tokenizer: PreTrainedTokenizerFast, l
         if path.is_file() and not path.name.endswith(WEIGHTS)
     }
     libraries = row_blocks.versions("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "orjson")
-    return row_blocks.meaning(earlier.code(CODE), libraries, files, canonical(tokenizer.get_chat_template()), loss_on)
+    return row_blocks.meaning(earlier.code(CODE), libraries, files, canonical(tokenizer.chat_template), loss_on)
 
 
 class BlockFile:
@@ -261,6 +271,9 @@ class BlockFile:
             "replies": [made.replies],
             "rejected": [[one._asdict() for one in block.rejected]],
             "cut": [block.cut],
+            "split": [block.split],
+            "unmatched": [block.unmatched],
+            "unwritten": [block.unwritten],
             "folds_reasoning": [block.folds_reasoning],
         }
         arrays = [pa.array(values, type=BLOCKS.field(name).type) for name, values in row.items()]

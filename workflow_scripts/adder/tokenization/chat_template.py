@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
+import jinja2.meta
 from jinja2.runtime import Context
 from transformers import PreTrainedTokenizerFast
 
@@ -40,6 +41,11 @@ NAMED = {
         "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
     ),
 }
+# What every caller gives a template, or transformers does.
+RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"}
+    | {"raise_exception", "strftime_now"}
+)
 CHATML_TOKENS = ("<|im_end|>", "<|im_start|>")
 
 # Names under which templates look for a reply's reasoning: Qwen's, gpt-oss's, and one of Gemma 4's two.
@@ -71,7 +77,12 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | Non
             raise UserError(f"tokenize.chat_template: can't read {chat_template}: {error}") from None
         return "file"
     if chat_template is None and tokenizer.chat_template:
-        tokenizer.chat_template = tokenizer.get_chat_template()  # of several named ones, the default
+        named = cast("str | dict[str, str]", tokenizer.chat_template)
+        if isinstance(named, dict) and "default" not in named:
+            raise UserError(
+                f"the model has several chat templates ({', '.join(sorted(named))}) and none is the default; set "
+                "tokenize.chat_template to a Jinja file with the one to use"
+            )
         return "own"
     missing = [token for token in CHATML_TOKENS if token not in tokenizer.added_tokens_encoder]
     name = chat_template or ("plain" if missing else "chatml")
@@ -90,6 +101,54 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | Non
     return name
 
 
+def set_variables(tokenizer: PreTrainedTokenizerFast, variables: Mapping[str, object]) -> None:
+    """Make `variables` the defaults of the chat template, in the template itself.
+
+    So whatever renders it sees the same ones: training, evaluation, lm-eval, and whoever serves the merged model. A
+    caller's own value still counts. Raises UserError for a name that the template doesn't read.
+    """
+    if not variables:
+        return
+    named = cast("str | dict[str, str]", tokenizer.chat_template)
+    sources = named if isinstance(named, dict) else {"default": named}
+    known = set[str]().union(*map(_variables, sources.values()))
+    for name in variables:
+        if name not in known:
+            raise UserError(
+                f"tokenize.template_variables: the chat template reads no variable {name!r}; it reads "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+    defaults = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_jinja_literal(value)} %}}{{%- endif %}}"
+        for name, value in sorted(variables.items())
+    )
+    # A newline right behind a block is left out, and spaces before a block that begins a line: not so behind `}}`.
+    made = {name: defaults + "{{ '' }}" + re.sub(r"\A[ \t]+(?=\{[%#])", "", source) for name, source in sources.items()}
+    tokenizer.chat_template = cast("str", made if isinstance(named, dict) else made["default"])
+
+
+def _variables(source: str) -> set[str]:
+    """Variables that a template reads and that a caller may set."""
+    tree = _compiled(source).environment.parse(source)
+    return jinja2.meta.find_undeclared_variables(tree) - RESERVED
+
+
+def _jinja_literal(value: object) -> str:
+    """A value of YAML as an expression of Jinja."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_jinja_literal(k)}: {_jinja_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_jinja_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _compiled(source: str) -> jinja2.Template:
+    try:
+        return _compile_jinja_template(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template isn't valid Jinja: line {error.lineno}: {error.message}") from None
+
+
 def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer puts its beginning-of-text token before a plain text."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -105,27 +164,33 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 class ChatTemplate:
     """Renders conversations as `tokenizer.apply_chat_template` does.
 
-    A message is {"role", "content"} and maybe what else a Message has. Templates differ in the form in which they take
-    some of that, so each form is tried once on a conversation of our own, and the first whose text comes out is used:
-    contents as text or as a list of parts (vision models), a call's arguments as an object or as JSON text, no content
-    beside a call as "" or None, reasoning under one of REASONING_KEYS. Where a template knows none of these keys,
-    reasoning is written before the answer as <think>...</think>.
+    A message is {"role", "content"} and maybe what else a Message of formatting.conversation has. Templates
+    differ in the form in which they take some of that, so each form is tried once on a conversation of our own, and the
+    first whose text comes out is used: contents as text or as a list of parts (vision models), a call's arguments as an
+    object or as JSON text, no content beside a call as "" or None, a call's result as text or in a list, reasoning
+    under one of REASONING_KEYS. Where a template knows none of these keys, reasoning is written before the answer as
+    <think>...</think>.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        source = tokenizer.get_chat_template()
-        try:
-            self.compiled = _compile_jinja_template(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"the chat template isn't valid Jinja: line {error.lineno}: {error.message}") from None
-        self.marks_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, with_tools: bool = False) -> None:
+        self.source = tokenizer.get_chat_template(tools=[] if with_tools else None)
+        self._tool_use: ChatTemplate | None = None
+        if not with_tools and isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
+            self._tool_use = ChatTemplate(tokenizer, with_tools=True)
+        self.compiled = _compiled(self.source)
+        self.marks_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source))
         variables = {**tokenizer.special_tokens_map, "strftime_now": DATE.strftime}
         # One context for all conversations: making one takes longer than rendering a short conversation.
         self._context = self.compiled.new_context({**variables, "documents": None})
         self._parts = False
-        self._call_form: tuple[bool, str | None] | None = None  # arguments as JSON text?, content when there is none
+        # Arguments as JSON text?, a call's content when there is none, a result as a list of what.
+        self._call_form: tuple[bool, str | None, str] | None = None
         self._reasoning_keys: dict[bool, str] = {}  # beside a call or not: "" for none, written into the content
         self._parts = not self._writes([_user(), _reply("PROBE2")], "PROBE1", "PROBE2") and self._takes_parts()
+
+    def of(self, tools: Tools | None) -> "ChatTemplate":
+        """The template for conversations with these tools: of several named ones transformers then takes tool_use."""
+        return self._tool_use if tools and self._tool_use is not None else self
 
     @property
     def takes_text(self) -> bool:
@@ -135,20 +200,23 @@ class ChatTemplate:
     @property
     def folds_reasoning(self) -> bool:
         """Whether reasoning was met that the template has no key for."""
-        return "" in self._reasoning_keys.values()
+        own = "" in self._reasoning_keys.values()
+        return own or (self._tool_use is not None and self._tool_use.folds_reasoning)
 
     def forget_reasoning(self) -> None:
         """Have `folds_reasoning` tell of what is met from here on."""
         self._reasoning_keys.clear()
+        if self._tool_use is not None:
+            self._tool_use.forget_reasoning()
 
     def render(self, messages: Messages, prompt: bool = False, tools: Tools | None = None) -> str:
         """Text of the conversation; with `prompt`, as the model sees it when the next reply is its own to write.
 
         Raises UnusableRow when the template refuses the conversation.
         """
-        taken = [self.taken(message) for message in messages]
+        template = self.of(tools)
         with _refusals():
-            return self.render_taken(taken, prompt, tools)
+            return template.render_taken([template.taken(message) for message in messages], prompt, tools)
 
     def render_taken(self, messages: Messages, prompt: bool = False, tools: Tools | None = None) -> str:
         """The same for messages that are already in the form the template takes; raises whatever the template does."""
@@ -156,6 +224,8 @@ class ChatTemplate:
 
     def render_blocks(self, messages: Messages, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """Text of the conversation and the character spans of the template's {% generation %} blocks."""
+        if self.of(tools) is not self:
+            return self.of(tools).render_blocks(messages, tools)
         parts: list[str] = []
         blocks: list[Span] = []
         taken = [self.taken(message) for message in messages]
@@ -192,13 +262,20 @@ class ChatTemplate:
         if message.get("tool_calls"):
             if self._call_form is None:
                 self._call_form = self._find_call_form()
-            as_text, empty = self._call_form
+            as_text, empty, _ = self._call_form
             if as_text:
                 taken["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
             if not taken["content"]:
                 taken["content"] = empty
-        if self._parts:
+        result = ""
+        if message["role"] == "tool":
+            if self._call_form is None:
+                self._call_form = self._find_call_form()
+            result = self._call_form[2]
+        if self._parts or result == "parts":
             taken["content"] = [{"type": "text", "text": taken["content"] or ""}]
+        elif result == "texts":
+            taken["content"] = [taken["content"]]
         return taken
 
     def _writes(self, messages: Messages, *texts: str) -> bool:
@@ -213,12 +290,17 @@ class ChatTemplate:
         self._parts = True
         return self._writes([_user(), _reply("PROBE2")], "PROBE1", "PROBE2")
 
-    def _find_call_form(self) -> tuple[bool, str | None]:
-        result = {"role": "tool", "content": "1", "tool_call_id": "probe0001", "name": "PROBENAME"}
-        for self._call_form in product((False, True), ("", None)):
-            if self._writes([_user(), _call(), result, _reply("PROBE2")], "PROBENAME", "PROBEVALUE"):
+    def _find_call_form(self) -> tuple[bool, str | None, str]:
+        result = {"role": "tool", "content": "PROBE4", "tool_call_id": "probe0001", "name": "PROBENAME"}
+        for results, as_text, empty in product(("", "parts", "texts"), (False, True), ("", None)):
+            self._call_form = as_text, empty, results
+            if self._writes([_user(), _call(), result, _reply("PROBE2")], "PROBENAME", "PROBEVALUE", "PROBE4"):
                 return self._call_form
-        return False, ""
+        for as_text, empty in product((False, True), ("", None)):  # a template that doesn't know results
+            self._call_form = as_text, empty, ""
+            if self._writes([_user(), _call()], "PROBENAME", "PROBEVALUE"):
+                return self._call_form
+        return False, "", ""
 
     def _find_reasoning_key(self, beside_call: bool) -> None:
         reply = _call() if beside_call else _reply("PROBE2")

@@ -75,7 +75,7 @@ class FastPath:
         self.backend = tokenizer.backend_tokenizer
         self.added = tokenizer.added_tokens_decoder
         self.unknown, self.bos = tokenizer.unk_token_id, tokenizer.bos_token_id
-        self.ids = finder.special_ids
+        self.ids = finder.control.ids
         self.is_control = np.zeros(1 + max([self.backend.get_vocab_size(), *self.ids.values()]), dtype=bool)
         self.is_control[list(self.ids.values())] = True
         self.usable = finder.template.takes_text and self._normalises_locally() and self._finds_control_tokens()
@@ -86,6 +86,8 @@ class FastPath:
         if not self.usable or len(conversation) != 1 or "messages" not in conversation:
             return None
         messages = conversation["messages"]
+        if not messages or messages[0]["role"] == "assistant":
+            return None  # the slow path counts replies that answer no prompt
         key = tuple([message["role"] if len(message) == 2 else _marked_role(message) for message in messages])
         layout = self._layouts.get(key, 0)
         if isinstance(layout, int):
@@ -151,8 +153,8 @@ class FastPath:
         if failed >= ATTEMPTS or None in key:
             return None
         try:
-            rendered = self.finder.find(messages)
-            layout = self._learn(messages, rendered)
+            found = self.finder.find(messages)
+            layout = self._learn(messages, found[0]) if len(found) == 1 and not found[0].composed else None
         except UnusableRow:
             return None
         self._layouts[key] = layout or failed + 1
@@ -177,7 +179,7 @@ class FastPath:
         controls = [
             (start + match.start(), start + match.end(), self.ids[match[0]])
             for start, end in fixed
-            for match in self.finder.special.finditer(rendered.text[start:end])
+            for match in self.finder.control.pattern.finditer(rendered.text[start:end])
         ]
         if [index for _, _, index in controls[:2]] == [self.bos] * 2:
             return None  # written twice, which the slow path refuses

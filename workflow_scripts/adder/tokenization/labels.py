@@ -5,7 +5,8 @@ isn't sure of, take the slow path here. Both give the same ids and labels.
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
 from itertools import chain, pairwise
 
 import numpy as np
@@ -38,9 +39,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of several conversations in one row."""
+    """The tokens of several examples in one row: one a conversation, or several of one that was split."""
 
-    rows: Integers  # (n,), which conversations these are, ascending
+    rows: Integers  # (n,), which conversations these are of, ascending
     ids: Tokens  # (tokens,)
     labels: Tokens  # (tokens,), not shifted
     lengths: Integers  # (n,), tokens of each
@@ -66,23 +67,29 @@ class Labeller:
     does. A conversation is encoded whole, and a token carries loss if it starts inside a reply's span. This holds only
     while the tokens before a reply are exactly the ones that generation will be given. A token that straddles the
     border (template "Assistant: ", reply "Yes", token " Yes") breaks it; so can a tokenizer that looks ahead. The text
-    is then cut at that border, and its pieces are encoded each by itself. (In a conversation of several turns the cut
-    stays in the later turns' history, where generation would be given the joined token: the reply as it was written.)
+    is then cut at that border, and its pieces are encoded each by itself. In the history of later turns generation
+    would be given the joined token, so each reply is an example of its own then.
 
     A plain text ({"text"}) is encoded as the tokenizer encodes texts, ends in its end-of-text token, and carries loss
     on all of it. It may hold control tokens: such texts were written with some template already.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, loss_on: LossOn = "assistant", fast_path: bool = True
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        loss_on: LossOn = "assistant",
+        fast_path: bool = True,
+        eos_ids: Collection[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
         self.loss_on = loss_on
-        self.finder = AssistantSpanFinder(tokenizer, loss_on)
-        self.special_ids = frozenset(self.finder.special_ids.values())
+        self.finder = AssistantSpanFinder(tokenizer, loss_on, eos_ids)
+        self.special_ids = frozenset(self.finder.control.ids.values())
         self.fast_path = FastPath(self.finder, tokenizer) if fast_path else None
-        self.cut = 0  # conversations encoded in pieces so far
+        self.cut = 0  # examples encoded in pieces so far
+        self.split = 0  # conversations that became several examples
+        self._unmatched = 0  # replies that carry no loss because conversations aren't to be split
         # Matched before all else, so that what follows is independent of what stands before.
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
         self._tails: dict[str, list[int]] = {}
@@ -93,23 +100,34 @@ class Labeller:
         self._known: set[str] = set()  # characters already found to have tokens
         self._known_ascii = b""
 
-    def label(self, conversations: list[Conversation]) -> list[Example | UnusableRow]:
-        """For each conversation ({"messages", "tools"} or {"text"}), its tokens, or why it can't be used."""
+    @property
+    def unmatched(self) -> int:
+        """Replies so far that carry no loss though they are to be learnt: generation would have another prompt."""
+        return self._unmatched + self.finder.unprompted
+
+    def label(self, conversations: list[Conversation]) -> list[list[Example] | UnusableRow]:
+        """For each conversation ({"messages", "tools"} or {"text"}), its examples, or why it can't be used."""
         batch, rejected = self.label_batch(conversations)
-        found: dict[int, Example | UnusableRow] = dict(rejected)
+        found: dict[int, list[Example]] = {}
         for number, row in enumerate(batch.rows.tolist()):
             one = batch.part(number, number + 1)
-            found[row] = Example(one.ids, one.labels, one.replies.tolist())
-        return [found[row] for row in range(len(conversations))]
+            found.setdefault(row, []).append(Example(one.ids, one.labels, one.replies.tolist()))
+        return [rejected[row] if row in rejected else found[row] for row in range(len(conversations))]
 
-    def label_batch(self, conversations: list[Conversation]) -> tuple[Batch, dict[int, UnusableRow]]:
-        """The tokens of all conversations that can be used, and why the others can't, by number."""
+    def label_batch(
+        self, conversations: list[Conversation], split: bool = True
+    ) -> tuple[Batch, dict[int, UnusableRow]]:
+        """The tokens of all conversations that can be used, and why the others can't, by number.
+
+        split: whether an earlier reply that doesn't stand in its conversation as generation would have it becomes an
+        example of its own (see AssistantSpanFinder), behind the conversation's; else it carries no loss.
+        """
         fast = self.take_fast_path(conversations)
         if len(fast.rows) == len(conversations):
             return fast, {}
         taken = set(fast.rows.tolist())
         remaining = [row for row in range(len(conversations)) if row not in taken]
-        slow, rejected = self._take_slow_path(conversations, remaining)
+        slow, rejected = self._take_slow_path(conversations, remaining, split)
         if not len(fast.rows):
             return slow, rejected
         parts, done = [], 0
@@ -149,29 +167,32 @@ class Labeller:
         return Batch(rows, ids, labels, lengths, ends[last], counts, ends - starts)
 
     def _take_slow_path(
-        self, conversations: list[Conversation], rows: list[int]
+        self, conversations: list[Conversation], rows: list[int], split: bool
     ) -> tuple[Batch, dict[int, UnusableRow]]:
-        rendered: dict[int, Rendered] = {}
-        examples: dict[int, Batch] = {}
+        rendered: list[tuple[int, Rendered]] = []
+        examples: dict[int, list[Batch]] = {}
         rejected: dict[int, UnusableRow] = {}
         for row in rows:
             conversation = conversations[row]
             text = conversation.get("text")
             try:
                 if text is not None:
-                    examples[row] = self._label_text(row, text)
-                else:
-                    rendered[row] = self.finder.find(conversation.get("messages", []), conversation.get("tools"))
+                    examples[row] = [self._label_text(row, text)]
+                    continue
+                found = self.finder.find(conversation.get("messages", []), conversation.get("tools"))
+                rendered += [(row, one) for one in (found if split else found[:1])]
+                self._unmatched += 0 if split else sum(len(one.spans) for one in found[1:])
             except UnusableRow as reason:
                 rejected[row] = reason
-        texts = [found.text for found in rendered.values()]
-        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
-        for (row, found), encoding in zip(rendered.items(), encodings, strict=True):
+        encodings = self.backend.encode_batch([one.text for _, one in rendered], add_special_tokens=False)
+        for (row, one), encoding in zip(rendered, encodings, strict=True):
             try:
-                examples[row] = self._label_one(row, found, encoding)
+                examples.setdefault(row, []).extend(self._label_one(row, one, encoding, split))
             except UnusableRow as reason:
                 rejected[row] = reason
-        return _joined([examples[row] for row in sorted(examples)]), rejected
+        kept = [examples[row] for row in sorted(examples) if row not in rejected]
+        self.split += sum(len(parts) > 1 for parts in kept)
+        return _joined([part for parts in kept for part in parts]), rejected
 
     def _label_text(self, row: int, text: str) -> Batch:
         if not text.strip():
@@ -191,14 +212,26 @@ class Labeller:
         end = self.tokenizer.eos_token_id
         if isinstance(end, int):
             return end
-        rendered = self.finder.find([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        return self.finder.special_ids[self.finder.special.findall(rendered.text)[-1]]
+        rendered = self.finder.find([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0]
+        return self.finder.control.ids[self.finder.control.pattern.findall(rendered.text)[-1]]
 
-    def _label_one(self, row: int, rendered: Rendered, encoding: Encoding) -> Batch:
+    def _label_one(self, row: int, rendered: Rendered, encoding: Encoding, split: bool) -> list[Batch]:
         text, spans = rendered.text, rendered.spans
         ids, offsets = encoding.ids, encoding.offsets
         both = [*spans, *rendered.masked]
         cuts = sorted(start for start, _ in both if not self._is_border(text, start, ids, offsets))
+        if cuts and len(spans) > 1 and self.loss_on != "all":
+            # A cut is right for its own reply only: in the history of later ones generation has the joined token.
+            ends = [len(text), *(end for _, end in spans[-2::-1])]
+            alone = [
+                replace(rendered, text=text[:end], spans=[span]) for end, span in zip(ends, spans[::-1], strict=True)
+            ]
+            encodings = self.backend.encode_batch([one.text for one in alone], add_special_tokens=False)
+            pairs = list(zip(alone, encodings, strict=True))
+            self._unmatched += 0 if split else len(pairs) - 1
+            return [
+                batch for one, own in pairs[: None if split else 1] for batch in self._label_one(row, one, own, split)
+            ]
         if cuts:
             self.cut += 1
             ids, offsets = self._encode_pieces(text, cuts)
@@ -219,7 +252,7 @@ class Labeller:
             raise UnusableRow("nothing to train on: no token lies in what a reply's spans say is to be learnt")
         if self._lone_bos is not None and ids[:2] == [self._lone_bos] * 2:
             raise UnusableRow("the chat template writes the beginning-of-text token twice")
-        return _one(row, array, labels, last, replies)
+        return [_one(row, array, labels, last, replies)]
 
     def _is_border(self, text: str, at: int, ids: list[int], offsets: list[Span]) -> bool:
         """Whether the tokens before `at` are those of text[:at] alone.

@@ -29,11 +29,12 @@ from adder.tokenization.block_tokenizer import (
     Worker,
     load_tokenizer,
 )
-from adder.tokenization.chat_template import adds_bos, choose_template
+from adder.tokenization.chat_template import adds_bos, choose_template, set_variables
 from adder.tokenization.labels import Batch, Labeller
 from adder.tokenization.records import (
     BosToken,
     RejectedConversation,
+    ReplyEnd,
     SplitCounts,
     Token,
     TokenizedExample,
@@ -68,12 +69,15 @@ class Shown(NamedTuple):
 class Split:
     """What became of the conversations of one split."""
 
+    conversations: int  # that can be used
     counts: SplitCounts
     replies: npt.NDArray[np.int32]  # tokens of each reply
+    ends: Counter[int]  # last tokens of replies
     reasons: Counter[str]  # why conversations were left out, and how many
     rejected: list[RejectedConversation]  # the first LISTED of them
     shown: list[Shown]
     folds_reasoning: bool  # see ChatTemplate
+    unwritten: set[str]  # see PromptContents.unwritten_of_tools
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     model = inputs.model / "model"
     tokenizer = load_tokenizer(model)
     source = choose_template(tokenizer, settings.chat_template)
-    labeller = Labeller(tokenizer, settings.loss_on)
+    set_variables(tokenizer, settings.template_variables)
+    labeller = Labeller(tokenizer, settings.loss_on, eos_ids=_eos_ids(model))
     meaning, earlier = "", None
     if context.earlier:
         meaning = block_tokenizer.meaning(context.earlier, model, tokenizer, settings.loss_on)
@@ -127,9 +132,14 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     reasons = train.reasons + heldout.reasons
     record: TokenizeRecord = {
         "template": source,
+        "template_variables": dict(settings.template_variables),
         "loss_on": settings.loss_on,
         "generation_blocks": labeller.finder.template.marks_generation,
         "end_of_turn": stop,
+        "reply_ends": [
+            cast("ReplyEnd", {"token": tokenizer.convert_ids_to_tokens(index), "id": index, "replies": count})
+            for index, count in train.ends.most_common()
+        ],
         "bos": _bos(tokenizer, reply.ids),
         "pad": cast("Token", {"token": tokenizer.pad_token, "id": tokenizer.pad_token_id}),
         "counts": {"train": train.counts, "heldout": heldout.counts},
@@ -140,7 +150,9 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
         "rejected_by_reason": dict(reasons.most_common()),
         "warnings": [],
     }
-    record["warnings"] = _warnings(tokenizer, record, settings.chat_template, _eos_ids(model), train.folds_reasoning)
+    record["warnings"] = _warnings(
+        tokenizer, record, settings.chat_template, _eos_ids(model), train.folds_reasoning, train.unwritten
+    )
     write_json(out / "tokenize.json", record)
     for warning in record["warnings"]:
         context.progress.say(f"warning: {warning}")
@@ -152,7 +164,7 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
 def _refuse_unusable(split: Split, which: str, limit: float) -> None:
     """Raise UserError where more than the share `limit` of a split's conversations can't be used."""
     rejected = split.reasons.total()
-    total = rejected + split.counts["examples"]
+    total = rejected + split.conversations
     if rejected > limit * total:
         raise UserError(
             f"{rejected:,} of {total:,} {which} conversations ({rejected / total:.1%}) can't be used with this model's "
@@ -170,9 +182,11 @@ def _tokenize_split(
     meaning: what the blocks are kept under for later runs, "" where they aren't.
     """
     table, name = Table(source, ["id", "source", "digest"]), source.stem
-    counts: SplitCounts = {"examples": 0, "tokens": 0, "labelled": 0, "cut": 0}
+    counts: SplitCounts = {"examples": 0, "split": 0, "unmatched": 0, "tokens": 0, "labelled": 0, "cut": 0}
     reasons: Counter[str] = Counter()
+    ends: Counter[int] = Counter()
     replies, folds_reasoning = [np.zeros(0, np.int32)], False
+    unwritten: set[str] = set()
     rejected: list[RejectedConversation] = []
     shown: list[Shown] = []
     pieces = _blocks(source, context)
@@ -188,6 +202,9 @@ def _tokenize_split(
             ]
             rejected += found
             counts["cut"] += block.cut
+            counts["split"] += block.split
+            counts["unmatched"] += block.unmatched
+            unwritten |= set(block.unwritten)
             folds_reasoning |= block.folds_reasoning
             if len(batch.rows):
                 writer.write_batch(_record_batch(rows, block))
@@ -195,13 +212,15 @@ def _tokenize_split(
                 counts["tokens"] += len(batch.ids)
                 counts["labelled"] += int(block.labelled.sum())
                 replies.append(batch.replies.astype(np.int32))
+                ends.update(_last_tokens(batch))
                 shown = _choose_examples(shown + _first_of_sources(rows, batch))
             if kept:
                 kept.add(piece.key, block)
             context.progress.line(f"{name}: {piece.stop:,} of {len(table):,} conversations")
     if kept:
         kept.close()
-    return Split(counts, np.concatenate(replies), reasons, rejected, shown, folds_reasoning)
+    usable = len(table) - reasons.total()
+    return Split(usable, counts, np.concatenate(replies), ends, reasons, rejected, shown, folds_reasoning, unwritten)
 
 
 def _blocks(source: Path, context: Context) -> list[Piece]:
@@ -209,7 +228,8 @@ def _blocks(source: Path, context: Context) -> list[Piece]:
     metadata = pq.read_metadata(source)
     workers = parallel.worker_count(metadata.num_rows, SCANNED_ENOUGH, context.threads)
     groups = range(metadata.num_row_groups)
-    return block_tokenizer.pieces(list(parallel.map_batches(lambda: Scanner(source), groups, workers)))
+    found = block_tokenizer.pieces(list(parallel.map_batches(lambda: Scanner(source), groups, workers)))
+    return [piece._replace(key=f"{source.stem}:{piece.key}") for piece in found]
 
 
 def _tokenized(
@@ -218,7 +238,8 @@ def _tokenized(
     """What is made of each block: what an earlier run did, or made now."""
     new = [piece for piece in pieces if earlier is None or piece.key not in earlier]
     workers = parallel.worker_count(sum(piece.stop - piece.start for piece in new), ENOUGH, context.threads)
-    fresh = parallel.map_batches(lambda: Worker(labeller, source), new, workers)
+    # Held-out conversations stay one row each.
+    fresh = parallel.map_batches(lambda: Worker(labeller, source, source.stem == "train"), new, workers)
     for piece in pieces:
         yield next(fresh) if earlier is None or piece.key not in earlier else earlier[piece.key]
 
@@ -230,10 +251,32 @@ def _record_batch(rows: pa.Table, block: TokenizedBlock) -> pa.RecordBatch:
     kept = rows if np.array_equal(batch.rows, np.arange(rows.num_rows)) else rows.take(pa.array(batch.rows))
     lists = [pa.ListArray.from_arrays(borders, values) for values in (batch.ids, batch.labels)]
     columns = [
-        kept.column("id").combine_chunks(), *lists, pa.array(batch.lengths, pa.int32()),
+        _names(kept.column("id").combine_chunks(), batch.rows), *lists, pa.array(batch.lengths, pa.int32()),
         pa.array(block.labelled, pa.int32()), kept.column("digest").combine_chunks(),
     ]  # fmt: skip
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _names(names: pa.Array, rows: npt.NDArray[np.int64]) -> pa.Array:
+    """Names of examples: of a conversation that was split, further ones get a number behind its name."""
+    again = np.flatnonzero(rows[1:] == rows[:-1]) + 1
+    if not len(again):
+        return names
+    made = names.to_pylist()
+    firsts = np.searchsorted(rows, rows)  # where the conversation's own example stands
+    for place in again.tolist():
+        made[place] = f"{made[place]}#{place - int(firsts[place]) + 1}"
+    return pa.array(made, pa.string())
+
+
+def _last_tokens(batch: Batch) -> list[int]:
+    """The last token of each reply; of a loss on all, of each conversation's last reply."""
+    labelled = np.flatnonzero(batch.labels != IGNORE_INDEX)
+    places = np.cumsum(batch.replies) - 1
+    if len(places) and places[-1] == len(labelled) - 1:
+        return batch.ids[labelled[places]].tolist()
+    starts = np.cumsum(batch.lengths) - batch.lengths
+    return batch.ids[(starts + batch.ends - 1)[batch.counts > 0]].tolist()
 
 
 def _first_of_sources(rows: pa.Table, batch: Batch) -> list[Shown]:
@@ -293,6 +336,7 @@ def _warnings(
     asked: str | None,
     eos_ids: list[int],
     folds_reasoning: bool,
+    unwritten: set[str],
 ) -> list[str]:
     """What a person should know of the template. `asked`: the one that the settings name, if they do."""
     found = []
@@ -303,16 +347,38 @@ def _warnings(
         )
     if folds_reasoning:
         found.append("the chat template has no place for reasoning, so it stands in the reply, as <think>…</think>")
-    if stop["id"] not in eos_ids:
-        found.append(
-            f"replies end in {stop['token']} (id {stop['id']}), but the model's generation stops on {eos_ids}: "
-            "the merged model's generation_config must list it"
-        )
+    found += [
+        f"replies end in {end['token']} (id {end['id']}), but the model's generation stops on {eos_ids}: the merged "
+        "model's generation_config lists it as well"
+        for end in [stop, *(end for end in record["reply_ends"] if end["id"] != stop["id"])]
+        if end["id"] not in eos_ids
+    ]
+    found += _of_splitting(record["counts"]["train"], record["counts"]["heldout"])
+    if unwritten:
+        found.append(f"the chat template writes tools without their {' and '.join(sorted(unwritten))}")
     if adds_bos(tokenizer) and not bos["written"]:
         found.append(
             f"the tokenizer begins texts with {bos['token']}, but the chat template doesn't write it: conversations "
             "are trained, and prompted, without it"
         )
+    return found
+
+
+def _of_splitting(train: SplitCounts, heldout: SplitCounts) -> list[str]:
+    """What became of earlier replies that the template writes otherwise than the model has to."""
+    found = []
+    if train["split"]:
+        found.append(
+            f"{train['split']:,} conversations became several examples ({train['examples']:,} in all): the template "
+            "rewrites what is past, so each reply is trained behind the prompt that generation gives; "
+            "tokenize.loss_on: last trains on last replies only"
+        )
+    for name, counts in (("training", train), ("held-out", heldout)):
+        if counts["unmatched"]:
+            found.append(
+                f"{counts['unmatched']:,} {name} replies carry no loss: generation would have another prompt, or none, "
+                "than stands before them"
+            )
     return found
 
 

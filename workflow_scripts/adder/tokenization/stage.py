@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from adder.core.file_digests import FileDigests
 from adder.core.section import Section
@@ -19,6 +19,9 @@ class TokenizeSettings(Section):
     """A Jinja file, or the name of one of Adder's templates (`chatml`, `plain`), instead of the model's own."""
     loss_on: LossOn = "assistant"
     """Which tokens carry loss: all replies, the last reply of each conversation, or everything."""
+    template_variables: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template and their values, such as `{enable_thinking: false}`: the same ones in training,
+    evaluation and tasks, and the defaults of the merged model's template."""
     max_rejected: float = Field(default=0.1, ge=0, le=1)
     """Share of conversations that the template or tokenizer can't hold, above which the run stops; of either split."""
 

@@ -20,7 +20,7 @@ def inputs(tmp_path_factory):
     )
     tokenizer.save_pretrained(root / "tokenize" / "tokenizer")
     end = {"id": tokenizer.eos_token_id, "token": tokenizer.eos_token}
-    write_json(root / "tokenize" / "tokenize.json", {"end_of_turn": end})
+    write_json(root / "tokenize" / "tokenize.json", {"end_of_turn": end, "reply_ends": []})
     return {"model": root / "model", "tokenize": root / "tokenize"}
 
 

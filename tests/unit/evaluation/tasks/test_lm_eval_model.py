@@ -76,7 +76,9 @@ def test_the_end_of_turn_ends_a_reply(inputs, own_tasks, tmp_path, monkeypatch):
     """Also where model and tokenizer know of another end alone, as bases that got a template do."""
     original, tokenizer = tasks.load_model, tiny_tokenizer()
     shutil.copytree(inputs["tokenize"], tmp_path / "tokenize")
-    write_json(tmp_path / "tokenize" / "tokenize.json", {"end_of_turn": {"id": 0, "token": "<|endoftext|>"}})
+    write_json(
+        tmp_path / "tokenize" / "tokenize.json", {"end_of_turn": {"id": 0, "token": "<|endoftext|>"}, "reply_ends": []}
+    )
     assert tokenizer.eos_token_id != 0
 
     def load(*args):

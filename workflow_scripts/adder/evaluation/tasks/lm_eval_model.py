@@ -12,6 +12,7 @@ from adder.core.progress import Progress
 from adder.evaluation import speculative_decoding
 from adder.evaluation.model_loading import choose_batch_size, eos_ids
 from adder.evaluation.token_observer import TokenObserver
+from adder.tokenization.chat_template import ChatTemplate, UnusableRow
 from adder.tokenization.records import Token
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class TaskModel(HFLM):
     """lm-eval's Hugging Face model in batches that fit, with progress.
 
     Generation follows the task alone, not the model's own generation_config, so that base and tuned model answer under
-    the same rules; it ends at `stop`, the template's end of turn, too. `prompts_cut` counts prompts that
+    the same rules; it ends at `stop`, the template's end of turn, and at `ends`, other tokens that replies end in, too.
+    Questions are rendered as in training, with its date. `prompts_cut` counts prompts that
     lost their beginning to fit the context.
     """
 
@@ -36,10 +38,11 @@ class TaskModel(HFLM):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
         stop: Token,
+        ends: Sequence[Token],
         as_chat: bool,
         progress: Progress,
     ) -> None:
-        stop_ids = sorted({stop["id"], *eos_ids(model, tokenizer)})
+        stop_ids = sorted({stop["id"], *(end["id"] for end in ends), *eos_ids(model, tokenizer)})
         model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
         super().__init__(
             pretrained=model,
@@ -50,7 +53,17 @@ class TaskModel(HFLM):
             add_bos_token=False if as_chat else None,
         )
         self.stop, self.progress = stop, progress
+        self.template = ChatTemplate(tokenizer) if as_chat else None
         self.asked = self.prompts_cut = self.done = 0
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, as training renders it: lm-eval's own has today's date in it."""
+        if self.template is None or not add_generation_prompt:
+            return super().apply_chat_template(chat_history, add_generation_prompt)
+        try:
+            return self.template.render(chat_history, prompt=True)
+        except UnusableRow:  # as lm-eval does
+            return self.template.render([turn for turn in chat_history if turn["role"] != "system"], prompt=True)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Reply to prompts, as many at once as fit; a reply may take up half of the context at most."""
