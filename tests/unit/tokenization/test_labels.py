@@ -209,8 +209,13 @@ def test_parts_of_a_reply_that_are_not_to_be_learnt_carry_no_loss(name, loss_on)
         spans = [(content.index(part), content.index(part) + len(part)) for part in parts]
         messages = [*conversation("q", content), *conversation("r", "s")]
         messages[1] = {**messages[1], "unlearnt": spans}
-        ids, labels, _ = label(labeller, messages)
-        plain, before, _ = label(labeller, [*conversation("q", content), *conversation("r", "s")])
+        found, usual = (
+            label_all(labeller, turns) for turns in (messages, [*conversation("q", content), *conversation("r", "s")])
+        )
+        ids, labels, plain, before = (
+            np.concatenate([getattr(one, name) for one in examples])
+            for examples, name in ((found, "ids"), (found, "labels"), (usual, "ids"), (usual, "labels"))
+        )
         assert np.array_equal(ids, plain) and set(labels) <= {*before, IGNORE_INDEX}
         gone = labeller.tokenizer.decode(ids[labels != before], clean_up_tokenization_spaces=False)
         return labelled_text(labeller.tokenizer, labels), gone
