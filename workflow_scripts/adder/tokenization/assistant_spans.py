@@ -83,12 +83,31 @@ class AssistantSpanFinder:
             unlearnt = [part for turn in here for part in _unlearnt(messages[turn], text, spans[turn])]
             found.append(Rendered(text, list(spans.values()), [], not found, composed, unlearnt))
             left = [turn for turn in left if turn not in here]
-        if masked:
-            others = [self.targets.target(messages[: turn + 1], tools) for turn in masked]
-            if not all(target.is_in(found[0].text) for target in others):
-                raise UnusableRow("can't tell where the chat template writes a reply marked train: false")
-            found[0] = replace(found[0], masked=[target.span for target in others])
+        if self.loss_on == "all":
+            elsewhere = [turn for turn in wanted if not targets[turn].is_in(found[0].text)]
+            found[0] = self._mask(messages, masked, elsewhere, found[0])
         return found
+
+    def _mask(self, messages: list[Message], masked: list[int], elsewhere: list[int], whole: Rendered) -> Rendered:
+        """The conversation of which all carries loss but these replies, and parts of those that stand elsewhere."""
+        away = [self._locate(messages[turn], whole.text) for turn in masked]
+        parts = [
+            part
+            for turn in elsewhere
+            if messages[turn].get("unlearnt")
+            for part in _unlearnt(messages[turn], whole.text, self._locate(messages[turn], whole.text))
+        ]
+        return replace(whole, masked=away, unlearnt=[*whole.unlearnt, *parts])
+
+    def _locate(self, message: Message, text: str) -> Span:
+        """Where a reply's content stands in a text, through the control token behind it."""
+        content = message["content"].strip()
+        start = text.find(content)
+        if not content or start < 0 or content in text[start + 1 :]:
+            raise UnusableRow("can't tell where the chat template writes a reply that isn't to be learnt")
+        end = start + len(content)
+        token = self.control.pattern.search(text, end)
+        return start, token.end() if token and not text[end : token.start()].strip() else end
 
     def choose_turns(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Numbers of the messages to train on, and of those to leave out of a loss on all."""

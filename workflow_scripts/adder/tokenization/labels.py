@@ -236,7 +236,8 @@ class Labeller:
             self.cut += 1
             ids, offsets = self._encode_pieces(text, cuts)
         array = np.array(ids, dtype=np.int32)
-        labels = array.copy() if self.loss_on == "all" else np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        everything = self.loss_on == "all" and rendered.whole
+        labels = array.copy() if everything else np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
         replies = []
         last = 0
         for start, end in spans:
