@@ -20,7 +20,7 @@ from adder.core import file_lock
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import read_json
-from adder.workflow import config_file, library_versions, run_folder, stage_graph
+from adder.workflow import config_file, library_versions, requests, run_folder, stage_graph
 from adder.workflow import settings as adder_settings
 from adder.workflow.code_digest import closure
 from adder.workflow.stages import SPECS
@@ -57,17 +57,10 @@ if not CONFIGURED and not workflow.overwrite_configfiles:
     configfile: DEFAULT_CONFIG
 
 
-def runs_of_configuration():
-    """Return the settings of the configuration's runs, and {run: {name: stage}}. Raises UserError for mistakes."""
-    loaded = adder_settings.load(config)
-    results = Path(next(iter(loaded.values())).runtime.results)
-    digests = FileDigests(results / "cache" / "digests.json", Path.cwd())
-    runs = {}
-    for run, settings in loaded.items():
-        rows = adder_settings.resolved(settings, config, run)
-        runs[run] = stage_graph.stages_of_run(run, settings, rows, digests)
-        stage_graph.refuse_impossible(run, settings, runs[run], results, Path.cwd())
-    return loaded, runs
+def tell(text):
+    """Say something before the first job; the processes of single jobs parse this as well, and are silent."""
+    if workflow.is_main_process:
+        print(f"adder: {text}", file=sys.stderr)
 
 
 def origin_of_configuration():
@@ -79,7 +72,9 @@ def origin_of_configuration():
 
 
 with told_in_one_sentence(origin_of_configuration()):
-    SETTINGS, RUNS = runs_of_configuration()
+    GRAPHS = stage_graph.runs_of(config, tell)
+SETTINGS = {run: graph.settings for run, graph in GRAPHS.items()}
+RUNS = {run: graph.stages for run, graph in GRAPHS.items()}
 RUNTIME = next(iter(SETTINGS.values())).runtime
 RESULTS = RUNTIME.results
 # Where that is, under the prefix that an importing workflow may give; Snakemake puts it before inputs and outputs only.
@@ -88,6 +83,11 @@ PLACE = Path(str(workflow.modifier.modify_path(f"{RESULTS}/.lock"))).parent
 STAGES = {
     folder: stage for stages in RUNS.values() for last in stages.values() for folder, stage in last.family().items()
 }
+# Beside what Snakemake remembers: what isn't as it was made, or is of other things than the configuration's.
+if workflow.is_main_process:
+    DIGESTS = FileDigests.of_results(PLACE, tell)
+    for sentence in requests.ask_for_stages(PLACE, STAGES.values(), DIGESTS):
+        tell(sentence)
 RUN_OF = {stage.folder: run for run, stages in RUNS.items() for stage in stages.values()}
 # Runs that may be refused in the end, because a task's score fell too far.
 GUARDED = [run for run, settings in SETTINGS.items() if any(t.max_drop is not None for t in settings.evaluate.tasks)]

@@ -1,7 +1,7 @@
 # All runs on one page and in one table.
 
-keys = {run: stages["report"].key for run, stages in RUNS.items()}
-run_folder.request(PLACE, ".compare", keys, PLACE / run_folder.COMPARED)
+if workflow.is_main_process:
+    requests.ask_for_comparison(PLACE, {run: stages["report"].key for run, stages in RUNS.items()})
 
 
 rule compare_runs:

@@ -4,9 +4,8 @@
 report: "captions/workflow.rst"
 
 
-for run in RUNS:
-    keys = {name: stage.key for name, stage in shown_stages(run).items()}
-    run_folder.request(PLACE, run, keys, PLACE / run / run_folder.RECORD)
+for run in RUNS if workflow.is_main_process else ():
+    requests.ask_for_run(PLACE, run, shown_stages(run), DIGESTS)
 
 
 rule link_run:

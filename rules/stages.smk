@@ -3,11 +3,12 @@
 
 
 def parents(spec):
-    """Input function: the records of a stage's parents, by the name under which it reads them."""
+    """Input function: the records of a stage's parents, by the name under which it reads them, and the request."""
 
     def records(wildcards):
         stage = STAGES[f"stages/{spec.name}/{wildcards.key}"]
-        return {parent: f"{RESULTS}/{above.folder}/stage.json" for parent, above in stage.parents.items()}
+        above = {parent: f"{RESULTS}/{above.folder}/stage.json" for parent, above in stage.parents.items()}
+        return {**above, "request": f"{RESULTS}/cache/requests/{requests.stage_request(stage)}.json"}
 
     return records
 

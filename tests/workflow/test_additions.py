@@ -183,7 +183,7 @@ def test_a_score_is_one_file(addition):
 
 def key_of(addition: Addition, name: str) -> str:
     code = (
-        "from pathlib import Path; from adder.workflow import cli;"
-        f"print(next(cli._graphs(cli._layered([])))[2][{name!r}].key)"
+        "from adder.workflow import cli, stage_graph;"
+        f"print(next(iter(stage_graph.runs_of(cli._layered([])).values())).stages[{name!r}].key)"
     )
     return addition.project.python("-c", code).stdout.strip()

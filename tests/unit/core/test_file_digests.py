@@ -6,13 +6,15 @@ import shutil
 
 import pytest
 
-from adder.core import file_digests
+from adder.core import file_digests, files
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
 
 
 @pytest.fixture
-def digests(tmp_path) -> FileDigests:
+def digests(tmp_path, monkeypatch) -> FileDigests:
+    """Of files that are as good as old."""
+    monkeypatch.setattr(file_digests, "UNSETTLED", 0)
     return FileDigests(tmp_path / "cache" / "digests.json", tmp_path)
 
 
@@ -29,7 +31,63 @@ def test_a_file_is_read_once_while_it_stays_as_it_is(tmp_path, digests, monkeypa
 
     monkeypatch.setattr(file_digests, "digest_file", never)
     assert FileDigests(digests.memory, tmp_path).of(tmp_path / "rows.jsonl") == before
-    assert [name.rpartition("/")[2] for name in json.loads(digests.memory.read_text())] == ["rows.jsonl"]
+    assert next(iter(json.loads(digests.memory.read_text())["digests"].values()))[2] == before
+
+
+def test_a_file_under_another_name_or_written_anew_with_a_known_digest_is_not_read(tmp_path, digests, monkeypatch):
+    (tmp_path / "a").write_text("weights")
+    known = digests.of(tmp_path / "a")
+    os.link(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "c").write_text("weights")
+    digests.note({tmp_path / "c": known})
+
+    def never(path):
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr(file_digests, "digest_file", never)
+    assert FileDigests(digests.memory, tmp_path).of_all([tmp_path / "b", tmp_path / "c"]) == [known, known]
+
+
+def test_what_has_just_changed_is_not_remembered(tmp_path):
+    """File systems count time in steps: another change may bear the same time stamp."""
+    (tmp_path / "x").write_text("1")
+    digests = FileDigests(tmp_path / "digests.json", tmp_path)
+    digests.of(tmp_path / "x")
+    assert not digests.memory.exists() and digests.changed() == []
+
+
+def test_what_takes_long_is_said_before_and_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_digests, "WORTH_SAYING", 10)
+    monkeypatch.setattr(file_digests, "UNSETTLED", 0)
+    (tmp_path / "model").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "model" / name).write_text("12345")
+    said = []
+    digests = FileDigests(tmp_path / "digests.json", tmp_path, said.append)
+    for _ in range(2):
+        digests.of(tmp_path / "model")
+    assert said == [f"reading {tmp_path / 'model' / 'a'} and 1 more files, 0.0 GB, to know the content again: once"]
+
+
+@pytest.mark.parametrize("place", range(0, 160, 7))
+def test_a_damaged_memory_tells_nothing(tmp_path, digests, place):
+    (tmp_path / "x").write_text("1")
+    before = digests.of(tmp_path / "x")
+    content = digests.memory.read_bytes()
+    place %= len(content)
+    digests.memory.write_bytes(content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :])
+    assert FileDigests(digests.memory, tmp_path).of(tmp_path / "x") == before
+
+
+def test_what_another_version_remembered_of_a_large_file_is_not_taken_for_its_digest(tmp_path, digests, monkeypatch):
+    (tmp_path / "x").write_text("large enough")
+    small = digests.of(tmp_path / "x")
+    monkeypatch.setattr(file_digests, "LEAF", 4)
+    monkeypatch.setattr(files, "LEAF", 4)
+    large = FileDigests(digests.memory, tmp_path).of(tmp_path / "x")
+    assert large.startswith("tree-") and not small.startswith("tree-")
+    stat = (tmp_path / "x").stat()
+    assert FileDigests(digests.memory, tmp_path).holds(tmp_path / "x", small, stat.st_size, 1)
 
 
 @pytest.mark.parametrize("how", ["copied over with its time stamp", "renamed into its place", "written in place"])
@@ -73,6 +131,24 @@ def test_a_folder_counts_by_names_and_content_of_its_files(tmp_path, digests):
     assert digests.of(tmp_path / "b") == before
     (tmp_path / "b" / "inner" / "x").rename(tmp_path / "b" / "inner" / "y")
     assert digests.of(tmp_path / "b") != before
+
+
+def test_a_file_holds_what_it_was_written_with(tmp_path, digests):
+    path = tmp_path / "x"
+    path.write_text("1111")
+    stat = path.stat()
+    asked = {"digest": files.digest_file(path), "size": 4, "modified": stat.st_mtime_ns}
+    assert digests.holds(path, **asked) and not digests.memory.exists()  # not even read
+    digests.note({path: asked["digest"]})
+    path.touch()
+    assert digests.holds(path, **asked)
+    path.write_text("2222")
+    os.utime(path, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    assert not digests.holds(path, **asked)
+    path.write_text("11")
+    assert not digests.holds(path, **asked)
+    path.unlink()
+    assert not digests.holds(path, **asked)
 
 
 def test_a_memory_that_cannot_be_read_costs_no_more_than_time(tmp_path):

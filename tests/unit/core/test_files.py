@@ -1,13 +1,16 @@
 """Files come out the same for the same content, and whole or not at all."""
 
+import hashlib
 import os
 
 import pyarrow as pa
 import pytest
 
+from adder.core import files
 from adder.core.files import (
     atomic_write,
     digest_file,
+    has_digest,
     link_or_copy,
     read_json,
     read_jsonl,
@@ -44,6 +47,32 @@ def test_digests_are_those_of_the_tools_that_people_have(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert digest_file(tmp_path / "x") == "384264f676f39536840523f284921cdc68b6846b"  # b2sum -l 160
+    assert has_digest(tmp_path / "x", "384264f676f39536840523f284921cdc68b6846b")
+
+
+def test_a_large_files_digest_is_of_all_its_bytes_in_order_and_marked_as_such(tmp_path, monkeypatch):
+    """Each leaf's bytes, their order and the length count; the way in which small files are digested is still known."""
+    monkeypatch.setattr(files, "LEAF", 8)
+    monkeypatch.setattr(files, "AT_A_TIME", 3)
+    path = tmp_path / "x"
+    found = set()
+    contents = [b"a" * 8 + b"b" * 8 + b"c", b"b" * 8 + b"a" * 8 + b"c", b"a" * 8 + b"b" * 8, b"a" * 8 + b"b" * 9]
+    contents += [bytes([*contents[0][:i], 0, *contents[0][i + 1 :]]) for i in range(17)]
+    for content in contents:
+        path.write_bytes(content)
+        digest = digest_file(path)
+        assert digest.startswith("tree-") and len(digest) == 45 and has_digest(path, digest)
+        assert has_digest(path, hashlib.blake2b(content, digest_size=20).hexdigest())
+        found.add(digest)
+    assert len(found) == len(contents)
+    options = {"digest_size": 20, "inner_size": 20, "fanout": 0, "depth": 2, "leaf_size": 8}
+    leaves = [
+        hashlib.blake2b(part, node_offset=number, last_node=number == 2, **options).digest()
+        for number, part in enumerate((b"a" * 8, b"b" * 8, b"c"))
+    ]
+    path.write_bytes(contents[0])
+    root = hashlib.blake2b(b"".join(leaves), node_depth=1, last_node=True, **options)
+    assert digest_file(path) == f"tree-{root.hexdigest()}"
 
 
 def test_a_link_takes_no_room_and_a_copy_stands_in_where_there_can_be_none(tmp_path, monkeypatch):

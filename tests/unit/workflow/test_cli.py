@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adder.core import file_lock
-from adder.core.files import write_json
+from adder.core.file_digests import FileDigests
 from adder.workflow import cli, run_folder
 
 CONFIG = "model: {source: a/b}\ndata: {sources: [{builtin: tickets, rows: 9}]}\n"
@@ -112,7 +112,7 @@ def test_prune_takes_nobody_there_for_a_no_and_makes_no_results(tmp_path, prune)
 def test_verify_tells_what_is_not_as_it_was_made(folder, capsys):
     (folder / "default").mkdir()
     (folder / "default" / "report.html").write_text("page")
-    write_json(folder / "default" / "files.json", run_folder.file_digests(folder / "default"))
+    run_folder.write_record(folder / "default", {}, FileDigests(folder / "digests.json", folder))
     assert cli.main(["verify", "default"]) == 0
     (folder / "default" / "report.html").write_text("another page")
     assert cli.main(["verify", "default"]) == 1

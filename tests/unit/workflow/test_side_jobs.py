@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from adder.core import file_digests
+from adder.core.file_digests import FileDigests
 from adder.core.files import read_json, write_json
-from adder.workflow import run_folder, side_jobs
+from adder.core.stage_record import StageMeaning
+from adder.workflow import run_folder, side_jobs, stage_runner
 from compare_fixture import write_run
 
 
@@ -21,6 +24,18 @@ def stage_folders(root: Path, method: str = "lora") -> dict[str, Path]:
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_text("weights")
     (folders["gguf"] / "model.gguf").write_text("weights")
+    digests = FileDigests.of_results(root)
+    for name, folder in folders.items():
+        meaning: StageMeaning = {
+            "stage": name,
+            "key": name,
+            "settings": {},
+            "identity": {},
+            "asked_versions": {},
+            "inputs": {},
+            "code": "",
+        }
+        stage_runner.finish(folder, meaning, {}, 1.0, digests)
     return folders
 
 
@@ -30,6 +45,7 @@ def test_a_runs_weights_are_links_and_its_small_files_copies(tmp_path):
     side_jobs.link_run(stages, target, tmp_path / "log")
     assert run_folder.verify(target) == []
     model = target / "merged_model"
+    assert (model / "model.safetensors").stat().st_mode & 0o222 == 0  # it shares its bytes with stage and cache
     assert (model / "model.safetensors").samefile(stages["merge"] / "model" / "model.safetensors")
     assert (target / "model.gguf").samefile(stages["gguf"] / "model.gguf")
     assert not (model / "config.json").samefile(stages["merge"] / "model" / "config.json")
@@ -39,6 +55,33 @@ def test_a_runs_weights_are_links_and_its_small_files_copies(tmp_path):
         assert (stages["report"] / page).read_text() == page
     assert "merge: " in (tmp_path / "log").read_text()
     assert read_json(target / "stages.json") == {name: folder.name for name, folder in stages.items()}
+
+
+def test_weights_are_not_read_again_to_be_published(tmp_path, monkeypatch):
+    def only_small(path: Path) -> str:
+        assert path.suffix not in stage_runner.WEIGHTS, f"{path} was read again"
+        return "digest"
+
+    stages, target = stage_folders(tmp_path), tmp_path / "default"
+    target.mkdir()
+    for module in (file_digests, run_folder):
+        monkeypatch.setattr(module, "digest_file", only_small)
+    side_jobs.link_run(stages, target, tmp_path / "log")
+    recorded = read_json(target / "files.json")
+    outputs = read_json(stages["merge"] / "stage.json")["outputs"]
+    assert recorded["merged_model/model.safetensors"] == outputs["model/model.safetensors"]["digest"]
+
+
+def test_damaged_weights_are_not_published(tmp_path, capfd):
+    stages, target = stage_folders(tmp_path), tmp_path / "default"
+    target.mkdir()
+    weights = stages["merge"] / "model" / "model.safetensors"
+    weights.chmod(0o644)
+    weights.write_text("wEights")
+    with pytest.raises(SystemExit):
+        side_jobs.link_run(stages, target, tmp_path / "log")
+    assert f"{weights}: not as the stage wrote it" in (tmp_path / "log").read_text()
+    assert list(target.iterdir()) == []
 
 
 def test_what_a_run_no_longer_has_does_not_stay(tmp_path):
@@ -73,7 +116,7 @@ def test_the_guard_ends_the_job_of_a_run_that_forgot_too_much(tmp_path, drop, pa
 
 def test_the_comparison_leaves_its_sentence_in_the_log_and_a_mistake_too(tmp_path, capfd):
     runs = {name: write_run(tmp_path, name, right=right, heldout=20) for name, right in (("a", 0.9), ("b", 0.2))}
-    write_json(tmp_path / "request.json", {"a": "1", "b": "2"})
+    write_json(tmp_path / "request.json", {"wanted": {"a": "1", "b": "2"}})
     side_jobs.compare_runs(runs, tmp_path, tmp_path / "request.json", tmp_path / "log")
     assert read_json(tmp_path / "cache" / "compared.json") == {"a": "1", "b": "2"}
     assert (tmp_path / "log").read_text().startswith("Use a: ") and (tmp_path / "compare.csv").exists()

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -73,7 +75,9 @@ def data(tmp_path) -> Path:
         "inputs": {},
         "code": "c",
     }
-    stage_runner.finish(folder, meaning, {}, 1.0)
+    digests = FileDigests.of_results(tmp_path / "results")
+    record = stage_runner.finish(folder, meaning, {}, 1.0, digests)
+    digests.note({folder / path: known["digest"] for path, known in record["outputs"].items()})
     return folder
 
 
@@ -118,7 +122,7 @@ def test_snakemake_removing_the_record_costs_nothing(module, tmp_path, data):
     assert module.runs == 1 and (folder / "stage.json").exists()
 
 
-@pytest.mark.parametrize("change", ["settings", "code", "input", "identity"])
+@pytest.mark.parametrize("change", ["settings", "code", "identity"])
 def test_other_work_is_done_anew(module, tmp_path, data, change):
     execute(tmp_path, {"data": data}, identity={"file": "digest 1"})
     settings, identity = {"a": 1}, {"file": "digest 1"}
@@ -128,10 +132,43 @@ def test_other_work_is_done_anew(module, tmp_path, data, change):
         identity = {"file": "digest 2"}
     if change == "code":
         module.code = "code 2"
-    if change == "input":
-        (data / "rows.jsonl").write_text("another row\n")  # changed after its stage had finished
     execute(tmp_path, {"data": data}, settings=settings, identity=identity)
     assert module.runs == 2
+
+
+@pytest.mark.parametrize("damage", ["written to", "time stamp put back", "truncated", "removed", "record"])
+def test_what_is_not_as_its_stage_wrote_it_is_refused(module, tmp_path, data, capfd, damage):
+    """Before anything is computed or restored from it: it would bear the other's name."""
+    execute(tmp_path, {"data": data})
+    file = data / "rows.jsonl"
+    before = file.stat()
+    if damage in ("written to", "time stamp put back"):
+        file.write_text("rov\n")
+    if damage == "time stamp put back":
+        os.utime(file, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    if damage == "truncated":
+        file.write_text("ro")
+    if damage == "removed":
+        file.unlink()
+    if damage == "record":
+        (data / "stage.json").write_text((data / "stage.json").read_text().replace('"data"', '"dada"'))
+    with pytest.raises(SystemExit):
+        execute(tmp_path, {"data": data})
+    named = data / "stage.json" if damage == "record" else file
+    told = "is damaged" if damage == "record" else "not as the stage wrote it"
+    shown = capfd.readouterr().err
+    assert f"{named}: {told}; start the workflow again, which makes the stage anew" in shown and module.runs == 1
+
+
+def test_a_copied_or_touched_result_is_the_same(module, tmp_path, data):
+    """As after `cp -r` of all results: time stamps are others, the content isn't."""
+    folder = execute(tmp_path, {"data": data})
+    for path in [*tmp_path.glob("results/stages/*/*/**/*"), *tmp_path.glob("results/cache/format/*/**/*")]:
+        if path.is_file():
+            os.utime(path, ns=(1, 1))
+    shutil.rmtree(folder)
+    execute(tmp_path, {"data": data})
+    assert module.runs == 1
 
 
 def test_a_file_that_is_not_read_does_not_matter(module, tmp_path, data):
@@ -287,6 +324,76 @@ def test_a_process_that_outlived_its_snakemake_is_waited_for(tmp_path, end):
     assert [path.name for path in (tmp_path / "results/stages/format").iterdir()] == ["k"]
 
 
+@pytest.mark.parametrize(
+    ("owner", "step", "time", "is_lost"),
+    [
+        (stage_runner, "link_tree", 1, True),
+        (stage_runner, "_replace", 1, True),
+        (stage_runner, "_replace", 2, False),
+        (FileDigests, "note", 1, False),
+    ],
+)
+def test_a_kill_after_the_work_is_done_costs_nothing_once_it_is_kept(module, tmp_path, owner, step, time, is_lost):
+    """That is the first thing that happens to it, and what the killed process left is gone in the end."""
+    child = os.fork()
+    if not child:
+        run, real, calls = module.run, getattr(owner, step), []
+
+        def killed(*arguments, **options):
+            calls.append(1)
+            return os._exit(9) if len(calls) == time else real(*arguments, **options)
+
+        def last_step(settings: ToySettings, inputs: dict[str, Path], out: Path, context: Context):
+            found = run(settings, inputs, out, context)
+            setattr(owner, step, killed)
+            return found
+
+        module.run = last_step
+        with contextlib.suppress(BaseException):
+            execute(tmp_path, {})
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    folder = tmp_path / "results" / "stages" / "format" / "k"
+    (folder / "stage.json").unlink(missing_ok=True)  # as Snakemake does
+    execute(tmp_path, {})
+    assert module.runs == is_lost and (folder / "inner" / "result.txt").read_text() == "1 "
+    assert [path.name for path in folder.parent.iterdir()] == ["k"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EFBIG, "File too large"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_said_in_one_sentence(module, tmp_path, data, capfd, error):
+    module.error = error
+    with pytest.raises(SystemExit):
+        execute(tmp_path, {"data": data})
+    shown = capfd.readouterr().err
+    assert re.fullmatch(
+        r"format: cannot go on: the disk of .+/results/ has no room left \([\d,.]+ MB free, .+\n", shown
+    )
+
+
+def test_weights_become_read_only_but_not_the_users_own_that_are_linked(module, tmp_path):
+    own = tmp_path / "own.safetensors"
+    own.write_text("weights")
+    mode = own.stat().st_mode
+
+    def run(settings: ToySettings, inputs: dict[str, Path], out: Path, context: Context) -> dict[str, int]:
+        os.link(own, out / "linked.safetensors")
+        (out / "made.safetensors").write_text("weights")
+        return {}
+
+    module.run = run
+    folder = execute(tmp_path, {})
+    assert own.stat().st_mode == mode == (folder / "linked.safetensors").stat().st_mode
+    assert (folder / "made.safetensors").stat().st_mode & 0o222 == 0
+
+
 def test_the_time_of_a_continued_stage_is_that_of_all_attempts(module, tmp_path, capfd):
     def run(settings, inputs: dict[str, Path], out, context):
         time.sleep(0.3)
@@ -328,6 +435,41 @@ def test_a_file_that_changed_since_the_workflow_was_parsed_is_not_read_under_the
         execute(tmp_path, {}, identity=key_stands_for)
     assert f"{named_file}: changed since the workflow began; start it again" in capfd.readouterr().err
     assert module.runs == 0 and not (tmp_path / "results" / "stages" / "format" / "k").exists()
+
+
+@pytest.mark.parametrize("how", ["a file more", "a file fewer", "put back under a link of its own"])
+def test_files_that_come_go_or_return_while_they_are_read_are_noticed(
+    module, tmp_path, named_file, monkeypatch, capfd, how
+):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+
+    def identity(settings, where, digests):
+        return digests.named(sorted(tmp_path.glob("*.jsonl")))
+
+    spec = dataclasses.replace(stage_runner.SPECS["format"], identity=identity)
+    monkeypatch.setitem(stage_runner.SPECS, "format", spec)
+    run = module.run
+
+    def exchanging(settings, inputs: dict[str, Path], out, context):
+        if how == "a file more":
+            (tmp_path / "c.jsonl").write_text("c")
+        if how == "a file fewer":
+            (tmp_path / "b.jsonl").unlink()
+        if how == "put back under a link of its own":
+            os.link(tmp_path / "a.jsonl", tmp_path / "kept")
+            (tmp_path / "new").write_text("z")
+            os.replace(tmp_path / "new", tmp_path / "a.jsonl")
+            (tmp_path / "a.jsonl").read_text()
+            (tmp_path / "a.jsonl").unlink()
+            os.link(tmp_path / "kept", tmp_path / "a.jsonl")
+        return run(settings, inputs, out, context)
+
+    module.run = exchanging
+    with pytest.raises(SystemExit):
+        execute(tmp_path, {}, identity=identity(None, "", FileDigests(tmp_path / "elsewhere.json", tmp_path)))
+    assert "changed while being read; start the workflow again" in capfd.readouterr().err
+    assert not (tmp_path / "results" / "stages" / "format" / "k").exists()
 
 
 @pytest.mark.parametrize("content", ["two", "one"])

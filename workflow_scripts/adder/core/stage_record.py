@@ -34,6 +34,7 @@ class StageRecord(StageMeaning):
 
     fingerprint: digest of what decides the result. summary: a few figures of the stage's own. versions: of the
     libraries. hardware: of the machine. attempts: where it was interrupted. seconds: of all attempts. Memory in bytes.
+    check: digest of the rest.
     """
 
     fingerprint: str
@@ -47,4 +48,5 @@ class StageRecord(StageMeaning):
     hardware: Machine
     peak_gpu_memory_bytes: NotRequired[int]
     attempts: NotRequired[int]
+    check: NotRequired[str]
     energy_joules: NotRequired[float]

@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from adder.core.files import digest_file, read_json, write_json
+from adder.core.file_digests import FileDigests
+from adder.core.files import read_json, write_json
 from adder.core.model_config import context_length
 from adder.core.stage_spec import Context, NoInputs
 from adder.data import model_source
@@ -22,7 +23,6 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
     origin = model_source.fetch(settings, folder, context.progress)
     model_source.refuse_unusable(folder, settings.source)
     quantised = _dequantise(settings.source, out, context)
-    context.progress.say("digesting the model's files")
     summary: ModelSummary = {
         **origin,
         "source": settings.source,
@@ -30,7 +30,9 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
         "context_length": context_length(folder),
         "quantised": quantised,
     }
-    record: ModelRecord = {**summary, "files": {path.name: digest_file(path) for path in sorted(folder.iterdir())}}
+    files = sorted(folder.iterdir())
+    digests = FileDigests.of_results(context.results)  # of a local model that is linked, they are known already
+    record: ModelRecord = {**summary, "files": dict(digests.named(files))}
     write_json(out / "source.json", record)
     context.progress.say(f"{settings.source}: {summary['parameters'] / 1e6:,.1f} M parameters")
     return summary

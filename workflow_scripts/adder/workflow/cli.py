@@ -11,11 +11,10 @@ from typing import Any
 
 from adder.core import file_lock
 from adder.core.errors import UserError
-from adder.core.file_digests import FileDigests
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
 from adder.workflow import config_file, generated_docs, prune, run_folder, stage_graph
-from adder.workflow.settings import Settings, load, merged, resolved
+from adder.workflow.settings import merged
 from adder.workflow.stage_runner import run_stage
 
 DEFAULT_CONFIG = "config/config.yaml"
@@ -67,18 +66,12 @@ def _layered(files: list[str]) -> dict[str, Any]:
     return functools.reduce(merged, map(config_file.read, files or [DEFAULT_CONFIG]))
 
 
-def _graphs(config: dict[str, Any]) -> Iterator[tuple[str, Settings, dict[str, stage_graph.Stage]]]:
-    """Each run of a configuration with its settings and stages. Raises UserError as the workflow would."""
-    for run, settings in load(config).items():
-        results = Path(settings.runtime.results)
-        digests = FileDigests(results / "cache" / "digests.json", Path.cwd())
-        stages = stage_graph.stages_of_run(run, settings, resolved(settings, config, run), digests)
-        stage_graph.refuse_impossible(run, settings, stages, results, Path.cwd())
-        yield run, settings, stages
+def _tell(text: str) -> None:
+    print(f"adder: {text}", file=sys.stderr)
 
 
 def _check(parsed: argparse.Namespace) -> None:
-    for run, settings, stages in _graphs(_layered(parsed.files)):
+    for run, (settings, stages) in stage_graph.runs_of(_layered(parsed.files), _tell).items():
         if parsed.quiet:
             continue
         results = Path(settings.runtime.results)
@@ -91,7 +84,7 @@ def _prune(parsed: argparse.Namespace) -> None:
     needed: dict[str, stage_graph.Stage] = {}
     directories = set()
     for file in files:
-        for _, settings, stages in _graphs(config_file.read(file)):
+        for settings, stages in stage_graph.runs_of(config_file.read(file), _tell).values():
             directories.add(settings.runtime.results)
             for stage in stages.values():
                 needed |= stage.family()
@@ -145,7 +138,7 @@ def _confirmed() -> bool:
 
 
 def _stage(parsed: argparse.Namespace) -> None:
-    graphs = {run: (settings, stages) for run, settings, stages in _graphs(_layered(parsed.files))}
+    graphs = stage_graph.runs_of(_layered(parsed.files), _tell)
     run = parsed.run or next(iter(graphs))
     if run not in graphs:
         raise UserError(f"--run {run}: there is no such run; there are {', '.join(graphs)}")

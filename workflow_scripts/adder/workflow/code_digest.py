@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 LEFT_OUT = {
     "adder.core.choice": "carries a value and its reason; what chooses is elsewhere",
     "adder.core.errors": "names mistakes, which leave no result",
+    "adder.core.file_digests": "remembers digests; how they are made is in core.files",
     "adder.core.file_lock": "keeps two processes from the same file",
     "adder.core.hardware": "measures the machine; what dtype follows from it is in core.precision",
     "adder.core.parallel": "runs the same function over batches, with results in order",
@@ -60,6 +61,7 @@ def code_digest(module: str) -> str:
     return digest.hexdigest()
 
 
+@cache
 def normalised(source: str) -> str:
     """Return Python source as its syntax tree without what computes nothing: equal for texts that do the same.
 
@@ -82,8 +84,13 @@ def _computes_nothing(statement: ast.stmt) -> bool:
 
 def _imports(path: Path) -> set[str]:
     """Names of the package's modules that a file imports, anywhere in it."""
+    return _imported_by(path.read_text())
+
+
+@cache
+def _imported_by(source: str) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "adder":
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             modules = {name for name in inner if _file(name)}

@@ -10,18 +10,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from adder.core.errors import UserError
+from adder.core.file_digests import FileDigests
 from adder.core.files import link_or_copy, read_json, write_json
 from adder.core.progress import Progress
-from adder.workflow.run_folder import COMPARED, FILES, PAGES, RECORD, file_digests
-from adder.workflow.stage_runner import WEIGHTS, link_tree
+from adder.workflow.requests import wanted_by
+from adder.workflow.run_folder import COMPARED, PAGES, write_record
+from adder.workflow.stage_runner import WEIGHTS, intact_inputs, link_tree
 
 
 def link_run(stages: Mapping[str, Path], target: Path, log: Path) -> None:
     """Put a run's model and pages into `target`: the weights as hard links, all else as copies.
 
     People edit and mail small files, and Snakemake sets the time stamp of its outputs: neither may reach into a stage.
-    `stages`: the folders of report, merge, train, and of gguf where there is one.
+    `stages`: the folders of report, merge, train, and of gguf where there is one. What isn't as its stage wrote it
+    ends the process with a sentence.
     """
+    digests = FileDigests.of_results(target.parent)
+    with _mistakes_logged(log, Progress("link")):
+        for folder in stages.values():
+            intact_inputs(folder, ("",), digests)
     for page in PAGES:
         (target / page).write_bytes((stages["report"] / page).read_bytes())
     _link_folder(stages["merge"] / "model", target / "merged_model")
@@ -30,8 +37,7 @@ def link_run(stages: Mapping[str, Path], target: Path, log: Path) -> None:
     (target / "model.gguf").unlink(missing_ok=True)
     if "gguf" in stages:
         link_or_copy(stages["gguf"] / "model.gguf", target / "model.gguf")
-    write_json(target / RECORD, {name: folder.name for name, folder in stages.items()})
-    write_json(target / FILES, file_digests(target))
+    write_record(target, stages, digests)
     log.write_text("".join(f"{name}: {folder}\n" for name, folder in stages.items()), encoding="utf-8")
 
 
@@ -62,7 +68,7 @@ def compare_runs(runs: Mapping[str, Mapping[str, Path]], out: Path, request: Pat
     with _mistakes_logged(log, progress):
         verdict = sentence(page.run(runs, out))
         (out / COMPARED).parent.mkdir(exist_ok=True)
-        shutil.copyfile(request, out / COMPARED)
+        write_json(out / COMPARED, wanted_by(request))
         log.write_text(f"{verdict}\n", encoding="utf-8")
         progress.say(verdict)
 

@@ -5,11 +5,11 @@ finds its old folder. Importing this module is cheap: the workflow is parsed wit
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
@@ -20,7 +20,7 @@ from adder.core.stage_spec import StageSpec
 from adder.evaluation.tasks.stage import EvaluationTask
 from adder.report.stage import REPORT, ReportSettings, ResolvedSetting, TaskLimit
 from adder.workflow.library_versions import installed_versions
-from adder.workflow.settings import Settings
+from adder.workflow.settings import Settings, load, resolved
 from adder.workflow.stages import SPECS
 
 
@@ -71,6 +71,29 @@ class Stage:
 def reads(spec: StageSpec, parent: str) -> tuple[str, ...]:
     """What a stage reads of the parent that it knows by this name; an empty path stands for everything."""
     return ("",) if spec is REPORT else spec.reads[parent]
+
+
+class Run(NamedTuple):
+    """A run of a configuration: its settings, and its stages by the name under which the report knows them."""
+
+    settings: Settings
+    stages: dict[str, Stage]
+
+
+def runs_of(config: dict[str, Any], say: Callable[[str], object] | None = None) -> dict[str, Run]:
+    """The runs of a configuration by name; `say` is told what takes long.
+
+    Raises UserError for mistakes, missing files, secrets in addresses and what the model can't do.
+    """
+    loaded = load(config)
+    results = Path(next(iter(loaded.values())).runtime.results)
+    digests = FileDigests.of_results(results, say)
+    runs: dict[str, Run] = {}
+    for run, settings in loaded.items():
+        stages = stages_of_run(run, settings, resolved(settings, config, run), digests)
+        refuse_impossible(run, settings, stages, results, Path.cwd())
+        runs[run] = Run(settings, stages)
+    return runs
 
 
 def stages_of_run(

@@ -8,6 +8,7 @@ written last.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib
 import logging
@@ -24,7 +25,7 @@ from typing import Any, TextIO
 from adder.core import file_lock, hardware
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
-from adder.core.files import atomic_write, digest_file, link_or_copy, read_json, write_json
+from adder.core.files import atomic_write, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_record import OutputFile, StageMeaning, StageRecord
 from adder.core.stage_spec import Context, Earlier, Runtime, StageSpec
@@ -37,6 +38,7 @@ from adder.workflow.stages import SPECS
 RECORD = "stage.json"
 WEIGHTS = (".safetensors", ".gguf")
 MOST_EARLIER = 8  # results of a stage that it looks into for parts to take over
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +61,20 @@ class Job:
         """Where the finished stage stands."""
         return self.results / "stages" / self.spec.name / self.key
 
-    def meaning(self) -> StageMeaning:
-        """What decides the stage's result: settings, what it reads and is made of."""
+    def meaning(self, digests: FileDigests) -> StageMeaning:
+        """What decides the stage's result: settings, what it reads and is made of.
+
+        Raises UserError where what it reads isn't as it was written.
+        """
         return {
             "stage": self.spec.name,
             "key": self.key,
             "settings": self.parameters["settings"],
             "identity": self.parameters["identity"],
             "asked_versions": self.parameters.get("versions") or {},
-            "inputs": {name: input_digests(folder, reads(self.spec, name)) for name, folder in self.inputs.items()},
+            "inputs": {
+                name: intact_inputs(folder, reads(self.spec, name), digests) for name, folder in self.inputs.items()
+            },
             "code": code_digest(self.spec.run),
         }
 
@@ -83,7 +90,6 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
     # Snakemake sets these to the rule's threads, which `--cores 1` makes one: that means one job at a time, not a core.
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(hardware.threads(job.runtime.threads))
-    job.log.parent.mkdir(parents=True, exist_ok=True)
     with _output_to(job.log) as terminal:
         progress = Progress(name, terminal)
 
@@ -105,39 +111,44 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
         except Exception as error:
             _tell_log(traceback.format_exc())
             text = f"failed: {type(error).__name__}: {str(error)[:500]}\n{name}: the whole story is in {job.log}"
-            progress.say(text)
+            progress.say(f"cannot go on: {_no_room(job.results)}" if is_full_disk(error) else text)
             sys.exit(1)
 
 
 def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
     start = time.monotonic()
-    meaning = job.meaning()
+    digests = FileDigests.of_results(job.results, progress.say)
+    meaning = job.meaning(digests)
     known_as = fingerprint(meaning)
     kept = job.results / "cache" / job.spec.name / known_as
-    if job.runtime.restore and restore(kept, job.folder, job.key):
+    for rest in job.folder.parent.glob(f".{job.key}.*"):  # of a killed job; the lock is a file
+        shutil.rmtree(rest, ignore_errors=True)
+    if job.runtime.restore and restore(kept, job.folder, job.key, digests):
         progress.say(f"restored from an equal earlier result in {time.monotonic() - start:.1f} s")
         return
     if waited and _fingerprint_of(job.folder) == known_as:
         progress.say("the other process has finished it")
         return
-    partial = job.folder.with_name(f".{job.key}.partial")  # one name, so that what a killed job left is found
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = job.folder.with_name(f".{job.key}.partial")
     partial.mkdir(parents=True)
     checkpoints = job.results / "checkpoints" / known_as if job.spec.continued else None
     try:
         with _attempts(checkpoints, start) as earlier:
-            context = Context(progress, job.runtime, job.results, checkpoints, _earlier(job))
-            with _files_unchanged(job):
+            context = Context(progress, job.runtime, job.results, checkpoints, _earlier(job, digests))
+            with _files_unchanged(job, partial):
                 summary = run_stage(job.spec, meaning["settings"], job.inputs, partial, context)
             seconds = round(sum(earlier) + time.monotonic() - start, 3)
-            finish(partial, meaning, summary, seconds, attempts=len(earlier) + 1)
+            digests = FileDigests.of_results(job.results)
+            record = finish(partial, meaning, summary, seconds, digests, attempts=len(earlier) + 1)
+        # Kept first: from then on nothing that kills this process costs the work.
+        link_tree(partial, kept)
         _replace(partial, job.folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(_next_start(job.spec, checkpoints)) from None
         raise
-    link_tree(job.folder, kept)
+    digests.note({job.folder / path: known["digest"] for path, known in record["outputs"].items()})
     if checkpoints is not None:
         shutil.rmtree(checkpoints, ignore_errors=True)
         _attempts_file(checkpoints).unlink(missing_ok=True)
@@ -146,8 +157,8 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
 
 
 @contextlib.contextmanager
-def _files_unchanged(job: Job) -> Iterator[None]:
-    """See to it that what is read inside has the digests that the job's key stands for.
+def _files_unchanged(job: Job, out: Path) -> Iterator[None]:
+    """See to it that what is read inside, to be written to `out`, has the digests that the job's key stands for.
 
     Raises UserError where a file that the settings name is another than when the workflow was parsed, or becomes
     another while it is read: somebody exports it anew, for example.
@@ -155,16 +166,25 @@ def _files_unchanged(job: Job) -> Iterator[None]:
     if job.spec.identity is None:
         yield
         return
-    settings = job.spec.settings.model_validate(job.parameters["settings"])
-    digests = FileDigests(job.results / "cache" / "digests.json", Path.cwd())
-    now = job.spec.identity(settings, job.spec.section or "", digests)
-    if canonical(now) != canonical(job.parameters["identity"]):
+    digests = FileDigests.of_results(job.results)
+    if not _is_identity(job, digests):
         files = ", ".join(map(str, digests.seen))
         raise UserError(f"{files}: changed since the workflow began; start it again, for what it is now")
     yield
-    if changed := digests.changed():
-        files = ", ".join(map(str, changed))
+    linked = [path for path in out.rglob("*") if path.is_file() and path.stat().st_nlink > 1]
+    changed = digests.changed(linked)
+    # Also files that have come and gone: a pattern stands for others then.
+    if changed or not _is_identity(job, later := FileDigests.of_results(job.results)):
+        files = ", ".join(map(str, changed or later.seen))
         raise UserError(f"{files}: changed while being read; start the workflow again once nobody writes to it")
+
+
+def _is_identity(job: Job, digests: FileDigests) -> bool:
+    """Whether the job's settings still stand for what they stood for when the workflow was parsed."""
+    settings = job.spec.settings.model_validate(job.parameters["settings"])
+    assert job.spec.identity is not None
+    now = job.spec.identity(settings, job.spec.section or "", digests)
+    return canonical(now) == canonical(job.parameters["identity"])
 
 
 def run_stage(
@@ -198,7 +218,8 @@ def _next_start(spec: StageSpec, checkpoints: Path | None) -> str:
 
 def _fingerprint_of(folder: Path) -> str | None:
     """The fingerprint of the finished stage in `folder`, if there is one."""
-    return read_json(folder / RECORD)["fingerprint"] if (folder / RECORD).exists() else None
+    record = read_record(folder)
+    return record["fingerprint"] if record else None
 
 
 def fingerprint(meaning: StageMeaning) -> str:
@@ -207,36 +228,82 @@ def fingerprint(meaning: StageMeaning) -> str:
     return hashlib.blake2b(canonical(parts).encode(), digest_size=16).hexdigest()
 
 
-def input_digests(folder: Path, wanted_paths: tuple[str, ...]) -> dict[str, str]:
-    """Digests of the files below `folder` that a stage reads, by path, as its record has them.
-
-    A file that was changed after its stage had finished is digested anew.
-    """
-    outputs = read_json(folder / RECORD)["outputs"]
-    digests = {}
-    for path, known in outputs.items():
+def input_digests(record: StageRecord, wanted_paths: tuple[str, ...]) -> dict[str, str]:
+    """Digests of the files that a stage reads of a parent with this record, by path."""
+    return {
+        path: known["digest"]
+        for path, known in record["outputs"].items()
         if any(
             path == wanted or (wanted.endswith("/") and path.startswith(wanted)) or not wanted
             for wanted in wanted_paths
-        ):
-            stat = (folder / path).stat()
-            same = [stat.st_size, stat.st_mtime_ns] == [known["bytes"], known["mtime_ns"]]
-            digests[path] = known["digest"] if same else digest_file(folder / path)
-    return digests
+        )
+    }
 
 
-def finish(folder: Path, meaning: StageMeaning, summary: dict[str, Any], seconds: float, attempts: int = 1) -> None:
-    """Write the record of a stage into its folder, last of all.
+def intact_inputs(folder: Path, wanted_paths: tuple[str, ...], digests: FileDigests) -> dict[str, str]:
+    """The input_digests of what is in `folder`.
 
-    Weights become read-only: what people are given are links to the same files.
+    Raises UserError where a file isn't as its stage wrote it: what were made of it would bear the other's name.
     """
-    outputs: dict[str, OutputFile] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if path.suffix in WEIGHTS:
+    record = read_record(folder)
+    if record is None:
+        raise UserError(f"{folder / RECORD}: is damaged; start the workflow again, which makes the stage anew")
+    wanted = input_digests(record, wanted_paths)
+    if broken := [path for path in wanted if not is_intact(folder, path, record, digests)]:
+        more = f" and {len(broken) - 1} more files" if len(broken) > 1 else ""
+        raise UserError(
+            f"{folder / broken[0]}{more}: not as the stage wrote it; start the workflow again, which makes the stage "
+            "anew"
+        )
+    return wanted
+
+
+def is_intact(folder: Path, path: str, record: StageRecord, digests: FileDigests) -> bool:
+    """Whether a file of a stage's folder is as the record has it."""
+    known = record["outputs"][path]
+    return digests.holds(folder / path, known["digest"], known["bytes"], known["mtime_ns"])
+
+
+def read_record(folder: Path) -> StageRecord | None:
+    """The record in a stage's folder; None where there is none or it isn't what was written."""
+    try:
+        record: StageRecord = read_json(folder / RECORD)
+        whole = "outputs" in record and record.get("check", own_check(record)) == own_check(record)
+        return record if whole else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def own_check(record: StageRecord) -> str:
+    """Digest (16 hex digits) of the rest of a record, by which damage to it is told."""
+    rest = {name: value for name, value in record.items() if name != "check"}
+    return hashlib.blake2b(canonical(rest).encode(), digest_size=8).hexdigest()
+
+
+def finish(
+    folder: Path,
+    meaning: StageMeaning,
+    summary: dict[str, Any],
+    seconds: float,
+    digests: FileDigests,
+    attempts: int = 1,
+) -> StageRecord:
+    """Write the record of a stage into its folder, last of all, and return it.
+
+    Weights become read-only, for what people are given are links to the same files; links to the user's own do not.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        if path.suffix in WEIGHTS and path.stat().st_nlink == 1:
             path.chmod(0o444)
+    outputs: dict[str, OutputFile] = {}
+    for path, digest in zip(files, digests.of_all(files), strict=True):
         stat = path.stat()
-        name = str(path.relative_to(folder))
-        outputs[name] = {"digest": digest_file(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        outputs[str(path.relative_to(folder))] = {
+            "digest": digest,
+            "bytes": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+        }
     record: StageRecord = {
         **meaning,
         "fingerprint": fingerprint(meaning),
@@ -256,56 +323,58 @@ def finish(folder: Path, meaning: StageMeaning, summary: dict[str, Any], seconds
         # Training may have been in processes of its own, and says.
         own = torch.cuda.max_memory_allocated()
         record["peak_gpu_memory_bytes"] = (summary or {}).get("peak_gpu_memory_bytes", own)
-    write_json(folder / RECORD, record)
+    _write_record(folder, record)
+    return record
 
 
-def restore(kept: Path, folder: Path, key: str) -> bool:
+def _write_record(folder: Path, record: StageRecord) -> None:
+    with atomic_write(folder / RECORD) as partial:
+        write_json(partial, {**record, "check": own_check(record)})
+
+
+def restore(kept: Path, folder: Path, key: str, digests: FileDigests) -> bool:
     """Make `folder` from the kept result, if that is there and its files are as they were written."""
-    if not (kept / RECORD).exists():
+    if not kept.exists():
         return False
-    record: StageRecord = read_json(kept / RECORD)
-    if not _is_intact(kept, record):
+    record = read_record(kept)
+    if record is None or not all(is_intact(kept, path, record, digests) for path in record["outputs"]):
         shutil.rmtree(kept)
         return False
-    link_tree(kept, folder)
-    # The record is the folder's own: the kept one may bear another key.
-    with atomic_write(folder / RECORD) as partial:
-        write_json(partial, {**record, "key": key, "restored": True})
+
+    def mark(partial: Path) -> None:
+        # The record is the folder's own: the kept one may bear another key.
+        _write_record(partial, {**record, "key": key, "restored": True})
+
+    link_tree(kept, folder, finish=mark)
+    digests.note({folder / path: known["digest"] for path, known in record["outputs"].items()})
     return True
 
 
-def _is_intact(folder: Path, record: StageRecord) -> bool:
-    """Whether a finished result's files are as they were written."""
-    for path, known in record["outputs"].items():
-        try:
-            stat = (folder / path).stat()
-        except FileNotFoundError:
-            return False
-        if [stat.st_size, stat.st_mtime_ns] != [known["bytes"], known["mtime_ns"]]:
-            return False
-    return True
-
-
-def _earlier(job: Job) -> Earlier:
+def _earlier(job: Job, digests: FileDigests) -> Earlier:
     """The newest finished results of the job's stage; none where all is to be computed again."""
     found: list[tuple[str, Path]] = []
-    for record in (job.results / "cache" / job.spec.name).glob("[!.]*/" + RECORD) if job.runtime.restore else ():
-        with contextlib.suppress(FileNotFoundError):  # pruned at this moment
-            kept: StageRecord = read_json(record)
-            if _is_intact(record.parent, kept):
-                found.append((kept["finished_at"], record.parent))
+    for file in (job.results / "cache" / job.spec.name).glob("[!.]*/" + RECORD) if job.runtime.restore else ():
+        kept, record = file.parent, read_record(file.parent)  # none, where it is pruned at this moment
+        if record is not None and all(is_intact(kept, path, record, digests) for path in record["outputs"]):
+            found.append((record["finished_at"], kept))
     return Earlier(tuple(folder for _, folder in sorted(found, reverse=True)[:MOST_EARLIER]), code_digest)
 
 
-def link_tree(source: Path, target: Path, put: Callable[[str, str], object] = link_or_copy) -> None:
+def link_tree(
+    source: Path,
+    target: Path,
+    put: Callable[[str, str], object] = link_or_copy,
+    finish: Callable[[Path], object] = lambda partial: None,
+) -> None:
     """Make `target` a tree of hard links to the files of `source` (copies across file systems), all at once.
 
-    `put(from, to)` may do otherwise with some files.
+    `put(from, to)` may do otherwise with some files; `finish` is called with the tree before it gets its name.
     """
     partial = target.with_name(f".{target.name}.linking")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, partial, copy_function=put)
+    finish(partial)
     _replace(partial, target)
 
 
@@ -328,7 +397,7 @@ def _output_to(log: Path) -> Iterator[TextIO]:
     sys.stderr.flush()
     saved_out, saved_err = os.dup(1), os.dup(2)
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
-    with log.open("a") as file:  # a process that outlived its Snakemake may be writing to it
+    with _opened_log(log) as file:  # a process that outlived its Snakemake may be writing to it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     logging.captureWarnings(True)
@@ -344,8 +413,37 @@ def _output_to(log: Path) -> Iterator[TextIO]:
         terminal.close()
 
 
+def _opened_log(log: Path) -> TextIO:
+    """The log, to append to; nothing's log where there is no room for a file of its own."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return log.open("a")
+    except OSError:
+        return open(os.devnull, "a")
+
+
 def _tell_log(text: str) -> None:
-    os.write(2, text.encode())
+    with contextlib.suppress(OSError):  # a full disk
+        os.write(2, text.encode())
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error says, or comes from one that says, that there is no room left for a file."""
+    while error is not None:
+        numbered = isinstance(error, OSError) and error.errno in FULL
+        # Rust's and C++'s writers tell it as text.
+        if numbered or any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _no_room(results: Path) -> str:
+    free = shutil.disk_usage(results).free / 1e6
+    return (
+        f"the disk of {results}/ has no room left ({free:,.1f} MB free, or a quota is used up): make room, then the "
+        "same command goes on"
+    )
 
 
 def _peak_memory() -> int:

@@ -1,0 +1,176 @@
+"""What isn't what the configuration stands for is asked for anew, and nothing else."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from adder.core.file_digests import FileDigests
+from adder.core.section import Section
+from adder.core.stage_record import StageMeaning
+from adder.workflow import requests, run_folder, stage_runner
+from adder.workflow.code_digest import code_digest
+from adder.workflow.stage_graph import Stage
+from adder.workflow.stages import SPECS
+
+
+class NoSettings(Section):
+    """Settings of the tests' stages."""
+
+
+@pytest.fixture
+def stages(tmp_path) -> dict[str, Stage]:
+    """The stages data and format, finished."""
+    data = Stage(SPECS["data"], NoSettings(), {"a": 1})
+    found = {"data": data, "format": Stage(SPECS["format"], NoSettings(), {"b": 1}, {"data": data})}
+    for stage in found.values():
+        finish(tmp_path, stage)
+    return found
+
+
+def finish(results: Path, stage: Stage, text: str = "row\n") -> None:
+    folder = results / stage.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stage.json").unlink(missing_ok=True)
+    for name in ("rows.jsonl", "reading.json"):
+        (folder / name).write_text(text)
+    records = {name: stage_runner.read_record(results / parent.folder) for name, parent in stage.parents.items()}
+    meaning: StageMeaning = {
+        "stage": stage.name,
+        "key": stage.key,
+        "settings": {},
+        "identity": stage.identity,
+        "asked_versions": {},
+        "inputs": {
+            name: stage_runner.input_digests(record, stage.spec.reads[name])
+            for name, record in records.items()
+            if record
+        },
+        "code": code_digest(stage.spec.run),
+    }
+    digests = FileDigests.of_results(results)
+    record = stage_runner.finish(folder, meaning, {}, 1.0, digests)
+    digests.note({folder / path: known["digest"] for path, known in record["outputs"].items()})
+
+
+def asked(results: Path, stages: dict[str, Stage]) -> tuple[set[str], list[str]]:
+    """Names of the stages that are asked for anew, and what is said."""
+    said = requests.ask_for_stages(results, stages.values(), FileDigests.of_results(results))
+    newer = {
+        name
+        for name, stage in stages.items()
+        if (record := results / stage.folder / "stage.json").exists()
+        and requests.request_file(results, requests.stage_request(stage)).stat().st_mtime_ns > record.stat().st_mtime_ns
+    }
+    return newer, said
+
+
+def test_what_is_as_it_was_made_is_not_asked_for(tmp_path, stages):
+    assert asked(tmp_path, stages) == (set(), [])
+    shutil.rmtree(tmp_path / stages["data"].folder)  # Snakemake makes it in any case
+    assert asked(tmp_path, stages) == (set(), [])
+
+
+@pytest.mark.parametrize(
+    "damage", ["written to", "time stamp put back", "truncated", "removed", "record", "record cut"]
+)
+def test_a_damaged_stage_is_asked_for_and_named(tmp_path, stages, damage):
+    folder = tmp_path / stages["data"].folder
+    file, record = folder / "rows.jsonl", folder / "stage.json"
+    stat = file.stat()
+    if damage in ("written to", "time stamp put back"):
+        file.write_text("rov\n")
+    if damage == "time stamp put back":
+        os.utime(file, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    if damage == "truncated":
+        file.write_text("ro")
+    if damage == "removed":
+        file.unlink()
+    if damage == "record":
+        record.write_text(record.read_text().replace('"seconds": 1.0', '"seconds": 7.0'))
+    if damage == "record cut":
+        record.write_text(record.read_text()[:100])
+    named = f"{record}: is damaged" if "record" in damage else f"{file}: not as the stage wrote it"
+    assert asked(tmp_path, stages) == ({"data"}, [f"{named}; the stage data is made anew"])
+    shutil.rmtree(folder)
+    finish(tmp_path, stages["data"])
+    assert asked(tmp_path, stages) == (set(), [])
+
+
+def test_a_stage_of_other_code_or_other_inputs_is_asked_for_whatever_the_time_stamps(tmp_path, stages, monkeypatch):
+    """As another clone of the project leaves them, or one whose clock was put back."""
+    finish(tmp_path, stages["data"], "another row\n")
+    for stage in stages.values():
+        os.utime(tmp_path / stage.folder / "stage.json", (5, 5))
+    assert asked(tmp_path, stages) == ({"format"}, [])
+    finish(tmp_path, stages["format"])
+    monkeypatch.setattr(
+        requests, "code_digest", lambda module: "other" if "fetch_rows" in module else code_digest(module)
+    )
+    assert asked(tmp_path, stages) == ({"data"}, [])
+
+
+def test_a_clock_that_was_put_back_hides_nothing(tmp_path, stages):
+    """Records from a future are older than the request all the same; once that is made, the request is old again."""
+    record = tmp_path / stages["data"].folder / "stage.json"
+    (record.parent / "rows.jsonl").write_text("x")
+    os.utime(record, (time.time() + 9e5,) * 2)
+    assert asked(tmp_path, stages)[0] == {"data"}
+    finish(tmp_path, stages["data"])
+    finish(tmp_path, stages["format"])
+    assert asked(tmp_path, stages) == (set(), [])
+
+
+def test_a_request_has_another_content_each_time(tmp_path):
+    """Snakemake takes a newer file with the content that it remembers for the one that it knows."""
+    file, made = tmp_path / "request.json", tmp_path / "made"
+    made.touch()
+    seen = set()
+    for _ in range(3):
+        requests.ask(file, {"a": "k"}, made)
+        seen.add(file.read_bytes())
+        assert requests.wanted_by(file) == {"a": "k"}
+        time.sleep(0.01)
+    assert len(seen) == 3
+    requests.ask(file, {"a": "k"}, None)
+    assert file.stat().st_mtime == 0 and file.stat().st_mtime < made.stat().st_mtime
+
+
+def test_a_runs_folder_of_other_stages_or_other_weights_is_asked_for(tmp_path):
+    merge = Stage(SPECS["merge"], NoSettings(), {"a": 1})
+    folder, target = tmp_path / merge.folder, tmp_path / "default"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "model.safetensors").write_text("weights")
+    finish(tmp_path, merge)
+    (target / "merged_model").mkdir(parents=True)
+    (target / "metrics.json").write_text("{}")
+    os.link(folder / "model" / "model.safetensors", target / "merged_model" / "model.safetensors")
+    digests = FileDigests.of_results(tmp_path)
+    run_folder.write_record(target, {"merge": folder}, digests)
+
+    def is_asked(stage: Stage) -> bool:
+        requests.ask_for_run(tmp_path, "default", {"merge": stage}, FileDigests.of_results(tmp_path))
+        return requests.request_file(tmp_path, "default").stat().st_mtime > (target / "metrics.json").stat().st_mtime
+
+    assert not is_asked(merge)
+    assert is_asked(Stage(SPECS["merge"], NoSettings(), {"a": 2}))
+    assert not is_asked(merge)
+    shutil.copy2(folder / "model" / "model.safetensors", target / "copy")
+    os.replace(target / "copy", target / "merged_model" / "model.safetensors")
+    assert not is_asked(merge)
+    (target / "merged_model" / "model.safetensors").chmod(0o644)
+    (target / "merged_model" / "model.safetensors").write_text("wEights")
+    assert is_asked(merge)
+
+
+def test_the_comparison_is_asked_for_where_it_is_of_other_reports(tmp_path):
+    made = tmp_path / run_folder.COMPARED
+    made.parent.mkdir()
+    made.write_text('{"a": "1"}')
+    file = requests.request_file(tmp_path, ".compare")
+    requests.ask_for_comparison(tmp_path, {"a": "1"})
+    assert file.stat().st_mtime == 0
+    requests.ask_for_comparison(tmp_path, {"a": "2"})
+    assert file.stat().st_mtime > made.stat().st_mtime and requests.wanted_by(file) == {"a": "2"}
