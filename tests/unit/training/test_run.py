@@ -54,9 +54,9 @@ def test_the_same_settings_give_the_same_adapter(inputs, tmp_path):
 
 
 def test_a_run_killed_ten_times_at_any_moment_ends_with_the_same_adapter(tmp_path):
-    """During a step, a checkpoint write, an evaluation and the final save; tests/faults.py makes fifty."""
+    """During a step, a checkpoint write, an evaluation and the final save; tests/training_kills.py makes fifty."""
     process = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "faults.py"), "10"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, str(ROOT / "tests" / "training_kills.py"), "10"], capture_output=True, text=True, cwd=tmp_path
     )
     assert process.returncode == 0, process.stderr[-2000:]
     assert re.search(r"^10 kills .*'step': \d.*every adapter the same", process.stdout, re.MULTILINE), process.stdout

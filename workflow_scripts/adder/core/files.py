@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,16 +124,18 @@ def _digest_at_once(file: "BufferedReader") -> str:
 
 def _digest_in_leaves(file: int, size: int) -> str:
     """BLAKE2's tree mode (https://www.blake2.net/blake2.pdf, 2.10) with unlimited fanout and depth 2."""
-    tree = {"digest_size": DIGEST_BYTES, "inner_size": DIGEST_BYTES, "fanout": 0, "depth": 2, "leaf_size": LEAF}
+    node = partial(
+        hashlib.blake2b, digest_size=DIGEST_BYTES, inner_size=DIGEST_BYTES, fanout=0, depth=2, leaf_size=LEAF
+    )
     leaves = -(-size // LEAF)
 
     def leaf(number: int) -> bytes:
-        digest = hashlib.blake2b(node_offset=number, last_node=number == leaves - 1, **tree)
+        digest = node(node_offset=number, last_node=number == leaves - 1)
         for start in range(number * LEAF, min(size, (number + 1) * LEAF), AT_A_TIME):
             digest.update(os.pread(file, min(AT_A_TIME, (number + 1) * LEAF - start), start))
         return digest.digest()
 
-    root = hashlib.blake2b(node_depth=1, last_node=True, **tree)
+    root = node(node_depth=1, last_node=True)
     # hashlib and pread let other threads run meanwhile.
     with ThreadPoolExecutor(min(leaves, available_cores(), MOST_THREADS)) as pool:
         for digest in pool.map(leaf, range(leaves)):

@@ -172,9 +172,9 @@ def _files_unchanged(job: Job, out: Path) -> Iterator[None]:
         raise UserError(f"{files}: changed since the workflow began; start it again, for what it is now")
     yield
     linked = [path for path in out.rglob("*") if path.is_file() and path.stat().st_nlink > 1]
-    changed = digests.changed(linked)
+    changed, later = digests.changed(linked), FileDigests.of_results(job.results)
     # Also files that have come and gone: a pattern stands for others then.
-    if changed or not _is_identity(job, later := FileDigests.of_results(job.results)):
+    if changed or not _is_identity(job, later):
         files = ", ".join(map(str, changed or later.seen))
         raise UserError(f"{files}: changed while being read; start the workflow again once nobody writes to it")
 
@@ -268,8 +268,7 @@ def read_record(folder: Path) -> StageRecord | None:
     """The record in a stage's folder; None where there is none or it isn't what was written."""
     try:
         record: StageRecord = read_json(folder / RECORD)
-        whole = "outputs" in record and record.get("check", own_check(record)) == own_check(record)
-        return record if whole else None
+        return record if record.get("check") == own_check(record) else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
