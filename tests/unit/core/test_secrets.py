@@ -56,3 +56,14 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch):
     monkeypatch.delenv("MY_TOKEN", raising=False)
     with pytest.raises(UserError, match="needs the environment variable MY_TOKEN, which is not set"):
         secrets.filled_in("https://host/${MY_TOKEN}", "here")
+
+
+def test_what_libraries_write_is_cleared_of_secrets_in_every_form(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("MY_SIGNED", "a=1&b=hunter2222")  # no telling name; the settings say that it is one
+    monkeypatch.setenv("SHORT_TOKEN", "abc")
+    text = f"{SECRET} {SECRET!r} http://me:pass1@h/x?sig=s1&a=1 abc a=1&b=hunter2222"
+    named = secrets.variables_in({"sources": [{"url": "https://h/?${MY_SIGNED}"}], "judge": {"api_key_env": "MY_KEY"}})
+    assert named == {"MY_SIGNED", "MY_KEY"}
+    clean = secrets.scrubbed(text, named)
+    assert clean == "${HF_TOKEN} '${HF_TOKEN}' http://…@h/x?sig=…&a=1 abc ${MY_SIGNED}"

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterable
+from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 
 from adder.core.errors import UserError
@@ -48,3 +50,34 @@ def without_secrets(error: Exception, secrets: dict[str, str]) -> str:
         for form in (value, quote(value, safe=""), quote(value), quote_plus(value), repr(value)[1:-1]):
             text = text.replace(form, secrets[value])
     return re.sub(r"\?[^\s'\")>]+", "?…", text)  # redirects may be signed
+
+
+def scrubbed(text: str, named: Iterable[str] = ()) -> str:
+    """Text without what gives access: passwords in URLs, values of environment variables whose names tell of secrets,
+    or that are `named`.
+    """
+    for value, name in secret_values(named).items():
+        for form in (value, quote(value, safe=""), quote(value), quote_plus(value), repr(value)[1:-1]):
+            text = text.replace(form, f"${{{name}}}")
+    text = re.sub(r"(?<=://)[^/\s@]+@", "…@", text)
+    return re.sub(r"(?<=[?&])([\w.-]+)=[^&\s]+", lambda m: f"{m[1]}=…" if SECRET_NAME.search(m[1]) else m[0], text)
+
+
+def secret_values(named: Iterable[str] = ()) -> dict[str, str]:
+    """{value: name} of the environment variables that are `named` or whose names tell of secrets, longest value first.
+
+    What is shorter than six characters is no secret, and stands in many a text.
+    """
+    names = {name for name in os.environ if SECRET_NAME.search(name)} | (set(named) & os.environ.keys())
+    found = {os.environ[name].strip(): name for name in names if len(os.environ[name].strip()) >= 6}
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def variables_in(settings: Any) -> set[str]:
+    """Names of the environment variables that settings (JSON) take something from: `${NAME}`, and `token_env: NAME`."""
+    if isinstance(settings, dict):
+        own = {value for name, value in settings.items() if str(name).endswith("_env") and isinstance(value, str)}
+        return own.union(*map(variables_in, settings.values()))
+    if isinstance(settings, list):
+        return set().union(*map(variables_in, settings))
+    return set(VARIABLE.findall(settings)) if isinstance(settings, str) else set()

@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +27,7 @@ from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import atomic_write, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
+from adder.core.secrets import scrubbed, variables_in
 from adder.core.stage_record import OutputFile, StageMeaning, StageRecord
 from adder.core.stage_spec import Context, Earlier, Runtime, StageSpec
 from adder.workflow import attempt_times
@@ -90,7 +91,8 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
     # Snakemake sets these to the rule's threads, which `--cores 1` makes one: that means one job at a time, not a core.
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(hardware.threads(job.runtime.threads))
-    with _output_to(job.log) as terminal:
+    secrets = variables_in(parameters["settings"])
+    with _output_to(job.log, secrets) as terminal:
         progress = Progress(name, terminal)
 
         def busy(who: str) -> None:
@@ -103,15 +105,16 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
                 _restore_or_run(job, progress, waited)
         except UserError as error:
             _tell_log(f"UserError: {error}\n")
-            progress.say(f"cannot go on: {error}")
+            progress.say(scrubbed(f"cannot go on: {error}", secrets))
             sys.exit(1)
         except KeyboardInterrupt as error:
             progress.say(f"interrupted; the same command {str(error) or 'goes on with this stage'}")
             sys.exit(130)
         except Exception as error:
             _tell_log(traceback.format_exc())
-            text = f"failed: {type(error).__name__}: {str(error)[:500]}\n{name}: the whole story is in {job.log}"
-            progress.say(f"cannot go on: {_no_room(job.results)}" if is_full_disk(error) else text)
+            text = scrubbed(f"failed: {type(error).__name__}: {str(error)[:500]}", secrets)
+            story = f"{text}\n{name}: the whole story is in {job.log}"
+            progress.say(f"cannot go on: {_no_room(job.results)}" if is_full_disk(error) else story)
             sys.exit(1)
 
 
@@ -390,8 +393,11 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _output_to(log: Path) -> Iterator[TextIO]:
-    """Send everything that is written to standard output and error into `log`; yield the terminal that was there."""
+def _output_to(log: Path, secrets: Iterable[str]) -> Iterator[TextIO]:
+    """Send everything that is written to standard output and error into `log`; yield the terminal that was there.
+
+    What a library may have written of secrets, those in the environment variables `secrets` among them, is taken out.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     saved_out, saved_err = os.dup(1), os.dup(2)
@@ -403,13 +409,23 @@ def _output_to(log: Path) -> Iterator[TextIO]:
     try:
         yield terminal
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
+            _scrub(log, secrets)
         os.dup2(saved_out, 1)
         os.dup2(saved_err, 2)
         os.close(saved_out)
         os.close(saved_err)
         terminal.close()
+
+
+def _scrub(log: Path, secrets: Iterable[str]) -> None:
+    """Take secrets out of a log; it stays the same file, to which another process may be writing."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    clean = scrubbed(text, secrets)
+    if clean != text:
+        log.write_text(clean, encoding="utf-8")
 
 
 def _opened_log(log: Path) -> TextIO:

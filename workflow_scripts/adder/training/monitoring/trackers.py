@@ -13,7 +13,6 @@ import copy
 import json
 import os
 import queue
-import re
 import secrets
 import threading
 import time
@@ -35,7 +34,7 @@ from transformers.integrations.integration_utils import (
 from adder.core.files import atomic_write, read_json, write_json
 from adder.core.progress import Progress
 from adder.core.rng import undisturbed
-from adder.core.secrets import SECRET_NAME
+from adder.core.secrets import SECRET_NAME, scrubbed
 
 # Training waits for a tracker so long in all, seconds: a service starts in a few, a row takes milliseconds.
 PATIENCE = 30.0
@@ -311,15 +310,6 @@ def public(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [public(inner) for inner in value]
     return scrubbed(value) if isinstance(value, str) else value
-
-
-def scrubbed(text: str) -> str:
-    """Text without passwords in URLs and without the values of environment variables whose names tell of secrets."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 6:
-            text = text.replace(value, f"${{{name}}}")
-    text = re.sub(r"(?<=://)[^/\s@]+@", "…@", text)
-    return re.sub(r"(?<=[?&])([\w.-]+)=[^&\s]+", lambda m: f"{m[1]}=…" if SECRET_NAME.search(m[1]) else m[0], text)
 
 
 def _start_tensorboard(start: Start) -> TrainerCallback:
