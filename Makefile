@@ -21,8 +21,9 @@ APT := DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq -o Acquire::Retrie
 
 .PHONY: merged_model report all test pytest test-avx2 test-all-pythons browser lint settings prune lock clean
 
+# The workflow checks the settings; Snakemake reads a file that is named before that, and says less of what is wrong.
 merged_model report all: $(VENV)/.ready
-	@$(BIN)/adder check --quiet $(CONFIG)
+	$(if $(CONFIG),@$(BIN)/adder check --read $(CONFIG))
 	$(SNAKEMAKE) $@ $(if $(CONFIG),--configfile $(CONFIG))
 
 # Adder itself is installed as it stands here, so an edit needs no new installation.

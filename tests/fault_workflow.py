@@ -57,16 +57,20 @@ class Child:
 
     pid: int
     begun: float = field(default_factory=time.monotonic)
+    status: int | None = None
 
     def wait(self, seconds: float | None = None) -> int | None:
         """Its exit status, negative for a signal; None where it lives on after so many seconds."""
+        if self.status is not None:
+            return self.status
         file = os.pidfd_open(self.pid)
         try:
             if not select.select([file], [], [], seconds)[0]:
                 return None
         finally:
             os.close(file)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status
 
     def kill(self) -> int | None:
         """Kill it, with all that it started; its exit status."""

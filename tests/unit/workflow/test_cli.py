@@ -109,6 +109,14 @@ def test_prune_takes_nobody_there_for_a_no_and_makes_no_results(tmp_path, prune)
     assert code == 0 and told.endswith("Remove them? [y/N] \nNothing was removed.\n") and unneeded.exists()
 
 
+def test_a_configuration_that_is_only_read_may_have_mistakes_but_not_as_a_file(folder, capsys):
+    (folder / "wrong.yaml").write_text("train: {epochs: -1}")
+    (folder / "broken.yaml").write_text("train: {epochs")
+    assert cli.main(["check", "--read", "wrong.yaml"]) == 0 and capsys.readouterr().out == ""
+    assert cli.main(["check", "--read", "broken.yaml"]) == 1
+    assert "broken.yaml, line 1, column " in capsys.readouterr().err
+
+
 def test_verify_tells_what_is_not_as_it_was_made(folder, capsys):
     (folder / "default").mkdir()
     (folder / "default" / "report.html").write_text("page")

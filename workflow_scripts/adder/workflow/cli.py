@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "Look for mistakes in a configuration, and list its runs and stages")
     takes_files(check, layers)
     check.add_argument("--quiet", action="store_true", help="say nothing where nothing is wrong")
+    check.add_argument("--read", action="store_true", help="only read the files: no setting is looked at")
     removal = command("prune", _prune, "List the stage folders that no run needs, and remove them")
     takes_files(removal, "configurations whose runs need what is kept")
     removal.add_argument("--yes", action="store_true", help="remove without asking")
@@ -71,7 +72,10 @@ def _tell(text: str) -> None:
 
 
 def _check(parsed: argparse.Namespace) -> None:
-    for run, (settings, stages) in stage_graph.runs_of(_layered(parsed.files), _tell).items():
+    config = _layered(parsed.files)
+    if parsed.read:
+        return
+    for run, (settings, stages) in stage_graph.runs_of(config, _tell).items():
         if parsed.quiet:
             continue
         results = Path(settings.runtime.results)
