@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 from adder.core.file_digests import FileDigests
 from adder.core.files import digest_file, write_jsonl
@@ -45,6 +47,16 @@ VOLATILE = {
     "seconds", "tokens_per_second", "finished_at", "energy_joules", "estimated_seconds", "peak_memory_bytes",
     "free_bytes", "seconds_per_step", "runtime", "new_tokens_per_second", "url",
 }  # fmt: skip
+
+
+# What gives access, by the environment variable that has it; it must be in no file.
+SECRETS = {
+    "HF_TOKEN": "hf_0therWise9Secret",
+    "MY_SIGNED": "sig=a/b+c%3D&x=4711secret",
+    "MY_ROWS": "rows-secret-0815",
+    "OPENAI_API_KEY": "sk-judge-secret-31",
+    "WANDB_API_KEY": "wandb-secret-77",
+}
 
 
 def nothing() -> None:
@@ -113,34 +125,41 @@ class Workflow:
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
         self.terminal, self.results = folder / "terminal.txt", Path("results")
+        os.environ.update(SECRETS)
         import_everything()
         self._finished(fork(lambda: write_inputs(folder), self.terminal))
-        self.judge = self._judge(folder)
-        self.runs = stage_graph.runs_of(configuration(self.judge.url, changes))
-        stages = next(iter(self.runs.values())).stages
-        self.stages: dict[str, Stage] = dict(stages)
+        self.servers = self._servers(folder)
+        config = configuration(*self.servers.urls, changes)
+        self.stages: dict[str, Stage] = stage_graph.runs_of(config)["default"].stages
         self.lasts: dict[str, float] = {}  # seconds of an undisturbed start
         self.whole: dict[str, dict[str, object]] = {}
 
-    def _judge(self, folder: Path) -> "JudgeProcess":
-        file = folder / "judge.txt"
+    def _servers(self, folder: Path) -> "Servers":
+        """A judge and a server of rows, which want to be shown their secrets, in a child."""
+        file = folder / "servers.txt"
 
         def serve() -> None:
+            from http_server import serving
             from judge_server import judging
 
-            with judging() as judge:
-                file.with_suffix(".new").write_text(judge.url)
+            rows = (folder / "more.jsonl").read_bytes()
+            (folder / "more.jsonl").unlink()
+            with (
+                judging(key=SECRETS["OPENAI_API_KEY"]) as judge,
+                serving({"/more.jsonl": rows}, authorization=f"Bearer {SECRETS['MY_ROWS']}") as web,
+            ):
+                file.with_suffix(".new").write_text(f"{judge.url} {web.url}")
                 file.with_suffix(".new").rename(file)
                 signal.pause()
 
-        child = fork(serve, folder / "judge.log")
+        child = fork(serve, folder / "servers.log")
         while not file.exists():
             time.sleep(0.01)
-        return JudgeProcess(child, file.read_text())
+        return Servers(child, file.read_text().split())
 
     def close(self) -> None:
         """End what was started."""
-        self.judge.child.kill()
+        self.servers.child.kill()
 
     def folder_of(self, name: str) -> Path:
         """The folder of a stage."""
@@ -211,11 +230,18 @@ class Workflow:
 
     def assert_whole(self, name: str) -> None:
         """Assert that a stage's folder has what an undisturbed run wrote."""
-        found = self.outcome(name)
-        other = [
-            path for path in found.keys() | self.whole[name].keys() if found.get(path) != self.whole[name].get(path)
-        ]
-        assert not other, f"{name}: {', '.join(other)} came out in another way"
+        found, whole = self.outcome(name), self.whole[name]
+        other = {path: differences(found.get(path), whole.get(path)) for path in found.keys() | whole.keys()}
+        told = "\n".join(f"{path}: {', '.join(sorted(apart)[:8])}" for path, apart in sorted(other.items()) if apart)
+        assert not told, f"{name} came out in another way:\n{told}"
+
+    def assert_no_secrets(self) -> None:
+        """Assert that what gives access stands in no file that anything has written, neither as it is nor quoted."""
+        forms = {form.encode() for value in SECRETS.values() for form in (value, quote(value), quote(value, safe=""))}
+        for path in Path().rglob("*"):
+            if path.is_file():
+                text = path.read_bytes()
+                assert not any(form in text for form in forms), f"{path} has a secret in it"
 
     def start(self) -> tuple[list[str], list[str]]:
         """Start the whole workflow as Snakemake would; return what is said before and the stages that had a job."""
@@ -240,11 +266,11 @@ class Workflow:
 
 
 @dataclass
-class JudgeProcess:
-    """The judge in a child, and where it answers."""
+class Servers:
+    """The servers in a child, and where they answer: the judge, the rows."""
 
     child: Child
-    url: str
+    urls: list[str]
 
 
 def import_everything() -> None:
@@ -279,13 +305,14 @@ def write_inputs(folder: Path) -> None:
     from tiny import save_tiny_model
 
     save_tiny_model(folder / "model")
-    write_rows(folder / "rows.jsonl", 60)
+    write_rows(folder / "rows.jsonl", 40)
+    write_rows(folder / "more.jsonl", 20, start=40)
     (folder / "task.yaml").write_text(TASK)
     questions = [{"question": f"Where is {n}?", "choices": ["Paris", "Order"], "right": n % 2} for n in range(6)]
     write_jsonl(folder / "questions.jsonl", questions)
 
 
-def configuration(judge: str, changes: dict[str, Any]) -> dict[str, Any]:
+def configuration(judge: str, rows: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Settings that ask for every stage, with every source of chance that training has."""
     train = {
         "epochs": 3, "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-3, "effective_batch_size": 6,
@@ -293,13 +320,16 @@ def configuration(judge: str, changes: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "model": {"source": "model"},
-        "data": {"sources": [{"path": "rows.jsonl"}], "heldout": {"share": 0.2}},
+        "data": {
+            "sources": [{"path": "rows.jsonl"}, {"url": f"{rows}/more.jsonl?${{MY_SIGNED}}", "token_env": "MY_ROWS"}],
+            "heldout": {"share": 0.2},
+        },
         "lengths": {"max_seq_length": 128},
         "train": train,
         "evaluate": {
             "max_new_tokens": 8,
             "tasks": [{"path": "task.yaml"}],
-            "judge": {"base_url": judge, "model": "judge", "api_key_env": None},
+            "judge": {"base_url": judge, "model": "judge"},
         },
         "export": {"gguf": "q8_0"},
         **changes,
@@ -320,11 +350,23 @@ def content(path: Path) -> object:
     return digest_file(path)
 
 
+def differences(one: Any, other: Any, path: str = "") -> set[str]:
+    """Where two contents differ, by path; of digests and values both are told."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return set().union(*(differences(one.get(n), other.get(n), f"{path}.{n}") for n in one.keys() | other.keys()))
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return set().union(*(differences(a, b, f"{path}.{n}") for n, (a, b) in enumerate(zip(one, other, strict=True))))
+    return set() if one == other else {f"{path} {str(one)[:80]} for {str(other)[:80]}"}
+
+
 def timeless(value: Any) -> Any:
     """JSON without what no two runs have alike."""
     if isinstance(value, dict):
         return {name: timeless(inner) for name, inner in value.items() if name not in VOLATILE}
-    return [timeless(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [timeless(inner) for inner in value]
+    # Sentences that tell of the memory that is free.
+    return re.sub(r"[\d.,]+ GiB", "… GiB", value) if isinstance(value, str) else value
 
 
 @contextlib.contextmanager

@@ -378,6 +378,30 @@ def test_a_full_disk_is_said_in_one_sentence(module, tmp_path, data, capfd, erro
     )
 
 
+def test_secrets_reach_neither_log_nor_terminal(module, tmp_path, monkeypatch, capfd):
+    """Whatever library writes them there, and whether their names tell of it or only the settings do."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret1")
+    monkeypatch.setenv("MY_SIGNED", "a/b+secret2")
+
+    class Settings(ToySettings):
+        url: str
+
+    def run(settings: Settings, inputs: dict[str, Path], out: Path, context: Context) -> dict[str, int]:
+        os.write(2, b"GET https://h/x?a%2Fb%2Bsecret2\n")
+        print(f"Authorization: Bearer {os.environ['HF_TOKEN']}", flush=True)
+        raise ValueError("https://me:pass3word@h/x?token=secret4 hf_secret1 a/b+secret2")
+
+    module.run = run
+    spec = dataclasses.replace(stage_runner.SPECS["format"], settings=Settings)
+    monkeypatch.setitem(stage_runner.SPECS, "format", spec)
+    with pytest.raises(SystemExit):
+        execute(tmp_path, {}, settings={"a": 1, "url": "https://h/x?${MY_SIGNED}"})
+    shown, log = capfd.readouterr().err, (tmp_path / "logs" / "x.log").read_text()
+    assert "ValueError" in shown and "Traceback" in log and "${HF_TOKEN}" in log and "${MY_SIGNED}" in log
+    for secret in ("secret1", "secret2", "pass3word", "secret4"):
+        assert secret not in shown + log
+
+
 def test_weights_become_read_only_but_not_the_users_own_that_are_linked(module, tmp_path):
     own = tmp_path / "own.safetensors"
     own.write_text("weights")
