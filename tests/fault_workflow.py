@@ -45,7 +45,7 @@ metric_list:
 # What a stage writes about itself, which no two runs have alike.
 VOLATILE = {
     "seconds", "tokens_per_second", "finished_at", "energy_joules", "estimated_seconds", "peak_memory_bytes",
-    "free_bytes", "seconds_per_step", "runtime", "new_tokens_per_second", "url",
+    "free_bytes", "needed_bytes", "resumed_from", "seconds_per_step", "runtime", "new_tokens_per_second", "url",
 }  # fmt: skip
 
 
