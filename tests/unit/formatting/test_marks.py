@@ -2,7 +2,7 @@
 
 import pytest
 
-from adder.formatting.marks import JUDGEMENTS, LEARNT, UNLEARNT, is_learnt, is_undesired
+from adder.formatting.marks import JUDGEMENTS, LEARNT, UNLEARNT, is_learnt, is_mark, is_undesired, learns
 from adder.formatting.rejected import Rejected, Undesired
 from format_stage import format_rows, qa, read, reply, user
 
@@ -60,17 +60,66 @@ def test_undesired_replies_are_counted_and_in_neither_split(tmp_path, row, mark)
     assert formatted.card["by_source"]["rows"]["undesired"] == 10
 
 
-@pytest.mark.parametrize("label", [0, 1, 1.0])
-def test_a_label_of_0_or_1_is_asked_about(label):
+@pytest.mark.parametrize("label", [0, 1, 1.0, -1, "good", "bad"])
+def test_a_label_that_may_be_a_judgement_is_asked_about(label):
     row = qa("q", "a", label=label)
-    with pytest.raises(Rejected, match="a judgement of the reply, or a class"):
+    with pytest.raises(
+        Rejected, match="the column label may say which replies are not to be learnt, or something else"
+    ):
         read(row)
     assert read(row, "question_answer")["messages"][-1] == reply("a")
-    if label:
+    if label in (1, "good"):
         assert read(row, columns={"kto_tag": "label"})["messages"][-1] == reply("a")
     else:
         with pytest.raises(Undesired):
             read(row, columns={"kto_tag": "label"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "mark"),
+    [
+        ("is_good", True, "kto_tag"), ("accepted", False, "kto_tag"), ("thumbs_up", True, "kto_tag"),
+        ("Is Correct", True, "kto_tag"), ("feedback", "thumbs_down", "kto_tag"), ("verdict", "reject", "kto_tag"),
+        ("is_trainable", False, "kto_tag"), ("skip_loss", True, "mask"), ("is_masked", False, "mask"),
+    ],
+)  # fmt: skip
+def test_columns_whose_names_may_judge_a_reply_are_asked_about(name, value, mark):
+    row = qa("q", "a", **{name: value})
+    with pytest.raises(Rejected, match=f"the column {name} may say.*columns: {{{mark}: {name}}}"):
+        read(row)
+    undesired = value in (False, "thumbs_down", "reject") if mark == "kto_tag" else value
+    if undesired:
+        with pytest.raises(Undesired):
+            read(row, columns={mark: name})
+    else:
+        assert read(row, columns={mark: name})["messages"][-1] == reply("a")
+    assert read(row, "question_answer")["messages"][-1] == reply("a")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rating", 5), ("score", 1), ("is_english", False), ("label", "spam"), ("feedback", "too long")]
+)
+def test_other_columns_are_no_judgement(name, value):
+    assert read(qa("q", "a", **{name: value}))["messages"][-1] == reply("a")
+
+
+@pytest.mark.parametrize(
+    ("key", "no"),
+    [
+        ("learnable", False), ("train_on", 0), ("is_trainable", False), ("weights", 0.0), ("include_in_loss", False),
+        ("supervised", False), ("loss_masked", True), ("is_masked", 1), ("mask_loss", True), ("skip", True),
+        ("do_not_train", True), ("exclude_from_loss", True), ("train", "false"), ("weight", "0"),
+    ],
+)  # fmt: skip
+def test_marks_under_names_of_the_same_kind(key, no):
+    yes = {"false": "true", "0": "1"}[no] if isinstance(no, str) else not no
+    assert not is_learnt({key: no}, "m") and is_learnt({key: yes}, "m") and is_mark(key, no)
+
+
+def test_names_of_other_things_are_no_marks():
+    assert is_learnt({"role": "x", "content": "y", "edited": False, "training_data": "z", "weights": [1]}, "m")
+    assert learns("unmasked") is None and learns("train_detail") is None
+    assert not is_mark("edited", False) and not is_mark("weights", [1])
 
 
 def test_a_label_beside_a_text_judges_no_reply():

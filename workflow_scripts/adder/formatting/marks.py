@@ -4,9 +4,12 @@ OpenAI writes `weight`, axolotl `train`, `training` and `train_detail`, ms-swift
 `label`, LLaMA-Factory `kto_tag`.
 """
 
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
+from adder.data.field_template import folded
 from adder.formatting.rejected import Rejected, json_type
 
 LEARNT = (
@@ -22,21 +25,58 @@ JUDGEMENTS = (JUDGEMENT, "kto_tag", "kto_label", "desirable", "is_desirable", "d
 WEIGHTS = ("weight", "loss_weight", "loss_scale")  # marks of a row that may be numbers without being marks
 ROW_MARKS = (*JUDGEMENTS, *LEARNT, *UNLEARNT)
 _ROW_MARKS = frozenset(ROW_MARKS)
-WORDS = {"true": True, "false": False}
+WORDS = {
+    **dict.fromkeys(("true", "1", "good", "accept", "accepted", "approved", "desirable", "desired", "thumbs_up"), True),
+    **dict.fromkeys(("false", "0", "bad", "reject", "rejected", "declined", "undesirable", "undesired"), False),
+    "thumbs_down": False,
+}
+# Names of other marks: what says that a text is learnt, what turns that round, and what says by itself that it isn't.
+LEARNING = re.compile("train|learn|loss|weight|supervis")
+NEGATION = re.compile("(^|_)(no|not|non|dont|without|disabled?)(_|$)")
+LEAVING_OUT = re.compile("(?<!un)mask|ignor|skip|exclud|omit|frozen|freez")
+# Names of columns that may judge a reply.
+JUDGING = re.compile(
+    "(is_|was_|user_|human_)?(good|bad|correct|accept(ed|able)?|approved?|rejected|preferred|chosen|liked?|helpful|winner|won"
+    "|passed|thumbs?_?up|thumbs?_?down|thumbs?|feedback|verdict|judge?ment|vote|upvoted?|label)(_by_\\w+)?"
+)
+_KNOWN = frozenset(MESSAGE_MARKS)
+
+
+@lru_cache(4096)
+def learns(key: str) -> bool | None:
+    """What true under a name says: that a text is learnt or that it isn't; None for a name of something else."""
+    if key in LEARNT or key in UNLEARNT:
+        return key in LEARNT
+    if key in SPANS:
+        return None
+    name = folded(key)
+    if LEAVING_OUT.search(name):
+        return False
+    return None if not LEARNING.search(name) else NEGATION.search(name) is None
 
 
 def is_learnt(message: Mapping[str, Any], where: str) -> bool:
-    """Whether a reply is to be trained on. Raises Rejected for a mark that is neither yes nor no."""
+    """Whether a reply is to be trained on. Raises Rejected for a mark that is neither yes nor no.
+
+    Of names that aren't among those known, such as `is_trainable` or `skip_loss`, only yes and no are marks.
+    """
     learnt = True
-    for key in (*LEARNT, *UNLEARNT):
-        mark = message.get(key)
-        if mark is None:
+    for key, mark in message.items():
+        meaning = learns(key) if isinstance(key, str) and mark is not None else None
+        if meaning is None:
             continue
-        if not isinstance(mark, bool | int | float) or mark not in (0, 1):
+        said = _yes_or_no(mark)
+        if said is not None:
+            learnt = learnt and said == meaning
+        elif key in _KNOWN:
             found = repr(mark)[:40] if isinstance(mark, str | int | float) else json_type(mark)
             raise Rejected("a weight or train mark other than 0 and 1", f"{where} has {key}: {found}")
-        learnt = learnt and bool(mark) != (key in UNLEARNT)
     return learnt
+
+
+def is_mark(key: str, value: Any) -> bool:
+    """Whether a message's key is read as a mark."""
+    return key in _KNOWN or (learns(key) is not None and _yes_or_no(value) is not None)
 
 
 def is_undesired(row: Mapping[str, Any]) -> str | None:
@@ -52,10 +92,38 @@ def is_undesired(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def is_doubtful(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a number for a label that may be a judgement or a class."""
-    label = row.get(JUDGEMENT)
-    return isinstance(label, int | float) and not isinstance(label, bool) and label in (0, 1)
+def doubtful(row: Mapping[str, Any]) -> str | None:
+    """A column that may say that the reply is not to be learnt, and may be something else: a `label` of 0 and 1, true
+    or false under a name that may judge a reply or mark it; None where there is none.
+    """
+    for key in _may_judge(tuple(row)):
+        value = row[key]
+        if key == JUDGEMENT and verdict(row, key) is not None:
+            continue
+        judges = isinstance(value, bool) or (isinstance(value, str) and folded(value) in WORDS and not value.isdigit())
+        if judges or (key == JUDGEMENT and isinstance(value, int | float) and value in (0, 1, -1)):
+            return key
+    return None
+
+
+@lru_cache(1024)
+def _may_judge(columns: tuple[str, ...]) -> list[str]:
+    known = set(ROW_MARKS) - {JUDGEMENT}
+    return [
+        name
+        for name in columns
+        if name not in known and (JUDGING.fullmatch(folded(name)) or (learns(name) is not None and "_" in folded(name)))
+    ]
+
+
+def _yes_or_no(mark: Any) -> bool | None:
+    if isinstance(mark, bool | int | float):
+        return bool(mark) if mark in (0, 1) else None
+    return (
+        {"true": True, "1": True, "false": False, "0": False}.get(mark.strip().lower())
+        if isinstance(mark, str)
+        else None
+    )
 
 
 def verdict(row: Mapping[str, Any], key: str) -> bool | None:
@@ -64,6 +132,6 @@ def verdict(row: Mapping[str, Any], key: str) -> bool | None:
     if isinstance(mark, bool):
         return mark
     if key in JUDGEMENTS and isinstance(mark, str):
-        return WORDS.get(mark.strip().lower())
+        return WORDS.get(folded(mark)) if key != JUDGEMENT else {"true": True, "false": False}.get(folded(mark))
     numbers = key in WEIGHTS or (key in JUDGEMENTS and key != JUDGEMENT)
-    return bool(mark) if numbers and isinstance(mark, int | float) and mark in (0, 1) else None
+    return mark > 0 if numbers and isinstance(mark, int | float) and mark in (0, 1, -1) else None

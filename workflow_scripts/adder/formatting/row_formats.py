@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from adder.core.errors import UserError
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
-from adder.formatting.marks import JUDGEMENT, JUDGEMENTS, ROW_MARKS, is_doubtful, is_undesired
+from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, doubtful, is_undesired, learns
 from adder.formatting.messages import (
     BLANK,
     REASONING_KEYS,
@@ -406,7 +406,7 @@ def source_format(
         form, mapping = ROW_FORMATS[row_format], _mapping_for(ROW_FORMATS[row_format], renamed, other_case)
     else:
         form, mapping = _most_frequent(source, column_sets, columns, other_case, protected)
-    allowed = {*form.columns, *JUDGEMENTS} if form else {*known, *JUDGEMENTS}
+    allowed = {*form.columns, *ROW_MARKS} if form else {*known, *ROW_MARKS}
     unknown = next((canonical for canonical in columns if canonical not in allowed | set(mapping.values())), None)
     if unknown is not None and column_sets:
         what = f"the row format {form.name} has" if form else "the row formats have"
@@ -473,12 +473,8 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     mark = is_undesired(row)
     if mark is not None and not (form.name == "text" and mark in JUDGEMENTS):  # a text is no reply to judge
         raise Undesired("undesired", f"'{mark}' says that its reply is not to be learnt")
-    if not source.named and form.name != "text" and is_doubtful(row):
-        raise Rejected(
-            f"the column {source.actual(JUDGEMENT)} is 0 or 1: a judgement of the reply, or a class?",
-            f"`columns: {{kto_tag: {source.actual(JUDGEMENT)}}}` leaves out replies of 0, `row_format: {form.name}` "
-            "doesn't read it",
-        )
+    if not source.named and form.name != "text":
+        _refuse_doubt(row, source, form)
     if form.named_only and not source.named:
         raise Rejected(
             f"{form.name} data ({' and '.join(form.known_by)})", f"`row_format: {form.name}` {form.named_only}"
@@ -509,6 +505,20 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     given = None if row.keys().isdisjoint(_BESIDE) else next((row[name] for name in TOOLS if row.get(name)), None)
     tools = read_tools(given) if given else None
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def _refuse_doubt(row: Row, source: SourceFormat, form: RowFormat) -> None:
+    """Raise Rejected where a column may say that the reply is not to be learnt, or something else."""
+    key = doubtful(row)
+    if key is None or key in form.columns:
+        return
+    actual = source.actual(key)
+    mark = "mask" if learns(key) is False else "kto_tag"
+    no = "true" if mark == "mask" else "0 or false"
+    raise Rejected(
+        f"the column {actual} may say which replies are not to be learnt, or something else",
+        f"`columns: {{{mark}: {actual}}}` leaves out those where it is {no}, `row_format: {form.name}` doesn't read it",
+    )
 
 
 def to_prompt(row: Row, source: SourceFormat) -> Conversation:

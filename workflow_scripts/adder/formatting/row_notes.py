@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from adder.formatting.column_names import line_for
-from adder.formatting.marks import ROW_MARKS, SPANS, verdict
+from adder.formatting.marks import ROW_MARKS, SPANS, is_mark, verdict
 from adder.formatting.messages import BLANK, MESSAGE_KEYS, is_message
 from adder.formatting.rejected import json_type
 from adder.formatting.row_formats import TOOLS, ColumnSets, SourceFormat
@@ -52,7 +52,7 @@ def unread_columns(source: SourceFormat, column_sets: ColumnSets, also_read: Ite
 
     also_read: columns that are read whatever the format.
     """
-    read = {*source.own_columns(), *ROW_MARKS, *also_read}
+    read = {*source.own_columns(), *source.columns.values(), *ROW_MARKS, *also_read}
     found: Counter[str] = Counter()
     for columns, rows in column_sets.items():
         found.update(dict.fromkeys(set(columns) - read, rows))
@@ -116,7 +116,11 @@ def _of_messages(messages: list[Any]) -> Iterator[str]:
         if not isinstance(content, TEXTS):
             yield f"a message's content is {json_type(content)}, written as JSON"
         for key in message.keys() - MESSAGE_KEYS if len(message) > 2 else ():
-            if message[key] not in BLANK and message[key] != {}:
+            if (
+                message[key] not in BLANK
+                and message[key] != {}
+                and not (isinstance(key, str) and is_mark(key, message[key]))
+            ):
                 yield f"nothing reads the key '{_shown(key)}' of messages"
         if len(message) > 2 and message.get("role", message.get("from")) in ("user", "human", "system", "tool"):
             for key in _ASKED:
