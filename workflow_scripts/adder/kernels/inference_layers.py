@@ -6,6 +6,7 @@ is found out by trying, as for training (fused_lora.layer_probes).
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ def fused_for_inference(model: PreTrainedModel) -> Iterator[int]:
     Nothing can be trained inside. Parameters keep their values and names.
     """
     fused: list[InferenceLayer] = []
+    reasons: Counter[str] = Counter()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -48,8 +50,10 @@ def fused_for_inference(model: PreTrainedModel) -> Iterator[int]:
             for layer in getattr(parent, "layers", None) or [] if rotary is not None else []:
                 try:
                     fused.append(fuse(layer, rotary))
-                except CannotFuse:
-                    continue
+                except CannotFuse as reason:
+                    reasons[f"{reason}{f' ({reason.__cause__})' if reason.__cause__ else ''}"] += 1
+        if reasons:
+            print(f"layers computed as they are written: {dict(reasons)}", file=sys.stderr)
         yield len(fused)
     finally:
         for layer in fused:
@@ -82,8 +86,19 @@ def fuse(layer: AnyModule, rotary: AnyModule) -> "InferenceLayer":
         raise
     if not records_agree(expected, found, TOLERANCE[weight.dtype]):
         fused.detach()
-        raise CannotFuse(f"{type(layer).__name__} computes something else")
+        gaps = differences(expected, found)
+        raise CannotFuse(f"{type(layer).__name__} computes something else: {gaps}")
     return fused
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    """Relative differences of what two records have as tensors, for a message."""
+    pairs = {name: (value, found.get(name)) for name, value in expected.items() if isinstance(value, torch.Tensor)}
+    return {
+        name: round(float((a.float() - b.float()).norm() / a.float().norm()), 5)
+        for name, (a, b) in pairs.items()
+        if isinstance(b, torch.Tensor) and a.shape == b.shape
+    }
 
 
 class InferenceLayer:
