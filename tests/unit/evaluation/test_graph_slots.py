@@ -91,3 +91,14 @@ def test_graphs_on_a_gpu_write_the_replies_of_generate(family):
     requests = [speculative_decoding.Request(prompt, len(prompt)) for prompt in asked]
     found = speculative_decoding.generate(model, requests, STOPS, 40, 8, lambda _: None)
     assert [reply.ids for reply in found] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(LLAMA_LIKE))
+def test_on_a_gpu_steps_are_graphs_of_fused_layers(family, dtype):
+    model = make(family).to("cuda", dtype)
+    with graph_slots.ExitStack() as stack, torch.inference_mode():
+        slots = graph_slots.graph_slots(model, prompts(), 8, 64, stack)
+        assert slots is not None and slots.graph is not None
+        assert all("forward" in layer.__dict__ for layer in layers_of(model))

@@ -26,8 +26,10 @@ from adder.kernels.decode_attention import attend_to_cache, store_token
 NAME = "adder_decode"
 STEPS = 4  # between two looks at the tokens: one costs a few per cent of a step, and replies end in between
 PROBES, PROBE_TOKENS, PROBE_STEPS = 4, 48, 3  # prompts, tokens of each, and steps that logits are compared at
-# Relative difference of logits that rounding explains after all layers, by dtype.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
+# Relative difference of logits that rounding explains after all layers, by dtype; or NOISE times the one between two
+# ways in which the model usually computes them, if that is more, up to LARGEST. 8B random weights in bf16: 0.06 to 0.07.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+NOISE, LARGEST = 2.0, 0.2
 # cuDNN's attention makes a plan for each new shape, and prompts come in many.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -72,6 +74,8 @@ def graph_slots(
     if not probes or model.dtype not in TOLERANCE:
         return None
     expected = usual_logits(model, probes)
+    gap = relative(usual_logits_at_once(model, probes), expected).max()
+    allowed = max(TOLERANCE[model.dtype], min(NOISE * float(gap), LARGEST))
     for fused in (True, False):
         with ExitStack() as attempt:
             try:
@@ -81,7 +85,7 @@ def graph_slots(
                 if fused and not attempt.enter_context(fused_for_inference(model)):
                     continue
                 slots = GraphSlots(model, count, capacity)
-                if agree(model, slots, probes, expected):
+                if agree(model, slots, probes, expected, allowed):
                     stack.push(attempt.pop_all())
                     return slots
             except torch.OutOfMemoryError:
@@ -104,7 +108,30 @@ def usual_logits(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> torc
 
 
 @torch.inference_mode()
-def agree(model: PreTrainedModel, slots: "GraphSlots", texts: Sequence[Sequence[int]], expected: torch.Tensor) -> bool:
+def usual_logits_at_once(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The same from one padded batch: other shapes, and with them other orders of the sums."""
+    head: Any = model.get_output_embeddings()
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(list(text))
+    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    rows = [head(hidden[row, len(text) - PROBE_STEPS : len(text)]) for row, text in enumerate(texts)]
+    return torch.stack(rows).float()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Norm of the difference of each row, relative to the expected row's."""
+    return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
+@torch.inference_mode()
+def agree(
+    model: PreTrainedModel,
+    slots: "GraphSlots",
+    texts: Sequence[Sequence[int]],
+    expected: torch.Tensor,
+    allowed: float,
+) -> bool:
     """Whether steps in `slots` give the expected logits; the slots are empty afterwards."""
     for row, text in enumerate(texts):
         cache = DynamicCache(config=model.config)
@@ -113,10 +140,10 @@ def agree(model: PreTrainedModel, slots: "GraphSlots", texts: Sequence[Sequence[
         slots.add([row], [len(text) - PROBE_STEPS], [0], cache)
     for step in range(PROBE_STEPS):
         slots.steps([text[step - PROBE_STEPS] for text in texts], 1)
-        found = slots.logits[: len(texts)].float()
-        distance = (found - expected[:, step]).norm(dim=-1) / expected[:, step].norm(dim=-1)
-        if not bool((distance <= TOLERANCE[model.dtype]).all()):
-            print(f"decoding by a CUDA graph gives other logits: {distance.tolist()}", file=sys.stderr)
+        distance = relative(slots.logits[: len(texts)].float(), expected[:, step])
+        if not bool((distance <= allowed).all()):
+            gaps = [round(gap, 4) for gap in distance.tolist()]
+            print(f"decoding by a CUDA graph gives other logits: {gaps} apart, allowed {allowed:.4f}", file=sys.stderr)
             return False
     slots.keep([False] * len(texts))
     return True
@@ -208,7 +235,7 @@ class GraphSlots(Cache):
         self.written.index_copy_(0, self.number, likeliest[None])
         self.tokens.copy_(likeliest)
         self.positions.add_(1)
-        self.number.add_(1)
+        self.number.add_(1).remainder_(STEPS)
 
     def _capture(self) -> None:
         """Capture a step. What was computed for it before counts for nothing."""
