@@ -111,7 +111,7 @@ def loop(request, monkeypatch):
 def test_loss_equals_that_of_plain_transformers(tmp_path, tiny_model_dir, monkeypatch, loop):
     inputs = make_inputs(tmp_path / "in", tiny_model_dir)
     monkeypatch.setattr(heldout_loss, "LOSS_TOKENS", 150)  # several batches, with padding in them
-    monkeypatch.setitem(speculative_decoding.PREFILL_TOKENS, "cpu", 150)
+    monkeypatch.setattr(speculative_decoding, "PREFILL_TOKENS", 150)
     scores, samples = run(inputs, tmp_path / "out", max_new_tokens=2)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     rows = rows_of(inputs)

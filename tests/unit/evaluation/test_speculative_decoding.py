@@ -30,7 +30,7 @@ def test_replies_of_every_family_are_those_of_generate(family, draft):
 @pytest.mark.parametrize("slots", [1, 3, 50])
 @pytest.mark.parametrize("shared", [0, 7])
 def test_neither_slots_nor_drafts_nor_a_common_beginning_change_a_reply(monkeypatch, draft, slots, shared):
-    monkeypatch.setitem(speculative_decoding.PREFILL_TOKENS, "cpu", 60)  # several passes over prompts
+    monkeypatch.setattr(speculative_decoding, "PREFILL_TOKENS", 60)  # several passes over prompts
     model = make("Llama")
     asked = prompts(7, shared)
     expected = [by_transformers(model, prompt, 9) for prompt in asked]
@@ -92,14 +92,9 @@ def test_a_common_beginning_keeps_off_labels_and_last_prompt_tokens():
 
 
 def test_prompts_read_in_one_pass_are_bounded_by_their_own_tokens_and_by_memory():
-    assert (
-        speculative_decoding.prompts_at_once(64, 0, 4096) == 64
-        and speculative_decoding.prompts_at_once(64, 32, 4096) == 128
-    )
-    assert (
-        speculative_decoding.prompts_at_once(3050, 3000, 4096) == 10
-    )  # 30,500 keys and values, not 4,096 // 50 times 3,050
-    assert speculative_decoding.prompts_at_once(9000, 0, 4096) == 1
+    assert speculative_decoding.prompts_at_once(64, 0) == 64 and speculative_decoding.prompts_at_once(64, 32) == 128
+    assert speculative_decoding.prompts_at_once(3050, 3000) == 10  # 30,500 keys and values, not 4,096 // 50 times 3,050
+    assert speculative_decoding.prompts_at_once(9000, 0) == 1
 
 
 class Counted:

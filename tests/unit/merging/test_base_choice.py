@@ -249,3 +249,29 @@ def test_row_losses_are_cross_entropy(inputs):
     found = row_losses(Loaded(model, False), rows)
     total, count = (sum(values) for values in zip(*found, strict=True))
     assert total / count == pytest.approx(plain_loss(model, rows, "float32"), rel=1e-5)
+
+
+def test_a_cpu_reads_no_more_rows_than_tell_the_two_apart(inputs, tmp_path, monkeypatch):
+    base, adapter = inputs["model"] / "model", inputs["train"] / "adapter"
+    rows = spread_rows(inputs["tokenize"] / "heldout.arrow", 64, 8192)
+    compute = getattr(torch, precision.compute_dtype("cpu").value)
+    candidates = {"original": read_adapter(adapter)}
+    candidates["dequantized"] = base_choice.on_dequantised(base, candidates["original"], compute, "cpu")
+    monkeypatch.setattr(base_choice, "FIRST_ROWS", 9)
+    work = tmp_path / "work"
+    work.mkdir()
+    for apart, count in ((True, 9), (False, len(rows))):
+        monkeypatch.setattr(base_choice, "told_apart", lambda losses, groups, apart=apart: apart)
+        found = base_choice.measure(base, adapter, candidates, rows, work, SILENT)
+        assert {len(own) for own in found.values()} == {count} and count in (9, 12)
+    assert list(work.iterdir()) == []  # nothing was written
+    in_files = base_choice.measure_files(base, adapter, candidates, rows, work, SILENT)
+    for name, own in found.items():  # the last run's, of all rows
+        assert sum(nats for nats, _ in own) == pytest.approx(sum(nats for nats, _ in in_files[name]), rel=5e-3)
+
+
+def test_rows_tell_apart_when_zero_is_outside_or_all_is_next_to_it():
+    assert base_choice.told_apart(losses(-0.02, 0.01), None)
+    assert not base_choice.told_apart(losses(-0.02, 0.5), None)
+    assert base_choice.told_apart(losses(0.0, 1e-5), None)
+    assert not base_choice.told_apart(losses(-0.02, 0.01), ["one", "two"] * 20)  # two groups are too few to trust

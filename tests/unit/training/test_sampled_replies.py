@@ -3,7 +3,10 @@
 import pytest
 
 from adder.core.files import read_jsonl
-from tiny import write_training_inputs
+from adder.core.progress import Progress
+from adder.training import sampled_replies
+from adder.training.sampled_replies import SHORTEST, Prompt, Sampler
+from tiny import tiny_tokenizer, write_training_inputs
 from training_stage import train_small
 
 
@@ -23,3 +26,23 @@ def test_sampled_replies_stand_beside_the_bases_and_the_reference(inputs, tmp_pa
     assert all(row["prompt"] and row["reference"] and row["exact_match"] in (0, 1) for row in rows)
     curves = list(read_jsonl(tmp_path / "out" / "metrics.jsonl"))
     assert [row["step"] for row in curves if "exact_match" in row] == sorted(steps - {0})
+
+
+def sampler(tmp_path, allowance):
+    prompts = [Prompt("rows:1", [5, 6], list(range(200)))]
+    tokenizer = tiny_tokenizer()
+    return Sampler(prompts, tokenizer, "float32", tmp_path / "samples.jsonl", 0, Progress.silent(), allowance)
+
+
+def test_samples_take_no_more_than_their_share_of_a_training(tmp_path, monkeypatch):
+    assert sampler(tmp_path, None).limit == 208 and sampler(tmp_path, 60.0).limit == 208
+    assert sampler(tmp_path, 3.0).limit == 50 and sampler(tmp_path, 0.1).limit == SHORTEST
+    own = sampler(tmp_path, 3.0)
+    clock = iter(range(0, 100))  # each look at the clock is a second after the one before
+    monkeypatch.setattr(sampled_replies.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(own, "_generate", lambda model: [[5, 6]])
+    taken = [own.sample(None, step, last=step == 40) is not None for step in (0, 10, 20, 30, 40)]
+    assert taken == [True, True, False, False, True] and own.spent == 3.0
+    unlimited = sampler(tmp_path / "other", None)
+    monkeypatch.setattr(unlimited, "_generate", lambda model: [[5, 6]])
+    assert all(unlimited.sample(None, step) is not None for step in (0, 10, 20, 30))

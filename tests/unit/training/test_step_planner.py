@@ -410,3 +410,27 @@ def test_a_continued_run_keeps_the_plan_that_it_began_with(inputs, tmp_path, mon
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
     whole = read_json(tmp_path / "whole" / "out" / "plan.json")
     assert all(plan[name] == whole[name] for name in NAMES)
+
+
+def test_a_trial_is_timed_once_its_steps_are_no_faster_any_more(monkeypatch):
+    """Compiling kernels takes seconds of a first step, or of the first with another level of checkpointing."""
+    trials = object.__new__(step_planner.Trials)
+    trials.fastest = 0.0
+    steps = iter([4.0, 0.5, 0.21, 0.2, 9.9])
+    monkeypatch.setattr(trials, "_seconds", lambda lengths: next(steps), raising=False)
+    assert trials._settled_seconds([100]) == 0.2 and trials.fastest == 500
+    steps = iter([3.0, 0.4, 0.4])  # far slower than the trial before: something was compiled
+    assert trials._settled_seconds([100]) == 0.4
+    steps = iter([2.5])  # as fast as the one before, and long: its own timing
+    assert trials._settled_seconds([1000]) == 2.5
+
+
+def test_the_speed_of_the_plan_that_is_used_is_told():
+    made = choose(settings(), "cuda", LEVELS, Card(40))
+    plan = made.plan
+    (row,) = [
+        row for row in made.micro_batch_size.alternatives if row["micro_batch"] == plan.micro_batch and row["fits"]
+    ]
+    assert step_planner.planned_speed(made) == row["tokens_per_second"] > 0
+    other = replace(made, gradient_checkpointing=Choice(not made.gradient_checkpointing.value, "as set"))
+    assert step_planner.planned_speed(other) is None

@@ -27,8 +27,9 @@ NAME = "adder_decode"
 STEPS = 4  # between two looks at the tokens: one costs a few per cent of a step, and replies end in between
 PROBES, PROBE_TOKENS, PROBE_STEPS = 4, 48, 3  # prompts, tokens of each, and steps that logits are compared at
 # Relative difference of logits that rounding explains after all layers, by dtype; or NOISE times the one between two
-# ways in which the model usually computes them, if that is more, up to LARGEST. 8B random weights in bf16: 0.06 to 0.07.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+# ways in which the model usually computes them, if that is more, up to LARGEST.
+# (Random weights of 8B in bf16: 0.06 to 0.07.)
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 NOISE, LARGEST = 2.0, 0.2
 # cuDNN's attention makes a plan for each new shape, and prompts come in many.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -74,7 +75,7 @@ def graph_slots(
     if not probes or model.dtype not in TOLERANCE:
         return None
     expected = usual_logits(model, probes)
-    gap = relative(usual_logits_at_once(model, probes), expected).max()
+    gap = relative(usual_logits(model, probes[:1]), expected[:1]).max()  # by other shapes, in another order of sums
     allowed = max(TOLERANCE[model.dtype], min(NOISE * float(gap), LARGEST))
     for fused in (True, False):
         with ExitStack() as attempt:
@@ -98,25 +99,19 @@ def graph_slots(
 
 @torch.inference_mode()
 def usual_logits(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits after each of the last PROBE_STEPS tokens of each text, one text at a time: (texts, steps, vocabulary)."""
+    """Logits after each of the last PROBE_STEPS tokens of each text, in one batch: fp32 (texts, steps, vocabulary)."""
     head: Any = model.get_output_embeddings()
-    found = []
-    for text in texts:
-        ids = torch.tensor([list(text)], device=model.device)
-        found.append(head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -PROBE_STEPS:]))
-    return torch.stack(found).float()
+    hidden = model.base_model(input_ids=padded(texts).to(model.device), use_cache=False).last_hidden_state
+    rows = [hidden[row, len(text) - PROBE_STEPS : len(text)] for row, text in enumerate(texts)]
+    return head(torch.stack(rows)).float()
 
 
-@torch.inference_mode()
-def usual_logits_at_once(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The same from one padded batch: other shapes, and with them other orders of the sums."""
-    head: Any = model.get_output_embeddings()
+def padded(texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The texts as rows of a matrix; padding comes last, where nothing that counts attends to it."""
     ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor(list(text))
-    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    rows = [head(hidden[row, len(text) - PROBE_STEPS : len(text)]) for row, text in enumerate(texts)]
-    return torch.stack(rows).float()
+    return ids
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -133,11 +128,11 @@ def agree(
     allowed: float,
 ) -> bool:
     """Whether steps in `slots` give the expected logits; the slots are empty afterwards."""
-    for row, text in enumerate(texts):
-        cache = DynamicCache(config=model.config)
-        ids = torch.tensor([list(text[:-PROBE_STEPS])], device=model.device)
-        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-        slots.add([row], [len(text) - PROBE_STEPS], [0], cache)
+    starts = [text[:-PROBE_STEPS] for text in texts]
+    cache = DynamicCache(config=model.config)
+    model.base_model(input_ids=padded(starts).to(model.device), past_key_values=cache, use_cache=True)
+    numbers = list(range(len(texts)))
+    slots.add(numbers, [len(start) for start in starts], numbers, cache)
     for step in range(PROBE_STEPS):
         slots.steps([text[step - PROBE_STEPS] for text in texts], 1)
         distance = relative(slots.logits[: len(texts)].float(), expected[:, step])

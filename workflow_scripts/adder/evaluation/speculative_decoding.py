@@ -26,8 +26,7 @@ from adder.evaluation.kv_cache_slots import keys_and_values
 from adder.evaluation.text_loops import continue_loop, has_loop, loop_period
 from adder.kernels.labelled_loss import has_plain_head
 
-# Positions of one pass over prompts, padding included.
-PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
+PREFILL_TOKENS = 4096  # positions of one pass over prompts, padding included; matmuls over more are no faster on a GPU
 HEAD_POSITIONS = 1024  # positions whose logits are computed at once
 PLAIN_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # that depend on a token's position alone
 REFILL_SHARE = 0.25  # of the slots must be free before prompts are read: one pass for several
@@ -110,9 +109,7 @@ def generate(
             free = cache.count - len(cache.rows)
             filling = bool(waiting and free and (filling or free >= REFILL_SHARE * cache.count))
             if filling:
-                most = prompts_at_once(
-                    len(requests[waiting[0]].ids), prefix.get_seq_length(), PREFILL_TOKENS[model.device.type]
-                )
+                most = prompts_at_once(len(requests[waiting[0]].ids), prefix.get_seq_length())
                 batch, waiting = waiting[: min(free, most)], waiting[min(free, most) :]
                 read = _read(model, prefix, requests, batch, found, stops, limit)
                 for row in batch:
@@ -164,12 +161,9 @@ def common_prefix_length(requests: list[Request]) -> int:
     return length
 
 
-def prompts_at_once(length: int, prefix: int, most: int) -> int:
-    """How many prompts of `length` tokens are read in one pass of `most` positions.
-
-    The beginning that they share takes only memory.
-    """
-    return max(1, most // max(length - prefix, length // 8))
+def prompts_at_once(length: int, prefix: int) -> int:
+    """How many prompts of `length` tokens are read in one pass. The beginning that they share takes only memory."""
+    return max(1, PREFILL_TOKENS // max(length - prefix, length // 8))
 
 
 def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache:

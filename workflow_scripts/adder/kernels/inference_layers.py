@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ from adder.kernels.swiglu import swiglu_into
 def fused_for_inference(model: PreTrainedModel) -> Iterator[int]:
     """Let the decoder layers that are like Llama's compute as InferenceLayer inside; gives how many there are.
 
-    Nothing can be trained inside. Parameters keep their values and names.
+    The first of a kind is tried on some tokens; whether the whole model then computes the same is for the caller to
+    see. Nothing can be trained inside. Parameters keep their values and names.
     """
     fused: list[InferenceLayer] = []
     reasons: Counter[str] = Counter()
@@ -49,7 +51,8 @@ def fused_for_inference(model: PreTrainedModel) -> Iterator[int]:
             rotary = getattr(parent, "rotary_emb", None)
             for layer in getattr(parent, "layers", None) or [] if rotary is not None else []:
                 try:
-                    fused.append(fuse(layer, rotary))
+                    alike = next((other for other in fused if is_like(layer, other.layer)), None)
+                    fused.append(fuse(layer, rotary) if alike is None else InferenceLayer(layer, alike.options, alike))
                 except CannotFuse as reason:
                     reasons[f"{reason}{f' ({reason.__cause__})' if reason.__cause__ else ''}"] += 1
         if reasons:
@@ -60,6 +63,18 @@ def fused_for_inference(model: PreTrainedModel) -> Iterator[int]:
             layer.detach()
         for parameter in trained:
             parameter.requires_grad_()
+
+
+def is_like(layer: AnyModule, other: AnyModule) -> bool:
+    """Whether two layers are of the same modules with the same sizes and types of weights."""
+
+    def parts(of: AnyModule) -> list[tuple[str, type]]:
+        return [(name, type(module)) for name, module in of.named_modules()]
+
+    def weights(of: AnyModule) -> list[tuple[str, torch.Size, torch.dtype, torch.device]]:
+        return [(name, value.shape, value.dtype, value.device) for name, value in of.named_parameters()]
+
+    return "forward" not in layer.__dict__ and parts(layer) == parts(other) and weights(layer) == weights(other)
 
 
 def fuse(layer: AnyModule, rotary: AnyModule) -> "InferenceLayer":
@@ -104,14 +119,20 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, fl
 class InferenceLayer:
     """Forward of a Llama-like decoder layer without gradients: norm, attention, addition; norm, SwiGLU MLP, addition.
 
-    `options`: what the layer tells its attention function beside queries, keys, values, mask and dropout.
+    `options`: what the layer tells its attention function beside queries, keys, values, mask and dropout. `alike`: one
+    of the same kind, whose norms and activation were found out.
     """
 
-    def __init__(self, layer: AnyModule, options: dict[str, Any]):
+    def __init__(self, layer: AnyModule, options: dict[str, Any], alike: "InferenceLayer | None" = None):
         self.layer, self.options = layer, options
         attention, mlp = layer.self_attn, layer.mlp
-        self.norms = (probe_rmsnorm(layer.input_layernorm), probe_rmsnorm(layer.post_attention_layernorm))
-        self.activation = probe_activation(mlp)
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        if alike is None:
+            self.norms = tuple(probe_rmsnorm(norm) for norm in norms)
+            self.activation = probe_activation(mlp)
+        else:
+            self.norms = tuple(replace(known, module=norm) for known, norm in zip(alike.norms, norms, strict=True))
+            self.activation = alike.activation
         self.head_size = attention.head_dim
         home: Any = sys.modules[type(attention).__module__]
         self.eager, self.rotary = home.eager_attention_forward, home.apply_rotary_pos_emb

@@ -10,15 +10,18 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from adder.core import intervals, precision
 from adder.core.choice import Choice
 from adder.core.errors import UserError
-from adder.core.safetensors_layout import DTYPES, stored_tensors
+from adder.core.safetensors_layout import DTYPES, shard_files, stored_tensors
 from adder.core.stage_spec import Context
+from adder.merging import candidate_weights
+from adder.merging.candidate_weights import AsStored
 from adder.merging.records import BaseCandidate, BaseDifference
 from adder.merging.streamed_merge import Deltas, merge_weights
 from adder.merging.verification import Loaded, choose_loading, load, row_losses, spread_rows
@@ -27,6 +30,9 @@ from adder.tokenization.token_table import TokenRow
 from adder.training import base_model
 
 MEASURED_ROWS = 64
+FIRST_ROWS = 16  # that a CPU reads first
+FEWEST_DRAWN = 8  # rows or groups that an interval over them is trusted with before all are read
+ALIKE = 5e-4  # nats a token
 MEASURED_LABELS = 8192
 # In the order in which proof.json has them; differences are against the first.
 NAMES = {
@@ -120,12 +126,111 @@ def measure(
     rows: Sequence[TokenRow],
     work: Path,
     context: Context,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, RowLosses]:
-    """Losses of each row of the model as it was trained and of each candidate.
+    """Losses of the first rows of the model as it was trained and of each candidate: of as many as tell them apart.
 
-    `candidates`: deltas of the base by a name of NAMES; the merged weights stay in `work`/name. All compute in the
-    dtype that training computes in here, and only one is loaded at a time.
+    `candidates`: deltas of the base by a name of NAMES. All compute in the dtype that training computes in here. The
+    base is loaded once, and each candidate's weights take the place of those before. A model that has no room in
+    memory, or whose names on disk are others, is measured by measure_files, on all rows.
     """
+    device, progress = context.device, context.progress
+    compute: torch.dtype = getattr(torch, precision.compute_dtype(device).value)
+    quantised = quantised_weights(base)
+    loading = choose_loading(base, compute, device).value
+    if loading == "whole":
+        progress.line("which base: loading it")
+        model = load(base, compute, loading, device).model
+        assert isinstance(model, PreTrainedModel)
+        if candidate_weights.can_hold(
+            model, base, {*quantised, *(name for own in candidates.values() for name in own)}
+        ):
+            return _measure_in(model, base, adapter, quantised, candidates, rows, groups, context)
+        del model
+    return measure_files(base, adapter, candidates, rows, work, context)
+
+
+def _measure_in(
+    model: PreTrainedModel,
+    base: Path,
+    adapter: Path,
+    quantised: Mapping[str, bool],
+    candidates: Mapping[str, Deltas],
+    rows: Sequence[TokenRow],
+    groups: Sequence[str] | None,
+    context: Context,
+) -> dict[str, RowLosses]:
+    """As measure, in a model that is loaded. On a CPU some rows first, since the rest is often not needed."""
+    adapted = {name: delta.shape for own in candidates.values() for name, delta in own.items()}
+    losses: dict[str, RowLosses] = {name: [] for name in ("trained", *candidates)}
+    steps = [len(rows)] if context.device == "cuda" else [min(FIRST_ROWS, len(rows)), len(rows)]
+    done = 0
+    for stop in dict.fromkeys(steps):
+        own = list(rows[done:stop])
+        for name in losses:
+            context.progress.line(f"which base: {NAMES[name]}, {stop} rows")
+            if name == "trained":
+                reset = {other: AsStored(shape) for other, shape in adapted.items() if other not in quantised}
+                candidate_weights.hold(model, base, reset, context)
+                _hold_dequantised(model, base, quantised, context)
+                losses[name] += _losses_with(model, adapter, own, context)
+                continue
+            reset = {other: AsStored(shape) for other, shape in adapted.items()}
+            candidate_weights.hold(model, base, {**reset, **candidates[name]}, context)
+            losses[name] += candidate_weights.losses(model, own)
+        done = stop
+        if stop < len(rows) and told_apart(losses, None if groups is None else groups[:stop]):
+            break
+    return losses
+
+
+def _hold_dequantised(model: PreTrainedModel, base: Path, quantised: Mapping[str, bool], context: Context) -> None:
+    """Give the model the values that NF4 layers compute with, in its own dtype."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = stored_tensors(base)
+    for file in shard_files(base):
+        with safe_open(base / file, "pt") as tensors:
+            for name in tensors.keys():
+                if name in quantised and name in stored:
+                    weight = tensors.get_tensor(name).float()
+                    values = dequantised(weight.T if quantised[name] else weight, model.dtype, context.device)
+                    parameters[name].data.copy_(values.T if quantised[name] else values)
+
+
+def _losses_with(
+    model: PreTrainedModel, adapter: Path, rows: list[TokenRow], context: Context
+) -> list[tuple[float, int]]:
+    """Losses with the adapter beside the weights, as in training; afterwards the model is without it."""
+    dtype = model.dtype
+    adapted = PeftModel.from_pretrained(model, adapter).eval()
+    try:
+        with torch.autocast(context.device, dtype, enabled=dtype != torch.float32):
+            return candidate_weights.losses(adapted.get_base_model(), rows)
+    finally:
+        adapted.unload()
+
+
+def told_apart(losses: Mapping[str, RowLosses], groups: Sequence[str] | None) -> bool:
+    """Whether further rows would tell nothing new of the two merged models.
+
+    Either the interval of their difference leaves out 0, or all of it is so near to 0 that no score would show it.
+    """
+    low, high = _difference(
+        losses["original"], losses["dequantized"], [count for _, count in losses["trained"]], groups
+    )["ci95"]
+    drawn = len(losses["trained"] if groups is None else set(groups))
+    return drawn >= FEWEST_DRAWN and (not low <= 0 <= high or max(abs(low), abs(high)) < ALIKE)
+
+
+def measure_files(
+    base: Path,
+    adapter: Path,
+    candidates: Mapping[str, Deltas],
+    rows: Sequence[TokenRow],
+    work: Path,
+    context: Context,
+) -> dict[str, RowLosses]:
+    """As measure, with each candidate's merged weights in `work`/name, where they stay; one is loaded at a time."""
     device, progress = context.device, context.progress
     dtype = precision.compute_dtype(device).value
     progress.line(f"which base: adapter on NF4, {len(rows)} rows")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -55,12 +56,12 @@ class MergeSummary(TypedDict):
 @dataclass(frozen=True)
 class Merged:
     """What was merged: the base's choice (None where there is none), all that then changes in the original base's
-    files, and the directory of the base that was merged into.
+    files, and what of that was there before the adapter.
     """
 
     choice: Choice[str, BaseCandidate] | None
     deltas: Deltas
-    reference: Path
+    before: Deltas
 
 
 def run(settings: MergeSettings, inputs: MergeInputs, out: Path, context: Context) -> MergeSummary:
@@ -107,15 +108,19 @@ def _merge(settings: MergeSettings, inputs: MergeInputs, base: Path, model: Path
         deltas = share_tied(deltas, set(stored_tensors(base)), adapter)
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         merged = _merge_into_chosen(settings, inputs, deltas, model, Path(folder), context)
-        weights = check_weights(base, model, merged.deltas, context)
-        _refuse_unchanged(weights, deltas, adapter)
-        shutil.copyfile(base / "config.json", model / "config.json")
-        _write_companions(inputs, base, model)
-        rows = spread_rows(heldout, PROOF_ROWS, PROOF_POSITIONS)
-        tolerance = choose_tolerance(settings.tolerance)
-        predictions: LogitComparison | None = None
+    shutil.copyfile(base / "config.json", model / "config.json")
+    _write_companions(inputs, base, model)
+    rows = spread_rows(heldout, PROOF_ROWS, PROOF_POSITIONS)
+    tolerance = choose_tolerance(settings.tolerance)
+    predictions: LogitComparison | None = None
+    with ThreadPoolExecutor(1) as beside:
+        checking = beside.submit(check_weights, base, model, merged.deltas, context)
+        if context.device == "cpu":  # where both would wait for the same cores
+            _refuse_unchanged(checking.result(), deltas, adapter)
         if rows:
-            predictions = compare(merged.reference, adapter, model, rows, tolerance.value, context)
+            predictions = compare(base, adapter, model, rows, tolerance.value, context, merged.before)
+        weights = checking.result()
+    _refuse_unchanged(weights, deltas, adapter)
     choice = merged.choice
     proof: MergeProof = {
         **weights,
@@ -149,7 +154,7 @@ def _merge_into_chosen(
     came_packed = bool((read_json(inputs.model / "source.json").get("quantised") or {}).get("trained_as_it_is"))
     if settings.method != "qlora" or came_packed:
         merge_weights(base, deltas, model, context)
-        return Merged(None, deltas, base)
+        return Merged(None, deltas, {})
     compute: torch.dtype = getattr(torch, precision.compute_dtype(context.device).value)
     candidates: dict[str, Deltas] = {"original": deltas}
     if settings.base != "original":
@@ -163,12 +168,9 @@ def _merge_into_chosen(
     else:
         merge_weights(base, candidates[choice.value], model, context)
     if choice.value == "original":
-        return Merged(choice, deltas, base)
-    reference = work / "base"
-    reference.mkdir()
-    merge_weights(base, base_choice.on_dequantised(base, {}, compute, context.device), reference, context)
-    shutil.copyfile(base / "config.json", reference / "config.json")
-    return Merged(choice, candidates["dequantized"], reference)
+        return Merged(choice, deltas, {})
+    before = base_choice.on_dequantised(base, {}, compute, context.device)
+    return Merged(choice, candidates["dequantized"], before)
 
 
 def _choose_base(
@@ -180,8 +182,9 @@ def _choose_base(
     if not rows:
         return Choice("original", "there are no held-out rows to measure the other one on")
     base, adapter = inputs.model / "model", inputs.train / "adapter"
-    losses = base_choice.measure(base, adapter, candidates, rows, work, context)
-    return base_choice.choose_base(losses, base_choice.groups_of(inputs.format / "heldout.parquet", rows))
+    groups = base_choice.groups_of(inputs.format / "heldout.parquet", rows)
+    losses = base_choice.measure(base, adapter, candidates, rows, work, context, groups)
+    return base_choice.choose_base(losses, groups and groups[: len(losses["trained"])])
 
 
 def _reason(

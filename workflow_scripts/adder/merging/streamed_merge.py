@@ -85,10 +85,10 @@ def merge_weights(base: Path, deltas: Deltas, target: Path, context: Context, de
     files = shard_files(base)
     for number, file in enumerate(files, 1):
         plan, done = layout(base / file), 0
-        with _opened(base / file) as source, (target / file).open("wb", buffering=0) as sink:
+        with opened(base / file) as source, (target / file).open("wb", buffering=0) as sink:
             os.posix_fallocate(sink.fileno(), 0, plan.size)  # a disk that is too small says so at once
             write = partial(_write_block, source.fileno(), sink.fileno(), device)
-            for size in in_threads(write, blocks(plan, deltas), context.threads):
+            for size in in_threads(write, blocks(plan, deltas), threads_for(deltas, context)):
                 done += size
                 context.progress.line(
                     f"merging file {number} of {len(files)}: {done / 1e9:.1f} of {plan.size / 1e9:.1f} GB"
@@ -97,7 +97,8 @@ def merge_weights(base: Path, deltas: Deltas, target: Path, context: Context, de
         shutil.copyfile(base / INDEX, target / INDEX)
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """A file that will be read from its beginning to its end."""
     file = path.open("rb", buffering=0)
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return file
@@ -105,7 +106,7 @@ def _opened(path: Path) -> BinaryIO:
 
 def _write_block(source: int, sink: int, device: str, block: Block) -> int:
     if isinstance(block, ChangedBlock):
-        _write(sink, block.changed(_read(source, block.start, block.stop), device), block.start)
+        _write(sink, block.changed(read_bytes(source, block.start, block.stop), device), block.start)
     else:
         _copy(source, sink, block.start, block.stop)
     return block.stop - block.start
@@ -137,8 +138,15 @@ def sums_device(deltas: Deltas, context: Context) -> str:
     """
     if context.device == "cpu":
         return "cpu"
+    if not all(delta.by_rows for delta in deltas.values()):
+        return "cuda"  # whole weights in fp32 would fill the main memory, and quantising them is work for a GPU
     rank = max((delta.rank for delta in deltas.values()), default=0)
     return "cuda" if (8e-4 + 1e-5 * rank) / context.threads > GPU_BLOCK_SECONDS else "cpu"
+
+
+def threads_for(deltas: Deltas, context: Context) -> int:
+    """Cores to use: fewer where blocks are whole weights, which take hundreds of megabytes each."""
+    return context.threads if all(delta.by_rows for delta in deltas.values()) else min(context.threads, 4)
 
 
 def blocks(plan: Layout, deltas: Deltas) -> Iterator[Block]:
@@ -189,14 +197,15 @@ def _copy(source: int, sink: int, start: int, stop: int) -> None:
         except OSError as error:
             if error.errno not in CANT_COPY:
                 raise
-            _write(sink, _read(source, start, stop), start)
+            _write(sink, read_bytes(source, start, stop), start)
             return
         if not copied:
             raise OSError(errno.EIO, "a file of the base became shorter while it was read")
         start += copied
 
 
-def _read(file: int, start: int, stop: int) -> Bytes:
+def read_bytes(file: int, start: int, stop: int) -> Bytes:
+    """These bytes of a file."""
     os.posix_fadvise(file, stop + AHEAD, stop - start, os.POSIX_FADV_WILLNEED)
     data = np.empty(stop - start, np.uint8)
     view = data.data
@@ -236,11 +245,11 @@ def check_weights(base: Path, model: Path, deltas: Deltas, context: Context) -> 
         adapted = [tensor for tensor in plan.tensors if tensor.name in deltas]
         changed |= dict.fromkeys((tensor.name for tensor in adapted), 0)
         sizes |= {tensor.name: max(1, prod(tensor.shape)) for tensor in adapted}
-        with _opened(base / file) as source, _opened(model / file) as merged:
+        with opened(base / file) as source, opened(model / file) as merged:
             os.fsync(merged.fileno())
             os.posix_fadvise(merged.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             compare = partial(_compare_block, source.fileno(), merged.fileno(), device, model / file, plan)
-            for block, count in in_threads(compare, blocks(plan, deltas), context.threads):
+            for block, count in in_threads(compare, blocks(plan, deltas), threads_for(deltas, context)):
                 done += block.stop - block.start
                 if isinstance(block, ChangedBlock):
                     changed[block.tensor.name] += count
@@ -263,7 +272,7 @@ def check_weights(base: Path, model: Path, deltas: Deltas, context: Context) -> 
 
 def _compare_block(source: int, merged: int, device: str, path: Path, plan: Layout, block: Block) -> tuple[Block, int]:
     """The block, and how many of its elements differ from the base's. Raises UserError if its bytes aren't right."""
-    old, new = (_read(file, block.start, block.stop) for file in (source, merged))
+    old, new = (read_bytes(file, block.start, block.stop) for file in (source, merged))
     if not isinstance(block, ChangedBlock):
         if not np.array_equal(old, new):
             place = block.start + int(np.flatnonzero(old != new)[0])

@@ -20,9 +20,10 @@ from adder.core.labels import IGNORE_INDEX
 from adder.core.safetensors_layout import DTYPES, parameter_count, stored_tensors
 from adder.core.stage_spec import Context
 from adder.kernels.labelled_loss import labelled_logits
-from adder.merging import fresh_process_reply
+from adder.merging import candidate_weights, fresh_process_reply
 from adder.merging.fresh_process_reply import GreedyReply
 from adder.merging.records import LogitComparison, LogitDifferences, ReplyComparison
+from adder.merging.streamed_merge import Deltas
 from adder.tokenization.token_table import TokenRow, TokenTable
 
 PROOF_ROWS = 16
@@ -107,6 +108,8 @@ def load(folder: Path, dtype: torch.dtype, loading: str, device: str) -> Loaded:
     """
     by_layers = loading == "by layers"
     options: dict[str, Any] = {"dtype": _stored_dtype(folder) if by_layers else dtype, "attn_implementation": "sdpa"}
+    if not by_layers and device == "cuda":
+        options["device_map"] = device  # straight from the file to the GPU
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     if by_layers:
         layers = _decoder_layers(model)
@@ -195,12 +198,18 @@ def row_losses(loaded: Loaded, rows: Sequence[LabelledTokens]) -> list[tuple[flo
 
 
 def compare(
-    base: Path, adapter: Path, model: Path, rows: Sequence[TokenRow], tolerance: float, context: Context
+    base: Path,
+    adapter: Path,
+    model: Path,
+    rows: Sequence[TokenRow],
+    tolerance: float,
+    context: Context,
+    before: Deltas | None = None,
 ) -> LogitComparison:
     """Hold the merged model, read from disk, against PEFT's unmerged adapter on `base`; all logits in fp32.
 
-    The models are loaded one after the other. Raises UserError for logits that aren't finite, a `kl` above `tolerance`,
-    or another reply.
+    `before`: what the base's weights become before the adapter is put beside them. The models are loaded one after the
+    other. Raises UserError for logits that aren't finite, a `kl` above `tolerance`, or another reply.
     """
     device, progress = context.device, context.progress
     asked = shortest_prompt(rows)
@@ -213,6 +222,8 @@ def compare(
     loading = choose_loading(base, torch.float32, device)
     progress.line(f"proof: base + adapter on {len(rows)} rows")
     unmerged = load(base, torch.float32, loading.value, device)
+    if before:
+        candidate_weights.hold(unmerged.model, base, before, context)
     plain = list(logits_of(unmerged, rows))
     unmerged = replace(unmerged, model=PeftModel.from_pretrained(unmerged.model, adapter).eval())
     *expected, replied = logits_of(unmerged, [*rows, asked_and_replied])

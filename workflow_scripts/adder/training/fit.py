@@ -49,7 +49,7 @@ from adder.training.records import (
     TrainRecord,
     metrics_rows,
 )
-from adder.training.sampled_replies import Sampler, choose_prompts
+from adder.training.sampled_replies import SHARE, Sampler, choose_prompts
 from adder.training.stage import TrainSettings
 from adder.training.step_planner import StepChoices, StepPacks
 from adder.training.trainer import Trainer
@@ -166,7 +166,7 @@ def fit(job: TrainJob, progress: Progress) -> None:
 
     trainer, doctor, facts = _build_trainer(job, model, packs, plan, earlier, progress)
     try:
-        figures = _look_first(job, trainer, packs, plan, facts, progress)
+        figures = _look_first(job, trainer, packs, plan, facts, earlier, progress)
         facts = replace(facts, base_loss=figures["base_loss"])
         doctor.findings.facts = facts
         _optimise(trainer, earlier, progress)
@@ -252,6 +252,7 @@ def _plan_step(
     if sharded:
         return step_planner.choose_step_untried(job.settings, job.step_packs, levels, processes)
     trials = step_planner.Trials(model, packs.seq_lengths, dtype, job.device)
+    collectives.call_on_main(trials.warm_up)
     return collectives.call_on_main(
         step_planner.choose_step,
         job.settings,
@@ -296,6 +297,7 @@ def _build_trainer(
         job.checkpoints / "samples.jsonl",
         earlier.steps or 0,
         progress,
+        _sampling_seconds(job, plan.step, packs.seq_lengths, arguments.max_steps),
     )
     facts = _facts(job, model, packs.seq_lengths, dtype, arguments.max_steps, sampler.reply_tokens)
     live.say_advice(settings, facts, progress)
@@ -326,6 +328,17 @@ def _build_trainer(
         lora.keep_fp32(trainer.trained)  # TRL casts a quantised model's adapter to bf16
     collectives.broadcast_parameters(p for p in trainer.trained.parameters() if p.requires_grad)
     return trainer, doctor, facts
+
+
+def _sampling_seconds(
+    job: TrainJob, step: StepChoices, seq_lengths: list[NDArray[np.int32]], steps: int
+) -> float | None:
+    """Seconds that sampled replies may take; None where training's own aren't known, or replies decide what is kept."""
+    speed = step_planner.planned_speed(step)
+    if speed is None or job.settings.best_by == "exact_match":
+        return None
+    tokens = int(sum(pack.sum() for pack in seq_lengths)) / steps_per_epoch(job, seq_lengths) * steps
+    return SHARE * tokens / (speed * job.processes.value)
 
 
 def _trackers(job: TrainJob, progress: Progress) -> list[TrainerCallback]:
@@ -436,6 +449,7 @@ def _look_first(
     packs: PackedExamples,
     plan: TrainingPlan,
     facts: TrainingFacts,
+    earlier: EarlierStart,
     progress: Progress,
 ) -> PreflightFigures:
     """Look at the first pack before the first step, and say what is seen."""
@@ -458,7 +472,13 @@ def _look_first(
         facts,
         disk,
     )
-    live.say_preflight(figures, plan.record(), facts, progress)
+    left = max(0, facts.steps - (earlier.steps or 0))
+    speed = step_planner.planned_speed(plan.step)
+    if speed is None:
+        figures["estimated_seconds"] = round(figures["estimated_seconds"] * left / facts.steps)
+    else:
+        figures["estimated_seconds"] = round(facts.tokens_per_step * left / (speed * job.processes.value))
+    live.say_preflight(figures, plan.record(), replace(facts, steps=left), progress)
     return figures
 
 

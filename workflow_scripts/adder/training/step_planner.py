@@ -7,7 +7,7 @@ run computes as it began, and where memory runs out all the same, the next small
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,8 +53,11 @@ GAIN = 1.02
 STEP = 1.5
 # Trials stop after so many seconds, if something that fits is found.
 SECONDS = 20.0
-# A first step that took longer than this is its own timing: warming up is a small part of it.
+# A first step that took longer than this, and was not much slower than the trials before it, is its own timing.
 LONG_STEP = 2.0
+# A step is repeated, up to so many times, while it comes out faster than the one before by more than that: kernels are
+# compiled and tuned, memory is reserved.
+MOST_STEPS, SETTLED = 4, 1.15
 # AdamW's two moments of each trained parameter, in fp32; they come with the first step, after the trials.
 OPTIMIZER_BYTES = 8
 COUNTED_TOKENS = 64  # a CPU's memory is counted on so many
@@ -396,6 +399,7 @@ class Trials:
         self.vocabulary = model.config.get_text_config().vocab_size
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.later = OPTIMIZER_BYTES * trained
+        self.fastest = 0.0  # tokens a second of the trials so far
         self.counted: dict[str, float] = {}  # bytes a token kept for the backward pass, by checkpointing
 
     def __call__(self, plan: StepPlan) -> Trial:
@@ -411,14 +415,35 @@ class Trials:
         torch.cuda.reset_peak_memory_stats()
         with _as_before(self.model, plan.checkpointing), fused_head(self.bare):
             try:
-                seconds = self._seconds(lengths)
-                if seconds < LONG_STEP:  # the first step warmed up
-                    seconds = self._seconds(lengths)
+                seconds = self._settled_seconds(lengths)
             except torch.OutOfMemoryError:
                 return Trial(plan, fits=False)
             peak = torch.cuda.max_memory_reserved()
         torch.cuda.empty_cache()
         return Trial(plan, peak <= room, peak + self.later, sum(lengths) / seconds, room + self.later)
+
+    def warm_up(self) -> None:
+        """Have all kernels compiled by a step over the shortest pack, so that no trial is timed with that."""
+        if self.device == "cuda":
+            out_of_memory = suppress(torch.OutOfMemoryError)  # a trial will say so
+            with _as_before(self.model, "none"), fused_head(self.bare), out_of_memory:
+                self._seconds([int(length) for length in self.packs[-1]])
+            torch.cuda.empty_cache()
+
+    def _settled_seconds(self, lengths: list[int]) -> float:
+        """Seconds of a step once it has become no faster."""
+        tokens = sum(lengths)
+        seconds = self._seconds(lengths)
+        if seconds > LONG_STEP and tokens / seconds * 2 > self.fastest > 0:
+            self.fastest = max(self.fastest, tokens / seconds)
+            return seconds
+        for _ in range(MOST_STEPS - 1):
+            before, seconds = seconds, self._seconds(lengths)
+            if before < SETTLED * seconds:
+                seconds = min(before, seconds)
+                break
+        self.fastest = max(self.fastest, tokens / seconds)
+        return seconds
 
     def _seconds(self, lengths: list[int]) -> float:
         torch.cuda.synchronize()
@@ -579,6 +604,17 @@ def fall_back(choices: StepChoices, levels: Sequence[str], step: int, continued_
         gradient_checkpointing=replace(choices.gradient_checkpointing, value=value),
         memory_fallback=Choice(str(plan), reason, [*earlier, fall]),
     )
+
+
+def planned_speed(choices: StepChoices) -> float | None:
+    """Tokens a second of one process by trial steps of the plan itself; None where it wasn't timed."""
+    plan = choices.plan
+    rows = [
+        row["tokens_per_second"]
+        for row in choices.micro_batch_size.alternatives
+        if row["micro_batch"] == plan.micro_batch and row["checkpointing"] == plan.checkpointing
+    ]
+    return next((speed for speed in rows if speed), None)
 
 
 def _but(reason: str) -> str:

@@ -109,6 +109,7 @@ class Trainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; however it ends, signals mean again what they meant before."""
+        self.clock = time.perf_counter()  # what came before is no part of the first step
         self.trained.train()  # all of it: a loaded model's modules are not, though the adapter around them is
         try:
             return super().train(*args, **kwargs)
@@ -229,7 +230,8 @@ class Trainer(SFTTrainer):
             trained_on, arguments.loss_type = arguments.loss_type, "nll"
             result = super().evaluate(*args, **kwargs)
             arguments.loss_type = trained_on
-            right = self.sampler.sample(self.trained, self.state.global_step)
+            step = self.state.global_step
+            right = self.sampler.sample(self.trained, step, last=step >= self.state.max_steps)
         if right is not None:
             # Of all ranks the main one's, though they should be alike: what follows from them must be.
             self.log({"exact_match": collectives.call_on_main(float, right)})

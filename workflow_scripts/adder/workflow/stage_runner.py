@@ -91,6 +91,9 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
     # Snakemake sets these to the rule's threads, which `--cores 1` makes one: that means one job at a time, not a core.
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(hardware.threads(job.runtime.threads))
+    # OpenMP's threads wait for one another by spinning, at every small matmul: beside other programs on the same cores
+    # that takes most of the time. So short a spin costs nothing alone (benchmarks/loaded_machine.py).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     secrets = variables_in(parameters["settings"])
     with _output_to(job.log, secrets) as terminal:
         progress = Progress(name, terminal)
