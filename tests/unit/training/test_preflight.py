@@ -320,3 +320,11 @@ def test_on_a_gpu_too(tiny_model_dir, disk, method):
     assert warnings_of(found) == [] and abs(found["base_loss"] - found["ln_vocabulary"]) < 0.5
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_merge_that_compares_candidates_as_files_has_room_for_both(monkeypatch):
+    monkeypatch.setattr(preflight.hardware, "total_memory", lambda device: 100)
+    assert preflight.merged_copies(59, "qlora", "cuda", "bfloat16") == 1
+    assert preflight.merged_copies(61, "qlora", "cuda", "bfloat16") == 2
+    assert preflight.merged_copies(31, "qlora", "cpu", "float32") == 2
+    assert preflight.merged_copies(61, "lora", "cuda", "bfloat16") == 1

@@ -460,7 +460,8 @@ def _look_first(
         checkpoints=job.checkpoints,
         save_total_limit=job.runtime.save_total_limit if job.runtime.checkpoints else 0,
         results=job.out,
-        base_bytes=sum(file.stat().st_size for file in files),
+        base_bytes=(size := sum(file.stat().st_size for file in files)),
+        copies=preflight.merged_copies(size, job.settings.method, job.device, plan.compute_dtype.value),
     )
     figures = preflight.check(
         trainer.trained,

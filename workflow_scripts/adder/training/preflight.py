@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from adder.core import hardware
 from adder.core.errors import UserError
 from adder.core.labels import IGNORE_INDEX
 from adder.core.rng import undisturbed
@@ -36,6 +37,8 @@ SHOWN_TOKENS = 400
 BEFORE_REPLY = 100  # tokens shown before the first that carries loss, where a prompt is long
 # A checkpoint holds the trained weights and AdamW's two moments of each, in fp32.
 CHECKPOINT_BYTES = 3 * 4
+# Of all memory, that a model may take to be held whole where merging compares candidates; a little less than is so.
+MERGE_SHARE = 0.6
 # fp16 gradients of long packs fall below its smallest number without the scaler that training has.
 FP16_SCALE = 2.0**10
 
@@ -43,13 +46,25 @@ FP16_SCALE = 2.0**10
 @dataclass(frozen=True)
 class DiskNeeds:
     """What will be written where: checkpoints, of which `save_total_limit` are kept (0: none are written), to the
-    folder `checkpoints`; the merged model, as large as the base in 16 bit (`base_bytes`), to the disk of `results`.
+    folder `checkpoints`; the merged model, as large as the base in 16 bit (`base_bytes`), to the disk of `results`,
+    `copies` of it for a while.
     """
 
     checkpoints: Path
     save_total_limit: int
     results: Path
     base_bytes: int
+    copies: int = 1
+
+
+def merged_copies(base_bytes: int, method: str, device: str, dtype: str) -> int:
+    """How many models the merge will have on the disk at once.
+
+    After `qlora` it compares two candidates: in memory where the whole model has room there, else as files, which are
+    there beside each other.
+    """
+    whole = base_bytes * (2 if dtype == "float32" else 1)
+    return 1 if method != "qlora" or whole < MERGE_SHARE * hardware.total_memory(device) else 2
 
 
 def check(
@@ -235,7 +250,7 @@ def _disk_room(trained_parameters: int, disk: DiskNeeds) -> dict[str, DiskRoom]:
     held = sum(path.stat().st_size for path in folder.glob("checkpoint-*/**/*") if path.is_file())
     needs = {
         "checkpoints": max(0, (limit + 1) * trained_parameters * CHECKPOINT_BYTES - held) if limit else 0,
-        "merged_model": disk.base_bytes,
+        "merged_model": disk.copies * disk.base_bytes,
     }
     places = {"checkpoints": _existing(folder), "merged_model": _existing(disk.results)}
     by_disk: dict[int, list[str]] = {}
