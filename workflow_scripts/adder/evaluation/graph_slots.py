@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from adder.evaluation.kv_cache_slots import KVCacheSlots, keys_and_values
 from adder.kernels.decode_attention import attend_to_cache, store_token
+from adder.kernels.row_argmax import row_argmax
 
 NAME = "adder_decode"
 STEPS = 4  # between two looks at the tokens: one costs a few per cent of a step, and replies end in between
@@ -226,7 +227,7 @@ class GraphSlots(Cache):
             ).last_hidden_state
         head: Any = self.model.get_output_embeddings()
         self.logits = head(hidden[:, -1])
-        likeliest = self.logits.argmax(-1)
+        likeliest = row_argmax(self.logits)
         self.written.index_copy_(0, self.number, likeliest[None])
         self.tokens.copy_(likeliest)
         self.positions.add_(1)

@@ -183,7 +183,7 @@ class InferenceLayer:
         gate_up = torch.nn.functional.linear(normed, *self.gate_up)
         product = gate_up.new_empty(len(x), gate_up.shape[1] // 2)
         swiglu_into(gate_up, self.activation, product)
-        return _add_linear(x, product, mlp.down_proj).view(shape)
+        return _add_linear(x, product, mlp.down_proj, in_place=True).view(shape)
 
 
 def join_linears(linears: list[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -206,9 +206,12 @@ def _joined(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     return joined
 
 
-def _add_linear(residual: torch.Tensor, x: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
-    """The residual plus the linear layer's output, rounded once."""
-    total = torch.addmm(residual, x, linear.weight.t())
+def _add_linear(
+    residual: torch.Tensor, x: torch.Tensor, linear: torch.nn.Linear, in_place: bool = False
+) -> torch.Tensor:
+    """The residual plus the linear layer's output, rounded once; `in_place`: in the residual's own memory."""
+    weight = linear.weight.t()
+    total = residual.addmm_(x, weight) if in_place else torch.addmm(residual, x, weight)
     return total if linear.bias is None else total.add_(linear.bias)
 
 
