@@ -297,7 +297,12 @@ def gpu_arms(options: argparse.Namespace) -> dict[str, Any]:
     first, _ = by_decoding(model, prompts, count)
     seconds, own = by_decoding(model, prompts, count)
     peak = {"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()} if cuda else {}
-    note("adder_gpu", seconds, own, first_seconds=round(first, 3), **peak)
+    # What is left without the steps: looking at the model, capturing the graph, reading the prompts.
+    few = min(8, count // 2)
+    start_up, _ = by_decoding(model, prompts, few)
+    a_step = (seconds - start_up) / (count - few)
+    in_steps = {"steps_alone_new_tokens_per_second": round(len(prompts) / a_step, 1)}
+    note("adder_gpu", seconds, own, first_seconds=round(first, 3), **in_steps, **peak)
     by_generate(model, prompts, 4)
     seconds, plain = by_generate(model, prompts, count)
     note("generate_gpu", seconds, plain)

@@ -205,7 +205,7 @@ def _losses_with(
     adapted = PeftModel.from_pretrained(model, adapter).eval()
     try:
         with torch.autocast(context.device, dtype, enabled=dtype != torch.float32):
-            return candidate_weights.losses(adapted.get_base_model(), rows)
+            return candidate_weights.losses(base_model.bare_model(adapted), rows)
     finally:
         adapted.unload()
 

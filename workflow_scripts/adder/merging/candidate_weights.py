@@ -39,7 +39,7 @@ class AsStored:
         return weight
 
 
-@dataclass(frozen=True)
+@dataclass
 class LabelledRow:
     """A row as heldout_loss reads it."""
 

@@ -35,6 +35,7 @@ GPU_BLOCK_SECONDS = 2e-4
 
 # Copying inside the system is for one file system, or for some.
 CANT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 Deltas = Mapping[str, WeightDelta]  # by the name of the base's tensor
 Bytes = npt.NDArray[np.uint8]
@@ -174,7 +175,7 @@ def _by_rows(tensor: Stored, delta: WeightDelta) -> Iterator[ChangedBlock]:
         yield ChangedBlock(tensor.start + first * row_bytes, tensor.start + stop * row_bytes, tensor, delta, first)
 
 
-def in_threads(work: Callable[[Block], Result], todo: Iterable[Block], cores: int) -> Iterator[Result]:
+def in_threads(work: Callable[[Item], Result], todo: Iterable[Item], cores: int) -> Iterator[Result]:
     """Results of `work`, in order, from threads; the first error ends them all.
 
     Twice as many threads as cores: while some wait for the disk, the others compute.
