@@ -189,10 +189,10 @@ def _hold_dequantised(model: PreTrainedModel, base: Path, quantised: Mapping[str
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = stored_tensors(base)
     for file in shard_files(base):
-        with safe_open(base / file, "pt") as tensors:
+        with safe_open(base / file, "pt", device=context.device) as tensors:
             for name in tensors.keys():
                 if name in quantised and name in stored:
-                    weight = tensors.get_tensor(name).float()
+                    weight = tensors.get_tensor(name)
                     values = dequantised(weight.T if quantised[name] else weight, model.dtype, context.device)
                     parameters[name].data.copy_(values.T if quantised[name] else values)
 
