@@ -100,3 +100,35 @@ def test_options_have_labels():
     assert labelled("x or y", "choices") == labelled(None, "choices") == []
     with pytest.raises(Rejected, match="options are no list"):
         labelled(3, "choices")
+
+
+LONG = "The bridge was opened by the mayor. " * 10
+
+
+@pytest.mark.parametrize("value", [LONG, [LONG[:150], LONG[:150]]])
+def test_a_long_text_that_nothing_reads_is_asked_about(value):
+    row = {"question": "q", "answer": "fine", "evidence": value}
+    with pytest.raises(
+        Rejected, match=r"nothing reads the column evidence.*`prompt: \"\{evidence\}\\n\\n\{question\}\""
+    ):
+        read(row)
+    assert read(row, "question_answer")["messages"][0] == user("q")
+    with pytest.raises(Rejected, match=r"\{Problem\}.*row_format: question_answer"):
+        read({"Problem": "q", "Solution": "fine", "evidence": value})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"evidence": "short"}, {"source_url": LONG}, {"metadata": LONG}, {"context": LONG}, {"embedding": [0.5] * 999}],
+)
+def test_other_columns_are_only_named(more):
+    assert read({"question": "q", "answer": "fine", **more})["messages"][-1] == reply("fine")
+    assert read({"question": LONG * 2, "answer": "fine", "evidence": LONG})["messages"][-1] == reply("fine")
+
+
+def test_a_number_is_refused_only_where_an_option_has_it():
+    row = {"question": "q", "option1": "x", "option2": "y", "answer": "2"}
+    with pytest.raises(Rejected, match="names an option that the prompt doesn't show.*option1, option2"):
+        read(row)
+    assert read({**row, "answer": "7"})["messages"][-1] == reply("7")
+    assert read({"question": "1 + 1", "distractors": ["x"], "answer": "2"})["messages"][-1] == reply("2")

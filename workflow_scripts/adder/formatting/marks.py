@@ -119,11 +119,8 @@ def _may_judge(columns: tuple[str, ...]) -> list[str]:
 def _yes_or_no(mark: Any) -> bool | None:
     if isinstance(mark, bool | int | float):
         return bool(mark) if mark in (0, 1) else None
-    return (
-        {"true": True, "1": True, "false": False, "0": False}.get(mark.strip().lower())
-        if isinstance(mark, str)
-        else None
-    )
+    words = {"true": True, "1": True, "false": False, "0": False}
+    return words.get(mark.strip().lower()) if isinstance(mark, str) else None
 
 
 def verdict(row: Mapping[str, Any], key: str) -> bool | None:

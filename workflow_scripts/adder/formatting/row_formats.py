@@ -28,7 +28,15 @@ from adder.formatting.messages import (
 )
 from adder.formatting.rejected import Rejected, Undesired, json_type
 from adder.formatting.row_fields import RowFields
-from adder.formatting.task_columns import TASK_COLUMNS, check_options, prompt_of, refuse_hidden_options
+from adder.formatting.task_columns import (
+    LONG_TEXT,
+    TASK_COLUMNS,
+    check_options,
+    prompt_of,
+    refuse_hidden_options,
+    text_size,
+    unread_names,
+)
 
 Row = Mapping[str, Any]
 Reader = Callable[[Row], list[Message] | str]
@@ -502,9 +510,24 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
         check_options(row, row[form.known_by[1]], asked, form.columns)
         if source.fields is not None:
             refuse_hidden_options(whole, row[form.known_by[1]], asked, source.own_columns())
+        elif not source.named:
+            _refuse_unread_text(row, form, asked, source)
     given = None if row.keys().isdisjoint(_BESIDE) else next((row[name] for name in TOOLS if row.get(name)), None)
     tools = read_tools(given) if given else None
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def _refuse_unread_text(row: Row, form: RowFormat, asked: str, source: SourceFormat) -> None:
+    """Raise Rejected where nothing reads a text that is long, longer than what is asked: the row may be about it."""
+    for name in unread_names(tuple(row), form.columns):
+        size = text_size(row[name])
+        if size >= LONG_TEXT and size > len(asked):
+            column = form.known_by[0]
+            prompt = f"{{{name[:40]}}}\\n\\n{{{source.actual(column)}}}"
+            raise Rejected(
+                f"nothing reads the column {name[:40]}, a long text that the row may be about",
+                f'`prompt: "{prompt}"` makes it part of the prompt, `row_format: {form.name}` leaves it out',
+            )
 
 
 def _refuse_doubt(row: Row, source: SourceFormat, form: RowFormat) -> None:
@@ -571,7 +594,7 @@ def _unrecognised(row: Row, source: SourceFormat) -> Rejected:
     form = source.row_format
     if form is None:
         known = "; ".join(" + ".join(one.known_by) for one in ROW_FORMATS.values())
-        one, other = (name[:40] for name in (*sorted(row), "question", "answer")[:2])
+        one, other = (name[:40] for name in (*row, "question", "answer")[:2])
         hint = (
             f"columns {columns}; known are {known}. `columns:` maps other names to them, `row_format:` names one; "
             f'`prompt:` and `completion:` make them of columns, such as `prompt: "{{{one}}}"` and '

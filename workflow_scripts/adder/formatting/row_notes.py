@@ -75,10 +75,11 @@ def column_notes(source: SourceFormat, column_sets: ColumnSets, also_read: Itera
         [] if source.fields is None else [f"`{name}` is {text}" for name, text in source.fields.described().items()]
     )
     read = source.own_columns() - (source.fields.columns() if source.fields else set())
+    renamed = set(source.columns.values())
     task = [
         actual
         for name in TASK_COLUMNS
-        if name in form.optional and (actual := source.actual(name)) in there and actual in read
+        if name in form.optional and (actual := source.actual(name)) in there and actual in read - renamed
     ]
     if task:
         notes.append(f"part of the prompt: {', '.join(task)}")

@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from adder.data.field_template import folded
+from adder.formatting.column_names import COMPANION
+from adder.formatting.marks import ROW_MARKS
 from adder.formatting.messages import BLANK, as_text
 from adder.formatting.rejected import Rejected
 
@@ -25,6 +28,8 @@ LABEL = re.compile(r"\(?([A-Za-z]|\d{1,2})\)?[.):]?")  # a reply that names an o
 OPTION_NAME = re.compile(
     r"[a-j]|(op|opt|option|choice|answer|ans|ending|distractor|incorrect|wrong|candidate|alternative)s?_?([a-j]|\d+)?(_.*)?"
 )
+OPTION_NUMBER = re.compile(r"(?:op|opt|option|choice|ans|ending|candidate|alternative)_?(\d+) \1")
+LONG_TEXT = 200  # characters of a text that a row may be about
 LONGEST_LABEL = 10  # characters of such a reply, spaces around it included
 NO_OPTIONS = "the reply names an option that the prompt doesn't show"
 
@@ -78,14 +83,30 @@ def refuse_hidden_options(row: Row, reply: Any, prompt: str, read: Iterable[str]
     shows none. read: the columns that are read. Raises Rejected.
     """
     named = LABEL.fullmatch(reply.strip()) if isinstance(reply, str) and len(reply) <= LONGEST_LABEL else None
-    if named is None or not named[1].isalpha() or _shows(prompt, named[1]):
+    if named is None or _shows(prompt, named[1]):
         return
     known = set(read)
     unread = [name for name in row if name not in known and row[name] not in BLANK and _holds_options(name, row[name])]
+    if not named[1].isalpha():  # a number may be the answer itself, but where an option has just that
+        unread = unread if any(OPTION_NUMBER.fullmatch(folded(name) + f" {int(named[1])}") for name in unread) else []
     if unread:
         raise Rejected(
             NO_OPTIONS, f"the reply is {str(reply)[:40]!r}, and nothing reads the columns {', '.join(unread[:8])}"
         )
+
+
+@lru_cache(1024)
+def unread_names(columns: tuple[str, ...], read: tuple[str, ...]) -> list[str]:
+    """Of a row's columns those that nothing reads and that may hold more than what describes the row."""
+    known = {*read, *ROW_MARKS}
+    return [name for name in columns if name not in known and COMPANION.fullmatch(folded(name)) is None]
+
+
+def text_size(value: Any) -> int:
+    """Characters of a text, or of the texts in a list."""
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(text_size, value)) if isinstance(value, list) else 0
 
 
 def labelled(options: Any, where: str) -> list[tuple[str, str]]:
@@ -142,4 +163,5 @@ def _shows(prompt: str, letter: str) -> bool:
 
 def _holds_options(name: str, value: Any) -> bool:
     """Whether a column may be one of the options, or all of them."""
-    return isinstance(value, list | dict) or OPTION_NAME.fullmatch(folded(name)) is not None
+    texts = isinstance(value, dict) or (isinstance(value, list) and not any(isinstance(one, float) for one in value))
+    return texts or OPTION_NAME.fullmatch(folded(name)) is not None
