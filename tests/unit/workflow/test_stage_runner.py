@@ -39,6 +39,7 @@ def module(monkeypatch):
 
     def run(settings: ToySettings, inputs: dict[str, Path], out: Path, context: Context) -> dict[str, int]:
         fake.runs += 1
+        fake.earlier = context.earlier
         text = (inputs["data"] / "rows.jsonl").read_text() if "data" in inputs else ""
         (out / "inner").mkdir()
         (out / "inner" / "result.txt").write_text(f"{settings.a} {text}")
@@ -189,6 +190,23 @@ def test_restoring_can_be_switched_off(module, tmp_path, data):
     execute(tmp_path, {"data": data})
     execute(tmp_path, {"data": data}, runtime={"restore": False})
     assert module.runs == 2
+
+
+def test_a_stage_is_told_its_earlier_results_newest_first_as_far_as_they_are_whole(module, tmp_path, data, monkeypatch):
+    for a in range(1, 6):
+        monkeypatch.setattr("time.strftime", lambda *args, a=a: f"2026-01-0{a}T00:00:00Z")
+        execute(tmp_path, {"data": data}, key=str(a), settings={"a": a})
+        made = [(folder / "inner" / "result.txt").read_text().split()[0] for folder in module.earlier.folders]
+        assert made == [str(number) for number in range(a - 1, 0, -1)]
+        assert module.earlier.code("adder.fake") == "code 1"
+    kept = {(folder / "inner" / "result.txt").read_text()[0]: folder for folder in module.earlier.folders}
+    (kept["2"] / "inner" / "result.txt").write_text("edited by hand")
+    (kept["3"] / "inner" / "result.txt").unlink()
+    kept["4"].rename(kept["4"].with_name(".being linked"))
+    execute(tmp_path, {"data": data}, settings={"a": 6})
+    assert {(folder / "inner" / "result.txt").read_text()[0] for folder in module.earlier.folders} == {"1", "5"}
+    execute(tmp_path, {"data": data}, settings={"a": 7}, runtime={"restore": False})
+    assert module.earlier.folders == ()
 
 
 @pytest.mark.parametrize(
