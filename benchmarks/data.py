@@ -21,6 +21,7 @@ append_one      the same after one row was appended to the file, beside the firs
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -171,7 +172,7 @@ def through_stages(work: Path, rows: Path, count: int) -> float:
     """Seconds from the file to packs as the workflow's jobs run, with their results in `work`.
 
     A stage that was run there before over the same file isn't again, and counts as it was: a long measurement can go on
-    after it was ended. seconds.json has the seconds of each stage.
+    after it was ended. seconds.json has the seconds of each stage, and those of a core.
     """
     from adder.core.file_digests import FileDigests
     from adder.core.stage_spec import Runtime
@@ -196,7 +197,7 @@ def through_stages(work: Path, rows: Path, count: int) -> float:
     for name, asked in settings.items():
         if name in seconds:
             continue
-        spec, start = SPECS[name], time.perf_counter()
+        spec, start, cpu = SPECS[name], time.perf_counter(), cpu_seconds()
         digests = FileDigests(results / "cache" / "digests.json", Path.cwd())
         plain = asked.model_dump(mode="json")
         identity = spec.identity(asked, spec.section or "", digests) if spec.identity else plain
@@ -207,8 +208,15 @@ def through_stages(work: Path, rows: Path, count: int) -> float:
             key=key, log=results / "logs" / f"{name}.log",
         )  # fmt: skip
         seconds[name] = round(time.perf_counter() - start, 2)
+        seconds[f"{name}_cpu"] = round(cpu_seconds() - cpu, 2)
         took.write_text(json.dumps(seconds))
-    return sum(seconds.values())
+    return sum(seconds[name] for name in settings)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 ARMS = {
@@ -288,7 +296,8 @@ def append(options: argparse.Namespace) -> list[dict[str, Any]]:
     for arm in ("first_run", "append_one"):
         results.append(measure(arm, model, rows, options.append, cores, folder))
         took = json.loads((folder / f"{rows.stat().st_size}.seconds.json").read_text())
-        results[-1] |= {"stages": took, "load_average": round(os.getloadavg()[1], 2)}
+        cpu = sum(seconds for name, seconds in took.items() if name.endswith("_cpu"))
+        results[-1] |= {"cpu_seconds": round(cpu, 2), "stages": took, "load_average": round(os.getloadavg()[1], 2)}
         if arm == "first_run":
             with rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"question": "How much is one row more?", "answer": "#### 1"}) + "\n")

@@ -1,5 +1,7 @@
 """train.parquet and heldout.parquet: conversations with their ids, in row groups of a size to share out."""
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,46 +32,67 @@ OPTIONS: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["source"]}
 Integers = npt.NDArray[np.int64]
 
 
-def write_conversations(
-    path: Path,
-    spool: Spool,
-    rows: AcceptedRows,
-    copies: Integers,
-    progress: Progress,
-    group: npt.NDArray[np.uint64] | None = None,
-) -> TrainFigures:
-    """Write each row as often as `copies` (n,) says, in order; figures over the rows, each counted once.
+class ConversationFile:
+    """A file of conversations that is written part by part; `figures` are over its rows, each counted once.
 
-    `group`: (n,), written as the column GROUP.
+    copies: how often each row is written, (n,). group: (n,), written as the column GROUP.
     """
-    figures, size = TrainFigures(), 0
-    waiting: list[pa.Table] = []
-    schema = SCHEMA if group is None else SCHEMA.append(GROUP)
+
+    def __init__(self, path: Path, copies: Integers, group: npt.NDArray[np.uint64] | None = None) -> None:
+        self.copies, self.group, self.figures = copies, group, TrainFigures()
+        self._writer = pq.ParquetWriter(path, SCHEMA if group is None else SCHEMA.append(GROUP), **OPTIONS)
+        self._waiting: list[pa.Table] = []
+        # Compressed while the next part is read.
+        self._thread = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
+
+    def add(self, columns: pa.RecordBatch, rows: AcceptedRows, place: slice, names: pa.Array) -> None:
+        """Take a part of the spool, the rows of `place`."""
+        chosen = np.flatnonzero(self.copies[place])
+        if not len(chosen):
+            return
+        columns = columns if len(chosen) == len(columns) else columns.take(pa.array(chosen))
+        self.figures.add(columns)
+        chosen += place.start
+        table = _table(columns.column("conversation"), rows, chosen, self.copies[chosen], names)
+        if self.group is not None:
+            own = np.repeat(self.group[chosen], self.copies[chosen]).tolist()
+            table = table.append_column(GROUP, pa.array([f"{one:016x}" for one in own]))
+        self._waiting.append(table)
+        if sum(one.nbytes for one in self._waiting) >= GROUP_BYTES or sum(map(len, self._waiting)) >= GROUP_ROWS:
+            self._write()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._waiting:
+            self._write()
+        if self._written is not None:
+            self._written.result()
+        self._thread.shutdown()
+        self._writer.close()
+
+    def _write(self) -> None:
+        if self._written is not None:
+            self._written.result()
+        table = pa.concat_tables(self._waiting)
+        self._waiting = []
+        self._written = self._thread.submit(self._writer.write_table, table, row_group_size=GROUP_ROWS)
+
+
+def write_conversations(
+    files: Sequence[ConversationFile], spool: Spool, rows: AcceptedRows, progress: Progress
+) -> None:
+    """Write some files of the rows, in order, in one pass over the spool."""
     names = pa.array(rows.sources, type=pa.string())
-    with pq.ParquetWriter(path, schema, **OPTIONS) as writer:
-        for part in spool.parts():
-            place = spool.slice(part)
-            wanted = copies[place]
-            chosen = np.flatnonzero(wanted)
-            if not len(chosen):
-                continue
+    for part in spool.parts():
+        place = spool.slice(part)
+        if any(file.copies[place].any() for file in files):
             columns = spool.read(part)
-            columns = columns if len(chosen) == len(columns) else columns.take(pa.array(chosen))
-            figures.add(columns)
-            chosen += place.start
-            table = _table(columns.column("conversation"), rows, chosen, copies[chosen], names)
-            if group is not None:
-                own = np.repeat(group[chosen], copies[chosen]).tolist()
-                table = table.append_column(GROUP, pa.array([f"{one:016x}" for one in own]))
-            waiting.append(table)
-            size += table.nbytes
-            if size >= GROUP_BYTES or sum(map(len, waiting)) >= GROUP_ROWS:
-                writer.write_table(pa.concat_tables(waiting), row_group_size=GROUP_ROWS)
-                waiting, size = [], 0
-            progress.line(f"{path.name}: {place.stop:,} of {len(copies):,} rows")
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting), row_group_size=GROUP_ROWS)
-    return figures
+            for file in files:
+                file.add(columns, rows, place, names)
+        progress.line(f"{place.stop:,} of {len(rows.row):,} rows written")
+    for file in files:
+        file.close()
 
 
 def _table(conversation: pa.Array, rows: AcceptedRows, chosen: Integers, copies: Integers, names: pa.Array) -> pa.Table:

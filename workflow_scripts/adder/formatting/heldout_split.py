@@ -76,8 +76,8 @@ def asked(prompt: Hashes, system: Hashes) -> tuple[Hashes, Mask]:
 
     The text that such a prompt is about stands in the system message: "Summarise it." asks something else each time.
     """
-    if not len(prompt):
-        return prompt, np.zeros(0, dtype=bool)
+    if not system.any():
+        return prompt, np.zeros(len(prompt), dtype=bool)
     _, which = np.unique(prompt, return_inverse=True)
     pairs = np.unique(np.stack([which.astype(np.uint64), system]), axis=1)[0]
     several = np.bincount(pairs.astype(np.int64), minlength=int(which.max()) + 1) > FEW_SYSTEMS

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import chain
 from typing import Any, cast
@@ -22,6 +23,7 @@ SHINGLE = 3  # words
 PERMUTATIONS = 128  # of MinHash: the standard error of a similarity s is sqrt(s * (1 - s) / 128), 0.035 at 0.8
 SEED = 1
 CHUNK = 1 << 16  # rows
+SORTERS = 2  # threads
 RECALL = 0.9  # of the pairs exactly at the asked similarity; of more similar ones nearly all
 # Kept rows that one row is compared with in a bucket: bounds the work where thousands share a boilerplate text.
 MOST_COMPARED = 32
@@ -151,20 +153,28 @@ def _buckets(signatures: Signatures, bands: int, rows: int) -> tuple[npt.NDArray
     """For each band and row the number of its bucket, or -1 where it is alone there, int32 (bands, n); how many."""
     buckets = np.full((bands, len(signatures)), -1, np.int32)
     count = 0
-    for band in range(bands if len(signatures) > 1 else 0):
-        keys = np.empty(len(signatures), np.uint64)
-        for start in range(0, len(signatures), CHUNK):  # each row's bytes of a band are read at once
-            part = signatures[start : start + CHUNK, band * rows : (band + 1) * rows]
-            keys[start : start + CHUNK] = part.astype(np.uint64) @ PLACES[:rows]
-        order = np.argsort(keys)
-        keys = keys[order]
-        new = np.concatenate([[True], keys[1:] != keys[:-1]])
-        shared = ~new
-        shared[:-1] |= shared[1:]
-        numbers = np.cumsum(new[shared], dtype=np.int32) - 1 + count
-        buckets[band, order[shared]] = numbers
-        count = int(numbers[-1]) + 1 if len(numbers) else count
+    if len(signatures) < 2:
+        return buckets, count
+    with ThreadPoolExecutor(SORTERS) as threads:  # numpy sorts without holding Python's lock
+        found = threads.map(lambda band: _shared_keys(signatures[:, band * rows : (band + 1) * rows]), range(bands))
+        for band, (shared, numbers) in enumerate(found):
+            buckets[band, shared] = numbers + count
+            count += int(numbers[-1]) + 1 if len(numbers) else 0
     return buckets, count
+
+
+def _shared_keys(signatures: Signatures) -> tuple[Integers, npt.NDArray[np.int32]]:
+    """The rows whose bytes others have too, uint8 (n, places) in all, and from 0 on the number of what they share."""
+    keys = np.empty(len(signatures), np.uint64)
+    for start in range(0, len(signatures), CHUNK):  # each row's bytes of a band are read at once
+        part = signatures[start : start + CHUNK]
+        keys[start : start + CHUNK] = part.astype(np.uint64) @ PLACES[: part.shape[1]]
+    order = np.argsort(keys)
+    keys = keys[order]
+    new = np.concatenate([[True], keys[1:] != keys[:-1]])
+    shared = ~new
+    shared[:-1] |= shared[1:]
+    return order[shared], np.cumsum(new[shared], dtype=np.int32) - 1
 
 
 @cache

@@ -36,7 +36,10 @@ def passage_of_each(lines: Hashes, system: Hashes, prompt: Hashes) -> Hashes:
     """
     found = np.zeros(len(prompt), np.uint64)
     for candidates in [*lines.T, system]:
-        found = np.where(found == 0, _shared(candidates, prompt), found)
+        if candidates.any():
+            found = np.where(found == 0, _shared(candidates, prompt), found)
+    if not found.any():
+        return found
     _, which = np.unique(prompt, return_inverse=True)
     lowest = np.full(int(which.max(initial=-1)) + 1, np.iinfo(np.uint64).max, np.uint64)
     highest = np.zeros_like(lowest)

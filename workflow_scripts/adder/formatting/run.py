@@ -37,7 +37,7 @@ from adder.formatting.block_converter import (
     Rest,
     Survey,
 )
-from adder.formatting.conversation_file import write_conversations
+from adder.formatting.conversation_file import ConversationFile, write_conversations
 from adder.formatting.findings import decide, quality, write_findings
 from adder.formatting.records import Card, Counts, Reject
 from adder.formatting.row_fields import row_fields
@@ -145,13 +145,14 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
     counts = _total(by_source)
     _refuse_empty(counts, settings.share, rejects)
 
-    figures = write_conversations(out / "train.parquet", spool, rows, copies * rows.are(TRAIN), progress)
     group = None
     if settings.group_by and rows.value is not None:
         group = heldout_split.groups_of(rows.prompt, rows.value)
     elif findings.by_passage:
         group = heldout_split.groups_of(rows.prompt, rows.passage)
-    write_conversations(out / "heldout.parquet", spool, rows, rows.are(HELDOUT).astype(np.int64), progress, group)
+    train = ConversationFile(out / "train.parquet", copies * rows.are(TRAIN))
+    heldout = ConversationFile(out / "heldout.parquet", rows.are(HELDOUT).astype(np.int64), group)
+    write_conversations([train, heldout], spool, rows, progress)
     write_findings(out, rows, findings)
     about = passages.describe(rows.passage, rows.are(HELDOUT), rows.are(TRAIN)) if findings.by_passage else None
     split = heldout_split.describe(settings, counts["heldout"], counts["train"], own_sources, about)
@@ -172,7 +173,7 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
         "quality": quality(rows, spool, findings, settings),
         "split": split,
         "notes": [*column_notes, *notes],
-        **figures.result(),
+        **train.figures.result(),
     }
     write_json(out / "card.json", card)
     _say(counts, rejects, progress)
