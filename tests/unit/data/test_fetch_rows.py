@@ -1,5 +1,6 @@
 """The stage "data" as a whole: splits, what is said of each file, memory, and no secret in its record."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -10,8 +11,12 @@ from pathlib import Path
 import pytest
 
 import http_server
+from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
-from adder.data.stage import DATA, RowSettings
+from adder.core.progress import Progress
+from adder.core.stage_spec import Context, NoInputs, Runtime
+from adder.data import fetch_rows
+from adder.data.stage import DATA, RowSettings, Source
 from adder.workflow import stage_runner
 from data_stages import SUM_LINES, write_rows
 
@@ -126,3 +131,41 @@ def test_templates_and_names_of_messages_reach_reading_json(tmp_path):
     assert reading["a"] == {
         **{"row_format": "auto", "columns": {}, "weight": 1.0, "split": None}, **own, "roles": {"a": "user"},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_large_file_read_in_ranges_gives_the_bytes_of_one_read_from_its_beginning(tmp_path, monkeypatch, threads):
+    rows = [json.dumps({"q": f"What is {number}?", "n": number}) for number in range(900)]
+    rows[5:5] = [
+        "",
+        "  ",
+        "[1]",
+        "{broken",
+        '{"q": "half a pair \\ud800"}',
+        '{"big": 12345678901234567890123}',
+        "NaN",
+        '{"a":',
+    ]
+    rows[500] += "\r\n" + rows[501] + "\r" + rows[502]
+    path = tmp_path / "rows.jsonl"
+    context = Context(Progress.silent(), Runtime(threads=threads))
+
+    def fetched(size: int) -> dict[str, bytes]:
+        monkeypatch.setattr(fetch_rows, "RANGE", size)
+        out = tmp_path / f"{size}-{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        fetch_rows.run(RowSettings(sources=[Source(path=str(path))]), NoInputs(), out, context)
+        return {file.name: file.read_bytes() for file in out.iterdir()}
+
+    for start in (b"", codecs.BOM_UTF8, b"\n", b"\r\n"):
+        for end in (b"\n", b"", b"\r\n\r\n"):
+            path.write_bytes(start + "\n".join(rows).encode() + end)
+            whole = fetched(1 << 30)
+            assert whole["rows.jsonl"].count(b"\n") > 900
+            assert fetched(700) == fetched(3000) == whole
+    path.write_bytes("\n".join(rows).encode() + b"\n\xff\n")
+    with pytest.raises(UserError) as from_beginning:
+        fetched(1 << 30)
+    with pytest.raises(UserError) as in_ranges:
+        fetched(700)
+    assert str(in_ranges.value) == str(from_beginning.value)

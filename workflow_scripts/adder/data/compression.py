@@ -58,6 +58,11 @@ def open_bytes(path: Path) -> "io.BufferedReader[Any]":
     return io.BufferedReader(OPENERS[compression](path), CHUNK)
 
 
+def is_compressed(start: bytes) -> bool:
+    """Whether a file's first 16 bytes say that it is compressed."""
+    return _compression(start) is not None
+
+
 def bare_name(path: Path) -> str:
     """A file's name without the ending of its compression; of `rows.zip` the name of the file that it holds."""
     name = path.name

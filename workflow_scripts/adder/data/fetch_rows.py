@@ -1,17 +1,21 @@
 """The stage "data": the raw rows of every source as JSON lines."""
 
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from adder.core import parallel
 from adder.core.files import write_json
-from adder.core.progress import Progress
 from adder.core.stage_spec import Context, NoInputs
-from adder.data import raw_rows, sources
+from adder.data import raw_rows, readers, sources
 from adder.data.records import Reading, RowSummary, SourceRecord, Split
 from adder.data.stage import RowSettings, Source
 
 PROGRESS_EVERY = 10_000  # rows
+RANGE = 1 << 20  # bytes of a file that a process reads at once
+READERS = 4  # processes at most: writing is for one
 WRITE_BUFFER = 1 << 20  # bytes
 
 
@@ -38,7 +42,7 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
     with (out / "rows.jsonl").open("wb", buffering=WRITE_BUFFER) as lines:
         for split, source, files in fetched:
             named = [(next(names), file) for file in files]
-            records += _write_source(lines, split, source, named, context.progress)
+            records += _write_source(lines, split, source, named, context)
             readings |= {name: _reading(source, split) for name, _ in named}
     write_json(out / "sources.json", records)
     write_json(out / "reading.json", readings)
@@ -54,18 +58,17 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
 
 
 def _write_source(
-    lines: BinaryIO, split: Split | None, source: Source, named: list[tuple[str, sources.File]], progress: Progress
+    lines: BinaryIO, split: Split | None, source: Source, named: list[tuple[str, sources.File]], context: Context
 ) -> list[SourceRecord]:
     """Append one source's rows to the open rows.jsonl; return each file's entry of sources.json."""
+    progress = context.progress
     rows_of: Counter[str] = Counter()
     unreadable_of: Counter[str] = Counter()
-    for name, number, row in raw_rows.read_source(source, named):
-        line, readable = raw_rows.encode_record(name, number, split, row)
-        lines.write(line)
-        lines.write(b"\n")
-        rows_of[name] += 1
-        unreadable_of[name] += not readable
-        if rows_of[name] % PROGRESS_EVERY == 0:
+    for name, encoded in _encoded(split, source, named, context.threads):
+        lines.write(encoded.lines)
+        rows_of[name] += encoded.rows
+        unreadable_of[name] += encoded.unreadable
+        if encoded.rows > 1 or rows_of[name] % PROGRESS_EVERY == 0:
             progress.line(f"{name}: {rows_of[name]:,} rows")
     described = [
         sources.describe(source, file, name, split, rows_of[name], unreadable_of[name]) for name, file in named
@@ -74,6 +77,29 @@ def _write_source(
         for note in record.get("notes", []):
             progress.say(f"{record['name']}: {note}")
     return described
+
+
+def _encoded(
+    split: Split | None, source: Source, named: list[tuple[str, sources.File]], threads: int
+) -> Iterator[tuple[str, raw_rows.EncodedRows]]:
+    """The rows of one source as lines of rows.jsonl, some at a time, led by their file's name."""
+    whole = source.limit is None and source.sample is None and source.path is not None
+    for name, file in named:
+        ranges = (
+            readers.line_ranges(file.path, file.layout, RANGE) if whole and file.path and not file.documents else None
+        )
+        if file.path is None or ranges is None:
+            break
+        make = partial(raw_rows.range_encoder, file.path, name, split)
+        try:
+            for encoded in parallel.map_batches(make, ranges, parallel.worker_count(READERS, 1, threads)):
+                yield name, encoded
+        except UnicodeDecodeError:
+            raise readers.not_utf8(file.path) from None
+        named = named[1:]
+    for name, number, row in raw_rows.read_source(source, named):
+        line, readable = raw_rows.encode_record(name, number, split, row)
+        yield name, raw_rows.EncodedRows(line + b"\n", 1, int(not readable))
 
 
 def _reading(source: Source, split: Split | None) -> Reading:

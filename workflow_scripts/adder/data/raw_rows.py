@@ -5,20 +5,22 @@ A row that JSON can't hold is written as unreadable, with its reason, and stays 
 
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import orjson
 
+from adder.core.record_blocks import read_range
 from adder.data import builtin_tickets, documents
-from adder.data.readers import read_file
+from adder.data.readers import json_line, lines_of, read_file
 from adder.data.records import ReadableRecord, Split, UnreadableRecord
 from adder.data.row_types import MAX_RAW, Row, Unfit, Unreadable
 from adder.data.sources import File
@@ -42,6 +44,32 @@ def read_source(source: Source, named: list[tuple[str, File]]) -> Iterator[tuple
         kept = heapq.nsmallest(source.sample, ranked, key=lambda entry: entry[:2])
         found = (item for _, _, item in sorted(kept, key=lambda entry: entry[1]))
     yield from found
+
+
+class EncodedRows(NamedTuple):
+    """Lines of rows.jsonl, how many, and how many of them of unreadable rows."""
+
+    lines: bytes
+    rows: int
+    unreadable: int
+
+
+def range_encoder(path: Path, name: str, split: Split | None) -> Callable[[tuple[int, int, int]], EncodedRows]:
+    """The function that reads and encodes one of `readers.line_ranges`, for a file of this short name."""
+
+    def encode(lines: tuple[int, int, int]) -> EncodedRows:
+        start, end, first = lines
+        encoded: list[bytes] = []
+        unreadable = 0
+        for number, line in enumerate(lines_of(io.BytesIO(read_range(path, (start, end)))), first):
+            row = json_line(line, number)
+            if row is not None:
+                record, readable = encode_record(name, number, split, row)
+                encoded += (record, b"\n")
+                unreadable += not readable
+        return EncodedRows(b"".join(encoded), len(encoded) // 2, unreadable)
+
+    return encode
 
 
 def encode_record(name: str, number: int, split: Split | None, row: Row) -> tuple[bytes, bool]:

@@ -8,7 +8,7 @@ import codecs
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +17,7 @@ import orjson
 from adder.core.errors import UserError
 from adder.core.paths import DOCUMENTS
 from adder.data import columnar, converter, csv_rows, json_stream, spreadsheet, sqlite_table
-from adder.data.compression import CHUNK, bare_name, open_bytes
+from adder.data.compression import CHUNK, bare_name, is_compressed, open_bytes
 from adder.data.json_stream import kind
 from adder.data.row_types import MAX_RAW, Layout, Row, Unreadable
 
@@ -127,16 +127,9 @@ def _read_jsonl(path: Path, encoding: str, layout: Layout, notes: Counter[str]) 
     remedy = ""  # for the lines of a file that is one JSON value
     first = True
     for number, line in enumerate(_lines(path, encoding), 1):
-        try:
-            # Python's own reader takes over wherever the two might not agree, and says what is wrong.
-            value = json.loads(line.decode()) if LONG_NUMBER in line.translate(DIGITS) else orjson.loads(line)
-        except ValueError:  # of either reader, also for bytes that are not UTF-8
-            text = line.decode("utf-8")
-            if not text.strip():
-                continue
-            row = _parse_line(text, number)
-        else:
-            row = value if isinstance(value, dict) else _as_row(value)
+        row = json_line(line, number)
+        if row is None:
+            continue
         if first:
             first, remedy = False, _remedy(line, row)
             if remedy:
@@ -144,6 +137,63 @@ def _read_jsonl(path: Path, encoding: str, layout: Layout, notes: Counter[str]) 
         if remedy and isinstance(row, Unreadable):
             row = Unreadable(row.reason + remedy, row.raw, row.kind)
         yield number, row
+
+
+def json_line(line: bytes, number: int) -> Row | None:
+    """The row of one line of JSON lines in UTF-8, None of a blank one. Raises UnicodeDecodeError."""
+    try:
+        # Python's own reader takes over wherever the two might not agree, and says what is wrong.
+        value = json.loads(line.decode()) if LONG_NUMBER in line.translate(DIGITS) else orjson.loads(line)
+    except ValueError:  # of either reader, also for bytes that are not UTF-8
+        text = line.decode("utf-8")
+        return _parse_line(text, number) if text.strip() else None
+    return value if isinstance(value, dict) else _as_row(value)
+
+
+def line_ranges(path: Path, layout: Layout, size: int) -> Iterator[tuple[int, int, int]] | None:
+    """A large file of JSON lines in ranges of about `size` bytes, to be read by several processes: start, end, and
+    the number of the first line in each. None for a file that is to be read from its beginning: any other format or
+    encoding, a compressed or small file, and one whose first line is no row.
+    """
+    plain = layout.format == "jsonl" and not layout.convert and layout.split is None
+    if not plain or _without_mark(layout.encoding or "utf-8") != "utf-8-sig" or path.stat().st_size < 2 * size:
+        return None
+    with path.open("rb") as file:
+        if is_compressed(file.read(16)):
+            return None
+        file.seek(0)
+        try:
+            if not isinstance(json_line(file.readline(MAX_FIRST_LINE).removeprefix(codecs.BOM_UTF8), 1), dict):
+                return None
+        except UnicodeDecodeError:
+            return None
+    return _line_ranges(path, size)
+
+
+def _line_ranges(path: Path, size: int) -> Iterator[tuple[int, int, int]]:
+    number = 1
+    with path.open("rb") as file:
+        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(start)
+        while piece := file.read(size):
+            piece += file.readline()
+            yield start, start + len(piece), number
+            start += len(piece)
+            number += len(piece.splitlines()) if b"\r" in piece else piece.count(b"\n")
+
+
+def lines_of(file: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a file or of a piece of one; they end as in Python's text files, with LF, CR LF or CR."""
+    for line in file:
+        if b"\r" in line:
+            yield from line.splitlines()
+        else:
+            yield line
+
+
+def not_utf8(path: Path) -> UserError:
+    """What to say where a file that was read as UTF-8 is none."""
+    return UserError(_encoding_message(path, ["utf-8-sig"]))
 
 
 def _remedy(first: bytes, row: Row) -> str:
@@ -166,11 +216,7 @@ def _lines(path: Path, encoding: str) -> Iterator[bytes]:
     with open_bytes(path) as file:
         if file.peek(3).startswith(codecs.BOM_UTF8):
             file.read(3)
-        for line in file:
-            if b"\r" in line:
-                yield from line.splitlines()
-            else:
-                yield line
+        yield from lines_of(file)
 
 
 def _parse_line(line: str, number: int) -> Row:
