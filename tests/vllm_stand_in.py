@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 class SamplingParams:
     def __init__(self, max_tokens, stop, stop_token_ids, skip_special_tokens, temperature, **options):
-        assert temperature == 0 and skip_special_tokens
+        assert temperature == 0 and not skip_special_tokens
         self.most, self.stops = max_tokens, stop_token_ids
 
 def TokensPrompt(prompt_token_ids):
@@ -28,8 +28,9 @@ class LLM:
                 torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False,
                 max_new_tokens=options.most, eos_token_id=options.stops,
             )[0, len(ids):].tolist()
+            said = found[:-1] if found[-1] in options.stops else found  # vLLM leaves out the token that it stops on
             reply = types.SimpleNamespace(
-                token_ids=found, text=self.tokenizer.decode(found, skip_special_tokens=True),
+                token_ids=found, text=self.tokenizer.decode(said),
                 finish_reason="stop" if found[-1] in options.stops else "length",
             )
             outputs.append(types.SimpleNamespace(outputs=[reply]))

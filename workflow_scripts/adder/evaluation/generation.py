@@ -18,6 +18,7 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.progress import Progress
 from adder.evaluation import speculative_decoding
+from adder.evaluation.reply_text import ReplyReader
 from adder.evaluation.token_observer import TokenObserver
 
 if TYPE_CHECKING:
@@ -99,12 +100,21 @@ class HfReplyModel(HFLM):
             max_length=context,
             add_bos_token=False,
         )
+        self.reader = ReplyReader(tokenizer)
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
+        self._stops = frozenset(stop_ids)
         self.total = total
         self.progress = progress
         self.started = time.perf_counter()
         self.replies = self.new_tokens = 0
         self.written: dict[tuple[int, ...], ReplyCounts] = {}
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """A reply's text up to its end, with the control tokens in it, which may part reasoning and answer."""
+        if not skip_special_tokens:
+            return super().tok_decode(tokens, skip_special_tokens=False)
+        ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens
+        return self.reader.text([ids] if isinstance(ids, int) else ids, self._stops)
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any

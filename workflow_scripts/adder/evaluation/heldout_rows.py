@@ -9,8 +9,11 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
 from adder.core.errors import UserError
+from adder.core.labels import IGNORE_INDEX
+from adder.evaluation.reply_text import ReplyReader
 from adder.formatting.conversation import Conversation, Message
 from adder.tokenization.chat_template import ChatTemplate
+from adder.tokenization.message_texts import reasoning_and_answer
 from adder.tokenization.token_table import TokenTable
 
 
@@ -19,13 +22,16 @@ class HeldoutRow:
     """One row. The prompt is all that stands before the last reply.
 
     input_ids and labels: as training would see the row. prompt_text and prompt_ids: what the template makes of the
-    prompt. A plain text has no prompt, and is its own reference. group: by data.heldout.group_by, if there are such.
+    prompt. reference: the answer that a reply is compared with; reference_text: all of the last reply, its reasoning
+    too, as ReplyReader.text has it. A plain text has no prompt, and is its own reference. group: by
+    data.heldout.group_by, if there are such.
     """
 
     id: str
     input_ids: list[int]
     labels: list[int]
     reference: str
+    reference_text: str = ""
     prompt: list[Message] = field(default_factory=list)
     prompt_text: str = ""
     prompt_ids: list[int] = field(default_factory=list)
@@ -41,7 +47,11 @@ class HeldoutRow:
 
 
 def load_rows(
-    tokens: Path, conversations: Path, most: int | None, tokenizer: PreTrainedTokenizerFast
+    tokens: Path,
+    conversations: Path,
+    most: int | None,
+    tokenizer: PreTrainedTokenizerFast,
+    reader: ReplyReader | None = None,
 ) -> list[HeldoutRow]:
     """Read the rows of heldout.arrow (`tokens`) and heldout.parquet (`conversations`), at most `most` of them.
 
@@ -58,13 +68,14 @@ def load_rows(
     rows = [table.row(number) for number in numbers]
     found = _conversations(conversations, {row["id"] for row in rows})
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    reader = reader or ReplyReader(tokenizer)
     made = []
     for row in rows:
         conversation, group = found[row["id"]]
         held = HeldoutRow(row["id"], row["input_ids"], row["labels"], conversation.get("text", ""), group=group)
         if "messages" in conversation:
             assert template is not None  # else there were no conversations among the rows
-            _add_question(held, conversation["messages"], conversation, tokenizer, template)
+            _add_question(held, conversation["messages"], conversation, reader, template)
         made.append(held)
     return made
 
@@ -85,15 +96,20 @@ def _add_question(
     row: HeldoutRow,
     turns: list[Message],
     conversation: Conversation,
-    tokenizer: PreTrainedTokenizerFast,
+    reader: ReplyReader,
     template: ChatTemplate,
 ) -> None:
     """What the model is asked, and the reply that it should give."""
     last = max(index for index, turn in enumerate(turns) if turn["role"] == "assistant")
     row.prompt = turns[:last]
     row.prompt_text = template.render(row.prompt, prompt=True, tools=conversation.get("tools"))
-    row.prompt_ids = tokenizer(row.prompt_text, add_special_tokens=False)["input_ids"]
-    row.reference = turns[last]["content"]
-    if turns[last].get("tool_calls"):  # as the template writes them
-        own = row.input_ids[len(row.prompt_ids) :]
-        row.reference = str(tokenizer.decode(own, skip_special_tokens=True)).strip()
+    row.prompt_ids = reader.tokenizer(row.prompt_text, add_special_tokens=False)["input_ids"]
+    start = len(row.prompt_ids)
+    own = [
+        index for index, label in zip(row.input_ids[start:], row.labels[start:], strict=True) if label != IGNORE_INDEX
+    ]
+    if own and row.is_as_trained():  # as the model has to write it, but for the token that ends it
+        row.reference_text = reader.text(own[:-1])
+        row.reference = reader.answer(row.reference_text)
+    else:
+        row.reference_text = row.reference = reasoning_and_answer(turns[last])[1]

@@ -1,7 +1,7 @@
 """Measure one model on the held-out rows: loss and perplexity, replies and their scores. Base and merged alike."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from adder.evaluation.max_new_tokens import MaxNewTokens, choose_max_new_tokens
 from adder.evaluation.model_loading import choose_batch_size, eos_ids, load_model
 from adder.evaluation.records import GenerationFacts, SampleRecord, ScoresRecord
 from adder.evaluation.reference_forms import parse_object
+from adder.evaluation.reply_text import ReplyReader
 from adder.evaluation.stage import EvaluateSettings
 from adder.tokenization.records import TokenizeRecord
 
@@ -69,6 +70,7 @@ class Measured:
 
     losses: list[torch.Tensor]
     replies: dict[str, CountedReply] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)  # what is compared of the replies
     plan: ReplyPlan | None = None
     facts: GenerationFacts | None = None
 
@@ -85,8 +87,9 @@ def run(settings: EvaluateSettings, inputs: EvaluateInputs, out: Path, context: 
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
         inputs.tokenize / "tokenizer", local_files_only=True
     )
+    reader = ReplyReader(tokenizer)
     rows = load_rows(
-        inputs.tokenize / "heldout.arrow", inputs.format / "heldout.parquet", settings.max_samples, tokenizer
+        inputs.tokenize / "heldout.arrow", inputs.format / "heldout.parquet", settings.max_samples, tokenizer, reader
     )
     chosen = metrics.choose_metrics([row.reference for row in rows if row.prompt], settings.metrics)
     dtype = precision.compute_dtype(device)
@@ -96,10 +99,10 @@ def run(settings: EvaluateSettings, inputs: EvaluateInputs, out: Path, context: 
     model = load_model(inputs.model / "model", dtype.value, device)
     architecture, parameters = type(model).__name__, model.num_parameters()
     details: TokenizeRecord = read_json(inputs.tokenize / "tokenize.json")
-    measured = measure(model, tokenizer, rows, details, settings, backend.value, chosen.value, progress)
+    measured = measure(model, reader, rows, details, settings, backend.value, chosen.value, progress)
     kind = metrics.kind_of(chosen.value)
     samples = [
-        make_sample(row, losses, measured.replies.get(row.id), kind)
+        make_sample(row, losses, measured.replies.get(row.id), kind, measured.answers.get(row.id))
         for row, losses in zip(rows, measured.losses, strict=True)
     ]
     scores: ScoresRecord = {
@@ -129,7 +132,7 @@ def in_words(name: str, value: float) -> str:
 
 def measure(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    reader: ReplyReader,
     rows: Sequence[HeldoutRow],
     details: TokenizeRecord,
     settings: EvaluateSettings,
@@ -145,20 +148,26 @@ def measure(
     asked = [row for row in rows if row.prompt]
     if not asked:
         return Measured(row_losses(model, rows, progress))
+    tokenizer = reader.tokenizer
     plan = plan_replies(model, tokenizer, asked, details, settings, progress)
     one_pass = backend == "hf" and speculative_decoding.supports(model)
     shared = {row.id for row, request in zip(asked, plan.requests, strict=True) if one_pass and request.labels}
     alone = [row for row in rows if row.id not in shared]
     losses = dict(zip([row.id for row in alone], row_losses(model, alone, progress), strict=True))
     reply_model = make_reply_model(model, tokenizer, plan, backend, progress)
-    questions: list[generation.Question] = [{"prompt": row.prompt_text, "reference": row.reference} for row in asked]
+    questions: list[generation.Question] = [
+        {"prompt": row.prompt_text, "reference": row.reference_text} for row in asked
+    ]
+    score = partial(score_reply, chosen, read=reader.answer)
     start = time.perf_counter()
-    found = generation.generate(reply_model, questions, plan.limit.value, plan.stop, partial(score_reply, chosen))
+    found = generation.generate(reply_model, questions, plan.limit.value, plan.stop, score)
     seconds = time.perf_counter() - start
     replies: dict[str, CountedReply] = {}
+    answers: dict[str, str] = {}
     for row, reply, request in zip(asked, found, plan.requests, strict=True):
         counts = reply_model.written[tuple(request.ids[: request.prompt_length])]
-        replies[row.id] = {**reply, **counts}
+        answers[row.id] = reader.answer(reply["reply"])
+        replies[row.id] = {**reply, **counts, "reply": reader.shown(reply["reply"])}
     if isinstance(reply_model, generation.SpeculativeReplyModel):
         for row, values in zip(asked, reply_model.losses, strict=True):
             if row.id in shared and values is not None:
@@ -173,7 +182,7 @@ def measure(
         "prompts_cut": sum(row.is_cut(plan.limit.value, plan.context) for row in asked),
         "prompts_unlike_training": sum(not row.is_as_trained() for row in asked),
     }
-    return Measured([losses[row.id] for row in rows], replies, plan, facts)
+    return Measured([losses[row.id] for row in rows], replies, answers, plan, facts)
 
 
 def plan_replies(
@@ -238,18 +247,22 @@ def make_reply_model(
     return generation.HfReplyModel(*common, len(plan.requests), progress)
 
 
-def score_reply(chosen: Sequence[str], reference: str, reply: str) -> dict[str, float]:
-    """Scores of one reply, 0 to 1 each; what stands before the end of its reasoning isn't compared."""
-    return metrics.score_reply(chosen, reference, answer(reply))
-
-
 def answer(reply: str) -> str:
-    """A reply without the reasoning before it, which is not what is compared."""
+    """A reply without the reasoning before it, where it is marked in the usual way."""
     return reply.rpartition("</think>")[2].strip() if "</think>" in reply else reply
 
 
-def make_sample(row: HeldoutRow, losses: torch.Tensor, reply: CountedReply | None, kind: str) -> SampleRecord:
-    """One line of samples.jsonl."""
+def score_reply(
+    chosen: Sequence[str], reference: str, reply: str, read: Callable[[str], str] = answer
+) -> dict[str, float]:
+    """Scores of one reply, 0 to 1 each; reasoning isn't compared: `read` takes it off both texts."""
+    return metrics.score_reply(chosen, read(reference), read(reply))
+
+
+def make_sample(
+    row: HeldoutRow, losses: torch.Tensor, reply: CountedReply | None, kind: str, said: str | None = None
+) -> SampleRecord:
+    """One line of samples.jsonl. `said`: the reply's answer, where it isn't `answer` of the reply."""
     sample: SampleRecord = {
         "id": row.id,
         "prompt": row.prompt,
@@ -264,7 +277,7 @@ def make_sample(row: HeldoutRow, losses: torch.Tensor, reply: CountedReply | Non
         return sample
     sample = {**sample, **reply}
     if kind == "json":
-        expected, found = parse_object(row.reference), parse_object(answer(reply["reply"]))
+        expected, found = parse_object(row.reference), parse_object(answer(reply["reply"]) if said is None else said)
         assert expected is not None  # else the kind were another one
         sample["fields"] = compare_fields(expected, found)
     return sample

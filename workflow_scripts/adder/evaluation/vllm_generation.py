@@ -38,9 +38,9 @@ class VllmReplyModel(VLLM):
         self.written: dict[tuple[int, ...], ReplyCounts] = {}
 
     def modify_gen_kwargs(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str], int]:
-        """lm-eval's options, and the ids that end a reply; special tokens don't show in a reply, as elsewhere."""
+        """lm-eval's options, and the ids that end a reply; control tokens within it show, as elsewhere."""
         options, until, most = super().modify_gen_kwargs(*args, **kwargs)
-        return {**options, "stop_token_ids": self.stop_ids, "skip_special_tokens": True}, until, most
+        return {**options, "stop_token_ids": self.stop_ids, "skip_special_tokens": False}, until, most
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
         outputs: Any = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
