@@ -42,6 +42,7 @@ from adder.workflow import run_folder, stage_runner  # noqa: E402 - the paths ab
 from fault_workflow import Workflow, workflow  # noqa: E402
 
 WHOLE = {"kills": 1000, "full": 400, "damage": 300, "clock": 20, "starts": 60}
+MOST_BROKEN = 10  # promises, before it is no use to go on
 IN_A_LIFE = 5  # kills before a stage is let finish
 FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"}
 DAMAGES = ("cut short", "bit turned", "gone")
@@ -52,6 +53,7 @@ class Done:
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {}
+        self.broken: list[str] = []
 
     def add(self, kind: str, stage: str) -> None:
         """Count one."""
@@ -322,7 +324,7 @@ def run(
     seconds: float = float("inf"),
     say: Callable[[str], None] = lambda text: None,
 ) -> Done:
-    """Make as many faults of each kind as `wanted`, or as fit into `seconds`; what was made. Raises AssertionError."""
+    """Make as many faults of each kind as `wanted`, or as fit into `seconds`; what was made and came out wrong."""
     done, end = Done(), time.monotonic() + seconds
     with on_memory(folder / "results"), workflow(folder) as flow:
         flow.run_all()
@@ -335,7 +337,17 @@ def run(
             began, tries = time.monotonic(), 0
             while (made := done.of(kind).total()) < number and time.monotonic() < end and tries < 3 * number + 40:
                 tries += 1
-                make(stages[tries % len(stages)] if kind == "full" else done.least(kind, stages), done, number - made)
+                name = stages[tries % len(stages)] if kind == "full" else done.least(kind, stages)
+                try:
+                    make(name, done, number - made)
+                except AssertionError as error:
+                    done.broken.append(f"{kind} of {name}: {error}")
+                    say(done.broken[-1])
+                    if len(done.broken) > MOST_BROKEN:
+                        return done
+                    done.add(kind, name)
+                    flow.forget(name)
+                    flow.start()
             flow.start()  # what tells seconds may be another now
             flow.assert_no_secrets()
             say(f"{kind}: {done.of(kind).total()} {dict(done.of(kind))}, {time.monotonic() - began:.0f} s")
@@ -370,6 +382,8 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         done = run(Path(scratch) / "w", wanted, asked.seed, asked.seconds, lambda text: print(text, flush=True))
+    if done.broken:
+        sys.exit(f"{len(done.broken)} came out wrong")
     made = ", ".join(f"{counts.total():,} {kind}" for kind, counts in done.counts.items())
     print(f"{made}: every result the same, seed {asked.seed}; {time.monotonic() - began:.0f} s")
 
