@@ -50,6 +50,7 @@ for spec in SPECS.values():
         localrule: spec.local
         conda:
             "../envs/adder.yaml"
+        priority: spec.priority
         threads: spec.threads or ALL_CORES
         resources:
             runtime=spec.minutes,

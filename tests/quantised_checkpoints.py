@@ -9,6 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from adder.core.progress import Progress
+from adder.core.stage_spec import Context, NoInputs, Runtime
+from adder.data import fetch_model
+from adder.data.model_types import ModelSettings
 from tiny import save_tiny_model
 
 Tensors = dict[str, torch.Tensor]
@@ -55,16 +59,24 @@ def tell(folder: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
 
 
-def by_bitsandbytes(plain: Path, folder: Path, **settings: Any) -> Path:
-    """As people publish them: loaded in 4 or 8 bit and saved."""
+def by_bitsandbytes(plain: Path, folder: Path, device: str = "cpu", **settings: Any) -> Path:
+    """As people publish them: loaded in 4 or 8 bit on `device` and saved."""
     config = BitsAndBytesConfig(**settings)
     model = AutoModelForCausalLM.from_pretrained(
-        plain, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+        plain, quantization_config=config, dtype=torch.bfloat16, device_map={"": device}
     )
     model.save_pretrained(folder)
     for path in plain.glob("tok*"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+def model_stage(out: Path, source: Path) -> Path:
+    """What the stage "model" makes of it, in the folder `out`."""
+    out.mkdir()
+    settings = ModelSettings(source=str(source))
+    fetch_model.run(settings, NoInputs(), out, Context(Progress.silent(), Runtime(threads=1)))
+    return out
 
 
 def fp8_blocks(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -215,6 +215,7 @@ def write_model(folder: Path, hostile: bool) -> None:
         "parameters": 134_515_008,
         "context_length": 8192,
         "quantised": None,
+        "adapter": None,
     }
     write_json(folder / "source.json", source)
 

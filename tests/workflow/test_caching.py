@@ -151,7 +151,7 @@ def test_a_comment_in_the_formatting_code_restores_everything_below(untouched):
     path = untouched.folder / "workflow_scripts" / "adder" / "formatting" / "run.py"
     path.write_text(path.read_text() + "\n# a comment\n")
     start = time.monotonic()
-    below = {"format", "tokenize", "lengths", "train", "merge", "evaluate", "report"}
+    below = {"format", "tokenize", "lengths", "isolation", "train", "merge", "evaluate", "report"}
     assert untouched.run() == dict.fromkeys(below, "restored")
     assert untouched.planned() == {}
     print(f"restored in {time.monotonic() - start:.1f} s")
@@ -162,7 +162,7 @@ def test_code_that_changes_no_output_stops_there(untouched):
     path = untouched.folder / "workflow_scripts" / "adder" / "formatting" / "run.py"
     path.write_text(path.read_text() + "\n\nUNUSED = 1\n")
     found = untouched.run()
-    below = ("tokenize", "lengths", "train", "merge", "evaluate", "report")
+    below = ("tokenize", "lengths", "isolation", "train", "merge", "evaluate", "report")
     assert found == {"format": "ran"} | dict.fromkeys(below, "restored")
 
 
@@ -173,6 +173,7 @@ def test_max_seq_length_fixed_to_what_auto_had_chosen(project):
     found = project.run(config={"lengths": {"max_seq_length": chosen}})
     assert found == {
         "lengths": "ran",
+        "isolation": "restored",
         "train": "restored",
         "merge": "restored",
         "evaluate": "restored",

@@ -7,7 +7,7 @@ import torch
 
 from adder.core.files import digest_file, read_json
 from adder.core.progress import Progress
-from adder.workflow.code_digest import closure
+from adder.workflow.code_digest import PACKAGE, closure
 from data_stages import write_model
 from quantised_checkpoints import by_bitsandbytes, tiny_model
 
@@ -71,9 +71,11 @@ def test_progress_says_what_is_done(tiny_gguf, tmp_path):
 
 def test_nothing_but_fetching_a_model_is_part_of_the_stage():
     """Editing how rows are fetched, or the ticket generator, must not fetch the base model anew."""
-    names = {f"{path.parent.name}.{path.stem}" for path in closure("adder.data.fetch_model")}
-    own = {"data.fetch_model", "data.model_source", "data.model_types", "data.quantisation", "data.dequantise"}
-    assert names == own | {"core.files", "core.model_config", "core.safetensors_layout", "core.section"}
+    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in closure("adder.data.fetch_model")}
+    checkpoints = {f"checkpoints.{name}" for name in ("quantisation", "dequantise", "earlier_adapter")}
+    own = {"fetch_model", "model_source", "model_types", *checkpoints}
+    core = {"files", "model_config", "paths", "safetensors_layout", "section"}
+    assert names == {f"data.{name}" for name in own} | {f"core.{name}" for name in core}
 
 
 def test_a_quantised_checkpoint_comes_out_in_16_bit_and_4_bit_weights_are_kept_too(tmp_path):

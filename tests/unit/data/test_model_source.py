@@ -14,6 +14,7 @@ from adder.core.errors import UserError
 from adder.core.files import read_json, sha256_file
 from data_stages import write_model
 from hub_server import COMMIT, serving
+from merge_fixture import make_adapter
 from model_files import write_wheel
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -304,3 +305,25 @@ def test_gguf_out_of_a_hub_repository(tiny_gguf, tmp_path):
     source = read_json(tmp_path / "out" / "source.json")
     assert source["revision"] == COMMIT
     assert source["sha256"] == sha256_file(tiny_gguf)
+
+
+def test_an_adapter_of_the_hub_is_pinned_to_its_commit(model_copy, tmp_path):
+    make_adapter(model_copy, tmp_path / "adapter")
+    repos = {"org/tiny": model_copy, "org/adapter": tmp_path / "adapter"}
+    with serving(repos) as hub:
+        how = {"adapter": "org/adapter", "adapter_revision": "main"}
+        done = fetch_hub(tmp_path / "out", tmp_path / "home", hub.url, "org/tiny", **how)
+        assert done.returncode == 0, done.stderr
+        missing = fetch_hub(tmp_path / "none", tmp_path / "home", hub.url, "org/tiny", adapter="org/tiny")
+    source = read_json(tmp_path / "out" / "source.json")
+    assert (source["adapter"]["source"], source["adapter"]["revision"]) == ("org/adapter", COMMIT)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "model.adapter: org/tiny has no adapter_config.json" in missing.stderr
+
+
+def test_an_unknown_quantisation_of_the_hub_is_refused_before_its_weights_are_fetched(model_copy, tmp_path):
+    quantised(model_copy)
+    with serving({"org/tiny": model_copy}) as hub:
+        done = fetch_hub(tmp_path / "out", tmp_path / "home", hub.url, "org/tiny")
+        asked = [path for method, path, _ in hub.asked if method == "GET" and "/resolve/" in path]
+    assert "is quantised (quip)" in done.stderr and asked == [f"/org/tiny/resolve/{COMMIT}/config.json"]

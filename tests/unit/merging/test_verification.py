@@ -159,6 +159,22 @@ def test_differences_are_those_of_the_definition():
     assert found["base_kl"] > 0
 
 
+def test_a_few_flipped_routers_pass_and_a_shift_of_all_positions_does_not():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(40, 7, generator=generator)
+    pairs = [(before, torch.arange(40) % 7)]
+    few = before.clone()
+    few[::10] += 0.3 * torch.randn(4, 7, generator=generator)
+    shifted = before + 0.1 * torch.randn(40, 7, generator=generator)
+    flipped, wrong = (verification.differences(pairs, [(x, pairs[0][1])], pairs) for x in (few, shifted))
+    assert flipped["kl"] > 1e-3 < wrong["kl"]
+    assert flipped["kl_median"] == 0 and wrong["kl_median"] > 1e-3
+    worse = {**flipped, "heldout_loss": {"merged": 2.1, "adapter": 2.0}}
+    same = {**flipped, "heldout_loss": {"merged": 2.001, "adapter": 2.0}}
+    passed = [verification.only_routers_flip(found, 1e-3) for found in (same, worse, {**same, "kl_median": 2e-3})]
+    assert passed == [True, False, False]
+
+
 def test_rows_are_spread_and_cut_to_the_labels_asked_for(tmp_path):
     write_tokens(tmp_path / "rows.arrow", [token_row(number, 20) for number in range(40)])
     rows = verification.spread_rows(tmp_path / "rows.arrow", 16, 1024)

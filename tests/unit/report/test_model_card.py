@@ -233,3 +233,12 @@ def test_a_base_that_came_quantised_is_told_with_what_was_made_of_it(tmp_path):
     assert "came as" in dict(about(write_stage_folders(tmp_path / "again")[0], facts))["Base"]
     facts.model["quantised"] = None
     assert came_as(facts.model) is None
+
+
+def test_a_training_that_went_on_from_an_adapter_says_so(tmp_path):
+    def going_on(facts):
+        facts.model["adapter"] = {"source": "org/first", "revision": "ab" * 20, "base": "org/base"}
+
+    card, facts, _ = make(tmp_path, change=going_on)
+    assert "| Goes on from | org/first |" in card
+    assert dict(about(write_stage_folders(tmp_path / "again")[0], facts))["Method"].endswith("going on from org/first")

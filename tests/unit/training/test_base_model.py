@@ -11,11 +11,10 @@ import torch
 from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.training import base_model, lora
-from data_stages import write_model
 from gradient_cases import collate, gradients_of, relative_error
 from merge_fixture import make_inputs, reply_in_this_process  # noqa: F401 (a fixture)
 from merge_fixture import run as merge
-from quantised_checkpoints import by_bitsandbytes, tiny_model
+from quantised_checkpoints import by_bitsandbytes, model_stage, tiny_model
 from tiny import pack_rows, save_tiny_model, token_row, write_training_inputs
 from training_stage import adapter_digests, small_settings, train_small
 
@@ -129,8 +128,8 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("both")
     plain = tiny_model(folder / "plain")
     packed = by_bitsandbytes(plain, folder / "packed", **NF4, bnb_4bit_compute_dtype=torch.float16)
-    write_model(folder / "stage-plain", plain)
-    write_model(folder / "stage-packed", packed)
+    model_stage(folder / "stage-plain", plain)
+    model_stage(folder / "stage-packed", packed)
     return folder
 
 
@@ -179,3 +178,28 @@ def test_4_bit_weights_that_transformers_holds_otherwise_are_refused(tmp_path, b
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="of the 14 .* transformers can load .*train.method: lora"):
         base_model.load(tmp_path, "qlora", "float32", "cpu")
+
+
+def test_loftq_is_refused_where_the_weights_before_quantisation_are_not_there(both):
+    model, _ = base_model.load(both / "stage-packed" / "packed", "qlora", "float32", "cpu")
+    with pytest.raises(UserError, match="loftq makes up for .* this base came in 4 bit"):
+        lora.add_adapter(model, small_settings(init_lora_weights="loftq"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_a_4_bit_checkpoint_as_it_holds_the_16_bit_model_quantised(tmp_path):
+    """And what the model stage, on a CPU, makes of it in 16 bit are the values that the GPU computes with."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    plain = tiny_model(tmp_path / "plain", hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    packed = by_bitsandbytes(plain, tmp_path / "packed", "cuda", **NF4)
+    model_stage(tmp_path / "stage", packed)
+    quantised, _ = base_model.load(plain, "qlora", "bfloat16", "cuda")
+    came, _ = base_model.load(tmp_path / "stage" / "packed", "qlora", "bfloat16", "cuda")
+    values = base_model.load(tmp_path / "stage" / "model", "lora", "bfloat16", "cpu")[0].state_dict()
+    layers = base_model.four_bit_layers(quantised)
+    assert len(layers) == 7
+    for name, layer in base_model.four_bit_layers(came).items():
+        own, other = (one.weight.quant_state for one in (layer, layers[name]))
+        assert torch.equal(layer.weight, layers[name].weight) and torch.equal(own.absmax, other.absmax)
+        assert torch.equal(dequantize_4bit(layer.weight.data, own).cpu(), values[f"{name}.weight"])

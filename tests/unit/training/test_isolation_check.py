@@ -1,6 +1,7 @@
 """The check before training: packs computed rightly at once, or one example at a time, or refused; by architecture."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.core.progress import Progress
 from adder.kernels import packed_attention
+from adder.kernels.fused_lora import attach
 from adder.training import isolation_check
-from adder.training.base_model import bare_model
+from adder.training.base_model import bare_model, has_experts
 from adder.training.isolation_check import FULL, HALF, Differences, choose_isolation, measure, problem, verdict
 from architectures import APART, ARCHITECTURES, AT_ONCE, SHAPE, table, tiny_architecture
+from fused_lora_cases import family, with_adapter
 from tiny import tiny_tokenizer, write_training_inputs
 from training_stage import run_training, train_settings
 
@@ -99,6 +102,16 @@ def test_stablelm_sees_its_neighbours_and_recurrent_states_run_on():
         assert "other examples of its pack" in verdict(found, FULL, False)
 
 
+def test_leaks_are_found_in_models_that_have_hardly_learnt_anything_too():
+    """Whose predictions hardly depend on what they see, so that a leak moves losses by thousandths of a nat."""
+    for name in ("stablelm", "jamba"):
+        model = adapted(name)
+        for parameter in model.parameters():
+            parameter.data *= 0.2
+        assert measure(model, PACK, "float32").unseen < 5e-3
+        assert "other examples of its pack" in problem(model, PACK, "float32")
+
+
 def test_attention_without_a_causal_mask_is_found():
     for name in ("bloom", "xglm", "gpt_neox_japanese"):
         model = adapted(name)
@@ -167,6 +180,52 @@ def test_verdict_by_each_difference():
     assert verdict(replace(rounded, unseen_mean=0.2), HALF, True)
 
 
+def test_windows_longer_than_the_pieces_are_tried_where_an_example_is_longer_than_one(monkeypatch):
+    """A kernel that forgets the window is right on short pieces, and found on a long one."""
+
+    def no_window(module, *tensors, sliding_window=None, **options):
+        return packed_attention.segment_attention(module, *tensors, **options)
+
+    packed_attention.AttentionInterface.register("no_window", no_window)
+    packed_attention.AttentionMaskInterface.register("no_window", packed_attention._mask_for_packs)
+    model = adapted("mistral", sliding_window=140)
+    ids = np.random.default_rng(1).integers(3, SHAPE["vocab_size"], 250)
+    assert isolation_check.window_of(bare_model(model)) == 140
+    assert problem(model, PACK, "float32", longest=ids) is None
+    bare_model(model).set_attn_implementation("no_window")
+    assert problem(model, PACK, "float32") is None
+    assert problem(model, PACK, "float32", longest=ids[:147]) is None  # no example is longer
+    found = problem(model, PACK, "float32", longest=ids)
+    assert found is not None and "beyond its window of 140 tokens" in found
+    monkeypatch.setattr(isolation_check, "CPU_PRODUCTS", 0)
+    assert problem(model, PACK, "float32", longest=ids) is None
+
+
+def test_fused_layers_are_tried_against_the_models_own():
+    """Fused layers that compute something else, in packs and alone alike, would not be found by comparing these."""
+    model = with_adapter(family("Llama"))
+    ids = np.random.default_rng(0).integers(3, 60, sum(LENGTHS))
+    pack = {"input_ids": ids, "labels": ids, "seq_lengths": np.array(LENGTHS)}
+    attach.attach(model)
+    assert problem(model, pack, "float32") is None
+    groups = attach._groups(model)
+
+    def off(*args, inner, **inputs):
+        return inner(*args, **inputs) * (1.0 if groups[0].suspended else 1.2)
+
+    for layer in bare_model(model).model.layers:
+        layer.forward = partial(off, inner=layer.forward)
+    found = problem(model, pack, "float32")
+    assert found is not None and "the architecture's own forward" in found
+
+
+def test_windows_are_known_by_the_configuration():
+    sizes = {"gemma2": 16, "llama": None, "gpt_oss": 16, "recurrent_gemma": 64}
+    assert {name: isolation_check.window_of(tiny_architecture(name)) for name in sizes} == sizes
+    config = Qwen2Config(**SHAPE, use_sliding_window=False, sliding_window=32)
+    assert isolation_check.window_of(SimpleNamespace(config=config)) is None
+
+
 def test_the_check_leaves_no_trace():
     model = adapted("llama")
     model.train()
@@ -210,9 +269,9 @@ def test_full_training_compares_the_smaller_weights(monkeypatch):
 
 
 def test_experts_are_known_by_the_configuration():
-    assert isolation_check.has_experts(tiny_architecture("mixtral"))
+    assert has_experts(tiny_architecture("mixtral"))
     dense = SimpleNamespace(config=LlamaConfig(**SHAPE))
-    assert not isolation_check.has_experts(dense)
+    assert not has_experts(dense)
 
 
 def test_a_run_says_in_one_sentence_that_it_goes_without_packs_at_once(tmp_path, capsys):
@@ -246,5 +305,18 @@ def test_a_gpus_kernels_lead_to_the_same_choice(name):
     choice = choose_isolation(model, PACK, "bfloat16", attention)
     assert (choice is attention) == (name in AT_ONCE)
     found = measure(model, PACK, "bfloat16")
-    assert verdict(found, HALF, isolation_check.has_experts(bare_model(model))) is None
-    assert found.unseen == 0 or isolation_check.has_experts(bare_model(model))
+    assert verdict(found, HALF, has_experts(bare_model(model))) is None
+    assert found.unseen == 0 or has_experts(bare_model(model))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_fused_layers_pass_on_a_gpu_in_either_precision(precision):
+    """fp8's rows have scales of their own, so that tokens see nothing of one another by way of these either."""
+    model = with_adapter(family("Llama", torch.bfloat16, hidden_size=128, intermediate_size=256, head_dim=32)).cuda()
+    bare_model(model).set_attn_implementation(packed_attention.TRITON)
+    fused = attach.attach_where_it_pays(model, "bfloat16", precision)
+    assert fused.value == ("folded" if precision == "bf16" else "folded, fp8")
+    ids = np.random.default_rng(0).integers(3, 60, sum(LENGTHS))
+    found = measure(model, {"input_ids": ids, "labels": ids, "seq_lengths": np.array(LENGTHS)}, "bfloat16")
+    assert verdict(found, HALF, False) is None and found.unseen == 0

@@ -2,12 +2,15 @@
 
 import gc
 import json
+import shutil
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -19,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from adder.core.errors import UserError
-from adder.core.files import digest_file, read_json, read_jsonl, write_json
+from adder.core.files import digest_file, read_json, read_jsonl, write_json, write_table
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context, Runtime
 from adder.kernels import labelled_loss
@@ -491,3 +494,56 @@ def test_the_adapters_files_name_no_machine_and_are_ordinary_json(inputs, tmp_pa
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == r".*\.(q|v)_proj" and config["base_model_name_or_path"] == "tiny"
     assert config["modules_to_save"] == sorted(config["modules_to_save"])
+
+
+@pytest.fixture(scope="module")
+def earlier(inputs, tmp_path_factory) -> dict:
+    """A run to go on from, by method, and inputs whose training rows are its held-out ones, all in one pack."""
+    folder = tmp_path_factory.mktemp("earlier")
+    rows = [plain(TokenTable(inputs["tokenize"] / "heldout.arrow").row(number)) for number in range(8)]
+    found = {}
+    for method in ("qlora", "lora"):
+        found[method] = run(inputs, folder / method, method=method, epochs=1, learning_rate=1e-2)["eval_loss"]
+    parents = {name: folder / name for name in ("tokenize", "lengths")}
+    shutil.copytree(inputs["tokenize"], parents["tokenize"])
+    write_tokens(parents["tokenize"] / "train.arrow", rows)
+    parents["lengths"].mkdir()
+    lengths = [len(row["input_ids"]) for row in rows]
+    packs = {"rows": [list(range(8))], "starts": [[0] * 8], "seq_lengths": [lengths]}
+    schema = pa.schema([(name, pa.list_(pa.int32())) for name in packs])
+    write_table(parents["lengths"] / "packs.parquet", pa.table(packs, schema=schema))
+    return {"folder": folder, "losses": found, "inputs": {**inputs, **parents}}
+
+
+def going_on(inputs, model: Path, adapter: Path) -> dict:
+    shutil.copytree(inputs["model"], model)
+    shutil.copytree(adapter, model / "adapter")
+    return {**inputs, "model": model}
+
+
+@pytest.mark.parametrize(("before", "method"), [("qlora", "qlora"), ("lora", "lora"), ("lora", "full")])
+def test_a_training_goes_on_where_an_earlier_one_ended(earlier, tmp_path, before, method):
+    """Its first loss, on the earlier one's held-out rows, is the earlier one's last held-out loss."""
+    adapter = earlier["folder"] / before / "adapter"
+    parents = going_on(earlier["inputs"], tmp_path / "model", adapter)
+    record = run(parents, tmp_path / "out", method=method, epochs=1, lora_dropout=0.0)
+    assert record["first_loss"] == pytest.approx(earlier["losses"][before], abs=2e-5)
+    from_the_base = run(earlier["inputs"], tmp_path / "base", method=method, epochs=1, lora_dropout=0.0)
+    assert abs(from_the_base["first_loss"] - record["first_loss"]) > 0.05
+    if method != "full":
+        assert weights(tmp_path / "out").keys() == load_file(adapter / "adapter_model.safetensors").keys()
+
+
+def test_what_an_earlier_adapter_adapts_must_be_what_is_set(earlier, inputs, tmp_path):
+    few = {"target_modules": ["q_proj"], "epochs": 1}
+    run(inputs, tmp_path / "few", method="lora", **few)
+    model = load(inputs["model"] / "model")
+    with pytest.raises(UserError, match=r"target_modules is all-linear, here \[down_proj.*and .* has \['q_proj'\]"):
+        lora.add_adapter(model, settings(method="lora"), tmp_path / "few" / "adapter")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(earlier["folder"] / "lora" / "adapter", damaged)
+    tensors = load_file(damaged / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, damaged / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="has no partner"):
+        lora.add_adapter(load(inputs["model"] / "model"), settings(method="lora"), damaged)

@@ -30,6 +30,15 @@ def test_refilled_packs_keep_their_shape_and_every_example(tmp_path):
     assert seen[0] == examples_of(rows, first) and seen[0] != seen[1] != seen[2]
 
 
+def test_the_longest_example_is_found_among_all_packs(tmp_path):
+    lengths = np.random.default_rng(2).integers(20, 60, 40)
+    lengths[17] = 75
+    found = pack(tmp_path, lengths)
+    packs = PackedExamples(found.tokens, found.out / "packs.parquet", 0, False)
+    longest = packs.longest_example()
+    assert len(longest) == 75 and longest.tolist() == list(found.rows[17]["input_ids"])
+
+
 def load(folder: Path, attention: str):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
 

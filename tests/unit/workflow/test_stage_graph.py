@@ -18,6 +18,7 @@ STAGES = [
     "format",
     "tokenize",
     "lengths",
+    "isolation",
     "train",
     "merge",
     "evaluate_base",
@@ -66,10 +67,14 @@ BELOW = {name: STAGES[STAGES.index(name) :] for name in STAGES}
         ({}, []),
         ({"train": {"learning_rate": 2e-4}}, ["train", "merge", "evaluate_tuned", "report"]),
         ({"train": {"lora_r": 8}}, ["train", "merge", "evaluate_tuned", "report"]),
+        ({"train": {"use_dora": True}}, ["isolation", "train", "merge", "evaluate_tuned", "report"]),
         ({"data": {"heldout": {"size": 1}}}, BELOW["format"]),
         ({"format": {"system_prompt": "Be brief."}}, BELOW["format"]),
-        ({"lengths": {"max_seq_length": 512}}, ["lengths", "train", "merge", "evaluate_tuned", "report"]),
-        ({"train": {"effective_batch_size": 8}}, ["lengths", "train", "merge", "evaluate_tuned", "report"]),
+        ({"lengths": {"max_seq_length": 512}}, ["lengths", "isolation", "train", "merge", "evaluate_tuned", "report"]),
+        (
+            {"train": {"effective_batch_size": 8}},
+            ["lengths", "isolation", "train", "merge", "evaluate_tuned", "report"],
+        ),
         ({"evaluate": {"max_new_tokens": 64}}, ["evaluate_base", "evaluate_tuned", "report"]),
         ({"merge": {"base": "original"}}, ["merge", "evaluate_tuned", "report"]),
         ({"report": {"price_per_hour": 2.5}}, ["report"]),
@@ -150,13 +155,14 @@ def test_an_upgrade_reruns_what_it_can_change_where_that_is_asked_for(project, m
     said = keys(project)
     rerun = {"runtime": {"upgrades": "rerun"}}
     before = keys(project, rerun)
-    assert set(changed(said, before)) == {"model", "tokenize", "lengths", "train", "merge", "evaluate_base",
-                                          "evaluate_tuned", "report"}  # fmt: skip
+    unversioned = {"data", "format"}
+    assert set(changed(said, before)) == {*STAGES} - unversioned
     monkeypatch.setattr(library_versions, "version", lambda name: "9.9" if name == "peft" else "1.0")
     assert keys(project) == said
     one = keys(project, rerun)
     monkeypatch.setattr(library_versions, "version", lambda name: "9.10" if name == "peft" else "1.0")
-    assert changed(one, keys(project, rerun)) == ["train", "merge", "evaluate_tuned", "report"]
+    uses_peft = ["isolation", "train", "merge", "evaluate_base", "evaluate_tuned", "report"]
+    assert changed(one, keys(project, rerun)) == uses_peft
 
 
 def test_tasks_and_judge_are_stages_of_their_own(project):

@@ -1,10 +1,14 @@
 """Paths and URLs as the configuration names them. Light to import: the workflow is parsed with it."""
 
 import glob
+import re
 from pathlib import Path
 
 from adder.core.errors import UserError
 
+# Of an adapter, as PEFT writes it.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DOCUMENTS = (".txt", ".md", ".markdown")
 # Files of rows, also ones that can't be read: a README beside them is no document to learn.
 ROWS = {
@@ -66,3 +70,21 @@ def is_saved_dataset(folder: Path) -> bool:
 def resolve_path(path: str, root: Path) -> Path:
     """A path in the settings is relative to the project's directory."""
     return (root / Path(path).expanduser()).resolve()
+
+
+def adapter_folder(adapter: str, root: Path = Path()) -> Path | None:
+    """The folder that `model.adapter` names; None where it names one of the hub.
+
+    Raises UserError for a folder that isn't there or holds no adapter in safetensors.
+    """
+    path = resolve_path(adapter, root)
+    if not path.exists():
+        if adapter.startswith((".", "/", "~")) or not HUB_ID.fullmatch(adapter):
+            raise UserError(f"model.adapter: {adapter!r} is neither a folder here ({path}) nor a hub id (owner/name)")
+        return None
+    missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
+    if missing:
+        pickle = " Its weights are in a pickle, which can run code when loaded: save it again with PEFT."
+        hint = pickle if (path / "adapter_model.bin").exists() else ""
+        raise UserError(f"model.adapter: {adapter} holds no {missing[0]}, as PEFT writes it.{hint}")
+    return path

@@ -126,6 +126,7 @@ class StageSpec:
     continued: pattern of what a checkpoint leaves, for a stage that continues where it broke off.
     message: what people read when it starts.
     shows: what the report reads of it: {name: file}.
+    priority: a stage of a higher one goes first where several could.
     local: runs where Snakemake runs, such as what needs the network.
     gpu, threads (None: all cores), minutes, memory: what it asks a cluster for.
     """
@@ -144,6 +145,7 @@ class StageSpec:
     refuse: Callable[[Any, Path], None] | None = None
     continued: str | None = None
     shows: Mapping[str, str] = field(default_factory=dict)
+    priority: int = 0
     local: bool = False
     gpu: bool = False
     threads: int | None = 1

@@ -8,14 +8,16 @@ from adder.core.files import read_json, write_json
 from adder.core.model_config import context_length
 from adder.core.stage_spec import Context, NoInputs
 from adder.data import model_source
+from adder.data.checkpoints import earlier_adapter
+from adder.data.checkpoints.quantisation import quantisation
 from adder.data.model_types import ModelRecord, ModelSettings, ModelSummary, QuantisedRecord
-from adder.data.quantisation import quantisation
 
 
 def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) -> ModelSummary:
     """Write the base model, in 16 bit, to `out/model/` and its ModelRecord to `out/source.json`.
 
-    4-bit weights of bitsandbytes are kept as they came in `out/packed/`, for a training on just these.
+    4-bit weights of bitsandbytes are kept as they came in `out/packed/`, for a training on just these; an adapter to go
+    on from is in `out/adapter/`.
 
     Raises UserError for a source that can't be found, fetched, trusted or used.
     """
@@ -23,12 +25,17 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
     origin = model_source.fetch(settings, folder, context.progress)
     model_source.refuse_unusable(folder, settings.source)
     quantised = _dequantise(settings.source, out, context)
+    adapter = None
+    if settings.adapter is not None:
+        adapter = earlier_adapter.fetch(settings, out / "adapter", context.progress)
+        earlier_adapter.check_base(adapter, settings, out / "adapter", folder, context.progress)
     summary: ModelSummary = {
         **origin,
         "source": settings.source,
         "parameters": model_source.count_parameters(folder),
         "context_length": context_length(folder),
         "quantised": quantised,
+        "adapter": adapter,
     }
     files = sorted(folder.iterdir())
     digests = FileDigests.of_results(context.results)  # of a local model that is linked, they are known already
@@ -40,7 +47,7 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
 
 def _dequantise(source: str, out: Path, context: Context) -> QuantisedRecord | None:
     """Make `out/model/` one in 16 bit where it is quantised; None where it isn't."""
-    from adder.data import dequantise  # torch, which most models don't need here
+    from adder.data.checkpoints import dequantise  # torch, which most models don't need here
 
     folder, packed = out / "model", out / "packed"
     if quantisation(read_json(folder / "config.json")) is None:

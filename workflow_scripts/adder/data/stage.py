@@ -9,14 +9,14 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
 from adder.core.files import read_json
-from adder.core.paths import local_files, resolve_path
+from adder.core.paths import ADAPTER_FILES, adapter_folder, local_files, resolve_path
 from adder.core.secrets import refuse_secrets
 from adder.core.section import Section
 from adder.core.stage_spec import Memory, StageSpec
+from adder.data.checkpoints.quantisation import refuse_unknown
 from adder.data.converter import imported_files
 from adder.data.field_template import parse
 from adder.data.model_types import ModelSettings
-from adder.data.quantisation import refuse_unknown
 from adder.data.records import Origin
 
 # Settings of a source that only some origins have.
@@ -206,6 +206,8 @@ class RowSettings(Section):
 def _model_identity(settings: ModelSettings, where: str, digests: FileDigests) -> dict[str, object]:
     """A local model counts by its files' content, one from elsewhere by its settings."""
     identity = settings.model_dump(mode="json")
+    if settings.adapter is not None and (folder := adapter_folder(settings.adapter, digests.root)):
+        identity["adapter"] = [digests.of(folder / name) for name in ADAPTER_FILES]
     path = resolve_path(settings.source, digests.root)
     looks_local = settings.source.startswith((".", "/", "~")) or settings.source.endswith(".gguf") or path.exists()
     if settings.source.startswith("wheel:") or not looks_local:

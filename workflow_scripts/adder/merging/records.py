@@ -71,7 +71,8 @@ class LogitDifferences(TypedDict):
     """The merged model's logits against those of base + adapter, at labelled positions of held-out rows.
 
     max_difference and mean_difference are absolute, of logits; kl is the mean KL divergence from base + adapter in nats
-    a token, base_kl that of the bare base; top_token_agreement is a share.
+    a token, kl_median that of the median position, base_kl the mean one of the bare base; top_token_agreement is a
+    share.
     """
 
     positions: int
@@ -79,6 +80,7 @@ class LogitDifferences(TypedDict):
     mean_difference: float
     top_token_agreement: float
     kl: float
+    kl_median: float
     base_kl: float
     heldout_loss: HeldoutLosses
 

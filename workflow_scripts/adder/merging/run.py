@@ -207,9 +207,21 @@ def _reason(
     same = "word for word" if not tied else f"up to token {tied['position']}, where two are as good as tied"
     return (
         f"read back from disk, the merged model predicts as base + adapter do: {predictions['kl']:.2g} nats a token "
-        f"apart (allowed {tolerance:g}; the base is {predictions['base_kl']:.2g} apart), the same most likely token at "
+        f"apart (allowed {tolerance:g}{_flips(predictions, tolerance)}; the base is "
+        f"{predictions['base_kl']:.2g} apart), the same most likely token at "
         f"{predictions['top_token_agreement']:.2%} of {predictions['positions']:,} positions, "
         f"{predictions['loading']['reason']}; a fresh process replies to a held-out prompt as they do, {same}; {reason}"
+    )
+
+
+def _flips(predictions: LogitComparison, tolerance: float) -> str:
+    """Why more than is allowed is right: see verification.only_routers_flip."""
+    if predictions["kl"] <= tolerance:
+        return ""
+    losses = predictions["heldout_loss"]
+    return (
+        f", and more where a router has two experts nearly tied and rounding decides: the median position is "
+        f"{predictions['kl_median']:.2g} apart, the held-out loss {losses['merged'] - losses['adapter']:+.2g}"
     )
 
 

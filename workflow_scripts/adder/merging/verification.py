@@ -25,10 +25,12 @@ from adder.merging.fresh_process_reply import GreedyReply
 from adder.merging.records import LogitComparison, LogitDifferences, ReplyComparison
 from adder.merging.streamed_merge import Deltas
 from adder.tokenization.token_table import TokenRow, TokenTable
+from adder.training.base_model import bare_model, has_experts
 
 PROOF_ROWS = 16
 PROOF_POSITIONS = 1024  # label positions whose logits are compared: 200 MB of them for a vocabulary of 49,152
 TOLERANCE = 1e-3  # nats a token; see choose_tolerance
+FLIPPED_LOSS = 0.01  # nats a token; see only_routers_flip
 REPLY_TOKENS = 32
 # What arithmetic in a dtype may add to a difference of logits: between 16 and 32, bf16's numbers are an eighth apart.
 ARITHMETIC = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -229,9 +231,10 @@ def compare(
     *expected, replied = logits_of(unmerged, [*rows, asked_and_replied])
     del unmerged
     progress.line(f"proof: merged model on {len(rows)} rows")
-    actual = logits_of(load(model, torch.float32, loading.value, device), rows)
-    found = differences(expected, actual, plain)
-    if not found["kl"] <= tolerance:  # a KL that isn't a number fails as well
+    merged = load(model, torch.float32, loading.value, device)
+    found = differences(expected, logits_of(merged, rows), plain)
+    routed = has_experts(bare_model(merged.model))
+    if not (found["kl"] <= tolerance or (routed and only_routers_flip(found, tolerance))):  # NaN fails as well
         raise UserError(
             f"the merged model isn't base + adapter: their predictions on {len(rows)} held-out rows differ by "
             f"{found['kl']:.2g} nats a token (mean KL divergence), allowed are {tolerance:g} (merge.tolerance)"
@@ -246,10 +249,22 @@ def compare(
     }
 
 
+def only_routers_flip(found: LogitDifferences, tolerance: float) -> bool:
+    """Whether a mixture of experts whose mean KL is above `tolerance` differs in a few positions only, and not in loss.
+
+    Where a router has two experts nearly tied, rounding the weights sends a token to the other one, which is as good
+    and moves this position's prediction by far more than rounding does elsewhere: the mean is made of a few large
+    numbers. What is merged wrongly moves all positions: then the median is above as well.
+    """
+    losses = found["heldout_loss"]
+    return found["kl_median"] <= tolerance and abs(losses["merged"] - losses["adapter"]) <= FLIPPED_LOSS
+
+
 def differences(expected: Sequence[Logits], actual: Iterable[Logits], plain: Sequence[Logits]) -> LogitDifferences:
     """Sum up the logits of base + adapter, merged model and bare base. Raises UserError for some that aren't finite."""
     sums = dict.fromkeys(("difference", "agree", "kl", "base_kl", "merged", "adapter"), 0.0)
     largest, positions, vocabulary = 0.0, 0, expected[0][0].shape[1]
+    divergences: list[torch.Tensor] = []
     for (before, target), (after, _), (bare, _) in zip(expected, actual, plain, strict=True):
         if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
             raise UserError("the merged model, or base + adapter, computes logits that aren't finite")
@@ -260,7 +275,8 @@ def differences(expected: Sequence[Logits], actual: Iterable[Logits], plain: Seq
         positions += len(target)
         sums["difference"] += float(gap.double().sum()) / vocabulary
         sums["agree"] += float((before.argmax(-1) == after.argmax(-1)).sum())
-        sums["kl"] += float((log_before.exp() * (log_before - log_after)).double().sum())
+        divergences.append((log_before.exp() * (log_before - log_after)).double().sum(-1))
+        sums["kl"] += float(divergences[-1].sum())
         sums["base_kl"] += float((log_before.exp() * (log_before - bare.log_softmax(-1))).double().sum())
         sums["merged"] -= float(log_after.gather(1, wanted).double().sum())
         sums["adapter"] -= float(log_before.gather(1, wanted).double().sum())
@@ -270,6 +286,7 @@ def differences(expected: Sequence[Logits], actual: Iterable[Logits], plain: Seq
         "max_difference": largest,
         "mean_difference": mean["difference"],
         "top_token_agreement": mean["agree"],
+        "kl_median": max(0.0, float(torch.cat(divergences).median())),
         "kl": max(0.0, mean["kl"]),  # of two equal distributions, rounding may leave it a hair below
         "base_kl": max(0.0, mean["base_kl"]),
         "heldout_loss": {"merged": mean["merged"], "adapter": mean["adapter"]},

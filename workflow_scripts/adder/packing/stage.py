@@ -58,6 +58,7 @@ LENGTHS = StageSpec(
     message="Choosing the sequence length and packing",
     reads={"tokenize": ("train.arrow",), "model": ("model/config.json",)},
     refuse=_refuse,
+    priority=1,
     shows={"lengths": "lengths.json"},
     minutes=30,
     memory=Memory(base_mb=4000),

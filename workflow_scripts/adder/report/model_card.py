@@ -199,6 +199,8 @@ def _origin(facts: RunFacts, chosen: Resolved) -> str:
         rows.insert(2, ("Its SHA-256", text(model["sha256"])))
     if came := came_as(model):
         rows.insert(-3, ("It came as", text(came)))
+    if earlier := model.get("adapter"):
+        rows.insert(-2, ("Goes on from", text(earlier["source"])))
     return table(("", ""), rows)
 
 

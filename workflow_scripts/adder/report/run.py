@@ -97,10 +97,11 @@ def about(settings: ReportSettings, facts: RunFacts) -> list[tuple[str, str]]:
     values = {row.key: row.value for row in settings.resolved}
     trained = "every weight" if train.get("trainable_parameters") == train.get("total_parameters") else "adapters"
     heldout = f"{facts.format['heldout']:,} held-out conversations"
-    came = came_as(facts.model)
+    came, earlier = came_as(facts.model), facts.model.get("adapter")
+    begun = f", going on from {earlier['source']}" if earlier else ""
     return [
         ("Base", f"{facts.model['source']}, which came as {came}" if came else str(facts.model["source"])),
-        ("Method", f"{values.get('train.method', trained)}, {epochs(train)}"),
+        ("Method", f"{values.get('train.method', trained)}, {epochs(train)}{begun}"),
         ("Data", f"{trained_on(facts)} training and {heldout}"),
     ]
 

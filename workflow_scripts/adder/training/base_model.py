@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # Share of the free memory that the dequantised copy of an NF4 model may take.
 DEQUANTISED_SHARE = 0.5
 
+# How a configuration calls the number of its experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 # Share of the matrices' parameters that may stay unquantised without a word: convolutions of a few taps do.
 LEFT_SHARE = 0.02
 
@@ -46,18 +49,26 @@ class BaseChoices:
 
 
 def load(
-    folder: Path, method: str, dtype: str, device: str, in_shards: bool = False
+    folder: Path,
+    method: str,
+    dtype: str,
+    device: str,
+    in_shards: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> tuple[PreTrainedModel, BaseChoices]:
     """Load the model in `folder` to be trained by `method` ("qlora", "lora" or "full") in compute dtype `dtype`.
 
     The weights of a `full` training are fp32 (matmuls run in `dtype` by autocast); frozen ones are kept in `dtype`.
     What is in 4 bit already stays as it is. `in_shards`: the model is to be sharded, and waits in main memory for that;
-    NF4 weights stay packed. Raises UserError for 4-bit weights that transformers can't hold so.
+    NF4 weights stay packed. `config`: one that takes fewer of the layers. Raises UserError for 4-bit weights that
+    transformers can't hold so.
     """
     compute: torch.dtype = getattr(torch, dtype)
-    config = AutoConfig.from_pretrained(folder)
+    whole = config is None
+    config = AutoConfig.from_pretrained(folder) if config is None else config
     attention = choose_attention(config, dtype, device)
     options: dict[str, Any] = {
+        "config": config,
         "dtype": torch.float32 if method == "full" else compute,
         "attn_implementation": attention.value,
         "device_map": {"": torch.cuda.current_device() if device == "cuda" and not in_shards else "cpu"},
@@ -71,7 +82,7 @@ def load(
             bnb_4bit_compute_dtype=compute,
         )
     with _quantised_on(device) if method == "qlora" and in_shards else nullcontext():
-        model = _load_packed(folder, compute, options) if came_packed else _from_pretrained(folder, options)
+        model = _load_packed(folder, compute, options, whole) if came_packed else _from_pretrained(folder, options)
     model.config.use_cache = False
     name_head_cap(model.config)
     if method != "qlora":
@@ -94,7 +105,7 @@ def _from_pretrained(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def _load_packed(folder: Path, compute: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+def _load_packed(folder: Path, compute: torch.dtype, options: dict[str, Any], whole: bool) -> PreTrainedModel:
     """Load 4-bit weights of bitsandbytes as they are, to compute in `compute` whatever the checkpoint says."""
     packed = [name for name in stored_tensors(folder) if ".quant_state." in name]
     start = f"train.method: qlora trains 4-bit weights as they are, and of the {len(packed)} that this checkpoint has "
@@ -105,7 +116,7 @@ def _load_packed(folder: Path, compute: torch.dtype, options: dict[str, Any]) ->
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{start}transformers can load none ({why}); {instead}") from error
     layers = four_bit_layers(model).values()
-    if len(layers) != len(packed):
+    if whole and len(layers) != len(packed):
         raise UserError(f"{start}transformers can load {len(layers)}; {instead}")
     for layer in layers:
         layer.compute_dtype, layer.compute_type_is_set = compute, True
@@ -134,6 +145,12 @@ def bare_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(bare, PreTrainedModel)
     return bare
+
+
+def has_experts(bare: PreTrainedModel) -> bool:
+    """Whether the model is a mixture of experts, each of which computes as many tokens as are sent to it."""
+    config = bare.config.get_text_config()
+    return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from adder.core.files import write_json, write_jsonl
 from adder.core.progress import Progress
 from adder.core.rng import undisturbed
 from adder.core.stage_spec import Runtime
+from adder.kernels.fused_lora import attach as fused_lora
 from adder.tokenization.token_table import TokenTable
 from adder.training import base_model, base_precision, isolation_check, lora, preflight, step_planner
 from adder.training.base_model import BaseChoices
@@ -53,6 +54,7 @@ from adder.training.sampled_replies import SHARE, Sampler, choose_prompts
 from adder.training.stage import TrainSettings
 from adder.training.step_planner import StepChoices, StepPacks
 from adder.training.trainer import Trainer
+from adder.training.untrained_experts import left_untrained
 
 Model = PreTrainedModel | PeftModel
 
@@ -86,6 +88,7 @@ class TrainingPlan:
     step: StepChoices
     sharding: Choice | None = None
     matmuls: MatmulChoices | None = None
+    lora_pairs: Choice | None = None
 
     def named(self) -> dict[str, Choice]:
         """The choices that were made, by name."""
@@ -95,6 +98,7 @@ class TrainingPlan:
             "attention": self.base.attention,
             "nf4_weights": self.base.nf4_weights,
             "nf4_values": self.base.nf4_values,
+            "lora_pairs": self.lora_pairs,
             "sharding": self.sharding,
             "frozen_products": self.matmuls and self.matmuls.frozen_products,
             "lora_products": self.matmuls and self.matmuls.lora_products,
@@ -142,9 +146,12 @@ def fit(job: TrainJob, progress: Progress) -> None:
     sharded = sharding is not None and sharding.value == "fsdp"
     model, base = base_model.load(weights, settings.method, dtype, job.device, sharded)
     earlier = collectives.call_on_main(_earlier_start, job.checkpoints)
-    matmuls = None
+    matmuls, pairs = None, None
     if settings.method != "full":
-        model = lora.add_adapter(model, settings)
+        model = lora.add_adapter(model, settings, inputs.adapter)
+        pairs = left_untrained(model)
+    elif inputs.adapter:
+        model = lora.merge_first(model, inputs.adapter)
     if not sharded:
         base = _isolate(model, base, packs, dtype, False, progress)
     if settings.method != "full":
@@ -152,6 +159,7 @@ def fit(job: TrainJob, progress: Progress) -> None:
         lora.initialise(model, packs, settings)
         if job.device == "cuda" and not sharded:
             matmuls = _fuse_lora(model, dtype, settings, packs, earlier)
+            matmuls = _check_fused(model, matmuls, packs, dtype, progress)
     if settings.neftune_noise_alpha:
         add_noise(model, settings.neftune_noise_alpha)
     if sharded:
@@ -162,7 +170,7 @@ def fit(job: TrainJob, progress: Progress) -> None:
     step = replace(step, frozen_products=matmuls.frozen_products if matmuls else step.frozen_products)
     collectives.call_on_main(step_planner.save_choices, step, job.checkpoints)
     step_planner.apply_checkpointing(model, step.plan.checkpointing)
-    plan = TrainingPlan(compute_dtype, base, step, sharding, matmuls)
+    plan = TrainingPlan(compute_dtype, base, step, sharding, matmuls, pairs)
 
     trainer, doctor, facts = _build_trainer(job, model, packs, plan, earlier, progress)
     try:
@@ -204,7 +212,8 @@ def _isolate(
     model: Model, base: BaseChoices, packs: PackedExamples, dtype: str, sharded: bool, progress: Progress
 ) -> BaseChoices:
     """As isolation_check.choose_isolation, by the first pack; says when packs can't be computed at once."""
-    attention = isolation_check.choose_isolation(model, packs.pack(0), dtype, base.attention, sharded)
+    longest = packs.longest_example()
+    attention = isolation_check.choose_isolation(model, packs.pack(0), dtype, base.attention, sharded, longest)
     if attention is not base.attention:
         progress.say(f"attention: {attention.value}: {attention.reason}")
     return replace(base, attention=attention)
@@ -227,6 +236,21 @@ def _fuse_lora(
     if collectives.is_main():
         return choices
     return base_precision.attach_fused_lora(model, dtype, wanted, packs, choices.frozen_products)
+
+
+def _check_fused(
+    model: PeftModel, matmuls: MatmulChoices, packs: PackedExamples, dtype: str, progress: Progress
+) -> MatmulChoices:
+    """The same choices where the fused layers compute packs rightly too; else PEFT's own layers, and it is said."""
+    if matmuls.lora_products.value == "PEFT":
+        return matmuls
+    wrong = isolation_check.problem(model, packs.pack(0), dtype)
+    if wrong is None:
+        return matmuls
+    fused_lora.detach(model)
+    reason = f"LoRA isn't fused into the base's products, since with it {wrong}"
+    progress.say(reason)
+    return MatmulChoices(Choice("bf16", "fp8 products are those of fused LoRA"), Choice("PEFT", reason))
 
 
 # The step -------------------------------------------------------------------------------------------------------------

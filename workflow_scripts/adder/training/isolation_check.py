@@ -7,7 +7,7 @@ weights are left as they were.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from adder.core import hardware
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.labels import IGNORE_INDEX
 from adder.core.rng import undisturbed
+from adder.kernels.fused_lora import attach as fused_lora
 from adder.kernels.labelled_loss import labelled_losses, supports_training
 from adder.kernels.one_at_a_time import compute_one_at_a_time
-from adder.training.base_model import bare_model
+from adder.training.base_model import bare_model, has_experts, parameter_count
 from adder.training.packed_dataset import Pack
 from adder.training.step_planner import fused_head
 
@@ -31,8 +33,10 @@ from adder.training.step_planner import fused_head
 PIECES, PIECE_TOKENS, SHORTEST = 2, 128, 8
 # Gradients are compared for parameters of up to so many values, and so many in all: all of an adapter's.
 COMPARED_VALUES, COMPARED_IN_ALL = 2**24, 2**26
-# How a configuration calls the number of its experts.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# How it calls the number of tokens that a layer's attention reaches back.
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
+# Of the free memory that eager attention beyond a window may take; multiplications that a CPU does for it in seconds.
+WINDOW_SHARE, CPU_PRODUCTS = 0.3, 2e12
 # Of a mixture of experts' rounding, up to which a change by tokens that aren't seen is taken for rounding too.
 ROUNDING_OF_EXPERTS = 3.0
 
@@ -52,9 +56,10 @@ class Tolerances:
 
 
 # Measured with SmolLM2-135M on a CPU: 5e-6 nats and 3e-7 of the gradient in fp32; in bf16 0.065 nats and 3 %. What the
-# check is for comes to tenths of nats and tens of percent; what is less is found by `unseen`, which has no rounding.
-FULL = Tolerances(unseen=5e-3, mean_loss=2e-3, gradient=1e-2)
-HALF = Tolerances(unseen=2e-2, mean_loss=0.2, gradient=0.2)
+# check is for comes to tenths of nats and tens of percent; what is less, as of a model that has hardly learnt anything,
+# is found by `unseen`, which has no rounding.
+FULL = Tolerances(unseen=1e-5, mean_loss=2e-3, gradient=1e-2)
+HALF = Tolerances(unseen=1e-3, mean_loss=0.2, gradient=0.2)
 
 
 @dataclass(frozen=True)
@@ -84,17 +89,23 @@ def tolerances(dtype: str) -> Tolerances:
 
 
 def choose_isolation(
-    model: PreTrainedModel | PeftModel, pack: Pack, dtype: str, attention: Choice, sharded: bool = False
+    model: PreTrainedModel | PeftModel,
+    pack: Pack,
+    dtype: str,
+    attention: Choice,
+    sharded: bool = False,
+    longest: NDArray[np.int64] | None = None,
 ) -> Choice:
     """Leave the model as it can be trained rightly; return its attention, with the reason where it is another.
 
     Tried in turn: packs by the attention that the model was loaded with (`attention`, returned as it is); each example
     by itself with transformers' own attention, sdpa where the architecture has it, then eager. `dtype`: of the matmuls.
-    `sharded`: whether several processes hold the weights together, which must then compute in step.
+    `sharded`: whether several processes hold the weights together, which must then compute in step. `longest`: token
+    ids of the longest example, on which windows of the model's attention are tried where it is longer than one.
 
     Raises UserError where none is right.
     """
-    found = problem(model, pack, dtype, sharded)
+    found = problem(model, pack, dtype, sharded, longest)
     if found is None:
         return attention
     bare = bare_model(model)
@@ -108,7 +119,7 @@ def choose_isolation(
     last = found
     for own in ["sdpa", "eager"] if getattr(bare, "_supports_sdpa", False) else ["eager"]:
         set_attention(bare, own)
-        last = problem(model, pack, dtype, sharded)
+        last = problem(model, pack, dtype, sharded, longest)
         if last is None:
             reason = f"packs are not computed at once, since {name} would compute them wrongly: {found}"
             refused = {"attention": attention.value, "not_used_because": found}
@@ -116,21 +127,64 @@ def choose_isolation(
     raise UserError(f"model.source: {name} can't be trained rightly here: {last}; choose another architecture")
 
 
-def problem(model: PreTrainedModel | PeftModel, pack: Pack, dtype: str, sharded: bool = False) -> str | None:
-    """What is wrong with how the model computes packs, None where nothing is."""
+def problem(
+    model: PreTrainedModel | PeftModel,
+    pack: Pack,
+    dtype: str,
+    sharded: bool = False,
+    longest: NDArray[np.int64] | None = None,
+) -> str | None:
+    """What is wrong with how the model computes packs, None where nothing is; see choose_isolation."""
     try:
         found = measure(model, pack, dtype, with_gradients=not sharded)
+        wrong = verdict(found, tolerances(dtype), has_experts(bare_model(model)))
+        return wrong or (problem_beyond_window(model, longest, dtype) if longest is not None else None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # models refuse a pack in any way that they like
         return f"its code fails on a pack with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return verdict(found, tolerances(dtype), has_experts(bare_model(model)))
 
 
-def has_experts(bare: PreTrainedModel) -> bool:
-    """Whether the model is a mixture of experts, each of which computes as many tokens as are sent to it."""
+def problem_beyond_window(model: PreTrainedModel | PeftModel, longest: NDArray[np.int64], dtype: str) -> str | None:
+    """What is wrong with tokens that stand further from their example's beginning than a window of the attention.
+
+    By their losses in a pack and those of the model's own forward with its eager attention. None where nothing is,
+    where no example is that long, and where there is no room for eager attention over it.
+    """
+    bare = bare_model(model)
+    window = window_of(bare)
+    if window is None or len(longest) < window + SHORTEST or not _has_room(bare, window + PIECE_TOKENS):
+        return None
+    piece = longest[: window + PIECE_TOKENS]
+    autocast = torch.autocast(bare.device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    with undisturbed(), _evaluating(model), autocast, torch.no_grad():
+        packed = _losses_and_gradient(bare, [piece[:SHORTEST], piece], [])[0][1]
+        with _attention(bare, "eager"), _unfused(model):
+            eager = _own_losses(bare, torch.from_numpy(piece)).cpu()
+    apart = (packed - eager)[window:].abs().mean().item()
+    if not torch.isfinite(eager).all() or apart <= tolerances(dtype).mean_loss:
+        return None
+    return (
+        f"beyond its window of {window:,} tokens its losses are {apart:.2g} nats a token off those of the "
+        "architecture's own forward pass with eager attention"
+    )
+
+
+def window_of(bare: PreTrainedModel) -> int | None:
+    """Tokens that some layer's attention reaches back, the fewest; None where all of them reach to the beginning."""
     config = bare.config.get_text_config()
-    return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
+    names = [name for name in WINDOWS if name != "sliding_window" or getattr(config, "use_sliding_window", True)]
+    found = [value for name in names if isinstance(value := getattr(config, name, None), int) and value > 1]
+    return min(found, default=None)
+
+
+def _has_room(bare: PreTrainedModel, tokens: int) -> bool:
+    """Whether eager attention over so many tokens has room, and on a CPU takes seconds rather than minutes."""
+    heads = getattr(bare.config.get_text_config(), "num_attention_heads", None) or 1
+    device = bare.device.type
+    if device == "cpu" and tokens * parameter_count(bare) > CPU_PRODUCTS:
+        return False
+    return 3 * 4 * heads * tokens**2 <= WINDOW_SHARE * hardware.free_memory(device)
 
 
 def verdict(found: Differences, most: Tolerances, experts: bool) -> str | None:
@@ -177,7 +231,7 @@ def measure(model: PreTrainedModel | PeftModel, pack: Pack, dtype: str, with_gra
         if change.max() != 0:
             ahead = [_losses_and_gradient(bare, [piece], [])[0][0] for piece in changed]
             later = _differences(_heads(ahead, pieces), _heads(alone, pieces)).max().item()
-        with _attention(bare, "eager"), torch.no_grad():
+        with _attention(bare, "eager"), _unfused(model), torch.no_grad():
             eager = _own_losses(bare, torch.from_numpy(pieces[0]))
     return Differences(
         unseen=change.max().item(),
@@ -254,6 +308,11 @@ def compared_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
             chosen.append(parameter)
             room -= parameter.numel()
     return chosen
+
+
+def _unfused(model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:
+    """Within it PEFT's own layers compute, where LoRA is fused into the base's matmuls."""
+    return fused_lora.suspended(model) if isinstance(model, PeftModel) else nullcontext()
 
 
 @contextmanager

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
@@ -25,7 +32,7 @@ from adder.training.best_weights import trained_state
 from adder.training.distributed import collectives, fsdp
 from adder.training.packed_dataset import PackedExamples
 from adder.training.records import TrainInputs
-from adder.training.stage import TrainSettings
+from adder.training.stage import TrainSettings, refuse_mismatch
 
 # PEFT's value for each of ours. LoftQ's start is made here, for weights that are quantised already.
 STARTS = {"default": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "loftq": True, "eva": "eva"}
@@ -34,11 +41,14 @@ NONZERO_STARTS = ("pissa", "olora", "loftq")
 EVA_BATCHES = 32  # different batches that EVA looks at, again and again until its directions settle
 
 
-def add_adapter(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
+def add_adapter(model: PreTrainedModel, settings: TrainSettings, earlier: Path | None = None) -> PeftModel:
     """Put LoRA pairs on the modules that settings name, and make whole modules trainable; all of it in fp32.
 
-    Raises UserError for names that don't fit the model, and for what could be trained but not merged.
+    `earlier`: an adapter to go on from, which must be what settings say. Raises UserError for names that don't fit the
+    model, and for what could be trained but not merged.
     """
+    if earlier is not None:
+        return _go_on(model, settings, earlier)
     wanted, linear, dtype = settings.target_modules, linear_names(model), model.dtype
     _check_modules_to_save(model, settings)
     try:
@@ -74,6 +84,56 @@ def add_adapter(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
         start = {name: (a.cpu().clone(), b.cpu().clone()) for name, (a, b) in pairs}
         adapted.lora_start = start  # pyright: ignore[reportArgumentType] - a plain attribute
     return adapted
+
+
+def _go_on(model: PreTrainedModel, settings: TrainSettings, earlier: Path) -> PeftModel:
+    """The adapter in the folder `earlier` on the model, to be trained further."""
+    dtype, name = model.dtype, settings.adapter or str(earlier)
+    stored = read_json(earlier / "adapter_config.json")
+    refuse_mismatch(stored, settings, name)
+    linear = linear_names(model)
+    targets = stored.get("target_modules")
+    if settings.target_modules == "all-linear" and (not isinstance(targets, list) or sorted(targets) != linear):
+        raise UserError(
+            f"model.adapter: train.target_modules is all-linear, here [{', '.join(linear)}], and {name} has {targets}"
+        )
+    config = LoraConfig.from_pretrained(str(earlier))
+    assert isinstance(config, LoraConfig)
+    config.inference_mode, config.lora_dropout = False, settings.lora_dropout
+    config.init_lora_weights = True  # the pairs' values are read; a start from the weights would change these
+    adapted = get_peft_model(model, config)
+    _check_mergeable(adapted, settings.target_modules, linear)
+    _read_pairs(adapted, earlier, name)
+    keep_fp32(adapted)
+    _keep_dtype_between_modules(adapted, dtype)
+    return adapted
+
+
+def _read_pairs(model: PeftModel, folder: Path, name: str) -> None:
+    """Give the model's adapter the values in `folder`. Raises UserError unless each has a place, and each place one."""
+    values = load_file(folder / "adapter_model.safetensors")
+    own = get_peft_model_state_dict(model)
+    try:
+        found = set_peft_model_state_dict(model, values)
+    except RuntimeError as error:
+        raise UserError(
+            f"model.adapter: {name} doesn't fit this model: {' '.join(str(error).split())[:300]}"
+        ) from error
+    odd = sorted({*found.unexpected_keys, *(own.keys() - values.keys())})
+    if odd:
+        raise UserError(
+            f"model.adapter: {name} doesn't fit this model: {odd[0]} (and {len(odd) - 1} more) has no partner"
+        )
+
+
+def merge_first(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with the adapter in its weights, for a full training from there; what was trained before still is."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return merged
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
@@ -216,6 +276,12 @@ def _start_from_quantisation_error(model: PeftModel) -> None:
     PEFT leaves out: with lora_alpha / lora_r = 2 its start would be as far off as zero is.
     """
     folder = Path(bare_model(model).name_or_path or "")
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("quantization_config"):
+        raise UserError(
+            "train.init_lora_weights: loftq makes up for what quantisation took from weights, and this base came in "
+            "4 bit, without the weights that it was made from"
+        )
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:

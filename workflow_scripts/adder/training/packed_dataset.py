@@ -83,6 +83,12 @@ class PackedExamples:
             "seq_lengths": self._pieces["seq_lengths"][chosen].astype(np.int64),
         }
 
+    def longest_example(self) -> NDArray[np.int64]:
+        """Token ids of the longest piece of all."""
+        number = int(np.argmax(self._pieces["seq_lengths"]))
+        row, start, length = (int(values[number]) for values in self._pieces.values())
+        return self.tokens.input_ids(row)[start : start + length].astype(np.int64)
+
     def dataset(self) -> Dataset:
         """The packs as a data set that makes each of them when it is asked for."""
         numbers = Dataset.from_dict({"pack": np.arange(len(self._borders) - 1)})

@@ -31,6 +31,12 @@ class TrainInputs:
         return folder if folder.is_dir() else None
 
     @property
+    def adapter(self) -> Path | None:
+        """The adapter to go on from, where there is one."""
+        folder = self.model / "adapter"
+        return folder if folder.is_dir() else None
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer, with its chat template."""
         return self.tokenize / "tokenizer"

@@ -1,9 +1,14 @@
 """The stage "train": an adapter, or a full model, trained on the packs."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from adder.core.errors import UserError
+from adder.core.file_digests import FileDigests
+from adder.core.files import read_json
+from adder.core.paths import ADAPTER_FILES, adapter_folder
 from adder.core.section import Auto, Section
 from adder.core.stage_spec import Memory, StageSpec
 
@@ -11,6 +16,17 @@ LORA_KEYS = (
     "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora",
     "init_lora_weights", "lora_plus_ratio", "frozen_products",
 )  # fmt: skip
+
+
+# What settings call what an adapter's own configuration says.
+ADAPTER_KEYS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "target_modules": "target_modules",
+    "modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 
 
 class TrainChoices(Section):
@@ -120,6 +136,55 @@ class TrainSettings(TrainChoices):
 
     reshuffle: bool
     """Fill the packs anew in each epoch; see `lengths`."""
+    adapter: str | None = None
+    """The adapter to go on from; see `model`."""
+
+
+def _identity(settings: TrainSettings, where: str, digests: FileDigests) -> dict[str, object]:
+    """The settings alone: the adapter is part of the stage "model". One in a folder is held against them at once."""
+    folder = settings.adapter and adapter_folder(settings.adapter, digests.root)
+    if folder:
+        refuse_mismatch(read_json(folder / ADAPTER_FILES[0]), settings, str(settings.adapter))
+    return settings.model_dump(mode="json", exclude={"adapter"})
+
+
+def refuse_mismatch(config: Mapping[str, Any], settings: TrainChoices, adapter: str) -> None:
+    """Raise UserError where settings and an adapter to go on from say different things; one sentence a difference.
+
+    config: its adapter_config.json. What names the model's layers is compared where settings do so by name.
+    """
+    kind = str(config.get("peft_type")).upper()
+    if kind != "LORA":
+        raise UserError(f"model.adapter: {adapter} is of the kind {kind}, and only LoRA adapters can be gone on from")
+    if settings.method == "full":
+        return  # merged first, whatever it is like
+    found = {name: config.get(key) for name, key in ADAPTER_KEYS.items()}
+    wanted = {name: getattr(settings, name) for name in ADAPTER_KEYS}
+    if wanted["target_modules"] == "all-linear":  # known when the model is loaded
+        del found["target_modules"]
+    problems = [
+        f"model.adapter: train.{name} is {_written(wanted[name])}, and {adapter} has {_written(value)}"
+        for name, value in found.items()
+        if _comparable(value) != _comparable(wanted[name])
+    ]
+    if settings.init_lora_weights != "default":
+        problems.append(f"model.adapter: train.init_lora_weights has no effect where pairs begin as {adapter}'s")
+    others = [
+        key for key in ("bias", "trainable_token_indices", "target_parameters", "layer_replication") if config.get(key)
+    ]
+    others = [key for key in others if config[key] != "none"]
+    if others:
+        problems.append(f"model.adapter: {adapter} has {', '.join(others)}, which can't be gone on from")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _comparable(value: Any) -> Any:
+    return sorted(value) if value and isinstance(value, list) else value or None
+
+
+def _written(value: Any) -> str:
+    return f"[{', '.join(map(str, sorted(value)))}]" if isinstance(value, list) else str(value).lower()
 
 
 TRAIN = StageSpec(
@@ -128,17 +193,69 @@ TRAIN = StageSpec(
     run="adder.training.run",
     settings=TrainSettings,
     section="train",
-    takes={"reshuffle": "lengths.reshuffle"},
+    takes={"reshuffle": "lengths.reshuffle", "adapter": "model.adapter"},
+    identity=_identity,
     message="Training",
     reads={
         "lengths": ("packs.parquet",),
         "tokenize": ("train.arrow", "heldout.arrow", "tokenizer/"),
-        "model": ("model/", "packed/", "source.json"),
+        "model": ("model/", "packed/", "adapter/", "source.json"),
     },
     continued="checkpoint-*/seal.json",
     shows={"train": "train.json", "plan": "plan.json", "curve": "metrics.jsonl", "sampled": "samples.jsonl"},
     gpu=True,
     threads=None,
     minutes=1440,
+    memory=Memory(base_mb=8000, bytes_per_parameter=2.0),
+)
+
+
+class IsolationSettings(Section):
+    """What decides how a model computes packs: how it is loaded, and what of it is trained."""
+
+    method: Literal["qlora", "lora", "full"]
+    """How it is trained; see `train`."""
+    lora_r: int
+    """LoRA rank; see `train`."""
+    lora_alpha: float
+    """LoRA scale; see `train`."""
+    target_modules: str | list[str]
+    """Modules that get a LoRA pair; see `train`."""
+    modules_to_save: list[str]
+    """Modules that are trained whole; see `train`."""
+    use_rslora: bool
+    """Rank-stabilised LoRA; see `train`."""
+    use_dora: bool
+    """DoRA; see `train`."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    """Precision of the matrix products; see `train`."""
+    adapter: str | None = None
+    """The adapter to go on from; see `model`."""
+
+
+def _isolation_identity(settings: IsolationSettings, where: str, digests: FileDigests) -> dict[str, object]:
+    """Rank and scale change nothing of what is tried; an adapter to go on from must have just these."""
+    own = {"adapter"} if settings.adapter else {"adapter", "lora_r", "lora_alpha"}
+    return settings.model_dump(mode="json", exclude=own)
+
+
+ISOLATION = StageSpec(
+    name="isolation",
+    rule="check_isolation",
+    run="adder.training.early_check",
+    settings=IsolationSettings,
+    section="train",
+    takes={"adapter": "model.adapter"},
+    identity=_isolation_identity,
+    message="Trying packs on the model, before anything long runs",
+    reads={
+        "lengths": ("packs.parquet",),
+        "tokenize": ("train.arrow",),
+        "model": ("model/", "packed/", "adapter/"),
+    },
+    gpu=True,
+    threads=None,
+    minutes=30,
+    priority=1,
     memory=Memory(base_mb=8000, bytes_per_parameter=2.0),
 )

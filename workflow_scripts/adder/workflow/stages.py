@@ -10,9 +10,9 @@ from adder.merging.stage import MERGE
 from adder.packing.stage import LENGTHS
 from adder.report.stage import REPORT
 from adder.tokenization.stage import TOKENIZE
-from adder.training.stage import TRAIN
+from adder.training.stage import ISOLATION, TRAIN
 
 SPECS: dict[str, StageSpec] = {
     spec.name: spec
-    for spec in (MODEL, DATA, FORMAT, TOKENIZE, LENGTHS, TRAIN, MERGE, EVALUATE, TASK, JUDGE, REPORT, GGUF)
+    for spec in (MODEL, DATA, FORMAT, TOKENIZE, LENGTHS, ISOLATION, TRAIN, MERGE, EVALUATE, TASK, JUDGE, REPORT, GGUF)
 }

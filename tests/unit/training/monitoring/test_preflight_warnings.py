@@ -13,14 +13,21 @@ def test_each_thing_that_looks_wrong_is_one_sentence():
     plan = {
         "frozen_products": {"value": "fp8", "reason": "as set, though it changes much", "alternatives": []},
         "nf4_weights": {"value": "14% of the matrices", "reason": "86% stay in float32", "alternatives": []},
+        "lora_pairs": {"value": "9% of the matrices", "reason": "the experts get no pairs", "alternatives": []},
     }
     found = warnings(wrong, plan)
-    assert len(found) == 5
+    assert len(found) == 6
     assert "worse than guessing" in found[0] and "1 of 14 trained layers" in found[1] and "carry loss" in found[2]
     assert found[3:] == [
         "train.frozen_products: fp8, as set, though it changes much",
         "train.method: qlora, but 86% stay in float32",
+        "train.target_modules: the experts get no pairs",
     ]
+
+
+def test_a_base_that_came_in_4_bit_is_no_warning():
+    choice = {"value": "as they came", "reason": "the base came in 4 bit", "alternatives": []}
+    assert warnings(FIGURES, {"nf4_weights": choice}) == []
 
 
 def test_fp8_that_a_comparison_found_harmless_is_fine():

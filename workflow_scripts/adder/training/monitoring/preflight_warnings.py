@@ -19,6 +19,7 @@ def warnings(figures: PreflightFigures, plan: Mapping[str, ChoiceRecord]) -> lis
         _hardly_labelled(figures),
         _coarse(plan),
         _left_unquantised(plan),
+        _left_untrained(plan),
     )
     return [sentence for sentence in checks if sentence]
 
@@ -66,6 +67,11 @@ def _left_unquantised(plan: Mapping[str, ChoiceRecord]) -> str | None:
     if choice is None or choice["value"] == "as they came":
         return None
     return f"train.method: qlora, but {choice['reason']}"
+
+
+def _left_untrained(plan: Mapping[str, ChoiceRecord]) -> str | None:
+    choice = plan.get("lora_pairs")
+    return None if choice is None else f"train.target_modules: {choice['reason']}"
 
 
 def time_in_words(seconds: float, steps: int) -> str:

@@ -13,8 +13,8 @@ from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.core.progress import Progress
 from adder.core.safetensors_layout import shard_files
-from adder.data import dequantise
-from adder.data.quantisation import quantisation
+from adder.data.checkpoints import dequantise
+from adder.data.checkpoints.quantisation import quantisation
 from quantised_checkpoints import (
     by_bitsandbytes,
     fp8_blocks,

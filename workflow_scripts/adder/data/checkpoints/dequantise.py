@@ -22,8 +22,8 @@ from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.core.progress import Progress
 from adder.core.safetensors_layout import DTYPES, INDEX, Stored, shard_files, stored_tensors
+from adder.data.checkpoints.quantisation import Quantisation, quantisation, without_quantisation
 from adder.data.model_types import QuantisedRecord
-from adder.data.quantisation import Quantisation, quantisation, without_quantisation
 
 FILE_BYTES = 2**31  # of results that are written as one file
 # Values that a core makes a second, with room for writing them. Measured without that, on an Intel Xeon with AMX, one

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from adder.core.errors import UserError
-from adder.data import quantisation
+from adder.data.checkpoints import quantisation
+from adder.data.checkpoints.quantisation import METHODS, refuse_unknown, without_quantisation
 from adder.data.model_types import ModelSettings
-from adder.data.quantisation import METHODS, refuse_unknown, without_quantisation
 from adder.data.stage import MODEL
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 
 
@@ -84,5 +84,5 @@ def test_a_local_model_is_refused_before_any_job(tmp_path):
 
 
 def test_looking_needs_no_torch():
-    code = "import sys; import adder.data.quantisation, adder.data.stage; sys.exit('torch' in sys.modules)"
+    code = "import sys; import adder.data.checkpoints.quantisation, adder.data.stage; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT / "workflow_scripts")})

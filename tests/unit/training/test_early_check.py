@@ -1,0 +1,121 @@
+"""At the beginning of a run: refused or not by the first layers, before anything long runs."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adder.core.errors import UserError
+from adder.core.files import read_json
+from adder.core.progress import Progress
+from adder.core.stage_spec import Context, Runtime
+from adder.evaluation.stage import EVALUATE
+from adder.packing.stage import LENGTHS
+from adder.training import early_check
+from adder.training.early_check import IsolationInputs, first_of_each_kind, layer_kinds
+from adder.training.stage import ISOLATION, IsolationSettings, Train
+from architectures import ARCHITECTURES, SHAPE, tiny_architecture
+from tiny import save_tiny_model, tiny_tokenizer, write_training_inputs
+
+
+def config(name: str, layers: int, **changes):
+    return AutoConfig.for_model(name, **{**SHAPE, **ARCHITECTURES[name], "num_hidden_layers": layers, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "needed", "changes"),
+    [
+        ("llama", 6, 1, {}),
+        ("gemma2", 6, 2, {}),
+        ("gemma3_text", 8, 6, {}),  # five with a window, then one without
+        ("deepseek_v3", 6, 2, {}),  # dense ones first
+        ("qwen3_next", 8, 4, {"layer_types": ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 4}),
+    ],
+)
+def test_as_many_layers_as_show_each_kind(name, layers, needed, changes):
+    whole = config(name, layers, **changes)
+    few = first_of_each_kind(whole)
+    assert few is not None and few.get_text_config().num_hidden_layers == needed
+    assert set(layer_kinds(few)) == set(layer_kinds(whole))
+    assert whole.num_hidden_layers == layers
+
+
+def test_all_layers_where_the_last_is_of_a_kind_of_its_own():
+    assert first_of_each_kind(config("llama", 1)) is None
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    assert first_of_each_kind(config("qwen3_next", 4, layer_types=kinds)) is None
+
+
+def settings(**changes) -> IsolationSettings:
+    own = Train.model_validate(changes).model_dump()
+    return IsolationSettings(**{name: own[name] for name in IsolationSettings.model_fields if name in own})
+
+
+def check(inputs, out, **changes) -> dict:
+    out.mkdir()
+    folders = IsolationInputs(**{name: inputs[name] for name in ("lengths", "tokenize", "model")})
+    context = Context(Progress(), Runtime(threads=1), out)
+    early_check.run(settings(compute_dtype="float32", **changes), folders, out, context)
+    return read_json(out / "check.json")
+
+
+def saved(folder, name, layers=4):
+    model = tiny_architecture(name, num_hidden_layers=layers)
+    model.resize_token_embeddings(len(tiny_tokenizer()))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_packs_that_are_right_are_said_to_be(tmp_path, method):
+    inputs = write_training_inputs(
+        tmp_path / "inputs", save_tiny_model(tmp_path / "model", num_hidden_layers=3), packs=2
+    )
+    record = check(inputs, tmp_path / "out", method=method)
+    assert (record["layers"], record["of"]) == (1, 3)
+    assert "one example at a time" not in record["attention"]["value"]
+
+
+def test_packs_that_would_be_wrong_are_said_before_anything_long_runs(tmp_path, capsys):
+    inputs = write_training_inputs(tmp_path / "inputs", saved(tmp_path / "model", "stablelm"), packs=2)
+    record = check(inputs, tmp_path / "out", method="lora")
+    assert record["attention"]["value"] == "sdpa, one example at a time" and record["layers"] == 1
+    assert "other examples of its pack" in capsys.readouterr().err
+
+
+def test_what_can_never_be_right_is_refused_with_architecture_and_reason(tmp_path):
+    sizes = {key: value for key, value in SHAPE.items() if key != "head_dim"} | {"vocab_size": len(tiny_tokenizer())}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("roberta", **sizes))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "model")
+    inputs = write_training_inputs(tmp_path / "inputs", tmp_path / "model", packs=2)
+    with pytest.raises(UserError, match="RobertaForCausalLM can't be trained rightly here.*tokens behind it"):
+        check(inputs, tmp_path / "out", method="lora")
+
+
+def test_names_that_do_not_fit_the_model_are_refused_then_too(tmp_path):
+    inputs = write_training_inputs(tmp_path / "inputs", save_tiny_model(tmp_path / "model"), packs=2)
+    with pytest.raises(UserError, match=r"train.target_modules: \['nonesuch'\] does not fit this model"):
+        check(inputs, tmp_path / "out", target_modules=["nonesuch"])
+
+
+def test_an_adapter_to_go_on_from_is_tried_with_all_layers(tmp_path):
+    from merge_fixture import make_adapter
+
+    folder = save_tiny_model(tmp_path / "model", num_hidden_layers=3)
+    inputs = write_training_inputs(tmp_path / "inputs", folder, packs=2)
+    make_adapter(folder, tmp_path / "adapter")
+    shutil.copytree(tmp_path / "adapter", inputs["model"] / "adapter")
+    record = check(inputs, tmp_path / "out", method="lora", lora_r=4, lora_alpha=8)
+    assert record["layers"] == 3
+    with pytest.raises(UserError, match=r"train.lora_r is 16, and .* has 4"):
+        check(inputs, tmp_path / "other", method="lora", lora_alpha=8)
+
+
+def test_it_goes_before_the_evaluation_of_the_base():
+    assert ISOLATION.priority == LENGTHS.priority > EVALUATE.priority

@@ -1,0 +1,121 @@
+"""At the beginning of a run: can this model be trained rightly on these packs, and by what settings say?
+
+A training looks at the whole model before its first step. Evaluating the base comes before that and may take hours, so
+the same is tried here on the model's first layers, as many as show each kind of layer that it has, with their own
+weights.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+
+from adder.core import hardware, precision
+from adder.core.choice import ChoiceRecord
+from adder.core.files import write_json
+from adder.core.stage_spec import Context
+from adder.training import base_model, isolation_check, lora
+from adder.training.packed_dataset import PackedExamples
+from adder.training.stage import IsolationSettings, TrainSettings
+
+# How layers call their own place, in which alike ones differ.
+PLACES = ("layer_idx", "layer_id", "layer_number", "idx", "index", "block_idx", "layer_index")
+Kind = tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...]
+
+
+@dataclass(frozen=True)
+class IsolationInputs:
+    """Folders of the stages that are read."""
+
+    lengths: Path
+    tokenize: Path
+    model: Path
+
+
+class IsolationRecord(TypedDict):
+    """check.json. attention: how packs will be computed, and why; layers: that were tried; of: that the model has."""
+
+    attention: ChoiceRecord
+    layers: int
+    of: int
+
+
+def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context: Context) -> IsolationRecord:
+    """Write check.json. Raises UserError for a model that can't be trained so, with architecture and reason."""
+    hardware.use_threads(context.threads)
+    device = context.device
+    if device == "cuda":
+        hardware.prepare_gpu()
+    dtype: str = precision.compute_dtype(device, settings.compute_dtype).value
+    train = TrainSettings(reshuffle=False, **settings.model_dump())
+    folder, packed, adapter = (inputs.model / name for name in ("model", "packed", "adapter"))
+    weights = packed if settings.method == "qlora" and packed.is_dir() else folder
+    whole = AutoConfig.from_pretrained(weights)
+    layers = whole.get_text_config().num_hidden_layers
+    # An adapter to go on from is of all layers.
+    few = None if adapter.is_dir() else first_of_each_kind(whole)
+    tried = few.get_text_config().num_hidden_layers if few else layers
+    context.progress.say(f"trying packs on {tried} of the model's {layers} layers, on {device} in {dtype}")
+    set_seed(train.seed)
+    model, base = base_model.load(weights, settings.method, dtype, device, config=few)
+    trained = model
+    if settings.method != "full":
+        trained = lora.add_adapter(model, train, adapter if adapter.is_dir() else None)
+    packs = PackedExamples(inputs.tokenize / "train.arrow", inputs.lengths / "packs.parquet", 0, False)
+    attention = isolation_check.choose_isolation(
+        trained, packs.pack(0), dtype, base.attention, longest=packs.longest_example()
+    )
+    if attention is not base.attention:
+        context.progress.say(f"attention: {attention.value}: {attention.reason}")
+    record: IsolationRecord = {"attention": attention.to_dict(), "layers": tried, "of": layers}
+    write_json(out / "check.json", record)
+    return record
+
+
+def first_of_each_kind(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The configuration with only so many of the first layers as have one of each kind in them.
+
+    None where that is all of them, or where a model with fewer layers isn't the beginning of the whole one.
+    """
+    try:
+        kinds = layer_kinds(config)
+        needed = 1 + max(kinds.index(kind) for kind in set(kinds))
+        if needed >= len(kinds):
+            return None
+        few = _with_layers(config, len(kinds), needed)
+        return few if layer_kinds(few) == kinds[:needed] else None
+    except Exception:  # any architecture may build its layers in a way of its own; then all of them are tried
+        return None
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[Kind]:
+    """Of each decoder layer what it is made of: its modules by name, their classes and what these were built with."""
+    with init_empty_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+    return [tuple(_made_of(name, module) for name, module in layer.named_modules()) for layer in layers]
+
+
+def _made_of(name: str, module: torch.nn.Module) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+    own = vars(module).items()
+    plain = [(key, str(value)) for key, value in own if isinstance(value, int | float | str | bool | None)]
+    shapes = [(key, str(tuple(value.shape))) for key, value in module.named_parameters(recurse=False)]
+    return name, type(module).__name__, tuple(sorted([pair for pair in plain if pair[0] not in PLACES] + shapes))
+
+
+def _with_layers(config: PreTrainedConfig, layers: int, wanted: int) -> PreTrainedConfig:
+    """The same with `wanted` of its `layers`; what the configuration lists by layer is cut to the same length."""
+    few = copy.deepcopy(config)
+    text = few.get_text_config()
+    values: Mapping[str, Any] = text.to_dict()
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, key, value[:wanted])
+    text.num_hidden_layers = wanted
+    return few
