@@ -89,7 +89,7 @@ def test_a_table_with_names_in_another_language_is_refused_with_what_to_write(tm
     path.write_text(as_csv(("Frage", "Antwort"), faq()), encoding="utf-8")
     with pytest.raises(UserError) as refused:
         prepare_to_train(tmp_path / "refused", [{"path": str(path)}], model)
-    assert "`columns:` maps other names" in str(refused.value) and 'prompt: "{Antwort}"' in str(refused.value)
+    assert "`columns:` maps other names" in str(refused.value) and 'prompt: "{Frage}"' in str(refused.value)
     for name, how in (
         ("columns", {"columns": {"question": "Frage", "answer": "Antwort"}}),
         ("template", {"prompt": "{Frage}", "completion": "{Antwort}"}),

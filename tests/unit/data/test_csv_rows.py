@@ -157,3 +157,12 @@ def test_a_quote_that_is_never_closed_does_not_swallow_a_file_of_any_size(tmp_pa
         csv.field_size_limit(limit)  # it is the whole process's
     assert "field larger than field limit" in found[0][1].reason
     assert found[-1][1] == {"a": "x", "b": "y"} and len(found) > 150
+
+
+def test_a_space_behind_every_comma_is_no_part_of_the_cells(tmp_path):
+    (tmp_path / "a.csv").write_text('question, answer\nWhat is it, "a, b"\nWho, Bob\nWhy, so\n')
+    _, records, entries, *_ = write_rows(tmp_path / "a", [{"path": str(tmp_path / "a.csv")}])
+    assert [row["answer"] for row in data(records)] == ["a, b", "Bob", "so"]
+    assert "spaces behind what separates the cells are left out" in entries[0]["notes"]
+    (tmp_path / "b.csv").write_text("question, answer\nWhat is it, a\nWho,Bob\nWhy, so\n")
+    assert [row["answer"] for _, row in read(tmp_path / "b.csv")] == [" a", "Bob", " so"]

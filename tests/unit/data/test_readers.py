@@ -154,3 +154,17 @@ def test_a_broken_first_line_is_no_reason_to_speak_of_other_formats(tmp_path):
     found = [row for _, row in read(tmp_path / "rows.jsonl")]
     assert found[1] == {"a": 1} and not any("format" in row.reason for row in (found[0], found[2]))
     assert [found[0].kind, found[2].kind] == ["broken JSON", "not an object"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "koi8-r", "shift_jis", "gb18030"])
+def test_bytes_that_speak_for_no_western_encoding_are_not_said_to_be_one(tmp_path, encoding):
+    text = "сколько это стоит" if encoding in ("cp1251", "koi8-r") else "日本語 漢字 一二三"
+    (tmp_path / "a.csv").write_bytes(f"question,answer\n{text},{text}\n".encode(encoding))
+    with pytest.raises(UserError, match=r"Set `encoding:` .* for example (cp1251, gb18030|latin-1, utf-16)"):
+        read(tmp_path / "a.csv")
+
+
+def test_lines_that_are_lists_of_messages_are_told_from_one_list_of_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text('[{"role": "user", "content": "q"}]\n' * 2)
+    found = [row for _, row in read(tmp_path / "a.jsonl")]
+    assert all('write it as {"messages": [...]}' in row.reason for row in found)

@@ -276,6 +276,12 @@ CALLING = {"role": "assistant", "content": None}
         ({"messages": [user("q"), system("s"), reply("a")]}, "a system message that is not the first", ""),
         ({"messages": [user("q"), {"role": "critic", "content": "3"}, reply("a")]}, "unknown role", "'critic'"),
         ({"messages": [user("q"), {"content": "a"}]}, "unknown role", "its keys are content"),
+        (
+            {"messages": [user([{"type": "text", "value": "q"}]), reply("a")]},
+            "content is not text",
+            "keys are type, value",
+        ),
+        ({"messages": str([user("q"), reply("a")])}, "broken JSON", "save them as Parquet or JSON"),
         ({"messages": [user("q"), {"role": ["user"], "content": "a"}]}, "unknown role", "a list"),
         ({"messages": [user("q"), reply(None)]}, "content is not text", "nothing"),
         ({"messages": [user("q"), reply(" \n")]}, "content is empty", "assistant message 2"),

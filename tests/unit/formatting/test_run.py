@@ -164,7 +164,7 @@ def test_a_split_column_that_is_nowhere_is_refused(tmp_path):
 def test_empty_sets_are_refused_with_the_reasons(tmp_path):
     with pytest.raises(UserError, match=r"no row can be used(.|\n)*2 rows: unknown row format: columns x"):
         format_rows(tmp_path / "none", [{"x": "a"}, {"x": "b"}], {"size": 1})
-    with pytest.raises(UserError, match="no row can be used"):
+    with pytest.raises(UserError, match="the sources have no rows"):
         format_rows(tmp_path / "nothing", [], {"size": 1})
     with pytest.raises(UserError, match=r"no row is held out: 1 to train on(.|\n)*content is empty: answer"):
         format_rows(tmp_path / "heldout", [("train", qa("a")), ("heldout", qa("b", ""))])
@@ -326,3 +326,14 @@ def test_writing_then_reading_keeps_odd_text(tmp_path):
     assert list(read_jsonl(tmp_path / "x.jsonl")) == [odd]
     formatted = format_rows(tmp_path / "run", [("train", qa(odd, odd)), ("heldout", qa("b"))])
     assert formatted.train[0]["messages"] == [user(odd), reply(odd)]
+
+
+def test_sources_without_rows_are_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    out = tmp_path / "data"
+    out.mkdir()
+    settings = RowSettings(sources=[Source(path=str(tmp_path / "rows.csv"))])
+    fetch_rows.run(settings, NoInputs(), out, Context(Progress.silent()))
+    (tmp_path / "format").mkdir()
+    with pytest.raises(UserError, match=r"the sources have no rows \(rows\)"):
+        run(format_settings(share=0.1), FormatInputs(out), tmp_path / "format", Context(Progress.silent()))

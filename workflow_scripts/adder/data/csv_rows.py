@@ -19,6 +19,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 MAX_CELL = 1 << 25  # characters: a quote that is never closed must not swallow a file of any size
 SAMPLE = 1 << 16  # characters from which the delimiter is told
 SEP_LINE = re.compile(r'"?sep=(.)"?[ \t]*', re.IGNORECASE)  # Excel's own first line
+SPACED_ROWS = 3  # that are enough to tell that a space belongs to what separates the cells
 NUMBER = re.compile(r"[-+]?[\d.,]+%?")
 TRIMMED = "rows have empty cells after their last column, which are left out"
 
@@ -48,6 +49,8 @@ def rows(open_text: Callable[[], TextIO], path: Path, layout: Layout, notes: Cou
             file.readline()
         before = int(start.has_sep_line)
         # strict: an unclosed quote must be an error, not a cell that swallows the rest of the file.
+        if start.skip_spaces:
+            notes["spaces behind what separates the cells are left out"] = 1
         reader = csv.reader(file, delimiter=start.delimiter, skipinitialspace=start.skip_spaces, strict=True)
         names = list(layout.header) if layout.header else _names(reader, path, layout, notes)
         number = 0
@@ -131,7 +134,18 @@ def _look(sample: str, layout: Layout) -> _Start:
     default = "\t" if layout.format == "tsv" else ","
     delimiter = layout.delimiter or (sep[1] if sep else None) or _fitting(sample, default)
     spaced = f'{delimiter} "' in sample and _fit(sample, delimiter, True) > _fit(sample, delimiter, False)
+    spaced = spaced or _spaced(sample, delimiter)
     return _Start(sep is not None, delimiter, spaced)
+
+
+def _spaced(sample: str, delimiter: str) -> bool:
+    """Whether a space follows every delimiter of a sample, so that it belongs to the delimiter."""
+    try:
+        rows = list(csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter))
+    except csv.Error:
+        return False
+    cells = [cell for row in rows for cell in row[1:] if cell]
+    return len(rows) > SPACED_ROWS and all(cell.startswith(" ") and not cell.startswith("  ") for cell in cells)
 
 
 def _fitting(sample: str, default: str) -> str:

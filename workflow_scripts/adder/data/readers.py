@@ -7,6 +7,7 @@ stays in the count; a file that can't be read is a UserError.
 import codecs
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -53,6 +54,7 @@ NO_READER = {
 }
 MAX_FIRST_LINE = 1 << 26  # characters of a first line that are looked at to tell JSON lines from JSON
 
+OTHER_LETTERS = re.compile(rb"[\x80-\xff]{4}")  # in languages that cp1252 is for, letters beyond ASCII stand alone
 # orjson reads whole numbers of more than 64 bits as floats, which have 15 digits: these go to Python's own reader.
 DIGITS = bytes(ord("0") if 48 <= code <= 57 else ord(" ") for code in range(256))
 LONG_NUMBER = b"0" * 19
@@ -201,6 +203,11 @@ def _remedy(first: bytes, row: Row) -> str:
     if not isinstance(row, Unreadable):
         return ""
     start = b"".join(first.split())
+    if start.startswith(b"[{") and row.kind == "not an object":
+        return (
+            "; if the file is this one list of rows, set `format: json`; if each line is a conversation's list of "
+            'messages, write it as {"messages": [...]}'
+        )
     if start in (b"[", b"{") or start.startswith((b"[{", b"[[")):
         return "; the file seems to be one JSON value rather than one a line: set `format: json`"
     return ""
@@ -358,7 +365,9 @@ def _likely_encoding(path: Path) -> str:
                 at = next(place for place, byte in enumerate(chunk) if byte > 127)
                 shown = chunk[max(0, at - 20) : at + 20].decode("cp1252").split("\n")
                 line = next(line for line in shown if not line.isascii()).strip()
-                return f"probably Windows' `encoding: cp1252`, in which it reads: {line}"
+                if OTHER_LETTERS.search(chunk[at : at + 2000]) is None:
+                    return f"probably Windows' `encoding: cp1252`, in which it reads: {line}"
+                return f"for example cp1251, gb18030, shift_jis or euc-kr (in cp1252 it would read: {line})"
     return "for example latin-1, cp1252 or utf-16"
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -36,6 +37,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNREAD = ("tools", "functions", "images", "audio", "video")  # to ignore them would train on something else
 BLANK = (None, "", [])
+PYTHONS = re.compile(r"\s*(\[\s*)?\{\s*'")  # how a list of dictionaries or a dictionary begins
 MESSAGE_KEYS = frozenset(
     {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name"}.union(
         REASONING_KEYS, UNREAD, MESSAGE_MARKS
@@ -153,7 +155,10 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant) if text.strip() else None
     except (ValueError, RecursionError) as error:
-        raise Rejected("broken JSON within the row", f"{where}: {error or 'nested too deep'}") from None
+        reason = f"{where}: {error or 'nested too deep'}"
+        if PYTHONS.match(text):
+            reason += "; it is in Python's notation, as tables are saved to CSV by pandas: save them as Parquet or JSON"
+        raise Rejected("broken JSON within the row", reason) from None
 
 
 def why_not_json(conversation: Conversation, error: Exception) -> Rejected:
@@ -320,6 +325,9 @@ def _part(part: Any, where: str) -> str:
         text = part.get("text")
         if isinstance(text, str):
             return text
+        if "text" not in part:
+            keys = ", ".join(str(key)[:40] for key in list(part)[:8])
+            raise Rejected("content is not text", f"{where}: a text part has no key 'text'; its keys are {keys}")
         raise Rejected("content is not text", f"{where}: a text part holds {json_type(text)}")
     found = kind[:40] if isinstance(kind, str) else json_type(kind)
     raise Rejected("content has a part that is not text", f"{where} has a part of the type '{found}'")

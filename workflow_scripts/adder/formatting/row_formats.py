@@ -603,7 +603,10 @@ def _unrecognised(row: Row, source: SourceFormat) -> Rejected:
         if "text" in row:
             hint += "; `row_format: text` trains on the text alone"
         if not all(column.isidentifier() for column in row):
-            hint += ". If these are the first row of a CSV file, name its columns by `header:`"
+            hint += (
+                ". If these are the first row of a CSV file, name its columns by `header:`; if they are several, "
+                "`delimiter:` says what separates them"
+            )
         return Rejected("unknown row format", f"{hint}. `convert:` brings any row into one of them")
     known_by = " + ".join(form.known_by)
     if source.named:

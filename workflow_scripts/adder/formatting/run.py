@@ -398,6 +398,8 @@ def _accepted_rows(blocks: list[RecordBlock], rules: ConversionRules, spool: Spo
 
 def _refuse_unusable(total: int, rows: AcceptedRows, rejects: Rejects, limit: float) -> None:
     """Raise UserError where no row is left but of test sets, or more than the share `limit` is rejected."""
+    if not total:
+        raise UserError(f"the sources have no rows ({', '.join(rows.sources) or 'there is none'})")
     if rows.are(TEST).all():
         undesired = rejects.undesired.total()
         why = f"; {undesired:,} rows say of their reply that it is not to be learnt" if undesired else ""
