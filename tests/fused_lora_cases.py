@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from adder.kernels import labelled_loss
+from adder.kernels import labelled_loss, packed_attention  # noqa: F401 (registers attention over packs)
 from adder.kernels.dropout import dropout_mask
 from tiny import pack_rows, token_row
 

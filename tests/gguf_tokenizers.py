@@ -73,8 +73,12 @@ TOKENIZERS = {
     "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)),
     "llama-bpe": lambda: byte_level(*split(LLAMA3_SPLIT), ignore_merges=True, bos=True),
     "qwen2": lambda: byte_level(*split(LLAMA3_SPLIT.replace("{1,3}", "")), normalizer=normalizers.NFC()),
+    "dbrx": lambda: byte_level(*split(LLAMA3_SPLIT)),
     "tekken": lambda: byte_level(*split(TEKKEN_SPLIT), bos=True),
     "default": lambda: sentencepiece(normalizer=prepended),
+    "default, as Gemma": lambda: sentencepiece(
+        pre_tokenizers.Split(" ", "merged_with_previous"), normalizer=normalizers.Replace(" ", "▁")
+    ),
     "default, no space in front": lambda: sentencepiece(normalizer=normalizers.Replace(" ", "▁")),
     "default, space in front of all": lambda: sentencepiece(pre_tokenizers.Metaspace("▁", "always", split=False)),
     "default, space in front of the first": lambda: sentencepiece(pre_tokenizers.Metaspace("▁", "first", split=False)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 
-def write_gguf(path: Path, model_dir: Path, **metadata) -> Path:
+def write_gguf(path: Path, model_dir: Path, rope_theta: float = 10_000.0, **metadata) -> Path:
     """The tiny Llama as a GGUF file, by the conversion that llama.cpp does: query and key rows interleaved."""
     import gguf
     from transformers import AutoConfig, AutoTokenizer
@@ -24,7 +24,7 @@ def write_gguf(path: Path, model_dir: Path, **metadata) -> Path:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_freq_base(rope_theta)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))

@@ -1,11 +1,12 @@
-"""What a model's config.json tells about lengths."""
+"""What a model's config.json tells about its kind and about lengths."""
 
 import json
 
 import numpy as np
 import pytest
 
-from adder.core.model_config import attention_share, context_length
+from adder.core.errors import UserError
+from adder.core.model_config import attention_share, context_length, refuse_other_than_causal
 
 
 def test_context_length_is_found_under_its_various_names(tmp_path):
@@ -28,3 +29,34 @@ def test_attention_costs_more_the_longer_the_examples_are():
     assert many == pytest.approx(attention_share(shape, np.array([1000])))  # no example sees another
     assert attention_share(shape, np.array([100_000])) > 0.6
     assert attention_share({}, np.array([10])) is None and attention_share(shape, np.array([], dtype=int)) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
+        ({"architectures": ["DiffusionGemmaForBlockDiffusion"]}, "DiffusionGemmaForBlockDiffusion"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "which encodes a text before"),
+        ({"architectures": ["BertLMHeadModel"], "is_decoder": False}, "an encoder"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_by_its_config(config, what):
+    with pytest.raises(UserError, match=f"model.source: me/it is .*{what}"):
+        refuse_other_than_causal(config, "me/it")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForCausalLM",
+        "GPT2LMHeadModel",
+        "Gemma3ForConditionalGeneration",
+        "BloomModel",
+        "IdeficsForVisionText2Text",
+    ],
+)
+def test_what_may_be_one_is_not(name):
+    refuse_other_than_causal({"architectures": [name]}, "me/it")
+    refuse_other_than_causal({"model_type": "llama"}, "me/it")

@@ -69,12 +69,15 @@ def test_progress_says_what_is_done(tiny_gguf, tmp_path):
     assert "model: dequantising tiny.gguf" in stream.getvalue()
 
 
+CHECKPOINTS = ("dequantise", "earlier_adapter", "gguf_source", "hub_config", "portable_files", "quantisation")
+
+
 def test_nothing_but_fetching_a_model_is_part_of_the_stage():
     """Editing how rows are fetched, or the ticket generator, must not fetch the base model anew."""
     names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in closure("adder.data.fetch_model")}
-    checkpoints = {f"checkpoints.{name}" for name in ("quantisation", "dequantise", "earlier_adapter")}
+    checkpoints = {f"checkpoints.{name}" for name in CHECKPOINTS}
     own = {"fetch_model", "model_source", "model_types", *checkpoints}
-    core = {"files", "model_config", "paths", "safetensors_layout", "section"}
+    core = {"files", "model_config", "paths", "safetensors_layout", "section", "text_model"}
     assert names == {f"data.{name}" for name in own} | {f"core.{name}" for name in core}
 
 

@@ -14,10 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    LlamaConfig,
     MistralConfig,
     Qwen2Config,
-    Qwen3Config,
 )
 
 from adder.core.errors import UserError
@@ -26,45 +24,12 @@ from adder.core.progress import Progress
 from adder.core.stage_spec import Context
 from adder.export import gguf as gguf_file
 from adder.export.stage import GgufSettings
+from gguf_models import FAMILIES, save
 from gguf_tokenizers import TEXTS, TOKENIZERS
-from tiny import CHATML, CORPUS, tiny_tokenizer
+from tiny import CHATML, CORPUS
 
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
-LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-FAMILIES = {
-    "llama tied": (LlamaConfig, {"tie_word_embeddings": True}),
-    "llama": (LlamaConfig, {}),
-    "llama untied, with biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "llama with heads of their own size": (LlamaConfig, {"head_dim": 32}),
-    "llama 3's rope": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
-    "linear rope": (LlamaConfig, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-    "mistral": (MistralConfig, {"sliding_window": None}),
-    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen2 with yarn": (Qwen2Config, {"rope_parameters": YARN}),
-    # transformers reads no head size out of a qwen3 file and takes 128, which all of Qwen3's models have.
-    "qwen3": (Qwen3Config, {"head_dim": 128}),
-}
-# transformers reads a file's weights and sizes, but neither how the position embedding is scaled nor Llama's biases.
-UNREAD = ("llama 3's rope", "linear rope", "qwen2 with yarn", "llama untied, with biases")
-
-
-def save(folder: Path, kind=LlamaConfig, tokenizer=None, **changes) -> Path:
-    """A model like the merge stage's in `folder`/model; the weights are large enough that attention decides."""
-    tokenizer = tokenizer or tiny_tokenizer()
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = kind(**{"vocab_size": len(tokenizer), "initializer_range": 0.2, **sizes, **ids, **changes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):  # which start as ones and zeros
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    write_json(folder / "model" / "generation_config.json", {"eos_token_id": [ids["eos_token_id"], 0]})
-    return folder
+# What transformers itself reads whole: neither how a position embedding is scaled, nor Llama's biases, nor most kinds.
+READ_WHOLE = ("llama tied", "llama", "llama with heads of their own size", "mistral", "qwen2", "qwen3")
 
 
 def convert(folder: Path, out: Path, wanted: str = "f32") -> gguf_file.GgufFacts:
@@ -92,7 +57,7 @@ def original(folder: Path):
 # Weights
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNREAD])
+@pytest.mark.parametrize("family", READ_WHOLE)
 def test_transformers_reads_the_same_model(tmp_path, family):
     kind, changes = FAMILIES[family]
     convert(save(tmp_path / "merge", kind, **changes), tmp_path / "out")
@@ -189,7 +154,7 @@ def test_a_tensor_that_llama_cpp_has_no_place_for_is_refused_before_anything_is_
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("changes", [{"architectures": ["Gemma3ForCausalLM"]}, {"hidden_act": "gelu"}])
+@pytest.mark.parametrize("changes", [{"architectures": ["GPT2LMHeadModel"]}, {"hidden_act": "gelu"}])
 def test_a_model_that_gguf_has_no_words_for_is_refused_before_anything_is_written(tmp_path, changes):
     path = save(tmp_path / "merge") / "model" / "config.json"
     write_json(path, read_json(path) | changes)
@@ -315,8 +280,8 @@ def test_llama_cpp_computes_the_same_model(tmp_path, llama_cpp, family):
     found = np.array([one["logprob"] for one in top])
     wanted = expected[[one["id"] for one in top]].numpy()
     assert top[0]["id"] == int(expected.argmax())
-    # llama.cpp's CPU attention keeps keys and values in f16 (11 bits) unless told otherwise.
-    np.testing.assert_allclose(found, wanted, atol=0.03)
+    # llama.cpp's CPU attention keeps keys and values in f16 (11 bits) unless told otherwise; Gemma 3 has seven layers.
+    np.testing.assert_allclose(found, wanted, atol=0.08 if "gemma3" in family else 0.03)
     assert np.ptp(wanted) > 1 and math.exp(wanted[0]) < 0.9
 
 
@@ -348,7 +313,7 @@ def test_the_embedded_model_becomes_the_file_that_it_came_from(embedded_model_di
         path.rename(kept[0])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adder.data.model_source._dequantise", keep)
+        patch.setattr("adder.data.model_source.dequantise", keep)
         patch.setattr("adder.data.model_source._gguf_license", lambda _: None)
         fetch(source, tmp_path / "model", Progress.silent())
     (tmp_path / "merge").mkdir()

@@ -311,8 +311,8 @@ def test_a_diverged_full_training_is_refused(tmp_path, tiny_model_dir):
 def test_the_reason_has_ordinary_numbers_without_powers_of_ten():
     weights = {"changed_weights": 2, "adapted_weights": 2, "bytes_read_back": 9, "unchanged_weights": 0}
     predictions = {
-        "reloaded": {"tied": None}, "kl": 1.84e-6, "base_kl": 3.249, "top_token_agreement": 1.0, "positions": 70,
-        "loading": {"reason": "on a CPU"},
+        "reloaded": {"tied": None}, "kl": 1.84e-6, "base_kl": 3.249, "top_token_agreement": 1.0,
+        "positions": 70, "loading": {"reason": "on a CPU"},
     }  # fmt: skip
     reason = merging._reason(weights, None, predictions, 0.001)
     assert "1.8e-06 nats a token apart (allowed 0.001; the base is 3.2 apart)" in reason

@@ -12,6 +12,7 @@ from adder.core.progress import Progress
 from adder.core.safetensors_layout import parameter_count
 from adder.core.stage_spec import Context, Runtime
 from adder.merging import verification
+from architectures import tiny_architecture
 from merge_fixture import make_inputs, reply_by_dtype, run
 from tiny import save_tiny_model, token_row, write_tokens
 
@@ -35,10 +36,10 @@ def adapted(loaded, inputs):
     ],
 )
 def test_a_model_loaded_by_layers_predicts_as_one_held_in_memory(tmp_path, model, lora):
-    """fp32 sums in another order: logits of about one agree to 1e-5. Packs of several rows are made here."""
+    """fp32 sums in another order: logits of about one agree to 1e-5. Batches of several rows are made here."""
     inputs = make_inputs(tmp_path / "in", save_tiny_model(tmp_path / "base", **model), **lora)
     base, rows = inputs["model"] / "model", rows_of(inputs)
-    assert len(verification._packs(rows, verification.PACK)) < len(rows)
+    assert len(verification._batches(rows, verification.BATCH)) < len(rows)
     found = []
     for loading in ("whole", "by layers"):
         plain = verification.load(base, torch.float32, loading, "cpu")
@@ -61,9 +62,12 @@ def test_by_layers_the_weights_stay_16_bit_in_their_file_between_passes(tmp_path
     assert {parameter.dtype for parameter in layers.parameters()} == {torch.bfloat16}
 
 
-def test_packed_rows_do_not_see_one_another(tmp_path):
-    loaded = verification.load(save_tiny_model(tmp_path / "base"), torch.float32, "by layers", "cpu")
-    rows = [token_row(number, 9 + number) for number in range(5)]
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "falcon", "jamba", "opt", "stablelm", "gpt_oss", "mamba"])
+def test_rows_in_one_pass_do_not_see_one_another(tmp_path, name):
+    """Whatever the attention, and with recurrent states."""
+    tiny_architecture(name).save_pretrained(tmp_path)
+    loaded = verification.load(tmp_path, torch.float32, "by layers", "cpu")
+    rows = [token_row(number, 9 + number, 128) for number in range(5)]
     together = list(verification.logits_of(loaded, rows))
     for row, (logits, target) in zip(rows, together, strict=True):
         [(alone, own)] = verification.logits_of(loaded, [row])

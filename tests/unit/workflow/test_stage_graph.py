@@ -224,3 +224,12 @@ def test_a_gguf_file_that_cannot_be_written_is_refused_before_anything_runs(proj
         run, stages = load(asked)["default"], stages_of(project, asked)
         with pytest.raises(UserError, match="GPT2LMHeadModel") if refused else contextlib.nullcontext():
             refuse_impossible("default", run, stages, project, project)
+
+
+def test_what_is_no_causal_language_model_is_refused_before_anything_runs(project):
+    (project / "model").mkdir()
+    (project / "model" / "config.json").write_text('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')
+    config = {"model": {"source": "model"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+    run, stages = load(config)["default"], stages_of(project, config)
+    with pytest.raises(UserError, match=r"model is BertForMaskedLM; Adder trains causal language models.*run default"):
+        refuse_impossible("default", run, stages, project, project)

@@ -1,15 +1,38 @@
-"""What a model's config.json tells about lengths: its context, and what attention costs."""
+"""What a model's config.json tells: whether it is a causal language model, its context, what attention costs."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from adder.core.errors import UserError
 from adder.core.files import read_json
 
 # What configurations call the number of positions that a model was made for.
 NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+
+# Heads of transformers' classes for something else than writing on: ForMaskedLM, ForSequenceClassification, …
+OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration|\w*2Text)[A-Z]\w*$")
+
+
+def refuse_other_than_causal(config: Mapping[str, Any], source: str) -> None:
+    """Raise UserError for a config.json of what doesn't predict each token from those before it."""
+    names = config.get("architectures") or []
+    name = names[0] if names else str(config.get("model_type"))
+    if config.get("is_encoder_decoder"):
+        what = f"{name}, which encodes a text before it writes another"
+    elif OTHER_HEAD.search(name):
+        what = name
+    elif config.get("is_decoder") is False:
+        what = f"{name} with is_decoder: false, an encoder"
+    else:
+        return
+    raise UserError(
+        f"model.source: {source} is {what}; Adder trains causal language models, which predict each token from those "
+        "before it (…ForCausalLM)"
+    )
 
 
 def context_length(model: Path) -> int | None:

@@ -25,6 +25,7 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
     origin = model_source.fetch(settings, folder, context.progress)
     model_source.refuse_unusable(folder, settings.source)
     quantised = _dequantise(settings.source, out, context)
+    model_source.refuse_other_models(folder, settings.source)
     adapter = None
     if settings.adapter is not None:
         adapter = earlier_adapter.fetch(settings, out / "adapter", context.progress)
@@ -37,9 +38,10 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
         "quantised": quantised,
         "adapter": adapter,
     }
-    files = sorted(folder.iterdir())
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     digests = FileDigests.of_results(context.results)  # of a local model that is linked, they are known already
-    record: ModelRecord = {**summary, "files": dict(digests.named(files))}
+    names = [str(path.relative_to(folder)) for path in files]
+    record: ModelRecord = {**summary, "files": dict(zip(names, digests.of_all(files), strict=True))}
     write_json(out / "source.json", record)
     context.progress.say(f"{settings.source}: {summary['parameters'] / 1e6:,.1f} M parameters")
     return summary

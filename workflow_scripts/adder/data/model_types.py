@@ -73,6 +73,6 @@ class ModelSummary(ModelOrigin):
 
 
 class ModelRecord(ModelSummary):
-    """`source.json`: the summary, and the digest of each file of the model's directory by its name."""
+    """`source.json`: the summary, and the digest of each file of the model's directory by its path there."""
 
     files: dict[str, str]

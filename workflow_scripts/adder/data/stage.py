@@ -247,8 +247,12 @@ def _source_identity(source: Source, where: str, digests: FileDigests) -> dict[s
 
 
 def _refuse_model(settings: ModelSettings, model: Path) -> None:
+    from adder.core.model_config import refuse_other_than_causal  # not at the top: the workflow is parsed without NumPy
+
     with contextlib.suppress(ValueError):  # no JSON: the stage says so, with all else about its files
-        refuse_unknown(read_json(model / "config.json"), settings.source)
+        config = read_json(model / "config.json")
+        refuse_unknown(config, settings.source)
+        refuse_other_than_causal(config, settings.source)
 
 
 MODEL = StageSpec(

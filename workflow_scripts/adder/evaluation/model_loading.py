@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, Literal, Never
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adder.core import hardware
+from adder.core import hardware, text_model
 from adder.core.choice import Choice
 
 # Replies at once, beyond which nothing is gained: a CPU computes no faster, and a GPU's matmuls over so many rows take
@@ -18,9 +18,7 @@ CACHE_SHARE = 0.5  # of the free memory that the KV cache of one batch may take
 def load_model(folder: Path, dtype: str, device: str) -> PreTrainedModel:
     """Load a model to be evaluated: weights in `dtype`, on `device`."""
     options: dict[str, Any] = {"device_map": device} if device == "cuda" else {}  # straight from the file to the GPU
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), local_files_only=True, **options
-    )
+    model: Any = text_model.load(folder, dtype=getattr(torch, dtype), **options)
     return model.to(device).eval()
 
 

@@ -5,20 +5,19 @@ One tensor at a time is in memory, and the finished file is read back: every ten
 its type's rounding.
 """
 
-import itertools
 import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from adder.core.errors import UserError
 from adder.core.files import read_json, sha256_file, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
-from adder.export.gguf_architectures import refuse_unsupported, refused
+from adder.export.gguf_architectures import Architecture, refuse_unsupported, refused, rope_settings
 from adder.export.stage import GgufSettings
 
 if TYPE_CHECKING:
@@ -30,6 +29,10 @@ if TYPE_CHECKING:
 
 # What a checkpoint may hold that the model doesn't use.
 UNUSED_TENSORS = re.compile(r".*rotary_emb\.inv_freq")
+# Of models that also see, the tensors that don't read text, and what stands before the names of those that do.
+SIGHT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+TEXT_PREFIX = re.compile(r"(language_model\.model|model\.language_model)\.")
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 BLOCK = 32  # values that share a scale in Q8_0
 CHECKED_ROWS = 4096  # of a matrix, that are compared at a time
 HALF_LARGEST = 65_504.0  # the largest number in 16-bit floating point
@@ -37,14 +40,23 @@ HALF_LARGEST = 65_504.0  # the largest number in 16-bit floating point
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write: its name there and here, the file it is in, its shape, its type, rows of how many heads."""
+    """One tensor to write: its name there, what it is made of, its shape and type.
+
+    sources: file and name of each of the model's tensors in it: of one, or of all experts of a layer. heads: of a query
+    or key projection whose rows are reordered. offset: is added.
+    """
 
     name: str
-    source: str
-    file: Path
+    sources: tuple[tuple[Path, str], ...]
     shape: tuple[int, ...]
     type: str
-    heads: int | None  # of a query or key projection whose rows are reordered
+    heads: int | None = None
+    offset: float = 0.0
+
+    @property
+    def source(self) -> str:
+        """The model's tensor, or the first of several."""
+        return self.sources[0][1]
 
 
 @dataclass(frozen=True)
@@ -94,62 +106,100 @@ def run(settings: GgufSettings, inputs: GgufInputs, out: Path, context: Context)
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     architecture = refuse_unsupported(config.to_dict())
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    vocabulary = describe(json.loads(tokenizer.backend_tokenizer.to_str()), config.vocab_size)
-    tensors = list_tensors(model, config, architecture, settings.type)
-    writer = gguf.GGUFWriter(path, architecture)
-    add_config(writer, config, settings.type)
+    rows = config.get_text_config().vocab_size
+    vocabulary = describe(json.loads(tokenizer.backend_tokenizer.to_str()), rows)
+    config = config.get_text_config()
+    tensors, sees = list_tensors(model, config, architecture, settings.type)
+    writer = gguf.GGUFWriter(path, architecture.name)
+    add_config(writer, config, architecture, settings.type)
     add_tokenizer(writer, tokenizer, vocabulary, model)
     write(writer, tensors, rope_factors(config), context.progress)
     facts: GgufFacts = {
         "type": settings.type,
-        "architecture": architecture,
+        "architecture": architecture.name,
         "tensors": len(tensors),
         "bytes": path.stat().st_size,
         "sha256": sha256_file(path),
-        "context_length": context_in_llama_cpp(config),
+        "context_length": context_in_llama_cpp(config, architecture),
         "tokenizer": {"model": vocabulary.model, "pre": vocabulary.pre, "tokens": len(vocabulary.tokens)},
         "largest_error": check(path, tensors, context.progress),
-        "notes": [*vocabulary.notes, *_notes(config)],
+        "notes": [*vocabulary.notes, *_notes(config, architecture, sees)],
     }
     write_json(out / "gguf.json", facts)
     return facts
 
 
-def list_tensors(model: Path, config: "PretrainedConfig", architecture: str, wanted: str) -> list[Tensor]:
-    """Every tensor of the file, from the headers of the safetensors alone. Raises UserError for unknown ones."""
-    import gguf
-    from safetensors import safe_open
+def list_tensors(
+    model: Path, config: "PretrainedConfig", architecture: Architecture, wanted: str
+) -> tuple[list[Tensor], bool]:
+    """Every tensor of the file, from the headers of the safetensors alone, and whether others, for sight, are left out.
 
-    arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    Raises UserError for unknown ones.
+    """
+    import gguf
+
+    arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     known = {gguf.TENSOR_NAMES[kind].replace("{bid}", "#") for kind in gguf.MODEL_TENSORS[arch]}
+    router, shared_router = (
+        gguf.TENSOR_NAMES[kind].replace("{bid}", "#")
+        for kind in (gguf.MODEL_TENSOR.FFN_GATE_INP, gguf.MODEL_TENSOR.FFN_GATE_INP_SHEXP)
+    )
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     found = []
+    stored, sees = _stored(model, bool(config.tie_word_embeddings))
+    for source, parts in stored.items():
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        kind = re.sub(r"\d+", "#", name.rpartition(".")[0]) if name else ""
+        if name is None or kind not in known:
+            raise refused(f"llama.cpp's {architecture.name} has no tensor for {source}")
+        if architecture.name in ("qwen3", "qwen3moe") and name.endswith(".bias"):
+            raise refused(f"llama.cpp's {architecture.name} has no bias, as {source} is")
+        shapes = {shape for _, _, shape in parts}
+        shape = next(iter(shapes)) if len(parts) == 1 and ".experts." not in source else (len(parts), *shapes.pop())
+        part = name.split(".")[-2] if architecture.reorders_heads else ""
+        if kind == shared_router:
+            shape = shape[-1:]
+        own = "F32" if kind == router else _type(shape, wanted)  # what routes tokens stays exact
+        offset = architecture.norm_offset if name.endswith("norm.weight") else 0.0
+        sources = tuple((file, name) for file, name, _ in parts)
+        found.append(Tensor(name, sources, shape, own, heads.get(part), offset))
+    return found, sees
+
+
+def _stored(model: Path, tied: bool) -> tuple[dict[str, list[tuple[Path, str, tuple[int, ...]]]], bool]:
+    """The model's tensors by the name that a text model has for them: (file, name there, shape) of each.
+
+    That is one, or, under the name of all, one an expert in their order. Also whether there are others, for sight.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, dict[int, tuple[Path, str, tuple[int, ...]]]] = {}
+    sees = False
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
-            for source in sorted(stored.keys()):
-                if UNUSED_TENSORS.fullmatch(source) or (config.tie_word_embeddings and source == "lm_head.weight"):
+            for name in sorted(stored.keys()):
+                if SIGHT.fullmatch(name):
+                    sees = True
                     continue
-                name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-                if name is None or re.sub(r"\d+", "#", name.rpartition(".")[0]) not in known:
-                    raise refused(f"llama.cpp's {architecture} has no tensor for {source}")
-                if architecture == "qwen3" and name.endswith(".bias"):
-                    raise refused(f"llama.cpp's qwen3 has no bias, as {source} is")
-                shape = tuple(stored.get_slice(source).get_shape())
-                # llama.cpp rotates neighbouring rows of Llama's heads, transformers rows that are half a head apart.
-                part = name.split(".")[-2] if architecture == "llama" else ""
-                found.append(Tensor(name, source, file, shape, _type(shape, wanted), heads.get(part)))
-    return found
+                source = TEXT_PREFIX.sub("model.", name).removeprefix("language_model.")
+                if UNUSED_TENSORS.fullmatch(source) or (tied and source == "lm_head.weight"):
+                    continue
+                expert = EXPERT.fullmatch(source)
+                number = int(expert[2]) if expert else 0
+                joined = f"{expert[1]}.{expert[3]}" if expert else source
+                found.setdefault(joined, {})[number] = (file, name, tuple(stored.get_slice(name).get_shape()))
+    return {name: [parts[number] for number in sorted(parts)] for name, parts in found.items()}, sees
 
 
-def add_config(writer: "gguf.GGUFWriter", config: "PretrainedConfig", wanted: str) -> None:
+def add_config(writer: "gguf.GGUFWriter", config: "PretrainedConfig", architecture: Architecture, wanted: str) -> None:
     """Add the model's sizes and its position embedding to the file's head."""
     import gguf
 
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if wanted == "f32" else f"MOSTLY_{wanted.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(context_in_llama_cpp(config))
+    writer.add_context_length(context_in_llama_cpp(config, architecture))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -158,14 +208,35 @@ def add_config(writer: "gguf.GGUFWriter", config: "PretrainedConfig", wanted: st
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(_head_dim(config))
     writer.add_value_length(_head_dim(config))
-    writer.add_rope_dimension_count(_head_dim(config))
-    rope = config.rope_parameters
+    rope = rope_settings(config.to_dict())
+    writer.add_rope_dimension_count(int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType[rope["rope_type"].upper()])
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    _add_own_config(writer, config, architecture)
+
+
+def _add_own_config(writer: "gguf.GGUFWriter", config: "PretrainedConfig", architecture: Architecture) -> None:
+    """Add what only some architectures have."""
+    if architecture.windows:
+        writer.add_sliding_window(config.sliding_window)
+    if architecture.name == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if architecture.name in ("qwen2moe", "qwen3moe"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if architecture.name == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if architecture.name == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
 
 
 def add_tokenizer(
@@ -261,38 +332,43 @@ def rope_factors(config: "PretrainedConfig") -> "np.ndarray | None":
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    if config.rope_parameters["rope_type"] != "llama3":
+    if rope_settings(config.to_dict())["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     steps = torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config)
     return (config.rope_parameters["rope_theta"] ** -steps / scaled).float().numpy()
 
 
-def context_in_llama_cpp(config: "PretrainedConfig") -> int:
-    """Longest text in tokens: at most a sliding window, which llama.cpp hasn't for these models."""
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-    return min(config.max_position_embeddings, window)
+def context_in_llama_cpp(config: "PretrainedConfig", architecture: Architecture) -> int:
+    """Longest text in tokens: at most a sliding window, where llama.cpp hasn't that."""
+    window = None if architecture.windows else getattr(config, "sliding_window", None)
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
 
-def _notes(config: "PretrainedConfig") -> list[str]:
-    window = context_in_llama_cpp(config)
-    if window == config.max_position_embeddings:
-        return []
-    return [f"cut to {window:,} tokens, the model's sliding window, which llama.cpp doesn't have for it"]
+def _notes(config: "PretrainedConfig", architecture: Architecture, sees: bool) -> list[str]:
+    window = context_in_llama_cpp(config, architecture)
+    notes = ["without what the model sees by: llama.cpp has that in a file of its own"] if sees else []
+    if window != config.max_position_embeddings:
+        notes.append(f"cut to {window:,} tokens, the model's sliding window, which llama.cpp doesn't have for it")
+    return notes
 
 
 def _values(tensors: list[Tensor]) -> Iterator[tuple[Tensor, "np.ndarray"]]:
     """Each tensor with the model's values for it (float32), in llama.cpp's order of rows."""
+    import torch
     from safetensors import safe_open
 
-    for file, own in itertools.groupby(tensors, key=lambda tensor: tensor.file):
-        with safe_open(file, "pt") as stored:
-            for tensor in own:
-                values = stored.get_tensor(tensor.source).float()
-                if tensor.heads:
-                    halves = values.reshape(tensor.heads, 2, -1, *values.shape[1:])
-                    values = halves.transpose(1, 2).reshape(values.shape)
-                yield tensor, values.contiguous().numpy()
+    opened: dict[Path, Any] = {}
+    for tensor in tensors:
+        for file, _ in tensor.sources:
+            if file not in opened:
+                opened[file] = safe_open(file, "pt")
+        parts = [opened[file].get_tensor(name).float() for file, name in tensor.sources]
+        values = (parts[0] if len(parts) == 1 else torch.stack(parts)).reshape(tensor.shape)
+        if tensor.heads:
+            halves = values.reshape(tensor.heads, 2, -1, *values.shape[1:])
+            values = halves.transpose(1, 2).reshape(values.shape)
+        yield tensor, (values + tensor.offset if tensor.offset else values).contiguous().numpy()
 
 
 def _type(shape: tuple[int, ...], wanted: str) -> str:

@@ -24,7 +24,8 @@ TEKKEN_SPLIT = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # llama.cpp's names of the pre-tokenizers, by the regular expression (or kind) that splits the text before the merges.
-# Those of IGNORES_MERGES take a word that is a piece as it is, whether merges lead there or not.
+# Those of IGNORES_MERGES take a word that is a piece as it is, whether merges lead there or not; AS_MERGED is what
+# splits as they do and merges.
 SPLITS = {
     LLAMA3_SPLIT: "llama-bpe",
     LLAMA3_SPLIT.replace("{1,3}", ""): "qwen2",
@@ -33,11 +34,13 @@ SPLITS = {
     "Digits ByteLevel": "smollm",
 }
 IGNORES_MERGES = ("llama-bpe", "tekken")
+AS_MERGED = {"llama-bpe": "dbrx"}
 # Texts that llama.cpp reads otherwise, by what of the tokenizer is behind it.
 NOTES = {
     "NFC": "the tokenizer first composes characters (Unicode NFC), llama.cpp doesn't",
     "tekken": "words of capitals with accents are split otherwise by llama.cpp",
     "first": "a text that doesn't begin with a control token gets a space in front in transformers, not in llama.cpp",
+    "strips": "spaces beside some control tokens are dropped by the tokenizer, and kept by llama.cpp",
     "always": "a text that begins with a space, or has one behind a control token, gets another in llama.cpp",
 }
 SPACE = "\u2581"  # SentencePiece's sign for a space
@@ -75,9 +78,10 @@ def describe(spec: dict[str, Any], rows: int) -> Vocabulary:
     types = [TokenType.NORMAL if index in pieces else TokenType.UNUSED for index in range(rows)]
     for index, token in added.items():
         types[index] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-    if model.get("byte_fallback"):
-        return _sentencepiece(spec, tokens, types)
-    return _byte_level(spec, tokens, types)
+    found = (_sentencepiece if model.get("byte_fallback") else _byte_level)(spec, tokens, types)
+    if any(token["lstrip"] or token["rstrip"] for token in added.values()):
+        found.notes.append(NOTES["strips"])
+    return found
 
 
 def _byte_level(spec: dict[str, Any], tokens: list[str], types: list[TokenType]) -> Vocabulary:
@@ -92,6 +96,8 @@ def _byte_level(spec: dict[str, Any], tokens: list[str], types: list[TokenType])
     pre = SPLITS.get(split)
     if pre is None or parts[-1]["use_regex"] == (kinds[0] == "Split"):
         raise refused(f"its tokenizer splits texts by {split!r}, for which llama.cpp's name isn't known here")
+    if not spec["model"].get("ignore_merges"):
+        pre = AS_MERGED.get(pre, pre)
     if bool(spec["model"].get("ignore_merges")) != (pre in IGNORES_MERGES) and pre != "tekken":
         raise refused(f"its tokenizer splits texts as {pre} but treats merges otherwise (ignore_merges)")
     merges = [" ".join(pair) for pair in _merges(spec)]
@@ -135,7 +141,11 @@ def _space_prefix(spec: dict[str, Any]) -> tuple[bool, list[str]]:
     steps = [part["type"] for part in (*normalizers, *before)]
     if steps == ["Prepend", "Replace"]:
         return True, []
-    if steps == ["Replace"]:
+    # Gemma's split at spaces finds none: they have been replaced.
+    splits = [part for part in before if part["type"] == "Split" and part["pattern"] == {"String": " "}]
+    if steps == ["Replace"] or (
+        steps == ["Replace", "Split"] and splits and normalizers[0]["pattern"]["String"] == " "
+    ):
         return False, []
     if steps == ["Metaspace"] and not before[0]["split"]:
         scheme = before[0]["prepend_scheme"]

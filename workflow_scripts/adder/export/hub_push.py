@@ -49,7 +49,7 @@ def push(folder: Path, repo: str, private: bool, message: str, progress: Progres
                 "export.private: false"
             )
         operations = _operations(api, folder, repo)
-        size = sum(path.stat().st_size for path in folder.iterdir())
+        size = sum(path.stat().st_size for path in folder.rglob("*"))
         progress.say(f"uploading {size / 1e6:,.0f} MB to {repo}")
         title = message if len(message) <= TITLE_LENGTH else f"{message[: TITLE_LENGTH - 1]}…"
         done = api.create_commit(repo, operations, commit_message=title, commit_description=message)
@@ -65,7 +65,7 @@ def _operations(api: "HfApi", folder: Path, repo: str) -> "list[CommitOperationA
     """The additions of one commit, and the removal of weights of an earlier one."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     stale = [name for name in api.list_repo_files(repo) if _is_weights(name) and name not in names]
     return [
         *(CommitOperationAdd(name, folder / name) for name in names),

@@ -95,22 +95,39 @@ def dft(losses: torch.Tensor) -> torch.Tensor:
 
 
 def labelled_logits(
-    model: torch.nn.Module, ids: Sequence[int], labels: Sequence[int], positions: torch.Tensor | None = None
+    model: torch.nn.Module, ids: Sequence[int], labels: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one example; return the logits (fp32) that predict its labelled tokens, and those tokens' ids.
 
     As the model itself computes them, capped or scaled where it does that. Shapes (labelled, vocabulary) and
     (labelled,), on the model's device. A label of IGNORE_INDEX carries no loss; position i is predicted from position
-    i - 1. The LM head sees no other position where the model offers that. `positions`: (tokens,) int64, for several
-    examples one behind the other that don't see one another: those of each begin at 0.
+    i - 1. The LM head sees no other position where the model offers that.
+    """
+    return labelled_logits_of(model, [(ids, labels)])[0]
+
+
+def labelled_logits_of(
+    model: torch.nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same for several examples (ids, labels) in one pass, which can't see one another.
+
+    They lie side by side, the shorter ones filled up behind their end, where no token of a causal model looks.
     """
     device = next(model.parameters()).device
-    target = torch.tensor(labels, device=device)[1:]
-    labelled = torch.nonzero(target != IGNORE_INDEX)[:, 0]
+    longest = max(len(ids) for ids, _ in rows)
+    batch = torch.zeros(len(rows), longest, dtype=torch.int64)
+    target = torch.full((len(rows), longest), IGNORE_INDEX)
+    for number, (ids, labels) in enumerate(rows):
+        batch[number, : len(ids)] = torch.tensor(ids)
+        target[number, : len(labels)] = torch.tensor(labels)
+    target = target[:, 1:].to(device)
+    carries = target != IGNORE_INDEX
     inner: Any = getattr(model, "get_base_model", lambda: model)()  # of a PEFT model
-    keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    options = {"logits_to_keep": labelled} if keeps else {}
-    if positions is not None:
-        options["position_ids"] = positions[None].to(device)
-    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **options).logits[0]
-    return (logits if keeps else logits[labelled]).float(), target[labelled]
+    kept = torch.arange(longest - 1, device=device)
+    options = {}
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        kept = torch.nonzero(carries.any(0))[:, 0]
+        options["logits_to_keep"] = kept
+    logits = model(input_ids=batch.to(device), use_cache=False, **options).logits[:, : len(kept)]
+    own = [carry[kept] for carry in carries]
+    return [(logits[row][mask].float(), target[row][kept][mask]) for row, mask in enumerate(own)]

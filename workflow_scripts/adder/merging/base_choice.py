@@ -8,14 +8,13 @@ from typing import cast
 
 import pyarrow.parquet as pq
 import torch
-from accelerate import init_empty_weights
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from adder.core import intervals, precision
+from adder.core import intervals, precision, text_model
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.safetensors_layout import DTYPES, shard_files, stored_tensors
@@ -96,13 +95,15 @@ def quantised_weights(base: Path) -> dict[str, bool]:
     """Names of the weights that transformers quantises in this model, and whether each is stored (in, out)."""
     from bitsandbytes.nn.modules import Linear4bit
 
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
+    model = text_model.without_weights(base)
+    places = text_model.places_on_disk(model, base)
+    skipped = base_model.unquantised_modules(model)
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped))
     quantizer.preprocess_model(model, device_map=None)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     # transformers notes in `source_cls` what a layer was before.
-    return {f"{name}.weight": issubclass(cast(type, layer.source_cls), Conv1D) for name, layer in layers.items()}
+    kinds = {f"{name}.weight": cast(type, layer.source_cls) for name, layer in layers.items()}
+    return {places.get(name, name): issubclass(kind, Conv1D) for name, kind in kinds.items()}
 
 
 def held_out(tokens: Path) -> list[TokenRow]:
@@ -132,7 +133,7 @@ def measure(
 
     `candidates`: deltas of the base by a name of NAMES. All compute in the dtype that training computes in here. The
     base is loaded once, and each candidate's weights take the place of those before. A model that has no room in
-    memory, or whose names on disk are others, is measured by measure_files, on all rows.
+    memory, or that holds what changes in another form than its files, is measured by measure_files, on all rows.
     """
     device, progress = context.device, context.progress
     compute: torch.dtype = getattr(torch, precision.compute_dtype(device).value)
@@ -186,7 +187,7 @@ def _measure_in(
 
 def _hold_dequantised(model: PreTrainedModel, base: Path, quantised: Mapping[str, bool], context: Context) -> None:
     """Give the model the values that NF4 layers compute with, in its own dtype."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = candidate_weights.by_stored_name(model, base)
     stored = stored_tensors(base)
     for file in shard_files(base):
         with safe_open(base / file, "pt", device=context.device) as tensors:
@@ -234,7 +235,7 @@ def measure_files(
     device, progress = context.device, context.progress
     dtype = precision.compute_dtype(device).value
     progress.line(f"which base: adapter on NF4, {len(rows)} rows")
-    model, _ = base_model.load(base, "qlora", dtype, device)
+    model, _ = base_model.load(base, "qlora", dtype, device, packs=False)
     with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
         losses = {"trained": row_losses(Loaded(PeftModel.from_pretrained(model, adapter).eval(), False), rows)}
     del model

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from adder.core import text_model
 from adder.core.progress import Progress
 from adder.core.safetensors_layout import DTYPES, layout, shard_files, stored_tensors
 from adder.core.stage_spec import Context
@@ -47,16 +48,23 @@ class LabelledRow:
     labels: list[int]
 
 
+def by_stored_name(model: PreTrainedModel, base: Path) -> dict[str, torch.nn.Parameter]:
+    """The loaded model's parameters by the names that their tensors have in the base's files."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    places = text_model.places_in_memory(model, stored_tensors(base))
+    return {name: own[place] for name, place in places.items() if place in own}
+
+
 def can_hold(model: PreTrainedModel, base: Path, names: Iterable[str]) -> bool:
-    """Whether each of these weights of the base is a parameter of the loaded model, by the same name and shape."""
-    held = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+    """Whether each of these tensors of the base is a parameter of the loaded model, of the same shape."""
+    held = {name: tuple(value.shape) for name, value in by_stored_name(model, base).items()}
     stored = stored_tensors(base)
     return all(name in stored and held.get(name) == tuple(stored[name].shape) for name in names)
 
 
-def hold(model: torch.nn.Module, base: Path, deltas: Deltas, context: Context) -> None:
+def hold(model: PreTrainedModel, base: Path, deltas: Deltas, context: Context) -> None:
     """Give the model's parameters the values that merge_weights would write for `deltas`, in the model's own dtype."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = by_stored_name(model, base)
     device = sums_device(deltas, context)
     for file in shard_files(base):
         changed = [block for block in blocks(layout(base / file), deltas) if isinstance(block, ChangedBlock)]

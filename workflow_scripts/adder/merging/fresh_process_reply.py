@@ -11,7 +11,9 @@ import tempfile
 from typing import Any, TypedDict
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
+
+from adder.core import text_model
 
 
 class GreedyReply(TypedDict):
@@ -27,9 +29,7 @@ def greedy_reply(folder: str, dtype: str, device: str, input_ids: list[int], max
         place: dict[str, Any] = {"device_map": {"": device}}
         if device == "auto":
             place = {"device_map": "auto", "offload_folder": offload}
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, **place
-        )
+        model: Any = text_model.load(folder, dtype=getattr(torch, dtype), **place)
         own = model.generation_config
         # Neither sampling nor penalties, whatever the model's own configuration asks for.
         model.generation_config = GenerationConfig(

@@ -4,29 +4,31 @@ import json
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
-from adder.core import hardware, precision
+from adder.core import hardware, precision, text_model
 from adder.core.choice import Choice
 from adder.core.errors import UserError
-from adder.core.files import link_or_copy, read_json, write_json
+from adder.core.files import read_json, write_json
 from adder.core.safetensors_layout import shard_files, stored_tensors
 from adder.core.stage_spec import Context
 from adder.merging import base_choice
 from adder.merging.records import BaseCandidate, FullProof, LogitComparison, MergeProof, ProofRecord, WeightCheck
 from adder.merging.stage import MergeSettings
 from adder.merging.streamed_merge import Deltas, check_weights, merge_weights
+from adder.merging.trained_tensors import trained_tensors
 from adder.merging.verification import PROOF_POSITIONS, PROOF_ROWS, choose_tolerance, compare, spread_rows
-from adder.merging.weight_deltas import is_nothing, read_adapter, share_tied
+from adder.merging.weight_deltas import LoraDelta, is_nothing, read_adapter, share_tied
 
 # Beside weights, config and tokenizer, what belongs to a model and must travel with it.
-KEPT_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+KEPT_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def run(settings: MergeSettings, inputs: MergeInputs, out: Path, context: Contex
         if (inputs.train / "adapter").is_dir():
             proof = _merge(settings, inputs, base, model, context)
         else:
-            proof = _take_full(inputs.train / "model", base, model)
+            proof = _take_full(inputs.train / "model", base, model, context)
+            shutil.copyfile(base / "config.json", model / "config.json")
             _write_companions(inputs, base, model)
     except UserError:
         shutil.rmtree(model)
@@ -103,9 +106,7 @@ def _summary(proof: ProofRecord) -> MergeSummary:
 
 def _merge(settings: MergeSettings, inputs: MergeInputs, base: Path, model: Path, context: Context) -> MergeProof:
     adapter, heldout = inputs.train / "adapter", inputs.tokenize / "heldout.arrow"
-    deltas = read_adapter(adapter)
-    if AutoConfig.from_pretrained(base, local_files_only=True).get_text_config().tie_word_embeddings:
-        deltas = share_tied(deltas, set(stored_tensors(base)), adapter)
+    deltas = _on_disk(read_adapter(adapter), base, adapter)
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         merged = _merge_into_chosen(settings, inputs, deltas, model, Path(folder), context)
     shutil.copyfile(base / "config.json", model / "config.json")
@@ -135,6 +136,21 @@ def _merge(settings: MergeSettings, inputs: MergeInputs, base: Path, model: Path
     return {**proof, **predictions} if predictions else proof
 
 
+def _on_disk(deltas: Deltas, base: Path, adapter: Path) -> Deltas:
+    """The deltas, which have the names that parameters have in memory, by those of the base's tensors."""
+    model = text_model.without_weights(base)
+    names = {place: name for name, place in text_model.places_in_memory(model, stored_tensors(base)).items()}
+    if text_model.tied(model):
+        deltas = share_tied(deltas, set(names), adapter)
+    conv1d = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    deltas = {
+        # PEFT says it of a whole adapter, and not where NF4 stood in for the layer.
+        name: replace(delta, transposed=name in conv1d) if isinstance(delta, LoraDelta) else delta
+        for name, delta in deltas.items()
+    }
+    return {names.get(name, name): delta for name, delta in deltas.items()}
+
+
 def _refuse_unchanged(weights: WeightCheck, deltas: Deltas, adapter: Path) -> None:
     """Raise UserError where the adapter changes no weight: what would be evaluated as tuned is the base."""
     if weights["changed_weights"] and not all(map(is_nothing, deltas.values())):
@@ -157,9 +173,15 @@ def _merge_into_chosen(
         return Merged(None, deltas, {})
     compute: torch.dtype = getattr(torch, precision.compute_dtype(context.device).value)
     candidates: dict[str, Deltas] = {"original": deltas}
+    choice = None
     if settings.base != "original":
-        candidates["dequantized"] = base_choice.on_dequantised(base, deltas, compute, context.device)
-    choice = _choose_base(settings, inputs, candidates, work, context)
+        try:
+            candidates["dequantized"] = base_choice.on_dequantised(base, deltas, compute, context.device)
+        except UserError as error:
+            if settings.base == "dequantized":
+                raise
+            choice = Choice[str, BaseCandidate]("original", f"there is no other: {error}")
+    choice = choice or _choose_base(settings, inputs, candidates, work, context)
     context.progress.say(f"merging into the {choice.value} base: {choice.reason}")
     written = work / choice.value
     if written.is_dir():
@@ -225,50 +247,30 @@ def _flips(predictions: LogitComparison, tolerance: float) -> str:
     )
 
 
-def _take_full(trained: Path, base: Path, model: Path) -> FullProof:
-    """Link the fully trained model's files; every tensor must be finite and shaped as the base's."""
-    shapes = {name: list(tensor.shape) for name, tensor in stored_tensors(base).items()}
-    for path in sorted(trained.iterdir()):
-        link_or_copy(path, model / path.name)
-    own = {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
-    # Only names that both have: a base may store a tied LM head a second time.
-    unlike = sorted(name for name in own.keys() & shapes.keys() if own[name] != shapes[name])
-    if unlike:
-        name = unlike[0]
-        raise UserError(f"{trained}: {name} is {own[name]} in the trained model and {shapes[name]} in its base")
-    for file in shard_files(model):
-        with safe_open(model / file, "pt") as stored:
+def _take_full(trained: Path, base: Path, model: Path, context: Context) -> FullProof:
+    """Write the base's files with each tensor that was trained in its place; what training didn't hold stays.
+
+    Every trained tensor must be finite, and have a place of its shape in the base.
+    """
+    for file in shard_files(trained):
+        with safe_open(trained / file, "pt") as stored:
             broken = [name for name in stored.keys() if not torch.isfinite(stored.get_tensor(name)).all()]
         if broken:
             raise UserError(f"{trained / file}: {broken[0]} holds numbers that aren't finite: the training diverged")
-    if not _differ(base, model):
+    deltas = trained_tensors(trained, base)
+    merge_weights(base, deltas, model, context)
+    weights = check_weights(base, model, deltas, context)
+    if not weights["changed_weights"]:
         raise UserError(f"{trained}: the training changed nothing: raise train.learning_rate or train.epochs")
+    kept = len(stored_tensors(base)) - len(deltas)
+    others = f", and {kept} others, which training didn't hold, are the base's byte for byte" if kept else ""
     return {
         "checked": True,
         "method": "full",
         "reason": "all weights were trained, so there is nothing to merge: every tensor is finite and shaped as the "
-        "base's",
+        f"base's; {weights['adapted_weights']} stand under the base's names{others} (all "
+        f"{weights['bytes_read_back']:,} bytes read back from disk and compared)",
     }
-
-
-def _differ(base: Path, model: Path) -> bool:
-    """Whether a tensor that both models have differs, rounded to the base's dtype; also where they share none."""
-    shared = False
-    places = {name: file for file in shard_files(base) for name in _names(base / file)}
-    for file in shard_files(model):
-        with safe_open(model / file, "pt") as stored:
-            for name in sorted(set(stored.keys()) & places.keys()):
-                with safe_open(base / places[name], "pt") as before:
-                    tensor = before.get_tensor(name)
-                if not torch.equal(stored.get_tensor(name).to(tensor.dtype), tensor):
-                    return True
-                shared = True
-    return not shared
-
-
-def _names(path: Path) -> list[str]:
-    with safe_open(path, "pt") as stored:
-        return list(stored.keys())
 
 
 def _write_companions(inputs: MergeInputs, base: Path, model: Path) -> None:
@@ -278,12 +280,19 @@ def _write_companions(inputs: MergeInputs, base: Path, model: Path) -> None:
     """
     kept = [path for pattern in KEPT_FILES for path in base.glob(pattern)]
     for path in [*kept, *sorted((inputs.tokenize / "tokenizer").iterdir())]:
-        _replace(model / path.name, path.read_bytes())
+        if path.is_dir():
+            shutil.copytree(path, model / path.name)
+        else:
+            _replace(model / path.name, path.read_bytes())
     config = read_json(model / "config.json")
     details = read_json(inputs.tokenize / "tokenize.json")
+    own = base / "generation_config.json"
     ends = [details["end_of_turn"]["id"], *(end["id"] for end in details["reply_ends"])]
     generation = generation_config(base, config, ends, _pad_id(model))
-    _replace(model / "generation_config.json", json.dumps(generation, indent=2, sort_keys=True).encode() + b"\n")
+    if own.exists() and read_json(own) == generation:
+        _replace(model / own.name, own.read_bytes())
+    else:
+        _replace(model / own.name, json.dumps(generation, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -23,6 +23,7 @@ from adder.core.safetensors_layout import DTYPES, INDEX, Layout, Stored, layout,
 from adder.core.stage_spec import Context
 from adder.merging.records import ChangedFile, WeightCheck
 from adder.merging.stochastic_rounding import round_without_bias
+from adder.merging.trained_tensors import TrainedTensor
 from adder.merging.weight_deltas import Replacement, WeightDelta
 
 # Elements computed at once: in fp32 a MiB, which a core's cache holds. On an AMD EPYC (Zen 4), two threads merging, an
@@ -68,7 +69,7 @@ class ChangedBlock(Block):
                 f"{self.tensor.name}: base + adapter holds numbers that aren't finite in {self.tensor.dtype}"
             )
         # A tensor that is stored twice, as embedding and as LM head, is rounded alike.
-        seed = "whole" if isinstance(self.delta, Replacement) else self.tensor.name
+        seed = "whole" if isinstance(self.delta, Replacement | TrainedTensor) else self.tensor.name
         rounded = round_without_bias(exact, dtype, seed, self.first)
         return rounded.cpu().reshape(-1).view(torch.uint8).numpy()
 
@@ -167,7 +168,7 @@ def _unchanged(start: int, stop: int) -> Iterator[Block]:
 
 
 def _by_rows(tensor: Stored, delta: WeightDelta) -> Iterator[ChangedBlock]:
-    rows, width = tensor.shape[0], prod(tensor.shape[1:])
+    rows, width = tensor.shape[0] if tensor.shape else 1, prod(tensor.shape[1:])
     at_once = max(1, BLOCK // width) if delta.by_rows else rows
     row_bytes = width * DTYPES[tensor.dtype].itemsize
     for first in range(0, rows, at_once):

@@ -11,15 +11,15 @@ from typing import Any, Literal, Never, TypedDict
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from adder.core import hardware
+from adder.core import hardware, text_model
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.labels import IGNORE_INDEX
 from adder.core.safetensors_layout import DTYPES, parameter_count, stored_tensors
 from adder.core.stage_spec import Context
-from adder.kernels.labelled_loss import labelled_logits
+from adder.kernels.labelled_loss import labelled_logits_of
 from adder.merging import candidate_weights, fresh_process_reply
 from adder.merging.fresh_process_reply import GreedyReply
 from adder.merging.records import LogitComparison, LogitDifferences, ReplyComparison
@@ -36,7 +36,7 @@ REPLY_TOKENS = 32
 ARITHMETIC = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 # Shares of the free memory that a model's weights may take, room being needed for what is computed with them.
 GPU_SHARE, MEMORY_SHARE = 0.85, 0.7
-PACK = 2048  # tokens that a model whose layers are loaded one after the other computes at once
+BATCH = 2048  # tokens that a model whose layers are loaded one after the other computes at once
 
 Logits = tuple[torch.Tensor, torch.Tensor]  # fp32 (labelled, vocabulary), and the labelled tokens' ids (labelled,)
 
@@ -109,10 +109,10 @@ def load(folder: Path, dtype: torch.dtype, loading: str, device: str) -> Loaded:
     By layers, the weights stay in their file, mapped into memory, and only one decoder layer's are there in `dtype`.
     """
     by_layers = loading == "by layers"
-    options: dict[str, Any] = {"dtype": _stored_dtype(folder) if by_layers else dtype, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": _stored_dtype(folder) if by_layers else dtype}
     if not by_layers and device == "cuda":
         options["device_map"] = device  # straight from the file to the GPU
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    model: Any = text_model.load(folder, **options)
     if by_layers:
         layers = _decoder_layers(model)
         _hold_all_but(layers, model, dtype, device)
@@ -163,34 +163,24 @@ def _load_when_needed(layer: torch.nn.Module, dtype: torch.dtype, device: str) -
 def logits_of(loaded: Loaded, rows: Sequence[LabelledTokens]) -> Iterator[Logits]:
     """Yield for each row the logits (on the CPU) that predict its labelled tokens, and those tokens' ids.
 
-    A model that is loaded by layers computes several rows in one pass, which don't see one another (`position_ids` that
-    begin anew, and no cache).
+    A model that is loaded by layers computes several rows in one pass, side by side.
     """
-    for pack in _packs(rows, PACK if loaded.by_layers else 0):
-        logits, target = _logits_of_pack(loaded.model, pack)
-        counts = [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in pack]
-        yield from zip(logits.split(counts), target.split(counts), strict=True)
+    for batch in _batches(rows, BATCH if loaded.by_layers else 0):
+        found = labelled_logits_of(loaded.model, [(row["input_ids"], row["labels"]) for row in batch])
+        yield from ((logits.cpu(), target.cpu()) for logits, target in found)
 
 
-def _packs(rows: Sequence[LabelledTokens], most: int) -> list[list[LabelledTokens]]:
-    packs: list[list[LabelledTokens]] = []
-    tokens = most + 1
+def _batches(rows: Sequence[LabelledTokens], most: int) -> list[list[LabelledTokens]]:
+    """Rows in their order, as many together as make `most` positions when filled up to the longest; at least one."""
+    batches: list[list[LabelledTokens]] = []
+    longest = 0
     for row in rows:
-        tokens += len(row["input_ids"])
-        if tokens > most:
-            packs.append([])
-            tokens = len(row["input_ids"])
-        packs[-1].append(row)
-    return packs
-
-
-def _logits_of_pack(model: PreTrainedModel | PeftModel, pack: list[LabelledTokens]) -> Logits:
-    ids = [token for row in pack for token in row["input_ids"]]
-    # Nothing predicts the first token of a row.
-    labels = [label for row in pack for label in [IGNORE_INDEX, *row["labels"][1:]]]
-    starts = torch.cat([torch.arange(len(row["input_ids"])) for row in pack]) if len(pack) > 1 else None
-    logits, target = labelled_logits(model, ids, labels, starts)
-    return logits.cpu(), target.cpu()
+        longest = max(longest, len(row["input_ids"]))
+        if not batches or longest * (len(batches[-1]) + 1) > most:
+            batches.append([])
+            longest = len(row["input_ids"])
+        batches[-1].append(row)
+    return batches
 
 
 def row_losses(loaded: Loaded, rows: Sequence[LabelledTokens]) -> list[tuple[float, int]]:
@@ -225,6 +215,7 @@ def compare(
     progress.line(f"proof: base + adapter on {len(rows)} rows")
     unmerged = load(base, torch.float32, loading.value, device)
     if before:
+        assert isinstance(unmerged.model, PreTrainedModel)
         candidate_weights.hold(unmerged.model, base, before, context)
     plain = list(logits_of(unmerged, rows))
     unmerged = replace(unmerged, model=PeftModel.from_pretrained(unmerged.model, adapter).eval())

@@ -18,7 +18,7 @@ from adder.core.files import read_json, write_json
 from adder.core.labels import IGNORE_INDEX
 from adder.core.length_summary import summarise
 from adder.core.stage_spec import Context
-from adder.tokenization import block_tokenizer
+from adder.tokenization import block_tokenizer, tokenizer_files
 from adder.tokenization.block_tokenizer import (
     BlockFile,
     EarlierTokens,
@@ -128,7 +128,7 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     if tokenizer.pad_token is None:
         # Labels mask padding by position, never by id, so any token of the vocabulary will do: no resizing needed.
         tokenizer.pad_token = tokenizer.eos_token or stop["token"]
-    tokenizer.save_pretrained(out / "tokenizer")
+    tokenizer_files.save(tokenizer, model, out / "tokenizer")
     reasons = train.reasons + heldout.reasons
     record: TokenizeRecord = {
         "template": source,

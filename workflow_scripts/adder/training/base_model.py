@@ -10,18 +10,18 @@ import torch
 from peft import PeftModel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.base import get_keys_to_not_convert
 
-from adder.core import hardware
+from adder.core import hardware, text_model
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.safetensors_layout import stored_tensors
 from adder.kernels import packed_attention
+from adder.training import adaptable_layers
 
 if TYPE_CHECKING:
     from bitsandbytes.nn.modules import Linear4bit
@@ -55,18 +55,19 @@ def load(
     device: str,
     in_shards: bool = False,
     config: PreTrainedConfig | None = None,
+    packs: bool = True,
 ) -> tuple[PreTrainedModel, BaseChoices]:
     """Load the model in `folder` to be trained by `method` ("qlora", "lora" or "full") in compute dtype `dtype`.
 
     The weights of a `full` training are fp32 (matmuls run in `dtype` by autocast); frozen ones are kept in `dtype`.
     What is in 4 bit already stays as it is. `in_shards`: the model is to be sharded, and waits in main memory for that;
     NF4 weights stay packed. `config`: one that takes fewer of the layers. Raises UserError for 4-bit weights that
-    transformers can't hold so.
+    transformers can't hold so. Without `packs` it has the attention that transformers gives it, for single examples.
     """
     compute: torch.dtype = getattr(torch, dtype)
     whole = config is None
-    config = AutoConfig.from_pretrained(folder) if config is None else config
-    attention = choose_attention(config, dtype, device)
+    config = text_model.read_config(folder) if config is None else config
+    attention = choose_attention(config, dtype, device) if packs else Choice(None, "there are no packs")
     options: dict[str, Any] = {
         "config": config,
         "dtype": torch.float32 if method == "full" else compute,
@@ -80,11 +81,14 @@ def load(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=unquantised_modules(text_model.without_weights(folder)),
         )
     with _quantised_on(device) if method == "qlora" and in_shards else nullcontext():
-        model = _load_packed(folder, compute, options, whole) if came_packed else _from_pretrained(folder, options)
+        model = _load_packed(folder, compute, options, whole) if came_packed else text_model.load(folder, **options)
     model.config.use_cache = False
     name_head_cap(model.config)
+    if method == "full":
+        _freeze_all_but_text(model)
     if method != "qlora":
         return model, BaseChoices(attention)
     keep_cpu_weights_intact(model)
@@ -101,17 +105,13 @@ def load(
     return model, BaseChoices(attention, values, left)
 
 
-def _from_pretrained(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
 def _load_packed(folder: Path, compute: torch.dtype, options: dict[str, Any], whole: bool) -> PreTrainedModel:
     """Load 4-bit weights of bitsandbytes as they are, to compute in `compute` whatever the checkpoint says."""
     packed = [name for name in stored_tensors(folder) if ".quant_state." in name]
     start = f"train.method: qlora trains 4-bit weights as they are, and of the {len(packed)} that this checkpoint has "
     instead = "train.method: lora trains on their values in 16 bit"
     try:
-        model = _from_pretrained(folder, options)
+        model = text_model.load(folder, **options)
     except (RuntimeError, ValueError, KeyError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{start}transformers can load none ({why}); {instead}") from error
@@ -121,6 +121,22 @@ def _load_packed(folder: Path, compute: torch.dtype, options: dict[str, Any], wh
     for layer in layers:
         layer.compute_dtype, layer.compute_type_is_set = compute, True
     return model
+
+
+def unquantised_modules(model: PreTrainedModel) -> list[str]:
+    """What of a model stays in 16 bits: LM head, routers, layers that don't read text or whose weight code reads."""
+    return sorted({*get_keys_to_not_convert(model), *adaptable_layers.unadaptable(model)})
+
+
+def _freeze_all_but_text(model: PreTrainedModel) -> None:
+    """Leave what sees or hears as it is: no text reaches it."""
+    text = text_model.text_modules(model)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    trained = {
+        id(p) for module in (model.get_submodule(text), *ends) if module is not None for p in module.parameters()
+    }
+    for parameter in model.parameters():
+        parameter.requires_grad = id(parameter) in trained
 
 
 def name_head_cap(config: PreTrainedConfig) -> None:

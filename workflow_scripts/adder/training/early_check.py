@@ -13,9 +13,9 @@ from typing import Any, TypedDict
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
-from adder.core import hardware, precision
+from adder.core import hardware, precision, text_model
 from adder.core.choice import ChoiceRecord
 from adder.core.files import write_json
 from adder.core.stage_spec import Context
@@ -55,7 +55,7 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     train = TrainSettings(reshuffle=False, **settings.model_dump())
     folder, packed, adapter = (inputs.model / name for name in ("model", "packed", "adapter"))
     weights = packed if settings.method == "qlora" and packed.is_dir() else folder
-    whole = AutoConfig.from_pretrained(weights)
+    whole = text_model.read_config(weights)
     layers = whole.get_text_config().num_hidden_layers
     # An adapter to go on from is of all layers.
     few = None if adapter.is_dir() else first_of_each_kind(whole)
@@ -96,7 +96,7 @@ def first_of_each_kind(config: PreTrainedConfig) -> PreTrainedConfig | None:
 def layer_kinds(config: PreTrainedConfig) -> list[Kind]:
     """Of each decoder layer what it is made of: its modules by name, their classes and what these were built with."""
     with init_empty_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = text_model.auto_class(config).from_config(config)
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     layers = max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
     return [tuple(_made_of(name, module) for name, module in layer.named_modules()) for layer in layers]

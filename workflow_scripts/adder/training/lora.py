@@ -21,12 +21,15 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from adder.core import text_model
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.labels import IGNORE_INDEX
+from adder.core.safetensors_layout import DTYPES, stored_tensors
+from adder.training import adaptable_layers
 from adder.training.base_model import bare_model
 from adder.training.best_weights import trained_state
 from adder.training.distributed import collectives, fsdp
@@ -51,6 +54,7 @@ def add_adapter(model: PreTrainedModel, settings: TrainSettings, earlier: Path |
         return _go_on(model, settings, earlier)
     wanted, linear, dtype = settings.target_modules, linear_names(model), model.dtype
     _check_modules_to_save(model, settings)
+    stored = _stored(model)
     try:
         if isinstance(wanted, str) and wanted != "all-linear":
             re.compile(wanted)
@@ -58,7 +62,7 @@ def add_adapter(model: PreTrainedModel, settings: TrainSettings, earlier: Path |
             r=settings.lora_r,
             lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType] - PEFT takes fractions too
             lora_dropout=settings.lora_dropout,
-            target_modules=linear if wanted == "all-linear" else wanted,
+            target_modules=linear if wanted == "all-linear" else _text_only(model, wanted),
             modules_to_save=list(settings.modules_to_save) or None,
             # A model that stores one tensor for embedding and LM head must come out with one.
             ensure_weight_tying=_trains_tied(model, settings.modules_to_save),
@@ -74,11 +78,11 @@ def add_adapter(model: PreTrainedModel, settings: TrainSettings, earlier: Path |
             f"train.target_modules: {wanted} does not fit this model ({reason}); "
             f"its linear layers are called {', '.join(linear)}"
         ) from error
-    _check_mergeable(adapted, wanted, linear)
+    _check_mergeable(adapted, wanted, linear, stored)
     keep_fp32(adapted)
     _keep_dtype_between_modules(adapted, dtype)
     if settings.init_lora_weights == "loftq":
-        _start_from_quantisation_error(adapted)
+        _start_from_quantisation_error(adapted, stored)
     if settings.init_lora_weights in NONZERO_STARTS:
         pairs = ((name, _pair(layer)) for name, layer in layers(adapted))
         start = {name: (a.cpu().clone(), b.cpu().clone()) for name, (a, b) in pairs}
@@ -101,8 +105,9 @@ def _go_on(model: PreTrainedModel, settings: TrainSettings, earlier: Path) -> Pe
     assert isinstance(config, LoraConfig)
     config.inference_mode, config.lora_dropout = False, settings.lora_dropout
     config.init_lora_weights = True  # the pairs' values are read; a start from the weights would change these
+    stored_places = _stored(model)
     adapted = get_peft_model(model, config)
-    _check_mergeable(adapted, settings.target_modules, linear)
+    _check_mergeable(adapted, settings.target_modules, linear, stored_places)
     _read_pairs(adapted, earlier, name)
     keep_fp32(adapted)
     _keep_dtype_between_modules(adapted, dtype)
@@ -137,16 +142,43 @@ def merge_first(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """Names (last part) of the model's linear layers, found by type, the LM head left out; sorted.
+    """Names of the model's linear layers that can have a pair, the last part where that is enough; sorted.
 
-    Left out too are names by which PEFT would adapt experts that the model holds in one tensor, as gate_proj in a
-    mixture of experts some of whose layers are dense: it takes such a name for the experts of all layers.
+    Left out are the LM head, routers and whatever else of adaptable_layers.unadaptable, and names by which PEFT would
+    adapt experts that the model holds in one tensor, as gate_proj in a mixture of experts some of whose layers are
+    dense: it takes such a name for the experts of all layers.
     """
-    head = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    config = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in linear}))
+    config = LoraConfig(target_modules=adaptable_layers.targets(model, adaptable_layers.adaptable(model)))
     convert_peft_config_for_transformers(config, model, None)
     return sorted(config.target_modules or ())
+
+
+def _text_only(model: PreTrainedModel, wanted: str | list[str]) -> str | list[str]:
+    """The layers that settings name without those of a part that doesn't read text.
+
+    Raises UserError for others that can't have a pair, and for a pattern that takes in any.
+    """
+    left, taken = adaptable_layers.unadaptable(model), []
+    for name in adaptable_layers.linear_layers(model):
+        is_named = (
+            re.fullmatch(wanted, name) if isinstance(wanted, str) else any(f".{name}".endswith(f".{w}") for w in wanted)
+        )
+        if is_named:
+            taken.append(name)
+    odd = {name: left[name] for name in taken if name in left}
+    if not odd:
+        return wanted
+    refused = [name for name, reason in odd.items() if isinstance(wanted, str) or reason != adaptable_layers.NO_TEXT]
+    if refused or len(odd) == len(taken):
+        name = (refused or list(odd))[0]
+        raise UserError(f"train.target_modules: {wanted} takes in {name}, which {odd[name]}; leave it out")
+    return adaptable_layers.targets(model, [name for name in taken if name not in odd])
+
+
+def _stored(model: PreTrainedModel) -> dict[str, str] | None:
+    """Where the model's parameters lie in the directory that it was loaded from; None where it was made otherwise."""
+    folder = Path(model.name_or_path or "")
+    return text_model.places_on_disk(model, folder) if (folder / "config.json").is_file() else None
 
 
 def layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -200,8 +232,10 @@ def _trains_tied(model: PreTrainedModel, names: list[str]) -> bool:
     return tied and any(m in ends for name, m in model.named_modules() if name.endswith(tuple(names) or ("\0",)))
 
 
-def _check_mergeable(model: PeftModel, wanted: str | list[str], linear: list[str]) -> None:
-    """Refuse before training what merge would refuse after it."""
+def _check_mergeable(
+    model: PeftModel, wanted: str | list[str], linear: list[str], stored: dict[str, str] | None
+) -> None:
+    """Refuse before training what merge would refuse after it. `stored`: as _stored returns it."""
     config = lora_config(model)
     if config.target_parameters:
         raise UserError(
@@ -218,6 +252,11 @@ def _check_mergeable(model: PeftModel, wanted: str | list[str], linear: list[str
             )
     head = bare_model(model).get_output_embeddings()
     for name, layer in layers(model):
+        if stored is not None and f"{name}.weight" not in stored:
+            raise UserError(
+                f"train.target_modules: {wanted} takes in {name}, whose weight the model's files hold in another form, "
+                "joined with others or in parts; merging a pair into it isn't supported"
+            )
         if not isinstance(layer.get_base_layer(), torch.nn.Linear) and not _is_conv1d(layer.get_base_layer()):
             raise UserError(
                 f"train.target_modules: {wanted} takes in {name}, which is no linear layer; embeddings are trained "
@@ -268,7 +307,7 @@ def _keep_dtype_between_modules(model: PeftModel, dtype: torch.dtype) -> None:
             module.register_forward_hook(leave)
 
 
-def _start_from_quantisation_error(model: PeftModel) -> None:
+def _start_from_quantisation_error(model: PeftModel, stored: dict[str, str] | None) -> None:
     """Start each pair as the best rank-r approximation of what quantisation took from its weight (LoftQ).
 
     Li et al. 2023, arXiv:2310.08659, with the quantised weight as it is (one step). As PEFT's
@@ -284,14 +323,15 @@ def _start_from_quantisation_error(model: PeftModel) -> None:
         )
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            files |= dict.fromkeys(stored.keys(), file)
+        with safe_open(file, "pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
     for name, layer in layers(model):
-        if f"{name}.weight" not in files:
+        place = (stored or {}).get(f"{name}.weight")
+        if place is None:
             raise UserError(f"train.init_lora_weights: loftq needs {name}.weight, which {folder} doesn't hold")
         quantised = dequantize_module_weight(layer.get_base_layer()).data.float()
-        with safe_open(files[f"{name}.weight"], "pt") as stored:
-            error = stored.get_tensor(f"{name}.weight").to(quantised.device).float() - quantised
+        with safe_open(files[place], "pt") as tensors:
+            error = tensors.get_tensor(place).to(quantised.device).float() - quantised
         rank = layer.r["default"]
         u, s, v = torch.linalg.svd(error, full_matrices=False)
         root = s[:rank].sqrt()
@@ -387,17 +427,18 @@ def save(model: PreTrainedModel | PeftModel, inputs: TrainInputs, out: Path) -> 
     every rank.
     """
     if not isinstance(model, PeftModel):
-        _save_full_model(model, inputs.tokenizer, out / "model")
+        _save_full_model(model, inputs.base, out / "model")
     elif collectives.is_main():
         _save_adapter(model, inputs.model / "source.json", out / "adapter")
 
 
-def _save_full_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
-    model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType] - a decorator hides its signature
+def _save_full_model(model: PreTrainedModel, base: Path, folder: Path) -> None:
+    """Save the weights in the dtype that most of the base's have; merging puts them into the base's files."""
+    largest = max(stored_tensors(base).values(), key=lambda tensor: tensor.stop - tensor.start)
+    model.to(DTYPES.get(largest.dtype, torch.bfloat16))  # pyright: ignore[reportArgumentType] - hidden by a decorator
     state = trained_state(model) if fsdp.trains_shards(model) else None
     if collectives.is_main():
         model.save_pretrained(folder, state_dict=state)
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
 def _save_adapter(model: PeftModel, source: Path, folder: Path) -> None:

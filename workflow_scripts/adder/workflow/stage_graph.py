@@ -17,6 +17,7 @@ from adder.core.files import read_json
 from adder.core.paths import resolve_path
 from adder.core.section import Section
 from adder.core.stage_spec import StageSpec
+from adder.data.checkpoints.hub_config import folder_with_config
 from adder.evaluation.tasks.stage import EvaluationTask
 from adder.report.stage import REPORT, ReportSettings, ResolvedSetting, TaskLimit
 from adder.workflow.library_versions import installed_versions
@@ -173,9 +174,14 @@ def refuse_impossible(run: str, settings: Settings, stages: dict[str, Stage], re
 
 
 def known_model(settings: Settings, stages: dict[str, Stage], results: Path, root: Path) -> Path | None:
-    """The base model's directory, if it is there before any job runs: a local one, or one that was fetched."""
-    folders = (resolve_path(settings.model.source, root), results / stages["model"].folder / "model")
-    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    """A folder with the base model's config.json, if there is one before any job runs.
+
+    That is a local model's, one that was fetched, or, of a hub id, that file alone.
+    """
+    own = resolve_path(settings.model.source, root)
+    folders = (own, results / stages["model"].folder / "model")
+    found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    return folder_with_config(settings.model) if found is None and not own.exists() else found
 
 
 def parameter_count(stages: dict[str, Stage], results: Path) -> int | None:

@@ -15,16 +15,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
-from adder.core import hardware
+from adder.core import hardware, text_model
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.safetensors_layout import parameter_count
 from adder.kernels import labelled_loss
 from adder.training import base_model
-from adder.training.base_model import bare_model
+from adder.training.adaptable_layers import linear_layers
+from adder.training.base_model import bare_model, unquantised_modules
 from adder.training.distributed import collectives
 from adder.training.stage import TrainSettings
 
@@ -76,10 +76,9 @@ def _bytes(model: Path, method: str) -> float:
 
 def _linear_parameter_count(model: Path) -> int:
     """Parameter count of the linear layers, the LM head left out: of what bitsandbytes quantises."""
-    with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    layers = [module for module in shape.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    return sum(layer.weight.numel() for layer in layers if layer is not shape.get_output_embeddings())
+    shape = text_model.without_weights(model)
+    left = set(unquantised_modules(shape))
+    return sum(layer.weight.numel() for name, layer in linear_layers(shape).items() if name not in left)
 
 
 def shard(model: PreTrainedModel | PeftModel, device: str) -> None:

@@ -1,0 +1,147 @@
+"""The text model of a checkpoint: by which of transformers' classes it loads, and where its parameters lie on disk.
+
+Checkpoints of models that also see or hear are trained on text: what else they hold stays as it is on disk. Names on
+disk are often others than in memory; transformers itself says which belong together.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+# Not public in transformers, but what from_pretrained itself finds parameters by.
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from adder.core.errors import UserError
+from adder.core.safetensors_layout import stored_tensors
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model directory. Raises UserError for a kind of model that transformers doesn't know."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError) as error:
+        import transformers
+
+        reason = str(error).strip().split("\n")[0].partition(". ")[0]
+        raise UserError(
+            f"{folder}: transformers {transformers.__version__} can't read its config.json: {reason}"
+        ) from None
+
+
+def auto_class(config: PreTrainedConfig) -> type[Any]:
+    """The Auto class that gives this model with its LM head, the text half alone where transformers has that.
+
+    Raises UserError where there is none.
+    """
+    for kind, known in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    ):
+        if type(config) in known and not config.is_encoder_decoder:
+            return kind
+    raise UserError(
+        f"a model of the type {config.model_type} is no causal language model for transformers, which predicts each "
+        "token from those before it; Adder trains no other"
+    )
+
+
+def load(folder: Path | str, **options: Any) -> PreTrainedModel:
+    """from_pretrained of the model directory's text model."""
+    folder = Path(folder)
+    return auto_class(read_config(folder)).from_pretrained(folder, local_files_only=True, **options)
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """The model directory's text model with all its modules, on the meta device."""
+    config = read_config(folder)
+    with init_empty_weights():
+        return auto_class(config).from_config(config)
+
+
+def places_in_memory(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """For each of the tensors' names on disk that of the model's parameter or buffer that it is loaded into, as it is.
+
+    Left out are tensors that the model doesn't take, and those of which several are joined into one, or one split.
+    """
+    renamings, converters = _transforms(model)
+    own = _meta_state(model)
+    found: dict[str, str] = {}
+    for name in stored:
+        place, joined = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if joined is None and place in own:
+            found[name] = place
+    return found
+
+
+def places_on_disk(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """For each of the model's parameters that has a tensor of its own in `folder` that tensor's name.
+
+    Tied parameters have one place, under the name of each of them.
+    """
+    found = {place: name for name, place in places_in_memory(model, stored_tensors(folder)).items()}
+    for name, partner in tied(model).items():
+        if partner in found:
+            found.setdefault(name, found[partner])
+    return found
+
+
+def lacking(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+    """Names of the model's parameters for which the tensors on disk have nothing."""
+    renamings, converters = _transforms(model)
+    own = _meta_state(model)
+    found = {rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0] for name in stored}
+    # One tensor may be split into several.
+    found |= {target for converter in converters for target in _split_targets(converter, found, own)}
+    for name, partner in tied(model).items():
+        if name in found or partner in found:
+            found |= {name, partner}
+    return sorted(name for name, _ in model.named_parameters() if name not in found)
+
+
+def _split_targets(converter: WeightConverter, found: set[str], own: dict[str, Any]) -> set[str]:
+    targets = converter.target_patterns
+    if len(targets) < 2:
+        return set()
+    return {
+        name.replace(targets[0], other)
+        for name in found
+        if targets[0] in name
+        for other in targets[1:]
+        if name.replace(targets[0], other) in own
+    }
+
+
+def tied(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are one tensor with another one, most often the LM head with the embedding: {name: the other}."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def text_modules(model: PreTrainedModel) -> str:
+    """Name of the module that holds the layers which read text: "" where that is all of the model."""
+    decoder = model.get_decoder()
+    if decoder is model:
+        return ""
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def _transforms(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    found = get_model_conversion_mapping(model)
+    renamings = [one for one in found if isinstance(one, WeightRenaming)]
+    return renamings, [one for one in found if isinstance(one, WeightConverter)]
+
+
+def _meta_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
