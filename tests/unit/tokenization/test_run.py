@@ -20,6 +20,7 @@ from adder.tokenization.run import TokenizeInputs, run
 from adder.tokenization.stage import TokenizeSettings
 from adder.tokenization.token_table import SCHEMA, TokenTable
 from chat_families import (
+    QWEN_THINK,
     conversation,
     prompt_ids,
     sentencepiece_like_tokenizer,
@@ -245,3 +246,28 @@ def test_a_tiny_model_learns_to_stop(pad, tmp_path):
         )  # fmt: skip
         new = written[0, prompt.shape[1] :].tolist()
         assert new[-1] == stop and len(new) < 40 and tokenizer.decode(new[:-1]) == reply
+
+
+def test_conversations_that_a_template_rewrites_are_split_and_counted(tmp_path):
+    save_tiny_model(tmp_path / "model" / "model", chat_template=QWEN_THINK + "{{ style }}")
+    several = conversation("a?", "<think>\nhm\n</think>\n\nA.", "b?", "<think>\nho\n</think>\n\nB.")
+    greeting = [{"role": "assistant", "content": "Hello."}, *conversation("a?", "A.")]
+    write_format(tmp_path / "format", [several, conversation("a?", "A."), several, greeting], [several])
+    (tmp_path / "out").mkdir()
+    settings = TokenizeSettings(template_variables={"style": ""})
+    run(settings, TokenizeInputs(tmp_path / "format", tmp_path / "model"), tmp_path / "out", CONTEXT)
+    details = read_json(tmp_path / "out" / "tokenize.json")
+    train, heldout = (rows_of(tmp_path / "out" / f"{name}.arrow") for name in ("train", "heldout"))
+    assert [row["id"] for row in train] == ["train:1", "train:1#2", "train:2", "train:3", "train:3#2", "train:4"]
+    assert [row["id"] for row in heldout] == ["heldout:1"]
+    assert details["counts"]["train"]["split"] == 2 and details["counts"]["train"]["unmatched"] == 1
+    assert details["counts"]["heldout"]["split"] == 0 and details["counts"]["heldout"]["unmatched"] == 1
+    (end,) = details["reply_ends"]
+    assert end["token"] == "<|im_end|>" and end["replies"] == 6
+    assert details["template_variables"] == {"style": ""}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    assert "set style" in tokenizer.chat_template
+    texts = [tokenizer.decode([i for i in row["labels"] if i != IGNORE_INDEX]) for row in train[:2]]
+    assert texts == ["<think>\nho\n</think>\n\nB.<|im_end|>", "<think>\nhm\n</think>\n\nA.<|im_end|>"]
+    said = " ".join(details["warnings"])
+    assert "2 conversations became several examples (6 in all)" in said and "1 held-out replies carry no loss" in said

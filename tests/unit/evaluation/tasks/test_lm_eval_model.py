@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 from adder.core.files import read_json, write_json, write_jsonl
 from adder.evaluation.tasks import lm_eval_model
 from adder.evaluation.tasks import run as tasks
+from adder.tokenization.chat_template import ChatTemplate
 from task_stage import QUESTIONS, WRITTEN, run
 from tiny import tiny_tokenizer
 
@@ -136,3 +137,19 @@ def test_replies_in_slots_are_those_of_generate(inputs, own_tasks, tmp_path, mon
     _, found = run(inputs, tmp_path / "b", path=path)
     assert used and [row["reply"] for row in found] == [row["reply"] for row in expected]
     assert not any(stop in row["reply"] for row in found)
+
+
+def test_questions_bear_the_date_of_training_whatever_the_day():
+    tokenizer = tiny_tokenizer(
+        "{{ strftime_now('%d %b %Y') }}{% for message in messages %}{% if message.role == 'system' %}"
+        "{{ raise_exception('no system') }}{% endif %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    model = object.__new__(lm_eval_model.TaskModel)
+    model.template = ChatTemplate(tokenizer)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a?"}]
+    date = "26 Jul 2024"
+    expected = f"{date}<|im_start|>user\na?<|im_end|><|im_start|>assistant\n"
+    assert model.apply_chat_template(asked) == expected
+    begun = [*asked, {"role": "assistant", "content": "The answer is "}]
+    assert model.apply_chat_template(begun, add_generation_prompt=False) == f"{expected}The answer is"

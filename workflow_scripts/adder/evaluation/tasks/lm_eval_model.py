@@ -58,12 +58,17 @@ class TaskModel(HFLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, as training renders it: lm-eval's own has today's date in it."""
-        if self.template is None or not add_generation_prompt:
+        if self.template is None:
             return super().apply_chat_template(chat_history, add_generation_prompt)
         try:
-            return self.template.render(chat_history, prompt=True)
+            text = self.template.render(chat_history, prompt=add_generation_prompt)
         except UnusableRow:  # as lm-eval does
-            return self.template.render([turn for turn in chat_history if turn["role"] != "system"], prompt=True)
+            chat_history = [turn for turn in chat_history if turn["role"] != "system"]
+            text = self.template.render(chat_history, prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()  # the model goes on with what this says
+        return text[: text.rindex(last) + len(last)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Reply to prompts, as many at once as fit; a reply may take up half of the context at most."""
