@@ -1,5 +1,6 @@
 """Which base an adapter that was trained on NF4 weights is merged into: the original one, or as training saw it."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -254,7 +255,7 @@ def choose_base(losses: Mapping[str, RowLosses], groups: Sequence[str] | None = 
     """Of the two merged models the one with the lower held-out loss; the original where that can't be told apart.
 
     `losses`: by the names of NAMES, for the same rows, which may come in `groups`. A difference counts when its 95 %
-    interval, by a paired bootstrap over rows or groups, leaves out 0; from a single one nothing can be told.
+    interval, paired over rows or groups, leaves out 0; from a single one nothing can be told.
     """
     tokens = [count for _, count in losses["trained"]]
     table: list[BaseCandidate] = []
@@ -266,16 +267,19 @@ def choose_base(losses: Mapping[str, RowLosses], groups: Sequence[str] | None = 
         )
     trained, original, dequantised = (row["loss"] for row in table)
     gap = _difference(losses["original"], losses["dequantized"], tokens, groups)
-    low, high = gap["ci95"]
+    low, high = gap["ci95"] or (-math.inf, math.inf)
     drawn = len(tokens if groups is None else set(groups))
-    tie = drawn < 2 or low <= 0 <= high
+    tie = low <= 0 <= high
     value = "dequantized" if high < 0 and not tie else "original"
     verdict = "a tie within noise, which goes to the original" if tie else "the lower is taken"
+    interval = (
+        f"95 % interval {low:+z.4f} to {high:+z.4f}" if gap["ci95"] else "no interval: nothing to compare it with"
+    )
     rows = f"{len(tokens)} rows" + ("" if groups is None else f" in {drawn} {'group' if drawn == 1 else 'groups'}")
     reason = (
         f"held-out loss on {rows}: {trained:.4f} nats a token for the adapter on NF4, as it was trained, "
         f"{original:.4f} merged into the original weights and {dequantised:.4f} into the dequantised ones; the latter "
-        f"two differ by {gap['value']:+z.4f} (95 % interval {low:+z.4f} to {high:+z.4f}), {verdict}"
+        f"two differ by {gap['value']:+z.4f} ({interval}), {verdict}"
     )
     return Choice(value, reason, table)
 
@@ -285,4 +289,4 @@ def _difference(
 ) -> BaseDifference:
     gaps = [b - a for (a, _), (b, _) in zip(first, second, strict=True)]
     found = intervals.ratio(gaps, tokens, groups)
-    return {"value": found["value"], "ci95": found["ci95"]}
+    return {"value": found["value"], "ci95": found["ci95"] if math.isfinite(found["stderr"]) else None}

@@ -4,10 +4,10 @@ from typing import Literal, NotRequired, TypedDict
 
 
 class BaseDifference(TypedDict):
-    """A difference of held-out losses in nats a token, with its 95 % interval."""
+    """A difference of held-out losses in nats a token, with its 95 % interval; a single row or group has none."""
 
     value: float
-    ci95: list[float]
+    ci95: list[float] | None
 
 
 class BaseCandidate(TypedDict):
