@@ -13,6 +13,10 @@ from adder.evaluation.reference_forms import choose_kind, final_answer, is_match
         (['{"a": NaN}'], "text"),
         (["so it is 3\n#### 3", "#### 1,000"], "final_answer"),
         (["#### 3", "three"], "text"),
+        (["so\n#### 3,5", "#### 12,25"], "final_answer_comma"),
+        (["#### 10:30", "#### 3/4"], "final_answer"),
+        (["# Report\n#### Step 2\nThen go on.", "#### 3"], "text"),  # a heading of Markdown
+        (["Then:\n#### Conclusion", "Well:\n#### Summary"], "text"),
         ([], "text"),
     ],
 )
@@ -61,9 +65,41 @@ def test_final_answers(reply, right):
     assert is_match("final_answer", "It is four.\n#### 4", reply) == right
 
 
-def test_final_answer_ignores_thousands_commas():
-    assert final_answer("#### 1,250") == final_answer("#### 1250.00") == "1250"
-    assert final_answer("#### -0.50") == "-0.5"
+@pytest.mark.parametrize(
+    ("reference", "reply", "right"),
+    [
+        ("1,250", "1250.00", True),
+        ("-0.50", "-0.5", True),
+        ("3/4", "3/5", False),
+        ("3/4", "0.75", True),
+        ("10:30", "10:45", False),
+        ("10:30", " 10:30 ", True),
+        ("5e3", "5000", True),
+        ("5e3", "5", False),
+        ("18", "$18", True),
+        ("18", "18 dollars.", True),
+        ("5 km", "5 m", False),
+        ("50 %", "50%", True),
+        ("50 %", "0.5", True),
+        ("50 %", "5", False),
+        ("3,5", "35", False),
+        ("3,5", "3.5", True),
+        ("Paris", "paris", True),
+        ("7 March", "8 March", False),
+    ],
+)
+def test_final_answers_are_numbers_where_both_are(reference, reply, right):
+    assert is_match("final_answer", f"So:\n#### {reference}", f"#### {reply}") is right
+    assert is_match("final_answer", f"#### {reply}", f"#### {reference}") is right
+    assert is_match("final_answer", f"#### {reference}", f"#### {reference}")
+
+
+def test_the_datas_habit_says_what_a_comma_is():
+    assert is_match("final_answer", "#### 1,234", "#### 1234") and is_match(
+        "final_answer_comma", "#### 1,234", "#### 1,2340"
+    )
+    assert not is_match("final_answer_comma", "#### 1,234", "#### 1234")
+    assert final_answer("a\n#### 1,250 apples\nb") == "1,250 apples" and final_answer("no sign") is None
 
 
 def test_text_is_compared_without_space_around():

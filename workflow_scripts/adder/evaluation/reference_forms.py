@@ -7,10 +7,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Never
 
-# The last line of a worked answer in GSM8K's form.
-FINAL_ANSWER = re.compile(r"####\s*(-?[\d.,]*\d)")
+from adder.evaluation.quantities import Decimal, habit, parse_quantity, same_quantity
+
+# What stands behind the four signs of a worked answer in GSM8K's form.
+FINAL_ANSWER = re.compile(r"####(?!#)[^\S\n]*(\S[^\n]*)")
+LONGEST_ANSWER = 40  # characters; a heading of Markdown begins like a final answer, and is mostly longer
 
 JsonObject = dict[str, Any]
 
@@ -22,11 +26,15 @@ class Form:
     name: the value of `evaluate.metrics` that asks for it, and `kind` in scores.json.
     words: one such reference in words.
     read: what of a text is compared; None for a text that hasn't this form.
+    same: whether what was read of a reference and of a reply says the same.
+    suits: whether all of some references are such that `auto` takes this form.
     """
 
     name: str
     words: str
     read: Callable[[str], object | None]
+    same: Callable[[Any, Any], bool]
+    suits: Callable[[Sequence[str]], bool]
 
 
 def parse_object(text: str) -> JsonObject | None:
@@ -43,40 +51,40 @@ def _refuse(name: str) -> Never:
 
 
 def final_answer(text: str) -> str | None:
-    """The number behind the last "####" without thousands commas and trailing zeros of a fraction, or None."""
+    """What stands behind the last "####", to the end of its line; None without one."""
     found = FINAL_ANSWER.findall(text)
-    if not found:
-        return None
-    number = found[-1].replace(",", "").rstrip(".")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+    return found[-1].strip() if found else None
 
 
-# In the order in which references are tried; every text has the last form.
-FORMS = {
-    form.name: form
-    for form in (
-        Form("json", "a JSON object", parse_object),
-        Form("final_answer", 'a text with "#### number"', final_answer),
-        Form("text", "a text", str.strip),
-    )
-}
+def same_answer(decimal: Decimal, one: str, other: str) -> bool:
+    """Whether two final answers are one: the same number where both are numbers, else the same text but for case."""
+    numbers = parse_quantity(one, decimal), parse_quantity(other, decimal)
+    if numbers[0] and numbers[1]:
+        return same_quantity(numbers[0], numbers[1])
+    return _plain(one) == _plain(other)
 
 
-def choose_kind(references: Sequence[str]) -> str:
-    """Return the name of the first form that every reference has; "text" where there is none."""
-    fitting = (form.name for form in FORMS.values() if all(form.read(text) is not None for text in references))
-    return next(fitting) if references else "text"
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .*")
 
 
-def is_match(kind: str, reference: str, reply: str) -> bool:
-    """Whether a reply says what its reference says, in the form `kind`.
+def _are_answers(decimal: Decimal, references: Sequence[str]) -> bool:
+    """Whether each reference ends in a line "#### answer", a short one with a number, and these have this habit."""
+    for text in references:
+        last = text.rstrip().rpartition("\n")[2].strip()
+        answer = final_answer(last)
+        if (
+            answer is None
+            or not last.startswith("####")
+            or len(answer) > LONGEST_ANSWER
+            or not re.search(r"\d", answer)
+        ):
+            return False
+    return habit(references) == decimal
 
-    "json": all fields equal, types included; the order of keys and white space don't matter. "final_answer": the same
-    number behind the last "####". "text": equal but for white space around.
-    """
-    read = FORMS[kind].read
-    found = read(reply)
-    return found is not None and same(read(reference), found)
+
+def _each(read: Callable[[str], object | None], references: Sequence[str]) -> bool:
+    return all(read(text) is not None for text in references)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -89,3 +97,44 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, numbers) and isinstance(b, numbers):
         return isinstance(a, bool) == isinstance(b, bool) and a == b
     return type(a) is type(b) and a == b
+
+
+# In the order in which references are tried; every text has the last form.
+FORMS = {
+    form.name: form
+    for form in (
+        Form("json", "a JSON object", parse_object, same, partial(_each, parse_object)),
+        Form(
+            "final_answer",
+            'a text with "#### answer"',
+            final_answer,
+            partial(same_answer, "point"),
+            partial(_are_answers, "point"),
+        ),
+        Form(
+            "final_answer_comma",
+            'a text with "#### answer"',
+            final_answer,
+            partial(same_answer, "comma"),
+            partial(_are_answers, "comma"),
+        ),
+        Form("text", "a text", str.strip, same, partial(_each, str.strip)),
+    )
+}
+
+
+def choose_kind(references: Sequence[str]) -> str:
+    """Return the name of the first form that suits all references; "text" where there is none."""
+    return next(form.name for form in FORMS.values() if form.suits(references)) if references else "text"
+
+
+def is_match(kind: str, reference: str, reply: str) -> bool:
+    """Whether a reply says what its reference says, in the form `kind`.
+
+    "json": all fields equal, types included; the order of keys and white space don't matter. "final_answer": the same
+    number, or text, behind the last "####" ("final_answer_comma": with decimal commas). "text": equal but for white
+    space around.
+    """
+    form = FORMS[kind]
+    wanted, found = form.read(reference), form.read(reply)
+    return found is not None and wanted is not None and form.same(wanted, found)
