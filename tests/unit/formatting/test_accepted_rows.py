@@ -17,6 +17,7 @@ def rows() -> AcceptedRows:
         value=None,
         signatures=np.zeros((0, 128), np.uint8),
         passage=np.zeros(4, np.uint64),
+        reply=np.zeros(4, np.uint64),
     )
 
 

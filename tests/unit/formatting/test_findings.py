@@ -145,3 +145,46 @@ def test_multi_turn_prompts_leak_only_when_the_whole_prompt_is_the_same(tmp_path
     formatted = format_rows(tmp_path, rows)
     assert [row["row"] for row in formatted.leaked] == [1]
     assert formatted.train[0]["messages"] == other
+
+
+THINGS = "lamp kettle tent shoes radio ladder mirror carpet bicycle piano".split()
+PLACES = "Oslo Rome Paris Bergen Lima Cairo Quito Dakar Hanoi Perth".split()
+
+
+def order(number: int, **other: str) -> dict:
+    """A short question of which few words are its own, with a reply that no other row has."""
+    verb = other.get("verb", "left")
+    place, thing = PLACES[number // 10 % 10], THINGS[number % 10]
+    return qa(f"My {thing} {verb} {place} {number} days ago", f"Ticket {number * 7919 % 10007} is open.")
+
+
+@pytest.mark.parametrize("signed", ["report", "off"])
+def test_heldout_rows_with_one_word_changed_do_not_stay_in_training(tmp_path, signed):
+    """Twenty held-out rows stand in training once more, one word of the prompt another, the reply the same."""
+    rows = [("heldout", order(n)) for n in range(20)]
+    rows += [("train", order(n, verb="reached")) for n in range(20)]
+    rows += [("train", order(n)) for n in range(100, 500)]
+    formatted = format_rows(tmp_path, rows, near_duplicates=signed, overlap="drop")
+    dropped = {row["row"] for row in formatted.leaked}
+    assert dropped == set(range(21, 41)) and {row["how"] for row in formatted.leaked} == {"nearly the same row"}
+    overlap = formatted.card["quality"]["overlap"]
+    assert overlap["found"] == overlap["dropped"] == 20
+    assert ("near-duplicates of whole rows" in overlap["looked_for"]) == (signed == "report")
+
+
+def test_rows_that_differ_in_what_they_ask_stay(tmp_path):
+    """One reply to many questions, and questions of one form with replies of their own."""
+    rows = [("heldout", qa(f"Is {n} a prime number?", "yes" if n % 2 else "no")) for n in range(30)]
+    rows += [("train", qa(f"Is {n} a prime number?", "yes" if n % 2 else "no")) for n in range(30, 400)]
+    rows += [("heldout", order(n)) for n in range(30)] + [("train", order(n)) for n in range(30, 400)]
+    formatted = format_rows(tmp_path, rows, overlap="drop", near_duplicates="report")
+    assert formatted.leaked == [] and formatted.card["train"] == 740
+
+
+def test_a_reply_that_stands_in_its_own_prompt_everywhere_is_named(tmp_path):
+    rows = [("heldout", qa("Where?", "There."))]
+    rows += [("train", qa(f"Ticket {n}, label: {THINGS[n % 10]}. Which label?", THINGS[n % 10])) for n in range(40)]
+    formatted = format_rows(tmp_path / "all", rows)
+    assert "in 40 of 40 training rows the reply stands in its own prompt" in " ".join(formatted.card["notes"])
+    rows += [("train", qa(f"Where is {n}?", f"Behind the {THINGS[n % 10]}.")) for n in range(40)]
+    assert "its own prompt" not in " ".join(format_rows(tmp_path / "half", rows).card["notes"])

@@ -28,9 +28,9 @@ class AcceptedRows:
 
     source: index into `sources`. row: number within the source. digest, prompt: hashes of the conversation and of what
     it asks. value: hash of the column of group_by or stratify_by, 0 where it is missing; None without such a column.
-    passage: what each is about (passages.passage_of_each). with_system: where the system message is part of what is
-    asked (heldout_split.asked), nowhere if None. signatures: (n, minhash.PERMUTATIONS), or (0, …) where near-duplicates
-    aren't looked for.
+    passage: what each is about (passages.passage_of_each). reply: replies.reply_key of each. with_system: where the
+    system message is part of what is asked (heldout_split.asked), nowhere if None. signatures: (n,
+    minhash.PERMUTATIONS), or (0, …) where near-duplicates aren't looked for.
     """
 
     sources: list[str]
@@ -42,6 +42,7 @@ class AcceptedRows:
     value: npt.NDArray[np.uint64] | None
     signatures: npt.NDArray[np.uint8]
     passage: npt.NDArray[np.uint64]
+    reply: npt.NDArray[np.uint64]
     with_system: npt.NDArray[np.bool_] | None = None
 
     def id(self, index: int) -> str:

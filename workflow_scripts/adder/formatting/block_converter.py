@@ -17,7 +17,7 @@ import numpy.typing as npt
 import orjson
 
 from adder.core.record_blocks import RecordBlock, parse_line, read_range
-from adder.formatting import passages, spool
+from adder.formatting import passages, replies, spool
 from adder.formatting.conversation import Conversation, Message
 from adder.formatting.messages import why_not_json
 from adder.formatting.minhash import Signatures, Signer
@@ -99,9 +99,9 @@ class ConvertedBlock(NamedTuple):
 
     Rows are numbered from the block's first one, so that it may stand anywhere. part's columns: row, int64; digest, of
     the normalised conversation, prompt, of what is asked, normalised, and system, of the system message, normalised, or
-    0, all uint64; lines, passages.LINES uint64 as bytes, of long lines that may be a passage's; value of
-    ConversionRules.value_column, uint64, 0 where it is missing; signature, uint8 (rows, minhash.PERMUTATIONS), where
-    rows are signed. rejects: lines of rejects.jsonl.
+    0, all uint64; reply, replies.reply_key; lines, passages.LINES uint64 as bytes, of long lines that may be a
+    passage's; value of ConversionRules.value_column, uint64, 0 where it is missing; signature, uint8 (rows,
+    minhash.PERMUTATIONS), where rows are signed. rejects: lines of rejects.jsonl.
     """
 
     part: bytes
@@ -185,6 +185,7 @@ class _Converter:
             if rules.value_column:
                 rows.values.append(hash_value(data.get(rules.value_column)))
             lines.append(passages.passages_of(conversation))
+            rows.replies.append(replies.reply_key(conversation))
             if rules.sign:
                 texts.append(full_text(conversation))
             for column, values in categorical.items():
@@ -245,6 +246,7 @@ class _AcceptedRows:
         self.prompts: list[bytes] = []
         self.systems: list[bytes] = []
         self.values: list[bytes] = []
+        self.replies: list[bytes] = []
 
     def pack(self, lines: list[bytes], signatures: Signatures | None, with_values: bool) -> bytes:
         """The part of the spool that holds them."""
@@ -257,6 +259,7 @@ class _AcceptedRows:
             "digest": np.frombuffer(b"".join(self.digests), dtype="<u8"),
             "prompt": np.frombuffer(b"".join(self.prompts), dtype="<u8"),
             "system": np.frombuffer(b"".join(self.systems), dtype="<u8"),
+            "reply": replies.joined(self.replies),
             "lines": passages.joined(lines).view(np.uint8),
         }
         if with_values:

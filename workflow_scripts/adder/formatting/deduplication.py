@@ -5,7 +5,7 @@ of them matches, in ascending order of the first.
 """
 
 import base64
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
@@ -19,7 +19,9 @@ from adder.core.kept_blocks import PAYLOAD
 from adder.core.stage_spec import Context, Earlier
 from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, prompt_text
 from adder.formatting.heldout_overlap import HeldoutIndex
+from adder.formatting.heldout_twins import are_twins, same_reply_pairs, similar_pairs
 from adder.formatting.minhash import Signatures, estimated_similarity, near_duplicates
+from adder.formatting.replies import reply_text
 from adder.formatting.shared_words import Seen
 from adder.formatting.spool import Spool, unpack
 
@@ -27,6 +29,7 @@ Integers = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 Sides = npt.NDArray[np.int8]  # one of TRAIN, HELDOUT, TEST and UNDECIDED a row
 CHUNK = 1 << 16  # rows
+PAIRS = 20_000  # of rows, whose texts are compared at once
 OVERLAP_ENOUGH = 20_000  # rows that are worth a worker
 LOOKED = "overlap.json"
 
@@ -72,17 +75,32 @@ def find_leaks(side: Sides, prompt: Hashes) -> Matches:
     return Matches(train[found], held[first[place[found]]])
 
 
+class Overlap(NamedTuple):
+    """Training rows whose prompt overlaps with a held-out or test row's, and others that are nearly such a row."""
+
+    prompts: PartialMatches
+    twins: PartialMatches
+
+
 def find_overlap(
-    spool: Spool, side: Sides, share: float, context: Context, with_system: npt.NDArray[np.bool_] | None = None
-) -> PartialMatches:
-    """Training rows whose prompt overlaps with a held-out or test row's by more than `share`; that row; the share.
+    spool: Spool,
+    side: Sides,
+    share: float,
+    context: Context,
+    with_system: npt.NDArray[np.bool_] | None,
+    reply: Hashes,
+    signed: tuple[Signatures, float] | None,
+) -> Overlap:
+    """Training rows whose prompt overlaps with a held-out or test row's by more than `share`, that row, the share; and
+    training rows that are nearly a held-out row, prompt and reply.
 
     What many of all these prompts have in common counts for none of them. with_system: rows, bool (n,), of which the
-    system message is part of what they ask.
+    system message is part of what they ask. reply: keys of the replies, (n,). signed: signatures of whole rows, uint8
+    (n, permutations), and the similarity from which two are alike; None where rows are not signed.
     """
     held = np.flatnonzero((side == HELDOUT) | (side == TEST))
     if not len(held):
-        return PartialMatches(held, held, np.zeros(0))
+        return Overlap(_matches([]), _matches([]))
     systems = np.zeros(len(side), dtype=bool) if with_system is None else with_system
     prompts = _asked(spool.conversations(held), systems[held])
     index = HeldoutIndex(prompts, share)
@@ -105,17 +123,48 @@ def find_overlap(
 
         return overlaps
 
-    found_rows: list[int] = []
-    matches: list[int] = []
-    shares: list[float] = []
+    overlapping: list[tuple[int, int, float]] = []
     workers = parallel.worker_count(sum(len(rows) for _, rows in touched), OVERLAP_ENOUGH, context.threads)
     for (part, _), found in zip(touched, parallel.map_batches(make, touched, workers), strict=True):
         start = int(spool.starts[part])
-        for row, match, value in found:
-            found_rows.append(start + row)
-            matches.append(int(held[match]))
-            shares.append(value)
-    return PartialMatches(np.array(found_rows, np.int64), np.array(matches, np.int64), np.array(shares, np.float64))
+        overlapping += [(start + row, int(held[match]), value) for row, match, value in found]
+    known = np.isin(np.arange(len(side)), [row for row, _, _ in overlapping])
+    train = np.flatnonzero((side == TRAIN) & ~known)
+    pairs = {(int(train[one]), int(held[other])) for one, other in same_reply_pairs(reply[train], reply[held])}
+    if signed:
+        pairs.update(similar_pairs(signed[0], train, held, signed[1]))
+    return Overlap(_matches(overlapping), _twins(sorted(pairs), held, prompts, index, spool, systems))
+
+
+def _twins(
+    pairs: list[tuple[int, int]],
+    held: Integers,
+    prompts: list[str],
+    index: HeldoutIndex,
+    spool: Spool,
+    systems: npt.NDArray[np.bool_],
+) -> PartialMatches:
+    """Those of the pairs (training row, held-out row) that are nearly one row; of each training row the nearest."""
+    place = {row: number for number, row in enumerate(held.tolist())}
+    twins: dict[int, tuple[int, float]] = {}
+    for start in range(0, len(pairs), PAIRS):
+        chosen = pairs[start : start + PAIRS]
+        rows = np.unique(np.array(chosen, np.int64))
+        texts = spool.conversations(rows)
+        replies = dict(zip(rows.tolist(), (reply_text(orjson.loads(text)) for text in texts), strict=True))
+        asked = dict(zip(rows.tolist(), _asked(texts, systems[rows]), strict=True))
+        for row, match in chosen:
+            number = place[match]
+            one, other = (asked[row], replies[row]), (prompts[number], replies[match])
+            agreed = are_twins(one, other, index.own_words(number))
+            if agreed is not None and (row not in twins or agreed > twins[row][1]):
+                twins[row] = (match, agreed)
+    return _matches([(row, *twin) for row, twin in sorted(twins.items())])
+
+
+def _matches(found: Sequence[tuple[int, int, float]]) -> PartialMatches:
+    rows, matches, shares = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [])
+    return PartialMatches(np.array(rows, np.int64), np.array(matches, np.int64), np.array(shares, np.float64))
 
 
 @dataclass(frozen=True)

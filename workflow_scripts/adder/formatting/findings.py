@@ -15,14 +15,17 @@ from adder.formatting import card_figures, deduplication
 from adder.formatting.accepted_rows import DUPLICATE, LEAKED, NEAR_DUPLICATE, AcceptedRows
 from adder.formatting.block_converter import HELDOUT, TRAIN, UNDECIDED
 from adder.formatting.deduplication import Matches, PartialMatches
-from adder.formatting.heldout_overlap import overlap_method
+from adder.formatting.heldout_overlap import NGRAM, overlap_method
 from adder.formatting.heldout_split import by_passages, choose_heldout
+from adder.formatting.heldout_twins import twin_method
 from adder.formatting.minhash import near_duplicate_method
 from adder.formatting.records import Duplicate, ExampleRow, Leak, NearDuplicate, Quality
+from adder.formatting.replies import ANSWERED
 from adder.formatting.spool import Spool
 from adder.formatting.stage import FormatSettings
 
-SAME, OVERLAP = "same prompt", "8-word overlap"  # how a training row leaked
+SAME, OVERLAP, TWIN = "same prompt", "8-word overlap", "nearly the same row"  # how a training row leaked
+FEW_ROWS, NEARLY_ALL = 10, 0.95  # of training rows, from which on a reply in its own prompt is worth a word
 FEW_LEAKS = 5  # rows that may be dropped of whatever few there are
 
 Integers = npt.NDArray[np.int64]
@@ -33,16 +36,29 @@ class Findings:
     """Rows found and what each matches.
 
     heldout_in_train: held-out rows that training rows asked too, as the data came. duplicates are dropped. leaks: the
-    same prompt as a held-out or test row's, dropped; overlap: a similar one; near: near-duplicates in training.
-    by_passage: whether rows of one passage were kept together.
+    same prompt as a held-out or test row's, dropped; overlap: a similar one; twins: nearly such a row; near:
+    near-duplicates in training. by_passage: whether rows of one passage were kept together. answered: how many of the
+    `asked` training rows have their own reply in their prompt.
     """
 
     heldout_in_train: int
     duplicates: Matches
     leaks: Matches
     overlap: PartialMatches
+    twins: PartialMatches
     near: PartialMatches
     by_passage: bool
+    answered: int
+    asked: int
+
+    def notes(self) -> list[str]:
+        """What a person should know of the rows before they are trained on."""
+        if self.asked < FEW_ROWS or self.answered < NEARLY_ALL * self.asked:
+            return []
+        return [
+            f"in {self.answered:,} of {self.asked:,} training rows the reply stands in its own prompt: unless it is to "
+            "be picked out of there (an extract, a choice), the model learns to copy, and the scores flatter it"
+        ]
 
 
 def decide(rows: AcceptedRows, spool: Spool, settings: FormatSettings, context: Context) -> Findings:
@@ -65,12 +81,17 @@ def decide(rows: AcceptedRows, spool: Spool, settings: FormatSettings, context: 
 
     leaks = deduplication.find_leaks(rows.split, rows.prompt)
     rows.split[leaks.rows] = LEAKED
-    overlap = near = PartialMatches(*_none(), np.zeros(0))
+    overlap = twins = near = PartialMatches(*_none(), np.zeros(0))
+    train = rows.are(TRAIN)
+    asks, answered = int(train.sum()), int((rows.reply[train] & ANSWERED).sum())
     if settings.overlap != "off":
-        overlap = deduplication.find_overlap(spool, rows.split, settings.overlap_share, context, rows.with_system)
+        signed = (rows.signatures, settings.near_duplicate_similarity) if settings.near_duplicates != "off" else None
+        overlap, twins = deduplication.find_overlap(
+            spool, rows.split, settings.overlap_share, context, rows.with_system, rows.reply, signed
+        )
         if settings.overlap == "drop":
-            rows.split[overlap.rows] = LEAKED
-    _refuse_many_leaks(rows, leaks, overlap, settings)
+            rows.split[overlap.rows] = rows.split[twins.rows] = LEAKED
+    _refuse_many_leaks(rows, leaks, overlap, twins, settings)
     if settings.near_duplicates != "off":
         context.progress.line("looking for near-duplicates")
         train = np.flatnonzero(rows.are(TRAIN))
@@ -78,10 +99,12 @@ def decide(rows: AcceptedRows, spool: Spool, settings: FormatSettings, context: 
         if settings.near_duplicates == "drop":
             rows.split[near.rows] = NEAR_DUPLICATE
     rows.signatures = rows.signatures[:0].copy()  # by far the largest of the arrays
-    return Findings(int(asked.sum()), duplicates, leaks, overlap, near, by_passage)
+    return Findings(int(asked.sum()), duplicates, leaks, overlap, twins, near, by_passage, answered, asks)
 
 
-def _refuse_many_leaks(rows: AcceptedRows, leaks: Matches, overlap: PartialMatches, settings: FormatSettings) -> None:
+def _refuse_many_leaks(
+    rows: AcceptedRows, leaks: Matches, overlap: PartialMatches, twins: PartialMatches, settings: FormatSettings
+) -> None:
     """Raise UserError where more training rows than settings.max_leaked would be dropped, saying which rule took them.
 
     Few rows are dropped whatever their share.
@@ -90,7 +113,9 @@ def _refuse_many_leaks(rows: AcceptedRows, leaks: Matches, overlap: PartialMatch
     total = dropped + int(rows.are(TRAIN).sum())
     if dropped <= max(FEW_LEAKS, settings.max_leaked * total):
         return
-    rules = {SAME: leaks, OVERLAP: overlap if settings.overlap == "drop" else PartialMatches(*_none(), np.zeros(0))}
+    rules: dict[str, Matches | PartialMatches] = {SAME: leaks}
+    if settings.overlap == "drop":
+        rules |= {OVERLAP: overlap, TWIN: twins}
     found = [f"{len(one.rows):,} by {name}" for name, one in rules.items() if len(one.rows)]
     first = next(one for one in rules.values() if len(one.rows))
     one, other = int(first.rows[0]), int(first.matches[0])
@@ -120,24 +145,26 @@ def write_findings(out: Path, rows: AcceptedRows, findings: Findings) -> None:
         for _, line in lines(findings.leaks):
             yield {**line, "how": SAME, "share": 1.0, "dropped": True}
 
-    def overlapping() -> Iterator[Leak]:
-        for (index, line), share in zip(lines(findings.overlap), findings.overlap.shares.tolist(), strict=True):
+    def overlapping(found: PartialMatches, how: str) -> Iterator[Leak]:
+        for (index, line), share in zip(lines(found), found.shares.tolist(), strict=True):
             dropped = bool(rows.split[index] == LEAKED)
-            yield {**line, "how": OVERLAP, "share": round(share, 4), "dropped": dropped}
+            yield {**line, "how": how, "share": round(share, 4), "dropped": dropped}
 
     write_jsonl(out / "duplicates.jsonl", (line for _, line in lines(findings.duplicates)))
     write_jsonl(out / "near_duplicates.jsonl", near_duplicates())
-    write_jsonl(out / "leaked.jsonl", chain(same(), overlapping()))
+    alike = chain(overlapping(findings.overlap, OVERLAP), overlapping(findings.twins, TWIN))
+    write_jsonl(out / "leaked.jsonl", chain(same(), alike))
 
 
 def quality(rows: AcceptedRows, spool: Spool, findings: Findings, settings: FormatSettings) -> Quality:
     """What was looked for, how, what was found, and a few examples side by side."""
-    near, overlap = findings.near, findings.overlap
-    # Overlap first: that two prompts are the same needs no example to be believed.
-    leaked = np.concatenate([overlap.rows, findings.leaks.rows])
-    matches = np.concatenate([overlap.matches, findings.leaks.matches])
-    shares = np.concatenate([overlap.shares, np.ones(len(findings.leaks.rows))]).tolist()
-    hows = [OVERLAP] * len(overlap.rows) + [SAME] * len(findings.leaks.rows)
+    near, overlap, twins = findings.near, findings.overlap, findings.twins
+    # That two prompts are the same needs no example to be believed: those come last.
+    leaked = np.concatenate([twins.rows, overlap.rows, findings.leaks.rows])
+    matches = np.concatenate([twins.matches, overlap.matches, findings.leaks.matches])
+    shares = np.concatenate([twins.shares, overlap.shares, np.ones(len(findings.leaks.rows))]).tolist()
+    hows = [TWIN] * len(twins.rows) + [OVERLAP] * len(overlap.rows) + [SAME] * len(findings.leaks.rows)
+    signed = None if settings.near_duplicates == "off" else settings.near_duplicate_similarity
     alike = _pairs(rows, spool, near.rows, near.matches)
     return {
         "duplicates": {
@@ -156,7 +183,8 @@ def quality(rows: AcceptedRows, spool: Spool, findings: Findings, settings: Form
         },
         "overlap": {
             "action": settings.overlap,
-            "method": overlap_method(settings.overlap_share),
+            "method": f"{overlap_method(settings.overlap_share)} {twin_method(signed)}",
+            "looked_for": _looked_for(settings),
             "share": settings.overlap_share,
             "found": len(leaked),
             "dropped": int((rows.split[leaked] == LEAKED).sum()),
@@ -166,6 +194,15 @@ def quality(rows: AcceptedRows, spool: Spool, findings: Findings, settings: Form
             ],
         },
     }
+
+
+def _looked_for(settings: FormatSettings) -> list[str]:
+    """What was looked for among training rows, as the report names it."""
+    found = ["equal prompts"]
+    if settings.overlap != "off":
+        found += [f"prompts with {NGRAM}-word sequences in common", "nearly equal prompts with the same reply"]
+        found += ["near-duplicates of whole rows"] if settings.near_duplicates != "off" else []
+    return found
 
 
 def _none() -> tuple[Integers, Integers]:

@@ -62,6 +62,7 @@ class HeldoutIndex:
         lengths = np.diff(offsets)
         self.shared = SharedWords(words, offsets)
         self._offsets, self._lengths = offsets, lengths
+        self._own = np.ones(len(words), bool)
         self._of = _distinct(words, offsets)  # equal prompts are one, named by the first
         self._tables = [self._table(words, offsets, length, lengths == length) for length in range(SHORTEST, NGRAM)]
         self._tables.append(self._table(words, offsets, NGRAM, lengths >= NGRAM))
@@ -69,7 +70,8 @@ class HeldoutIndex:
 
     def leave_out_shared(self) -> None:
         """Count from now on only words that the data counted by `self.shared` don't share."""
-        before = np.concatenate([[0], np.cumsum(self.shared.own())])
+        self._own = self.shared.own()
+        before = np.concatenate([[0], np.cumsum(self._own)])
         for table in self._tables:
             if table.length == NGRAM:
                 table.own(before, self._offsets[:-1])
@@ -82,6 +84,10 @@ class HeldoutIndex:
             hashes, first = sequences.of(table.length)
             touched.append(sequences.texts(first[table.find(hashes)[0]]))
         return self.shared.look_at(sequences), np.unique(np.concatenate(touched))
+
+    def own_words(self, prompt: int) -> npt.NDArray[np.bool_]:
+        """Which words of a held-out prompt are its own, bool (words,)."""
+        return self._own[self._offsets[prompt] : self._offsets[prompt + 1]]
 
     def overlaps(self, texts: Sequence[str]) -> list[tuple[int, float] | None]:
         """For each training prompt the held-out prompt (its index) with the largest share above the limit, and that

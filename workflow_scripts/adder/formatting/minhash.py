@@ -163,12 +163,18 @@ def _buckets(signatures: Signatures, bands: int, rows: int) -> tuple[npt.NDArray
     return buckets, count
 
 
-def _shared_keys(signatures: Signatures) -> tuple[Integers, npt.NDArray[np.int32]]:
-    """The rows whose bytes others have too, uint8 (n, places) in all, and from 0 on the number of what they share."""
+def band_keys(signatures: Signatures) -> Hashes:
+    """One number for each row's bytes of a band, uint8 (n, places): equal where the bytes are; uint64 (n,)."""
     keys = np.empty(len(signatures), np.uint64)
     for start in range(0, len(signatures), CHUNK):  # each row's bytes of a band are read at once
         part = signatures[start : start + CHUNK]
         keys[start : start + CHUNK] = part.astype(np.uint64) @ PLACES[: part.shape[1]]
+    return keys
+
+
+def _shared_keys(signatures: Signatures) -> tuple[Integers, npt.NDArray[np.int32]]:
+    """The rows whose bytes others have too, uint8 (n, places) in all, and from 0 on the number of what they share."""
+    keys = band_keys(signatures)
     order = np.argsort(keys)
     keys = keys[order]
     new = np.concatenate([[True], keys[1:] != keys[:-1]])

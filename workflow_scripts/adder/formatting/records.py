@@ -112,6 +112,7 @@ class OverlapFindings(TypedDict):
 
     action: Literal["drop", "report", "off"]
     method: str
+    looked_for: list[str]
     share: float
     found: int
     dropped: int

@@ -140,6 +140,8 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
 
     own_sources = not rows.are(UNDECIDED).any()
     findings = decide(rows, spool, settings, context)
+    for note in findings.notes():
+        context.progress.say(f"warning: {note}")
     copies = _weigh(rows, np.array([readings[name]["weight"] for name in rows.sources]))
     by_source = _count(rows, rejects, survey)
     counts = _total(by_source)
@@ -172,7 +174,7 @@ def run(settings: FormatSettings, inputs: FormatInputs, out: Path, context: Cont
         "columns": columns.result(),
         "quality": quality(rows, spool, findings, settings),
         "split": split,
-        "notes": [*column_notes, *notes],
+        "notes": [*column_notes, *notes, *findings.notes()],
         **train.figures.result(),
     }
     write_json(out / "card.json", card)
@@ -372,6 +374,7 @@ def _accepted_rows(blocks: list[RecordBlock], rules: ConversionRules, spool: Spo
         digest=np.empty(accepted, np.uint64),
         prompt=np.empty(accepted, np.uint64),
         passage=np.empty(0, np.uint64),
+        reply=np.empty(accepted, np.uint64),
         value=np.empty(accepted, np.uint64) if rules.value_column else None,
         signatures=np.empty((accepted if rules.sign else 0, minhash.PERMUTATIONS), np.uint8),
     )
@@ -386,6 +389,7 @@ def _accepted_rows(blocks: list[RecordBlock], rules: ConversionRules, spool: Spo
         rows.row[own] = found["row"] + block.first_row
         rows.split[own] = SPLITS[block.split]
         rows.digest[own], rows.prompt[own], system[own] = found["digest"], found["prompt"], found["system"]
+        rows.reply[own] = found["reply"]
         lines[own] = found["lines"].view(np.uint64)
         if rows.value is not None:
             rows.value[own] = found["value"]

@@ -1,0 +1,105 @@
+"""Training rows that are a held-out row with a few words changed: nearly the same prompt, nearly the same reply.
+
+The 8-word sequences of `heldout_overlap` miss a short prompt of which one word is another, and a whole row's similarity
+misses it where its words are few. Candidates are pairs of rows with the same reply, where few rows have it, and pairs
+whose MinHash signatures are alike; a candidate counts where both texts, aligned word by word, agree.
+"""
+
+import difflib
+
+import numpy as np
+import numpy.typing as npt
+
+from adder.formatting.minhash import MOST_COMPARED, Signatures, band_keys, band_shape, estimated_similarity
+from adder.formatting.replies import ANSWERED
+from adder.formatting.words import hash_words
+
+Hashes = npt.NDArray[np.uint64]
+Integers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+FEW = 4  # rows on a side that may have one reply, for it to tell a row; "yes" or a label is many rows'
+ALIKE_PROMPT = 0.7  # of the held-out prompt's own words, in their order
+ALIKE_REPLY = 0.5  # of both replies' words, in their order
+MOST_WORDS = 600  # of a text that are aligned: that is quadratic at worst
+
+
+def twin_method(similarity: float | None) -> str:
+    """How nearly equal rows are found, as a sentence for people. `similarity`: None where rows are not signed."""
+    signed = (
+        f", or at least {100 * similarity:g} % of the 3-word sequences of both rows (MinHash)"
+        if similarity is not None
+        else ""
+    )
+    return (
+        f"A training row is nearly a held-out row where they share a reply that at most {FEW} rows on a side have"
+        f"{signed}, and where at least {100 * ALIKE_PROMPT:g} % of the held-out prompt's own words and "
+        f"{100 * ALIKE_REPLY:g} % of the replies' words agree in order."
+    )
+
+
+def same_reply_pairs(train: Hashes, held: Hashes) -> list[tuple[int, int]]:
+    """Pairs (index in `train`, index in `held`) of equal replies that few rows on either side have; `train`, `held`:
+    their keys, 0 for an empty one.
+    """
+    train, held = train & ~ANSWERED, held & ~ANSWERED
+    values, first, counts = np.unique(held, return_index=True, return_counts=True)
+    order = np.argsort(held, kind="stable")
+    starts = np.cumsum(counts) - counts
+    place = np.minimum(np.searchsorted(values, train), max(len(values) - 1, 0))
+    hits = np.flatnonzero((values[place] == train) & (train != 0)) if len(values) else np.empty(0, np.int64)
+    often = np.bincount(place[hits], minlength=len(first)) if len(hits) else np.zeros(len(first), np.int64)
+    pairs: list[tuple[int, int]] = []
+    for index in hits.tolist():
+        value = int(place[index])
+        if often[value] <= FEW and counts[value] <= FEW:
+            pairs += [(index, int(one)) for one in order[starts[value] : starts[value] + counts[value]]]
+    return pairs
+
+
+def similar_pairs(signatures: Signatures, train: Integers, held: Integers, similarity: float) -> list[tuple[int, int]]:
+    """Pairs (row of `train`, row of `held`) with an estimated similarity of at least `similarity`.
+
+    `signatures`: uint8 (all rows, PERMUTATIONS). Of a bucket's held-out rows the first MOST_COMPARED are compared.
+    """
+    bands, width = band_shape(similarity)
+    pairs: set[tuple[int, int]] = set()
+    for band in range(bands if len(train) and len(held) else 0):
+        own = slice(band * width, (band + 1) * width)
+        keys, of = band_keys(signatures[held, own]), band_keys(signatures[train, own])
+        order = np.argsort(keys, kind="stable")
+        low = np.searchsorted(keys[order], of, side="left")
+        high = np.searchsorted(keys[order], of, side="right")
+        for index in np.flatnonzero(high > low).tolist():
+            for one in order[low[index] : min(high[index], low[index] + MOST_COMPARED)].tolist():
+                pairs.add((int(train[index]), int(held[one])))
+    return [
+        pair for pair in sorted(pairs) if estimated_similarity(signatures[pair[0]], signatures[pair[1]]) >= similarity
+    ]
+
+
+def agreement(train: str, held: str, own: Mask | None = None) -> float:
+    """The share of the held-out text's words that the training text has in the same order; of its `own` words if any.
+
+    own: bool (words of `held`,), as `hash_words` finds them. Two empty texts agree.
+    """
+    one, other = (hash_words([text])[0][:MOST_WORDS].tolist() for text in (train, held))
+    counted = np.ones(len(other), bool) if own is None or not own[: len(other)].any() else own[: len(other)]
+    if not len(other):
+        return float(not one)
+    matched = np.zeros(len(other), bool)
+    for _, start, size in difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks():
+        matched[start : start + size] = True
+    # Words that only the training text has weigh as those that only the other one has: it may be a longer request.
+    more = max(0, len(one) - len(other))
+    return float((matched & counted).sum() / (counted.sum() + more))
+
+
+def are_twins(train: tuple[str, str], held: tuple[str, str], own: Mask) -> float | None:
+    """How far the prompts of two (prompt, reply) agree, where they are nearly one row; None where they aren't.
+
+    A held-out row without a reply, such as one of a protected test set, goes by its prompt alone.
+    """
+    prompt = agreement(train[0], held[0], own)
+    replies = min(agreement(train[1], held[1]), agreement(held[1], train[1])) if held[1] else 1.0
+    return prompt if prompt >= ALIKE_PROMPT and replies >= ALIKE_REPLY else None
