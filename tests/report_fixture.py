@@ -337,6 +337,8 @@ def quality_figures(bad: str) -> dict[str, Any]:
         },
         "overlap": {
             "action": "drop", "method": overlap_method(0.5), "share": 0.5, "found": 6, "dropped": 6,
+            "looked_for": ["equal prompts", "prompts with 8-word sequences in common",
+                           "nearly equal prompts with the same reply", "near-duplicates of whole rows"],
             "examples": [overlap, same],
         },
     }  # fmt: skip
@@ -524,6 +526,7 @@ def preflight(course: str, hostile: bool) -> dict[str, Any]:
         },
         "tokens": 251, "labelled": 99, "labelled_share": 99 / 251, "base_loss": 2.21, "ln_vocabulary": math.log(49_152),
         "trainable_parameters": 4_884_480, "gradient_norm": 2.4, "layers": 210, "layers_without_gradient": dead,
+        "untrained_tokens": [],
         "disk": {
             "checkpoints": {"needed_bytes": 175_841_280, "free_bytes": 61_200_000_000},
             "merged_model": {"needed_bytes": 269_030_016, "free_bytes": 61_200_000_000},

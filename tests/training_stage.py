@@ -22,6 +22,7 @@ FIGURES: PreflightFigures = {
     "gradient_norm": 1.0,
     "layers": 14,
     "layers_without_gradient": [],
+    "untrained_tokens": [],
     "disk": {name: {"needed_bytes": 1, "free_bytes": 10} for name in ("checkpoints", "merged_model")},
     "seconds": 0.1,
     "estimated_seconds": 3,

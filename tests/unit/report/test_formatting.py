@@ -34,3 +34,20 @@ def test_what_stages_write_has_the_signs_of_the_figures_beside_it(tmp_path):
     words = page_of(make_again(tmp_path, settings, inputs)).words
     assert "differ by −0.0038 (95 % interval −0.0049 to +0.0002)" in words and "un-2 and 1e-05" in words
     assert formatting.cell(("loss", -3)) == "−3"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/anna/data/a.jsonl", "a.jsonl"),
+        ("~/base", "base"),
+        ("../x/y/", "y"),
+        (r"C:\\Users\\Anna\\m", "m"),
+        ("org/base", "org/base"),
+        ("https://host/v1/models", "https://host/v1/models"),
+        ("3/4 and and/or", "3/4 and and/or"),
+        ("merged into /a/b, checked", "merged into b, checked"),
+    ],
+)
+def test_local_paths_are_named_without_their_folders(text, shown):
+    assert formatting.public(text) == shown

@@ -242,3 +242,25 @@ def test_a_training_that_went_on_from_an_adapter_says_so(tmp_path):
     card, facts, _ = make(tmp_path, change=going_on)
     assert "| Goes on from | org/first |" in card
     assert dict(about(write_stage_folders(tmp_path / "again")[0], facts))["Method"].endswith("going on from org/first")
+
+
+def test_a_source_with_a_share_held_out_is_named_and_makes_no_language(tmp_path):
+    """Its rows are trained on and held out alike: `split` is null."""
+
+    def shared(facts):
+        facts.data[:] = [{**source, "split": None} for source in facts.data[1:3]]
+
+    card, _, _ = make(tmp_path, "hub", change=shared)
+    data = ModelCard(card).data
+    assert data.language is None and data.datasets == ["example/support-chats"]
+    assert "training and held out" in card and "support-chats" in card.split("What it was made from")[1]
+    assert "held-out rows of support-chats, notes" in card
+
+
+def test_a_card_tells_no_paths_of_this_machine(tmp_path):
+    def local(facts):
+        facts.model.update({"source": "/home/anna/models/base-7b", "kind": "directory"})
+        facts.data[0] |= {"name": "/home/anna/data/tickets.jsonl", "path": "/home/anna/data/tickets.jsonl"}
+
+    card, _, _ = make(tmp_path, change=local)
+    assert "/home" not in card and "anna" not in card and "base-7b" in card and "tickets.jsonl" in card

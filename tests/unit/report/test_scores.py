@@ -41,14 +41,19 @@ def test_a_task_may_call_its_score_as_a_held_out_one_is_called():
     assert row["verdict"] == "better" and row["difference"]["value"] == pytest.approx(-0.1)
 
 
+def loss_of(rows):
+    sums = scores.sums("loss", rows)
+    return sums.tops.sum() / sums.bottoms.sum()
+
+
 def test_a_row_without_labelled_tokens_weighs_nothing_in_the_loss():
     rows = [{"loss": 1.0, "labelled_tokens": 30}, {"loss": 0.0, "labelled_tokens": 0}]
-    assert scores.per_row("loss", rows).mean() == pytest.approx(1.0)
+    assert loss_of(rows) == pytest.approx(1.0)
 
 
 def test_loss_counts_each_row_by_its_tokens():
     rows = [{"loss": 1.0, "labelled_tokens": 30}, {"loss": 4.0, "labelled_tokens": 10}]
-    assert scores.per_row("loss", rows).mean() == pytest.approx((30 + 40) / 40)
+    assert loss_of(rows) == pytest.approx((30 + 40) / 40)
 
 
 def test_rows_in_groups_are_less_sure_and_the_page_says_so(tmp_path):

@@ -328,3 +328,28 @@ def test_a_merge_that_compares_candidates_as_files_has_room_for_both(monkeypatch
     assert preflight.merged_copies(61, "qlora", "cuda", "bfloat16") == 2
     assert preflight.merged_copies(31, "qlora", "cpu", "float32") == 2
     assert preflight.merged_copies(61, "lora", "cuda", "bfloat16") == 1
+
+
+@pytest.mark.parametrize("kind", ["zero", "equal", "mean"])
+def test_control_tokens_that_nobody_trained_are_named(tiny_model_dir, tmp_path, disk, kind):
+    """As libraries make them where a template's tokens are added to a model that never saw them."""
+    tokenizer = tiny_tokenizer()
+    first, second = tokenizer.all_special_ids[:2]
+    row = token_row(1, 40)
+    row["input_ids"][:2] = [first, second]
+
+    def spoil(weights):
+        name = next(name for name in weights if "embed_tokens" in name or "wte" in name)
+        table = weights[name].float()
+        spoilt = {"zero": torch.zeros_like(table[0]), "equal": table[second], "mean": table.mean(0)}
+        table[first] = spoilt[kind]
+        weights[name] = table.to(weights[name].dtype)
+
+    model = changed(tiny_model_dir, tmp_path, spoil)
+    found = check(model, disk, pack_of(row))["untrained_tokens"]
+    # The second one pads too, so that torch has it at zero: by itself it is no finding.
+    assert found == sorted(tokenizer.convert_ids_to_tokens([first, second]), key=tokenizer.convert_tokens_to_ids)
+    assert "never trained on control tokens" in " ".join(warnings_of(check(model, disk, pack_of(row))))
+    # Where they are trained, and in a base that knows its tokens, there is nothing to say.
+    assert check(load(tmp_path / "changed", "full"), disk, pack_of(row), method="full")["untrained_tokens"] == []
+    assert check(load(tiny_model_dir), disk, pack_of(row))["untrained_tokens"] == []

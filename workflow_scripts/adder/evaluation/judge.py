@@ -38,6 +38,7 @@ RETRIES = 7
 TIMEOUT = openai.Timeout(120, connect=10)  # seconds between two bytes of the answer, and to connect
 MOST_FAILED = 0.2  # of the pairs: with more, those that are left aren't the sample that was drawn
 BUSY = (408, 409, 429)  # and all from 500 on: what the client tries again
+SMALLEST_DIFFERENCE = 0.02  # of the shares of wins and of losses that matters: a point of the win rate
 FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
 
 INSTRUCTIONS = """\
@@ -376,7 +377,7 @@ def summarise(judgements: Sequence[Judgement]) -> JudgeFigures:
             "stderr": found["stderr"] / 2,
         },
         "p": found["p"],
-        "verdict": intervals.word(found, higher_is_better=True),
+        "verdict": intervals.word(found, higher_is_better=True, smallest=SMALLEST_DIFFERENCE),
         "sentence": "",
     }
     facts["sentence"] = _sentence(facts)
@@ -388,6 +389,7 @@ def _sentence(facts: JudgeFigures) -> str:
     start = {
         "better": "The judge finds the tuned model's replies better than the base's",
         "worse": "The judge finds the tuned model's replies worse than the base's",
+        "no difference": "The judge finds no difference that matters between the models' replies",
         "can't tell": "Can't tell from the judge which model replies better",
     }[facts["verdict"]]
     text = (

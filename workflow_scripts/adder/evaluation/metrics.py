@@ -50,6 +50,7 @@ class Score:
     better: which way is better.
     meaning: what it is, as a fragment of a sentence.
     hub: what the Hugging Face hub calls it.
+    smallest_difference: below which a difference between two models doesn't matter, unless the settings say otherwise.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Score:
     better: Literal["higher", "lower"]
     meaning: str
     hub: str
+    smallest_difference: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class RatioScore(Score):
     exponential_of: str | None
 
 
+ANSWERS = {"final_answer": "answer", "final_answer_comma": "answer, with decimal commas"}
+SMALLEST_DIFFERENCE = 0.01  # a point, or a hundredth of a nat, which is a percent of a perplexity
 SCORES: dict[str, ReplyScore | RatioScore] = {}
 OfReply = TypeVar("OfReply", bound=Callable[[str, str], float])
 OfRow = TypeVar("OfRow", bound=Parts)
@@ -107,6 +111,7 @@ def reply_score(
     zero_or_one: bool = False,
     form: str | None = None,
     auto: bool = False,
+    smallest_difference: float = SMALLEST_DIFFERENCE,
 ) -> Callable[[OfReply], OfReply]:
     """Register a function of (reference, reply) as a score that bears its name."""
 
@@ -121,6 +126,7 @@ def reply_score(
             better="higher",
             meaning=_meaning(function),
             hub=hub or name,
+            smallest_difference=smallest_difference,
             of_reply=function,
             zero_or_one=zero_or_one,
             form=form,
@@ -141,6 +147,7 @@ def ratio_score(
     of_replies: bool = True,
     form: str | None = None,
     exponential_of: str | None = None,
+    smallest_difference: float = SMALLEST_DIFFERENCE,
 ) -> Callable[[OfRow], OfRow]:
     """Register a function of a row, to (numerator, denominator), as a score that bears its name.
 
@@ -158,6 +165,7 @@ def ratio_score(
             better=better,
             meaning=_meaning(function),
             hub=hub or name,
+            smallest_difference=smallest_difference,
             parts=function,
             of_replies=of_replies,
             form=form,
@@ -236,15 +244,16 @@ def _for_any_reference() -> list[str]:
 def choose_metrics(references: Sequence[str], wanted: Literal["auto"] | Sequence[str] = "auto") -> Choice:
     """Choose how replies are scored: a list of `metric_names`.
 
-    exact_match is always there; with "json" it compares objects, with "final_answer" the numbers behind "####". Raises
-    UserError where a metric is asked for that a reference has no form for.
+    exact_match is always there; with "json" it compares objects, with "final_answer" what stands behind "####", and
+    with "final_answer_comma" so too, where numbers have decimal commas. Raises UserError where a metric is asked for
+    that a reference has no form for.
     """
     if wanted == "auto":
         kind = choose_kind(references)
         if kind == "json":
             return Choice(["exact_match", "json"], "every reference is a JSON object")
-        if kind == "final_answer":
-            return Choice(["exact_match", "final_answer"], 'every reference ends in "#### number"')
+        if kind in ANSWERS:
+            return Choice(["exact_match", kind], f'every reference ends in "#### {ANSWERS[kind]}"')
         for_text = [name for name, score in SCORES.items() if isinstance(score, ReplyScore) and score.auto]
         return Choice(["exact_match", *for_text], "the references are free text")
     for name in wanted:
@@ -258,7 +267,7 @@ def choose_metrics(references: Sequence[str], wanted: Literal["auto"] | Sequence
 
 
 def kind_of(metrics: Sequence[str]) -> str:
-    """What exact_match compares under these metrics: "json", "final_answer" or "text"."""
+    """What exact_match compares under these metrics: a name of FORMS."""
     return next((name for name in FORMS if name in metrics), "text")
 
 
@@ -270,3 +279,16 @@ def score_reply(metrics: Sequence[str], reference: str, reply: str) -> dict[str,
         if isinstance(score, ReplyScore) and name != "exact_match" and (name in metrics or score.form == kind):
             scores[name] = score.of_reply(reference, reply)
     return scores
+
+
+def smallest_differences() -> dict[str, float]:
+    """The smallest difference that matters, by score, unless settings say otherwise; `task` is for shares in tasks.
+
+    A score that is another one's exponential goes by that one's.
+    """
+    own = {
+        name: score.smallest_difference
+        for name, score in SCORES.items()
+        if isinstance(score, ReplyScore) or not score.exponential_of
+    }
+    return {**own, "task": SMALLEST_DIFFERENCE}

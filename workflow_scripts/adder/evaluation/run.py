@@ -17,6 +17,8 @@ from adder.core.files import read_json, write_json, write_jsonl
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
 from adder.evaluation import generation, metrics, speculative_decoding
+from adder.evaluation.degenerate_replies import find_faults
+from adder.evaluation.degenerate_replies import in_words as faults_in_words
 from adder.evaluation.heldout_loss import row_losses
 from adder.evaluation.heldout_rows import HeldoutRow, load_rows
 from adder.evaluation.json_fields import compare_fields, field_table
@@ -29,6 +31,7 @@ from adder.evaluation.stage import EvaluateSettings
 from adder.tokenization.records import TokenizeRecord
 
 SUMMARY = ("loss", "perplexity", "exact_match")
+LEAST_FAULTY = 0.05  # of the replies: fewer that are cut off, empty or repeat happen to a good model
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,34 @@ def run(settings: EvaluateSettings, inputs: EvaluateInputs, out: Path, context: 
     write_json(out / "scores.json", scores)
     write_jsonl(out / "samples.jsonl", samples)
     summary = {name: scores["heldout"][name]["value"] for name in SUMMARY if name in scores["heldout"]}
-    progress.say(f"the {which} model: {', '.join(in_words(*item) for item in summary.items())}")
+    shown = summarised(scores["heldout"], kind)
+    say_faults(samples, which, progress)
+    progress.say(f"the {which} model: {', '.join(in_words(*item) for item in shown.items())}")
     return cast(EvaluateSummary, summary)
+
+
+def summarised(heldout: Mapping[str, Any], kind: str) -> dict[str, float]:
+    """The scores that the terminal shows: of free text, of which hardly a reply is word for word its reference, those
+    that go by words and letters too, and exact matches only where there are any.
+    """
+    text = [name for name, score in metrics.SCORES.items() if isinstance(score, metrics.ReplyScore) and score.auto]
+    names = [*SUMMARY, *(text if kind == "text" else ())]
+    found = {name: heldout[name]["value"] for name in names if name in heldout}
+    if not found.get("exact_match") and any(name in found for name in text):
+        found.pop("exact_match", None)
+    return found
+
+
+def say_faults(samples: Sequence[SampleRecord], which: str, progress: Progress) -> None:
+    """Warn of replies that are none, whatever the loss."""
+    asked = [(sample, reply) for sample in samples if (reply := sample["reply"]) is not None]
+    faults = find_faults(
+        [reply for _, reply in asked],
+        [sample["reference"] for sample, _ in asked],
+        [not sample.get("truncated", False) for sample, _ in asked],
+    )
+    for line in faults_in_words(faults, LEAST_FAULTY):
+        progress.say(f"warning: the {which} model: {line}")
 
 
 def in_words(name: str, value: float) -> str:
@@ -293,13 +322,13 @@ def summarise(samples: Sequence[SampleRecord]) -> dict[str, Any]:
         clusters = intervals.clusters_of(rows)
         if isinstance(score, metrics.ReplyScore):
             if rows and name in rows[0]:
-                average = intervals.proportion if score.zero_or_one else intervals.mean
-                scores[name] = average([row[name] for row in rows], clusters)
+                scores[name] = intervals.mean([row[name] for row in rows], clusters, "share")
         elif score.exponential_of:
             scores[name] = intervals.perplexity(scores[score.exponential_of])
         elif rows and (score.form is None or "fields" in rows[0]):
             parts = [score.parts(cast(metrics.ScoredRow, row)) for row in rows]
-            scores[name] = intervals.ratio([top for top, _ in parts], [bottom for _, bottom in parts], clusters)
+            scale = "share" if score.is_share else "positive"
+            scores[name] = intervals.ratio([top for top, _ in parts], [bottom for _, bottom in parts], clusters, scale)
     fields = [sample["fields"] for sample in asked if "fields" in sample]
     if fields:
         scores["fields"] = field_table(fields)

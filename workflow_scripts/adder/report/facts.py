@@ -5,7 +5,7 @@ RunFacts; what other stages show is in `other`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,14 +17,17 @@ from adder.core.files import read_json, read_jsonl
 from adder.core.stage_record import StageRecord
 from adder.data.model_types import ModelRecord
 from adder.data.records import SourceRecord
+from adder.evaluation.degenerate_replies import ReplyFaults, find_faults
 from adder.evaluation.records import Judgement, JudgeRecord, SampleRecord, ScoresRecord
 from adder.evaluation.tasks.records import TaskSample, TaskScoresRecord
 from adder.formatting.records import Card, Reject
 from adder.merging.records import ProofRecord
 from adder.packing.records import LengthsRecord
+from adder.report.doubts import Doubt, find_doubts
 from adder.tokenization.records import TokenizeRecord
 from adder.training.monitoring import doctor, preflight_warnings
 from adder.training.monitoring.advice import advise
+from adder.training.monitoring.reply_symptoms import reply_symptoms
 from adder.training.monitoring.symptoms import Diagnosis
 from adder.training.records import MetricsRow, SampleRow, TrainingFacts, TrainRecord
 from adder.training.stage import TrainSettings
@@ -82,7 +85,8 @@ class RunFacts:
     folders and records (stage.json): of each stage, in the order in which a reader follows a run. rejects: the first
     rows that can't be used. curve: metrics of the training, a row a step or evaluation. sampled: replies on the way.
     diagnoses, advice, preflight_warnings: what doctor, advice and preflight say of the training, judged anew by what it
-    left. samples: replies of base and tuned to the held-out rows. judge: None without one. other: what further
+    left, and by the tuned model's replies. samples: replies of base and tuned to the held-out rows. faults: of the
+    tuned replies. doubts: what stands against a good verdict. judge: None without one. other: what further
     stages show, {stage: {name: content}}.
     """
 
@@ -105,6 +109,8 @@ class RunFacts:
     base: ScoresRecord
     tuned: ScoresRecord
     samples: list[PairedSample]
+    faults: ReplyFaults
+    doubts: list[Doubt]
     tasks: list[TaskFacts]
     judge: JudgeRecord | None
     judgements: list[Judgement]
@@ -132,13 +138,19 @@ def load(inputs: Mapping[str, Path], shows: Shows) -> RunFacts:
         raise UserError(f"report: {folders['train']} has nothing to judge the training by; an older version wrote it")
     settings = TrainSettings.model_validate(records["train"]["settings"])
     training = TrainingFacts(**train["facts"])
+    samples: list[PairedSample] = paired_samples(
+        shown.path("evaluate_base", "samples"), shown.path("evaluate_tuned", "samples")
+    )
+    faults = reply_faults([sample.tuned for sample in samples])
+    diagnoses = with_replies(doctor.diagnose(curve, sampled, training, settings), faults)
+    card: Card = shown.json("format", "format")
     tasks = 1 + max((int(match[2]) for stage in folders if (match := TASK.fullmatch(stage))), default=-1)
     return RunFacts(
         folders=folders,
         records=records,
         model=shown.json("model", "model"),
         data=shown.json("data", "data"),
-        format=shown.json("format", "format"),
+        format=card,
         rejects=list(islice(shown.lines("format", "rejects"), SHOWN_REJECTS)),
         tokenize=shown.json("tokenize", "tokenize"),
         lengths=shown.json("lengths", "lengths"),
@@ -146,13 +158,15 @@ def load(inputs: Mapping[str, Path], shows: Shows) -> RunFacts:
         plan=plan,
         curve=curve,
         sampled=sampled,
-        diagnoses=doctor.diagnose(curve, sampled, training, settings),
+        diagnoses=diagnoses,
         advice=advise(settings, training),
         preflight_warnings=preflight_warnings.warnings(train["preflight"], plan),
         merge=shown.json("merge", "merge"),
         base=shown.json("evaluate_base", "evaluate"),
         tuned=shown.json("evaluate_tuned", "evaluate"),
-        samples=paired_samples(shown.path("evaluate_base", "samples"), shown.path("evaluate_tuned", "samples")),
+        samples=samples,
+        faults=faults,
+        doubts=find_doubts(diagnoses, faults, card["quality"]["overlap"]),
         tasks=[_task(number, shown) for number in range(tasks)],
         judge=shown.json("judge", "judge") if "judge" in folders else None,
         judgements=list(shown.lines("judge", "judgements")) if "judge" in folders else [],
@@ -174,6 +188,20 @@ def paired_samples(base: Path, tuned: Path) -> list[Paired[Any]]:
             f"{len(apart)} stand in just one of them, such as {apart[0]}"
         )
     return [Paired(id_, base_rows[id_], row) for id_, row in tuned_rows.items()]
+
+
+def reply_faults(samples: Sequence[SampleRecord]) -> ReplyFaults:
+    """What is wrong with a model's replies, whatever their scores; texts without a prompt have none."""
+    asked = [(sample, reply) for sample in samples if (reply := sample["reply"]) is not None]
+    ended = [not sample.get("truncated", False) for sample, _ in asked]
+    return find_faults([reply for _, reply in asked], [sample["reference"] for sample, _ in asked], ended)
+
+
+def with_replies(diagnoses: Sequence[Diagnosis], faults: ReplyFaults) -> list[Diagnosis]:
+    """The training's diagnoses, those of sampled replies replaced by those of all held-out ones."""
+    found = reply_symptoms(faults, None, "tuned replies to held-out rows")
+    names = {one["name"] for one in found}
+    return [one for one in diagnoses if one["name"] not in names] + found
 
 
 @dataclass(frozen=True)

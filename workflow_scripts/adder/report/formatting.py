@@ -153,3 +153,12 @@ FILTERS = {
     "short": short, "heading": heading, "moment": moment,
     "sentence": sentence, "prose": prose,
 }  # fmt: skip
+
+
+# What is a file or folder of this machine: an absolute path, one from home or from here, or one of Windows.
+LOCAL_PATH = re.compile(r"(?<![\w:/.])(?:~?/|\.{1,2}/|[A-Za-z]:\\)[^\s,;:|`'\")\]]+")
+
+
+def public(value: object) -> str:
+    """A text in which local paths are just the names of what they lead to: for what is uploaded."""
+    return LOCAL_PATH.sub(lambda path: re.split(r"[/\\]", path.group().rstrip("/\\"))[-1] or "…", str(value))

@@ -4,7 +4,6 @@ It says what the model was made from, how, and what was measured of it, and no m
 settings or file names is escaped.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,12 +15,12 @@ from adder.evaluation.metrics import SCORES
 from adder.report import regression_guard
 from adder.report.data_card import fenced, table, text
 from adder.report.facts import RunFacts
-from adder.report.formatting import number, percent, sentence, setting
+from adder.report.formatting import number, percent, public, sentence, setting
 from adder.report.resolved_settings import resolve, title
 from adder.report.run_metrics import Metrics
+from adder.report.sections.data_section import USES
 from adder.report.sections.evaluation_section import ComparedRow, compared_row, compared_score, is_share
 from adder.report.stage import ReportSettings
-from adder.tokenization.records import Token, TokenizeRecord
 
 Resolved = Mapping[str, Any]
 """The value of every setting, by its path."""
@@ -40,6 +39,8 @@ LICENSES = frozenset(
 )
 # Settings that make the model what it is; those of the evaluation stand with the scores, the data in a table.
 MAKING = ("format", "tokenize", "lengths", "train", "merge")
+# Of a source's split: without one, a share of its rows is held out and the others are trained on.
+TRAINED = ("train", None)
 ADAPTERS = {"qlora": "LoRA on the base quantised to NF4", "lora": "LoRA", "full": "training of all weights"}
 
 
@@ -53,7 +54,7 @@ def model_card(settings: ReportSettings, facts: RunFacts, metrics: Metrics) -> s
     sections = [
         f"# {text(name)}",
         f"**{text(metrics['verdict']['sentence'])}**",
-        f"A {text(_method(chosen))} of {text(facts.model['source'])}, made and measured with Adder.",
+        f"A {text(_method(chosen))} of {text(public(facts.model['source']))}, made and measured with Adder.",
         "## How to use it",
         *_usage(facts, chosen),
         "## What it was made from",
@@ -77,10 +78,10 @@ def front_matter(name: str, facts: RunFacts, chosen: Resolved, metrics: Metrics)
     if model["kind"] == "hub":
         head |= {"base_model": model["source"], "base_model_relation": "finetune"}
     head |= _license(model["license"])
-    trained = [source for source in facts.data if source["split"] == "train"]
+    trained = [source for source in facts.data if source["split"] in TRAINED]
     if datasets := sorted({source["hub"]["id"] for source in trained if "hub" in source}):
         head["datasets"] = datasets
-    if all(source["kind"] == "builtin" for source in trained):
+    if trained and all(source["kind"] == "builtin" for source in trained):
         head["language"] = ["en"]  # of other data nobody said
     kinds = {"qlora": ["lora", "qlora"], "lora": ["lora"]}.get(method or "", [])
     kinds += ["dora"] if kinds and chosen.get("train.use_dora") else []
@@ -101,9 +102,8 @@ def _license(stated: str | None) -> dict[str, str]:
 
 def _results(facts: RunFacts, metrics: Metrics) -> list[dict[str, Any]]:
     """The tuned model's scores as the hub's model-index has them."""
-    heldout = [source for source in facts.data if source["split"] == "heldout"]
-    sources = heldout or [source for source in facts.data if source["split"] == "train"]
-    names = list(dict.fromkeys(str(source["name"]) for source in sources))
+    sources = [source for source in facts.data if source["split"] in ("heldout", None)]
+    names = list(dict.fromkeys(public(source["name"]) for source in sources))
     hub = {source["hub"]["id"] for source in sources if "hub" in source}
     dataset = {
         "name": f"held-out rows of {', '.join(names)}",
@@ -184,27 +184,19 @@ def _advice(facts: RunFacts, system: str | None) -> list[str]:
     return found
 
 
-def _ends(tokenize: TokenizeRecord) -> list[Token]:
-    """What ends a reply, the usual end first."""
-    return [tokenize["end_of_turn"], *tokenize["reply_ends"]]
-
-
 def _origin(facts: RunFacts, chosen: Resolved) -> str:
     model, tokenize = facts.model, facts.tokenize
     train = tokenize["counts"]["train"]
-    unit = "examples" if train["split"] else "conversations"
     base = f"[{text(model['source'])}](https://huggingface.co/{model['source']})"
     rows = [
-        ("Base model", base if model["kind"] == "hub" else text(model["source"])),
+        ("Base model", base if model["kind"] == "hub" else text(public(model["source"]))),
         ("Its revision", text(model["revision"] or "none: it has no versions")),
         ("Its licence", text(model["license"] or "not stated")),
         ("Its parameters", f"{model['parameters']:,}"),
         ("Method", text(_details(chosen))),
-        ("Trained on", f"{train['examples']:,} {unit}, {train['labelled']:,} tokens with loss"),
-        ("End of turn", text(", ".join(dict.fromkeys(end["token"] for end in _ends(tokenize))))),
+        ("Trained on", f"{train['examples']:,} conversations, {train['labelled']:,} tokens with loss"),
+        ("End of turn", text(tokenize["end_of_turn"]["token"])),
     ]
-    if tokenize["template_variables"]:
-        rows.append(("Chat template's variables", text(json.dumps(tokenize["template_variables"], ensure_ascii=False))))
     if model.get("sha256"):
         rows.insert(2, ("Its SHA-256", text(model["sha256"])))
     if came := came_as(model):
@@ -235,10 +227,10 @@ def _details(chosen: Resolved) -> str:
 
 def _data(facts: RunFacts) -> list[str]:
     """The sources of the rows that were trained on or held out, each with its licence and what pins it."""
-    uses = {"train": "training", "heldout": "held out"}
+    uses = {split: use for split, use in USES.items() if split != "test"}
     rows = [
         (
-            text(source["name"]),
+            text(public(source["name"])),
             _hub_link(source["hub"]["id"]) if "hub" in source else text(source["kind"]),
             text(source.get("license") or "not stated"),
             f"{source['rows']:,}",
@@ -259,7 +251,7 @@ def _hub_link(name: str) -> str:
 def _settings(settings: ReportSettings, facts: RunFacts) -> list[str]:
     """The settings that somebody gave and that differ from the defaults, or those that a stage chose."""
     rows = [
-        (text(row["key"]), text(setting(row["value"])), text(sentence(row["reason"] or "")))
+        (text(row["key"]), text(public(setting(row["value"]))), text(public(sentence(row["reason"] or ""))))
         for row in resolve(settings, facts)
         if row["key"].split(".")[0] in MAKING and row["from"] in ("config", "run", "chosen")
     ]
@@ -280,16 +272,16 @@ def _scores(facts: RunFacts, metrics: Metrics) -> list[str]:
         tasks = []
         for row in metrics["tasks"]:
             share = is_share(row)
-            cells = compared_row(row, share, row["higher_is_better"], percent if share else number)
+            cells = compared_row(row, share, percent if share else number)
             tasks.append(_score_row(f"{row['task']}, {row['metric']}", cells))
         found += ["On other tasks:", table(head, tasks, (1, 2, 3, 5))]
     if metrics["guard"]:
         found.append(text(regression_guard.check(metrics["tasks"])["sentence"]))
     if metrics["judge"]:
-        judge = metrics["judge"]
-        found.append(text(f"A judge ({judge['model']}) compared replies blind, in both orders. {judge['sentence']}"))
+        judge, name = metrics["judge"], public(metrics["judge"]["model"])
+        found.append(text(f"A judge ({name}) compared replies blind, in both orders. {judge['sentence']}"))
     if reason := facts.merge.get("reason"):
-        found.append(f"The merge was checked: {text(reason)}")
+        found.append(f"The merge was checked: {text(public(reason))}")
     return found
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import yaml
 
 from adder.core.files import write_json
-from adder.core.intervals import Verdict
 from adder.core.stage_spec import Context
 from adder.report import facts as run_facts
 from adder.report import resolved_settings
@@ -19,6 +18,7 @@ from adder.report.html_page import render
 from adder.report.model_card import came_as, model_card
 from adder.report.page_section import PageSection, RunReport, View
 from adder.report.run_metrics import build_metrics
+from adder.report.scores import RunVerdict
 from adder.report.sections import (
     choices_section,
     data_section,
@@ -57,7 +57,7 @@ SECTIONS: tuple[PageSection, ...] = (
 )
 
 
-def run(settings: ReportSettings, inputs: dict[str, Path], out: Path, context: Context) -> Verdict:
+def run(settings: ReportSettings, inputs: dict[str, Path], out: Path, context: Context) -> RunVerdict:
     """Write `report.html`, `card.md`, `model_card.md`, `metrics.json` and `run.yaml` into `out`; return the verdict.
 
     `inputs`: the finished folders of the run's stages, as `facts.load` wants them.

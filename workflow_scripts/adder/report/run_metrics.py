@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 from adder.core.choice import ChoiceRecord
-from adder.core.intervals import Verdict
 from adder.core.length_summary import LengthSummary
 from adder.core.stage_record import StageRecord
 from adder.evaluation.records import JudgeRecord
@@ -98,7 +97,7 @@ class Metrics(TypedDict):
 
     schema_version: int
     run: str
-    verdict: Verdict
+    verdict: scores.RunVerdict
     heldout: dict[str, scores.Comparison]
     fields: dict[str, scores.ComparedField]
     tasks: list[TaskMetrics]
@@ -116,15 +115,16 @@ class Metrics(TypedDict):
 
 def build_metrics(settings: ReportSettings, facts: RunFacts) -> Metrics:
     """Return what `metrics.json` says; numbers that JSON has no word for (an infinite perplexity) are None."""
-    heldout = scores.compare(facts)
-    tasks, guard = guarded_tasks(scores.compare_tasks(facts.tasks, settings.tasks))
+    smallest = settings.smallest_difference
+    heldout = scores.compare(facts, smallest)
+    tasks, guard = guarded_tasks(scores.compare_tasks(facts.tasks, settings.tasks, smallest["task"]))
     lengths = facts.lengths
     metrics: Metrics = {
         "schema_version": SCHEMA_VERSION,
         "run": settings.run,
         "verdict": scores.verdict(facts, heldout),
         "heldout": heldout,
-        "fields": scores.compare_fields(facts),
+        "fields": scores.compare_fields(facts, smallest["field_f1"]),
         "tasks": tasks,
         "guard": guard,
         "judge": facts.judge,

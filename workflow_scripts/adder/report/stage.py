@@ -1,11 +1,17 @@
 """The stage "report": one page a run, the cards of data and model, the same figures as JSON."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from adder.core.section import Section
 from adder.core.stage_spec import Memory, StageSpec
+from adder.evaluation.metrics import smallest_differences
+
+if TYPE_CHECKING:
+    Compared = str
+else:
+    Compared = Literal[tuple(smallest_differences())]  # pydantic refuses any other name, and the schema lists them
 
 
 class Report(Section):
@@ -17,6 +23,14 @@ class Report(Section):
     """What an hour of this machine costs; the report then states the run's price."""
     currency: str = "EUR"
     """Currency of that price."""
+    smallest_difference: dict[Compared, Annotated[float, Field(ge=0)]] = Field(default_factory=smallest_differences)
+    """The smallest difference between two models that matters, by score (shares from 0 to 1, `loss` in nats a token;
+    `task`: of shares in tasks); a smaller one is neither better nor worse. Scores that aren't named keep 0.01."""
+
+    @field_validator("smallest_difference")
+    @classmethod
+    def _of_all_scores(cls, given: dict[str, float]) -> dict[str, float]:
+        return smallest_differences() | given
 
 
 class TaskLimit(Section):

@@ -8,10 +8,11 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ CHECKPOINT_BYTES = 3 * 4
 MERGE_SHARE = 0.6
 # fp16 gradients of long packs fall below its smallest number without the scaler that training has.
 FP16_SCALE = 2.0**10
+EMBEDDINGS = 4096  # of the vocabulary's, that tell what is usual
+UNTRAINED = 0.01  # of the usual distance from the mean: two embeddings nearer to each other were never trained apart
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,42 @@ def check(
         gradient_norm=math.sqrt(sum(norm**2 for norm in layers.values())),
         layers=len(layers),
         layers_without_gradient=dead,
+        untrained_tokens=untrained_tokens(model, tokenizer, np.asarray(pack["input_ids"]).tolist()),
         disk=room,
         seconds=round(seconds, 2),
         estimated_seconds=round(seconds / tokens * facts.tokens_per_step * facts.steps),
     )
+
+
+def untrained_tokens(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+) -> list[str]:
+    """The control tokens among `ids` whose input embeddings tell nothing and stay as they are in this training.
+
+    That is: all zeros, the same as another token's, or the mean of all, which is what a library gives to tokens that
+    are added to a model. Weights that are spread over several GPUs are not looked at.
+    """
+    embeddings = cast(Any, model.get_input_embeddings())
+    weight = getattr(embeddings, "weight", None)
+    if not isinstance(weight, torch.Tensor) or isinstance(weight, DTensor) or not weight.is_floating_point():
+        return []
+    if any(parameter.requires_grad for parameter in embeddings.parameters()):
+        return []
+    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    control = sorted(token for token in set(ids) & added if token < len(weight))
+    if not control:
+        return []
+    rows = weight[control].detach().float()
+    sample = weight[:: max(1, len(weight) // EMBEDDINGS)].detach().float()
+    middle, usual = sample.mean(0), (sample - sample.mean(0)).norm(dim=1).median()
+    others = weight[sorted({*control, *(token for token in added if token < len(weight))})].detach().float()
+    apart = torch.cdist(rows, others)
+    twins = (apart <= UNTRAINED * usual).sum(1) > 1  # each is near to itself
+    found = (rows.norm(dim=1) <= UNTRAINED * usual) | ((rows - middle).norm(dim=1) <= UNTRAINED * usual) | twins
+    bad = [token for token, is_bad in zip(control, found.tolist(), strict=True) if is_bad]
+    if bad == [getattr(embeddings, "padding_idx", None)]:  # torch keeps that one at zero, in training too
+        return []
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in bad]
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, pack: Pack) -> ShownPack:

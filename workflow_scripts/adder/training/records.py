@@ -135,6 +135,8 @@ class DiskRoom(TypedDict):
 class PreflightFigures(TypedDict):
     """What a look at the first pack measured: `preflight` of train.json.
 
+    untrained_tokens: control tokens of the pack whose embeddings nobody has trained, and this run doesn't either.
+
     Losses in nats; `gradient_norm` over all trained layers, of which there are `layers`; `seconds` of the one pass, and
     from it those of all steps.
     """
@@ -149,6 +151,7 @@ class PreflightFigures(TypedDict):
     gradient_norm: float
     layers: int
     layers_without_gradient: list[str]
+    untrained_tokens: list[str]
     disk: dict[str, DiskRoom]
     seconds: float
     estimated_seconds: int

@@ -8,6 +8,7 @@ import yaml
 
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json, write_jsonl
+from adder.core.intervals import Sums
 from adder.report.comparison import facts
 from compare_fixture import change_metrics, copy_run, write_run
 
@@ -30,28 +31,47 @@ def test_runs_are_compared_row_by_row(tmp_path):
     difference = found.runs[1].against_best
     assert difference.paired and difference.sure and difference.p == pytest.approx(2 * 0.5**6)
     rows = [facts.held_out("exact_match", run["evaluate_tuned"] / "samples.jsonl") for run in (first, second)]
-    assert facts.independent(*rows).p > 0.4
+    assert facts.independent("exact_match", *(run.sums for run in rows)).p > 0.4
     # Rows of one group are one: five groups can't tell.
     groups = [f"{n % 5}" for n in range(len(rows[0].items))]
-    grouped = facts.difference(*(replace(run, groups=groups) for run in rows), 0.0)
+    in_groups = [replace(run, sums=replace(run.sums, clusters=groups)) for run in rows]
+    grouped = facts.difference("exact_match", *in_groups, 0.0)
     assert grouped.value == difference.value and grouped.p > 0.05
 
 
-def test_independent_difference_is_the_textbook_one():
-    best, other = (facts.HeldOut(items=[], values=np.array(values)) for values in ([1.0, 1, 1, 0], [1.0, 0, 0, 0, 0]))
-    found = facts.independent(best, other)
-    # Variances 0.25 and 0.2, so the standard error is sqrt(0.25 / 4 + 0.2 / 5) = 0.32016.
-    assert found.value == pytest.approx(-0.55)
-    assert found.ci95 == pytest.approx([-0.55 - 1.96 * 0.32016, -0.55 + 1.96 * 0.32016], abs=1e-4)
-    assert found.p == pytest.approx(0.0858, abs=1e-3)  # two-sided, of z = 1.718
-    single = replace(best, values=best.values[:1])
-    assert facts.independent(single, other) == facts.Difference(value=pytest.approx(-0.8))
+def test_runs_on_different_rows_are_compared_as_independent_samples():
+    ones = [Sums(np.array(values), np.ones(len(values))) for values in ([1.0] * 15 + [0.0] * 5, [1.0] * 4 + [0.0] * 21)]
+    found = facts.independent("exact_match", *ones)
+    assert found.value == pytest.approx(0.16 - 0.75) and not found.paired
+    # Newcombe's method 10, of Wilson's 0.5313 to 0.8881 and 0.0640 to 0.3465.
+    assert found.ci95 == pytest.approx([-0.59 - 0.1681, -0.59 + 0.2875], abs=1e-3) and found.p < 0.001
+    # A loss of one row and another of one row: nothing can be told.
+    single = [Sums(np.array([loss]), np.array([7.0])) for loss in (3.0, 5.0)]
+    assert facts.independent("loss", *single) == facts.Difference(value=pytest.approx(2 / 7))
     # Two alike rows of a group tell no more than one.
-    twice = [
-        replace(run, values=np.repeat(run.values, 2), groups=np.repeat(np.arange(len(run.values)), 2))
-        for run in (best, other)
-    ]
-    assert facts.independent(*twice).ci95 == pytest.approx(found.ci95)
+    losses = [Sums(factor * np.array([3.0, 5.0, 4.0]), np.array([7.0, 8.0, 9.0])) for factor in (1, 2)]
+    twice = [Sums(np.repeat(one.tops, 2), np.repeat(one.bottoms, 2), np.repeat(np.arange(3), 2)) for one in losses]
+    assert facts.independent("loss", *twice).ci95 == pytest.approx(facts.independent("loss", *losses).ci95)
+
+
+def test_long_and_short_rows_at_one_loss_can_be_told_apart():
+    """The doubt is about losses a token; that rows differ in length is none. Once, such runs always tied."""
+    random = np.random.default_rng(5)
+    runs = []
+    for number, level in enumerate((0.5, 0.55)):
+        tokens = np.round(np.exp(random.normal(3.5, 0.9, 300)))
+        losses = random.normal(level, 0.05, 300) * tokens
+        items = [(f"{number}:{n}", "") for n in range(300)]
+        runs.append(facts.HeldOut(items=items, sums=Sums(losses, tokens), tokens=tokens.tolist()))
+    (found,) = facts.judge_differences([facts.difference("loss", *runs, 0.0)], 0.01)
+    assert found.sure and not found.paired and found.ci95[1] - found.ci95[0] < 0.04
+
+
+def test_a_difference_that_does_not_matter_makes_no_run_the_best():
+    small = facts.Difference(value=0.001, p=1e-9, ci95=[0.0005, 0.0015])
+    assert facts.judge_differences([small])[0].sure
+    judged = facts.judge_differences([small], 0.01)[0]
+    assert not judged.sure and not judged.matters
 
 
 def test_p_is_corrected_for_the_pairs_that_are_still_in_question():
@@ -74,11 +94,11 @@ def test_equal_runs_are_seldom_told_apart_however_many_there_are():
     for _ in range(400):
         # Rows of their own: independent samples, whose p is not on the safe side as McNemar's is.
         runs = [
-            facts.HeldOut(items=[(f"{run}:{n}", "") for n in range(150)], values=values.astype(float))
+            facts.HeldOut([(f"{run}:{n}", "") for n in range(150)], Sums(values.astype(float), np.ones(150)))
             for run, values in enumerate(random.random((12, 150)) < 0.7)
         ]
-        runs.sort(key=lambda run: -run.values.mean())
-        differences = [facts.difference(runs[0], run, 0.0) for run in runs[1:]]
+        runs.sort(key=lambda run: -run.sums.tops.mean())
+        differences = [facts.difference("exact_match", runs[0], run, 0.0) for run in runs[1:]]
         wrong += any(one.sure for one in facts.judge_differences(differences))
     assert wrong <= 31
 
@@ -88,8 +108,8 @@ def test_many_runs_are_told_apart_by_their_loss():
     random = np.random.default_rng(4)
     items, tokens = [(str(n), "") for n in range(200)], [40] * 200
     hard = random.lognormal(0, 0.5, 200)
-    runs = [facts.HeldOut(items=items, values=hard * (0.1 + 0.02 * n), tokens=tokens) for n in range(50)]
-    differences = [facts.difference(runs[0], run, 0.0) for run in runs[1:]]
+    runs = [facts.HeldOut(items, Sums(40 * hard * (0.1 + 0.02 * n), tokens), tokens) for n in range(50)]
+    differences = [facts.difference("loss", runs[0], run, 0.0) for run in runs[1:]]
     assert all(one.sure for one in facts.judge_differences(differences))
 
 

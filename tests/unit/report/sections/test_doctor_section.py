@@ -17,10 +17,10 @@ from report_pages import make, make_again, page_of, section
 
 def test_a_healthy_training_gets_one_calm_line(finished):
     doctor = section(finished, "doctor")
-    assert doctor.startswith("Doctor ✓ nothing found The training looks healthy. Looked for: a loss that stays flat")
+    assert doctor.startswith("Doctor ✓ nothing found Looked for: a loss that stays flat")
     assert "Warning" not in doctor and "Likely cause" not in doctor
     words = page_of(finished).words
-    assert words.index("held-out conversations; bars are 95 %") < words.index("✓ nothing found The training")
+    assert words.index("held-out conversations; bars are 95 %") < words.index("✓ nothing found Looked for")
     metrics = read_json(finished / "metrics.json")
     assert metrics["doctor"] == [] and metrics["kept"]["value"] == 122
     assert not {"diagnoses", "preflight", "advice", "kept"} & metrics["train"].keys()

@@ -28,6 +28,7 @@ def test_tasks_show_what_was_lost_and_the_guard_names_it(everything, finished):
     for row in metrics["tasks"]:
         assert row.keys() == {
             "task", "version", "metric", "higher_is_better", "num_fewshot", "base", "tuned", "difference", "verdict",
+            "smallest_difference",
             "max_drop", "guard",
         }  # fmt: skip
         assert row["difference"].keys() == {"value", "ci95", "p"} and row["base"].keys() == {"value", "ci95", "n"}
@@ -79,7 +80,7 @@ def test_the_judge_is_shown_with_what_speaks_against_the_tuned_model_first(every
 
 def test_fields_show_their_difference_and_how_sure_it_is(finished):
     fields = read_json(finished / "metrics.json")["fields"]
-    assert list(fields) and all(entry.keys() == {"base", "tuned", "difference"} for entry in fields.values())
+    assert list(fields) and all(entry.keys() == {"base", "tuned", "difference", "verdict"} for entry in fields.values())
     amount = fields["amount"]
     assert amount["base"]["precision"] is None and amount["difference"]["precision"] is None  # the base gave none
     gain = amount["difference"]["f1"]
@@ -90,8 +91,10 @@ def test_fields_show_their_difference_and_how_sure_it_is(finished):
     assert "tuned precision tuned recall tuned is" in words and "this one is missing" not in words
 
 
-def test_only_a_sure_difference_gets_a_colour():
-    sure = {"value": 0.4, "ci95": [0.2, 0.6], "p": 0.001}
-    assert evaluation_section.tone(sure, True) == "good" and evaluation_section.tone(sure, False) == "bad"
-    for unsure in (sure | {"p": 0.06}, sure | {"ci95": [-0.1, 0.9]}, sure | {"ci95": [0.2, None]}, None):
-        assert evaluation_section.tone(unsure, True) == ""
+def test_only_a_difference_that_is_better_or_worse_gets_a_colour():
+    assert evaluation_section.TONES == {"better": "good", "worse": "bad"}
+    score = {"value": 0.5, "ci95": [0.4, 0.6], "n": 9}
+    entry = {"base": score, "tuned": score, "difference": {"value": 0.4, "ci95": [0.2, None], "p": 0.001}}
+    for word, colour in (("better", "good"), ("worse", "bad"), ("no difference", ""), ("can't tell", ""), (None, "")):
+        row = evaluation_section.compared_score("exact_match", {**entry, "verdict": word})
+        assert (row.tone, row.word) == (colour, word or "–")

@@ -15,7 +15,8 @@ def test_the_summary_tells_the_alarming_first(everything, tmp_path):
     words = [" ".join("".join(Page(line).text).split()) for _, line in lines]
     assert [tone for tone, _ in lines] == ["bad", "good", "good", "good", "good", "calm"]
     assert words[0] == "✗Other tasks the guard fails this run: gsm8k lost 2.4 points; arc_easy lost 10.0 points"
-    assert "no prompt of the 200 held-out rows is trained on, nor one much like it" in words[2]
+    assert "no training row left that shares with the 200 held-out ones: equal prompts, " in words[2]
+    assert words[2].endswith("nearly equal prompts with the same reply or near-duplicates of whole rows")
     assert words[5].replace("\u00a0", " ") == "Cost 15 min 41 s, 0.63 EUR, 0.0118 kWh"
     out = make(tmp_path, course="spiky", right=0.0, heldout=20)
     lines = re.findall(r'<li class="is-(\w+)">(.*?)</li>', (out / "report.html").read_text(encoding="utf-8"))
@@ -28,9 +29,8 @@ def test_the_summary_tells_the_alarming_first(everything, tmp_path):
 
 
 def test_other_scores_are_told_where_they_say_more_or_the_opposite():
-    sure, unsure = {"value": 0.2, "ci95": [0.1, 0.3], "p": 0.001}, {"value": 0.2, "ci95": [-0.1, 0.3], "p": 0.3}
-    heldout = {"exact_match": {"difference": unsure}, "field_f1": {"difference": sure}, "loss": {"difference": sure},
-               "perplexity": {"difference": sure}}  # fmt: skip
+    words = {"exact_match": "can't tell", "field_f1": "better", "loss": "worse", "perplexity": "worse"}
+    heldout = {name: {"verdict": word} for name, word in words.items()}
     line = verdict_section.scores_line({"verdict": "can't tell", "metric": "exact_match"}, heldout)
     assert (line.tone, line.text) == ("unsure", "surely better: Field F1; surely worse: Held-out loss")
     del heldout["loss"]
@@ -41,7 +41,7 @@ def test_other_scores_are_told_where_they_say_more_or_the_opposite():
 
 
 def test_a_model_that_fails_its_guard_is_not_shown_in_green():
-    metrics = {"verdict": {"verdict": "better"}, "guard": {"passed": False}}
+    metrics = {"verdict": {"verdict": "better", "doubts": []}, "guard": {"passed": False}}
     assert verdict_section.tone(metrics) == "unsure" and verdict_section.tone(metrics | {"guard": None}) == "better"
     assert verdict_section.tone({"verdict": {"verdict": "can't tell"}, "guard": None}) == "unsure"
 
@@ -49,8 +49,9 @@ def test_a_model_that_fails_its_guard_is_not_shown_in_green():
 def test_rows_that_overlap_and_stay_are_an_alarm():
     stays = verdict_section.data_line({"action": "report", "found": 6, "dropped": 1}, 40)
     assert stays.tone == "unsure" and stays.text.startswith("5 training rows ask much of what")
-    off = verdict_section.data_line({"action": "off", "found": 0, "dropped": 0}, 40)
-    assert off.tone == "calm" and "were not looked for" in off.text
+    off = verdict_section.data_line({"action": "off", "found": 0, "dropped": 0, "looked_for": ["equal prompts"]}, 40)
+    assert off.tone == "calm"  # what was not looked for is not claimed
+    assert off.text == "no training row left that shares with the 40 held-out ones: equal prompts"
 
 
 def test_too_few_rows_to_tell(tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from adder.core.errors import UserError
 from adder.core.files import read_jsonl
+from adder.evaluation.degenerate_replies import find_faults
 from adder.training import trainer
 from adder.training.monitoring.doctor import Findings, diagnose, examine, explain_nan, in_a_line
 from adder.training.monitoring.symptoms import Diagnosis, Replies
@@ -387,11 +388,15 @@ def replies(model_dir: Path, rows: list[dict], prompts: list[list[int]], end: in
         options = {"max_new_tokens": limit, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
         made.append(model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist())
     references = [[token for token in row["labels"] if token != -100] for row in rows]
+
+    def text(ids: list[int]) -> str:
+        return " ".join(str(token) for token in (ids[: ids.index(end)] if end in ids else ids))
+
+    finished = [end is None or end in reply for reply in made]
     return Replies(
         count=len(rows),
         exact_match=sum(map(list.__eq__, made, references)) / len(rows),
-        unfinished_share=sum(end is not None and end not in reply for reply in made) / len(rows),
-        empty_share=sum(reply[:1] == [end] for reply in made) / len(rows),
+        faults=find_faults([text(reply) for reply in made], [text(reference) for reference in references], finished),
         reply_tokens=len(references[0]),
     )
 
@@ -437,7 +442,11 @@ def test_replies_to_prompts_of_another_form(base, trained):
     assert named(found, replace(wrong, reply_tokens=20_000)) == []
     # Before anything is learnt, replies may be wrong and run on.
     begun = [row for row in found.rows if row["epoch"] < 0.1]
-    assert examine(begun, found.facts, found.settings, replies=replace(wrong, unfinished_share=1.0)) == []
+    unended = replace(wrong, faults=wrong.faults._replace(unended=wrong.count))
+    assert examine(begun, found.facts, found.settings, replies=unended) == []
+    # Of a finished training it is named, however bad the loss is.
+    named_ = [one["name"] for one in examine(begun, found.facts, found.settings, replies=unended, final=True)]
+    assert "replies never end" in named_
 
 
 # Batch and steps
@@ -454,6 +463,18 @@ def test_a_batch_that_is_small_for_much_data():
     assert [(one["name"], one["severity"]) for one in examine([], facts, LORA)] == [("small batch", "note")]
     assert examine([], replace(facts, steps=6_250, effective_batch=16), LORA) == []
     assert examine([], replace(facts, examples=620, steps=155), LORA) == []
+
+
+# Before the first step
+
+
+@pytest.mark.parametrize(("rate", "named_"), [(1e-6, True), (0.5, True), (2e-4, False), (4e-5, False), (8e-3, False)])
+def test_a_rate_far_from_what_is_usual_is_named_before_the_first_step(rate, named_):
+    found = examine([], training_facts(), LORA.model_copy(update={"learning_rate": rate}))
+    assert [one["name"] for one in found] == (["learning rate far off"] if named_ else [])
+    if named_:
+        assert found[0]["severity"] == "warning" and found[0]["step"] is None
+        assert "times" in found[0]["evidence"] and found[0]["change"].startswith("train.learning_rate: ")
 
 
 # Another loss

@@ -10,15 +10,17 @@ def test_a_sound_set_up_has_none():
 
 def test_each_thing_that_looks_wrong_is_one_sentence():
     wrong = FIGURES | {"base_loss": 8.0, "labelled_share": 0.001, "layers_without_gradient": ["layers.0.q_proj"]}
+    wrong |= {"untrained_tokens": ["<|im_start|>", "<|im_end|>"]}
     plan = {
         "frozen_products": {"value": "fp8", "reason": "as set, though it changes much", "alternatives": []},
         "nf4_weights": {"value": "14% of the matrices", "reason": "86% stay in float32", "alternatives": []},
         "lora_pairs": {"value": "9% of the matrices", "reason": "the experts get no pairs", "alternatives": []},
     }
     found = warnings(wrong, plan)
-    assert len(found) == 6
-    assert "worse than guessing" in found[0] and "1 of 14 trained layers" in found[1] and "carry loss" in found[2]
-    assert found[3:] == [
+    assert len(found) == 7
+    assert "worse than guessing" in found[0] and "1 of 14 trained layers" in found[1] and "carry loss" in found[3]
+    assert "the embeddings of <|im_start|>, <|im_end|> are zero, equal or the mean of all" in found[2]
+    assert found[4:] == [
         "train.frozen_products: fp8, as set, though it changes much",
         "train.method: qlora, but 86% stay in float32",
         "train.target_modules: the experts get no pairs",

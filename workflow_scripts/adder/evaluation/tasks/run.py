@@ -177,8 +177,8 @@ def score(documents: Sequence[Document], results: Results, tasks: Mapping[str, T
         values = [document.values[metric] for document in documents if metric in document.values]
         if len(values) < len(documents) or not _is_mean(metric, documents, results, tasks):
             continue
-        shares = all(value in (0.0, 1.0) for value in values)
-        metrics[metric] = intervals.proportion(values) if shares else intervals.mean(values)
+        shares = all(0 <= value <= 1 for value in values)
+        metrics[metric] = intervals.mean(values, scale="share" if shares else "any")
     if not metrics:
         known = ", ".join(metric for metric in results["results"][next(iter(tasks))] if "," in metric)
         raise UserError(

@@ -17,8 +17,6 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
-import numpy as np
-import numpy.typing as npt
 import yaml
 
 from adder.core import intervals
@@ -28,7 +26,7 @@ from adder.evaluation.metrics import SCORES
 from adder.report.resolved_settings import RunYaml, SettingRecord
 from adder.report.run_metrics import Cost, Finding, GuardWord, Metrics
 from adder.report.scores import Comparison as ScoreComparison
-from adder.report.scores import per_row
+from adder.report.scores import RunVerdict, exponential_of, paired, scale_of, sums
 
 # Settings that only say how things are called.
 NAMES = ("report.title",)
@@ -60,15 +58,14 @@ class RunCost(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One value a held-out row, in the order of their ids.
+    """A score on held-out rows, in the order of their ids.
 
-    items: (id, digest of the reference) of each. values: float64 (rows,); None where rows don't have this score one by
-    one. groups: each row's, or None. tokens: labelled tokens of each row, where the score is the loss.
+    items: (id, digest of the reference) of each. sums: None where rows don't have this score one by one. tokens:
+    labelled tokens of each row, where the score is the loss.
     """
 
     items: list[tuple[str, str]]
-    values: npt.NDArray[np.float64] | None
-    groups: Sequence[str] | None = None
+    sums: intervals.Sums | None
     tokens: list[int] | None = None
 
 
@@ -78,7 +75,8 @@ class Difference:
 
     paired: by row, where both have the same rows; else as of two independent samples. comparable: false for losses per
     token where the same replies have other numbers of tokens, which are in different units. needed_n: rows that would
-    tell the two apart. p_corrected: for the pairs of runs. sure: p_corrected is below 0.05, the interval leaves out 0.
+    tell the two apart. p_corrected: for the pairs of runs. matters: it is as large as the smallest one that does. sure:
+    that, and p_corrected is below 0.05 and the interval leaves out 0.
     """
 
     value: float
@@ -88,6 +86,7 @@ class Difference:
     comparable: bool = True
     needed_n: int | None = None
     p_corrected: float = 1.0
+    matters: bool = True
     sure: bool = False
 
 
@@ -95,14 +94,16 @@ class Difference:
 class LoadedRun:
     """What one run's stages left for the comparison.
 
-    scores and base: of the tuned model and of the base, by metric. verdict: of tuned against base. model: digests of
+    scores and base: of the tuned model and of the base, by metric. smallest: the smallest difference that matters, by
+    metric. verdict: of tuned against base. model: digests of
     the merged model's files. curves: (step, value) by name, a name of CURVES.
     """
 
     name: str
     scores: dict[str, RunScore]
     base: dict[str, RunScore]
-    verdict: intervals.Verdict
+    smallest: dict[str, float]
+    verdict: RunVerdict
     tasks: dict[str, TaskScore]
     guard: GuardWord | None
     findings: list[Finding]
@@ -183,9 +184,12 @@ def compare(runs: Mapping[str, Mapping[str, Path]]) -> Comparison:
     rows = {name: held_out(metric, folders["evaluate_tuned"] / "samples.jsonl") for name, folders in runs.items()}
     best, *others = rank(loaded, metric)
     first = best.scores[metric]
-    differences = judge_differences([
-        difference(rows[best.name], rows[run.name], run.scores[metric]["value"] - first["value"]) for run in others
-    ])  # fmt: skip
+    found = [
+        difference(metric, rows[best.name], rows[run.name], run.scores[metric]["value"] - first["value"])
+        for run in others
+    ]
+    smallest = max(run.smallest[metric] for run in loaded)
+    differences = judge_differences(found, smallest)
     ranked = [
         RankedRun(**vars(run), rank=place, score=run.scores[metric], against_best=found)
         for place, (run, found) in enumerate(zip([best, *others], [None, *differences], strict=True), 1)
@@ -213,6 +217,7 @@ def load(name: str, folders: Mapping[str, Path]) -> LoadedRun:
         name=name,
         scores=_scores(metrics["heldout"], "tuned"),
         base=_scores(metrics["heldout"], "base"),
+        smallest={name: found["smallest_difference"] for name, found in metrics["heldout"].items()},
         verdict=metrics["verdict"],
         tasks={task["task"]: TaskScore(task["tuned"]["value"], task["metric"]) for task in metrics["tasks"]},
         guard=metrics["guard"],
@@ -233,10 +238,11 @@ def cost(found: Cost) -> RunCost:
 
 def main_metric(runs: Sequence[LoadedRun]) -> str:
     """The score that decides: one that a run's own verdict is about and that all runs have, the report's first of such.
+    Perplexities are not compared: their losses are.
 
     Raises UserError where the runs have no score in common.
     """
-    common = [metric for metric in SCORES if all(metric in run.scores for run in runs)]
+    common = [name for name in SCORES if not exponential_of(name) and all(name in run.scores for run in runs)]
     if not common:
         raise UserError(
             "compare: the runs have no held-out score in common: "
@@ -252,8 +258,7 @@ def held_out(metric: str, path: Path) -> HeldOut:
     rows.sort(key=lambda row: row["id"])
     return HeldOut(
         items=[(row["id"], hashlib.blake2b(str(row["reference"]).encode()).hexdigest()) for row in rows],
-        values=per_row(metric, rows),
-        groups=intervals.clusters_of(rows),
+        sums=sums(metric, rows),
         tokens=[row["labelled_tokens"] for row in rows] if metric == "loss" else None,
     )
 
@@ -264,18 +269,23 @@ def rank(runs: Sequence[LoadedRun], metric: str) -> list[LoadedRun]:
     return sorted(runs, key=lambda run: (run.refused, sign * run.scores[metric]["value"], run.cost.seconds, run.name))
 
 
-def difference(best: HeldOut, other: HeldOut, value: float) -> Difference:
+def difference(metric: str, best: HeldOut, other: HeldOut, value: float) -> Difference:
     """How a run differs from the best; `value` is the difference of their scores, for where rows don't tell."""
     unknown = Difference(value=value)
-    if best.values is None or other.values is None:
+    if best.sums is None or other.sums is None:
         return unknown
     if best.items != other.items:
-        return independent(best, other)
+        return independent(metric, best.sums, other.sums)
     if best.tokens != other.tokens:
         return replace(unknown, comparable=False)
-    found = intervals.paired_difference(best.values, other.values, best.groups)
-    needed = intervals.needed_n(other.values - best.values, best.groups)
-    return Difference(value=found["value"], ci95=found["ci95"], p=small_p(found), paired=True, needed_n=needed)
+    found = paired(metric, best.sums, other.sums)
+    needed = intervals.needed_n(found)
+    return Difference(value=found["value"], ci95=_known(found), p=small_p(found), paired=True, needed_n=needed)
+
+
+def _known(found: intervals.Difference) -> list[float] | None:
+    """A difference's interval, None where it has no ends."""
+    return found["ci95"] if all(map(math.isfinite, found["ci95"])) else None
 
 
 def small_p(found: intervals.Difference) -> float:
@@ -283,7 +293,7 @@ def small_p(found: intervals.Difference) -> float:
 
     Ten thousand draws have no p below 1e-4, too much to be multiplied by the pairs of many runs.
     """
-    floor = 1 / (intervals.RESAMPLES + 1)
+    floor = 1 / (intervals.SIGN_DRAWS + 1)
     if not math.isclose(found["p"], floor):
         return found["p"]
     return min(floor, normal_p(found["value"], found["stderr"]))
@@ -294,21 +304,17 @@ def normal_p(value: float, error: float) -> float:
     return math.erfc(abs(value) / error / math.sqrt(2)) if error else float(value == 0)
 
 
-def independent(best: HeldOut, other: HeldOut) -> Difference:
-    """Difference of two means of different rows, with the normal 95 % interval; none with fewer than two rows."""
-    assert best.values is not None and other.values is not None
-    value = float(other.values.mean() - best.values.mean())
-    if min(len(best.values), len(other.values)) < 2:
-        return Difference(value=value)
-    error = math.hypot(
-        intervals.standard_error(best.values, best.groups), intervals.standard_error(other.values, other.groups)
-    )
-    half = intervals.Z95 * error
-    return Difference(value=value, ci95=[value - half, value + half], p=normal_p(value, error))
+def independent(metric: str, best: intervals.Sums, other: intervals.Sums) -> Difference:
+    """Difference of a score on different rows, with its 95 % interval; none from a single row or group."""
+    found = intervals.unpaired_difference(best, other, scale_of(metric))
+    ci95 = _known(found)
+    return Difference(value=found["value"], ci95=ci95, p=found["p"] if ci95 else 1.0)
 
 
-def judge_differences(differences: Sequence[Difference]) -> list[Difference]:
-    """The differences from the best run, in the same order, with p corrected and a word on which are sure."""
+def judge_differences(differences: Sequence[Difference], smallest: float = 0.0) -> list[Difference]:
+    """The differences from the best run, in the same order, with p corrected and a word on which are sure and at least
+    the `smallest` that matters.
+    """
     judged = list(differences)
     order = sorted(range(len(judged)), key=lambda index: judged[index].p)
     highest = 0.0
@@ -316,7 +322,9 @@ def judge_differences(differences: Sequence[Difference]) -> list[Difference]:
         one, left = judged[index], len(order) + 1 - place
         highest = max(highest, min(1.0, one.p * left * (left - 1) / 2))
         low, high = one.ci95 or (0.0, 0.0)
-        judged[index] = replace(one, p_corrected=highest, sure=highest < 0.05 and (low > 0 or high < 0))
+        matters = abs(one.value) >= smallest * intervals.SAME
+        sure = matters and highest < 0.05 and (low > 0 or high < 0)
+        judged[index] = replace(one, p_corrected=highest, matters=matters, sure=sure)
     return judged
 
 

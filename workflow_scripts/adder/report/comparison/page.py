@@ -106,7 +106,9 @@ def tone(found: Comparison) -> str:
         return "worse"
     best, others = found.runs[0], found.runs[1:]
     paired = all(run.against_best and run.against_best.paired for run in others)
-    return best.verdict["verdict"] if paired and verdict.same_model == verdict.rivals else "unsure"
+    word = best.verdict["verdict"]
+    doubtful = word not in ("better", "worse") or (word == "better" and best.verdict["doubts"])
+    return "unsure" if doubtful or not paired or verdict.same_model != verdict.rivals else word
 
 
 def rows(found: Comparison) -> View:

@@ -119,6 +119,8 @@ def _doubt(difference: Difference, metric: str, runs: int) -> str:
     if difference.ci95 is None:
         return "there are no scores row by row to say how large a difference chance makes"
     low, high = (-end for end in reversed(difference.ci95))
+    if not difference.matters:
+        return f"a difference of {change(abs(difference.value), metric, signed=False)} is too small to matter"
     if low <= 0 <= high:
         unit = " points" if SCORES[metric].is_share else ""
         ends = f"{change(low, metric, unit=False)} to {change(high, metric, unit=False)}{unit}"

@@ -4,22 +4,13 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from adder.report.facts import RunFacts
 from adder.report.formatting import sentence
 from adder.report.page_section import PageSection, RunReport, View
 from adder.report.resolved_settings import SettingRow, resolve
 from adder.training.monitoring.symptoms import Diagnosis
 
 SEVERITIES = ("stop", "warning", "note")
-# What the doctor looks for, in words for someone who has never trained a model.
-LOOKED_FOR = (
-    "a loss that stays flat, climbs, jumps, or is near zero too early",
-    "numbers that overflow",
-    "gradients that explode or vanish",
-    "labels that are masked",
-    "a held-out loss that rises while the training loss falls",
-    "replies that are empty, never end or stay wrong at a good loss",
-    "steps and batch that don't suit the amount of data",
-)
 # A setting by its path, and its value where one stands behind it: a number, or a word that ends there.
 SETTING = re.compile(
     r"(?<![\w.])(?:model|data|format|tokenize|lengths|train|merge|evaluate|runtime)\.[a-z][a-z_]*(?!\w|\.\w)"
@@ -47,10 +38,30 @@ def view(run: RunReport) -> View:
     facts = run.facts
     return {
         "found": found(facts.diagnoses, resolve(run.settings, facts)),
-        "looked_for": LOOKED_FOR,
+        "looked_for": looked_for(facts),
+        "healthy": not facts.diagnoses and not facts.advice and not facts.preflight_warnings,
         "advice": [with_settings(line) for line in facts.advice],
         "warnings": [with_settings(sentence(line)) for line in facts.preflight_warnings],
     }
+
+
+def looked_for(facts: RunFacts) -> list[str]:
+    """What the doctor has looked for in this training, in words for someone who has never trained a model."""
+    logged = bool(facts.curve)
+    by_height = logged and facts.records["train"]["settings"].get("loss") != "dft"  # that loss has another scale
+    evaluated = sum("eval_loss" in row for row in facts.curve)
+    told = (
+        (by_height, "a loss that stays flat, climbs, jumps, or is near zero too early"),
+        (logged, "numbers that overflow"),
+        (by_height, "gradients that explode or vanish"),
+        (logged, "labels that are masked"),
+        (evaluated > 1, "a held-out loss that rises while the training loss falls"),
+        (bool(facts.faults.replies), "replies that are empty, never end, repeat or are all alike"),
+        (bool(facts.sampled) and evaluated > 0, "replies that stay wrong at a good loss"),
+        (True, "a learning rate far from what is usual"),
+        (True, "steps and batch that don't suit the amount of data"),
+    )
+    return [words for looked, words in told if looked]
 
 
 def found(diagnoses: Sequence[Diagnosis], rows: Sequence[SettingRow]) -> list[ShownDiagnosis]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from adder.core.intervals import Change, word
+from adder.core.intervals import Change, Word
 from adder.evaluation.metrics import SCORES
 from adder.evaluation.records import Judgement
 from adder.evaluation.tasks.records import TaskSample
@@ -12,7 +12,7 @@ from adder.report.facts import Paired, RunFacts, TaskFacts
 from adder.report.formatting import clip, gist, number, percent
 from adder.report.page_section import Figure, PageSection, RunReport, View
 from adder.report.run_metrics import TaskMetrics
-from adder.report.scores import ComparedField, Comparison, FieldScore, ShownScore, TaskComparison
+from adder.report.scores import ComparedField, Comparison, FieldScore, ShownScore, TaskComparison, exponential_of
 from adder.report.sections.samples_section import Pieces, mark, reference_text, turn_text
 
 Show = Callable[[float | None], str]
@@ -26,6 +26,10 @@ OUTCOMES = {
     "tie": ("tie", "calm"),
     "win": ("tuned preferred", "good"),
 }
+
+
+# The colour of a difference; none where it may be chance or doesn't matter.
+TONES: dict[Word | None, str] = {"better": "good", "worse": "bad"}
 
 
 class Cell(NamedTuple):
@@ -63,6 +67,7 @@ def view(run: RunReport) -> View:
     return {
         "scores": score_rows(metrics["heldout"]),
         "chosen": facts.tuned["metrics"]["reason"],
+        "smallest": smallest_in_words(metrics["heldout"]),
         "rows": len(facts.samples),
         "groups": metrics["verdict"]["groups"],
         "heldout": metrics["data"]["heldout"],
@@ -75,15 +80,19 @@ def view(run: RunReport) -> View:
     }
 
 
+def smallest_in_words(heldout: Mapping[str, Comparison]) -> str:
+    """The smallest difference that matters, of each score that has one of its own."""
+    shown = {
+        name: change(entry["smallest_difference"], SCORES[name].is_share).lstrip("+")
+        for name, entry in heldout.items()
+        if exponential_of(name) is None
+    }
+    return ", ".join(f"{SCORES[name].spoken} {value}" for name, value in shown.items())
+
+
 def write_score(name: str, value: float | None) -> str:
     """A held-out score as a percentage or as a number, as its kind wants."""
     return percent(value) if SCORES[name].is_share else number(value)
-
-
-def tone(difference: Change | None, higher_is_better: bool) -> str:
-    """The colour of a difference: "good", "bad", or "" where it may be chance."""
-    words = {"better": "good", "worse": "bad", "can't tell": ""}
-    return words[word(difference, higher_is_better)]
 
 
 def change(value: float | None, share: bool, unit: bool = True) -> str:
@@ -113,12 +122,15 @@ def score_rows(heldout: Mapping[str, Comparison]) -> list[View]:
 def compared_score(name: str, entry: Comparison) -> ComparedRow:
     """A held-out score as a row of a table."""
     score = SCORES[name]
-    return compared_row(entry, score.is_share, score.better == "higher", percent if score.is_share else number)
+    return compared_row(entry, score.is_share, percent if score.is_share else number)
 
 
-def compared_row(entry: Comparison | TaskComparison, share: bool, higher_is_better: bool, show: Show) -> ComparedRow:
+def compared_row(entry: Comparison | TaskComparison, share: bool, show: Show) -> ComparedRow:
     """What all tables of base against tuned have in common, of one comparison."""
     base, tuned, difference = entry["base"], entry["tuned"], entry["difference"]
+    if share and base and tuned and base["value"] == tuned["value"] == 0:
+        # Of nothing at all no interval of a difference is of use: either the task or the score doesn't fit.
+        return ComparedRow(value_cell(base, show), value_cell(tuned, show), tuned["n"], None, None, None, "", "both 0")
     return ComparedRow(
         base=base and value_cell(base, show),
         tuned=tuned and value_cell(tuned, show),
@@ -126,8 +138,8 @@ def compared_row(entry: Comparison | TaskComparison, share: bool, higher_is_bett
         difference=difference and change(difference["value"], share),
         ci=bounds(difference, share),
         p=difference and probability(difference["p"]),
-        tone=tone(difference, higher_is_better),
-        word=word(difference, higher_is_better) if difference else "–",
+        tone=TONES.get(entry["verdict"], ""),
+        word=entry["verdict"] or "–",
     )
 
 
@@ -159,7 +171,7 @@ def _field_row(name: str, scores: ComparedField) -> View:
         "precision": field_cell(scores, "precision"),
         "recall": field_cell(scores, "recall"),
         "f1": field_cell(scores, "f1"),
-        "word": word(scores["difference"]["f1"], True),
+        "word": scores["verdict"]["f1"],
         "plot": plots.pair(base, tuned, label),
     }
 
@@ -171,7 +183,7 @@ def field_cell(scores: ComparedField, score: FieldScore) -> FieldCell:
         value=percent(scores["tuned"][score]),
         difference=found and change(found["value"], True, unit=False),
         ci=bounds(found, True),
-        tone=tone(found, True),
+        tone=TONES.get(scores["verdict"][score], ""),
     )
 
 
@@ -198,7 +210,7 @@ def _task_row(task: TaskFacts, row: TaskMetrics, span: float) -> View:
         "guard": row["guard"],
         "drop": drop is not None and change(drop, share).lstrip("+"),
         "plot": plots.change(found, limit, span * 1.05, label) if share else "",
-        **compared_row(row, share, higher, show)._asdict(),
+        **compared_row(row, share, show)._asdict(),
         "as_chat": task.tuned["chat_template"],
         "cut": task.tuned["prompts_cut"],
         "subtasks": subtasks(task, show),

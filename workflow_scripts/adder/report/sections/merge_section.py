@@ -7,6 +7,7 @@ from adder.merging.records import BaseRecord, HeldoutLosses, ProofRecord, Reload
 from adder.report.formatting import clip, number, percent, size
 from adder.report.page_section import Figure, PageSection, RunReport, View
 
+FAITHFUL = 0.97  # of positions at which both have the same first choice; bf16 alone costs a percent at most
 LONGEST_TEXT = 1500  # characters of the reloaded model's prompt and reply that are shown
 # The names of proof.json's alternatives by the value of the choice.
 CHOSEN = {"original": "merged into the original", "dequantized": "merged into the dequantised"}
@@ -18,6 +19,7 @@ def view(run: RunReport) -> View:
     return {
         "reason": proof.get("reason", ""),
         "checked": proof.get("checked", False),
+        "faithful": is_faithful(proof),
         "base": base_choice(proof.get("base")),
         "figures": figures(proof),
         "tolerance": proof.get("tolerance_reason"),
@@ -26,6 +28,11 @@ def view(run: RunReport) -> View:
             (one["name"], size(one["bytes"]), f"{one['changed']:,}") for one in proof.get("files") or []
         ],
     }  # fmt: skip
+
+
+def is_faithful(proof: ProofRecord) -> bool:
+    """Whether merged and trained model were compared and agree, however far apart the settings let them be."""
+    return proof.get("checked", False) and proof.get("top_token_agreement", 1.0) >= FAITHFUL
 
 
 def base_choice(choice: BaseRecord | None) -> View | None:
@@ -38,7 +45,7 @@ def base_choice(choice: BaseRecord | None) -> View | None:
             "chosen": one["base"] == CHOSEN[choice["value"]],
             "loss": f"{one['loss']:.4f}",
             "difference": one["difference"] and signed(one["difference"]["value"]),
-            "ci": one["difference"] and [signed(end) for end in one["difference"]["ci95"]],
+            "ci": [signed(end) for end in (one["difference"] or {}).get("ci95") or []],
         }
         for one in choice["alternatives"]
     ]

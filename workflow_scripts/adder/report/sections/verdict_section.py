@@ -3,23 +3,28 @@
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-from adder.core.intervals import Verdict, word
+from adder.core.intervals import Verdict
+from adder.evaluation import degenerate_replies
 from adder.evaluation.metrics import SCORES
 from adder.evaluation.records import JudgeRecord
 from adder.formatting.records import OverlapFindings
 from adder.merging.records import ProofRecord
 from adder.report import plots, regression_guard
 from adder.report.facts import RunFacts
-from adder.report.formatting import duration, number, percent
+from adder.report.formatting import clip, duration, number, percent
 from adder.report.page_section import PageSection, RunReport, View
 from adder.report.run_metrics import Cost, Metrics
 from adder.report.scores import Comparison
 from adder.report.sections import evaluation_section
 from adder.report.sections.evaluation_section import bounds, change, is_share, write_score
+from adder.report.sections.merge_section import is_faithful
 from adder.report.sections.provenance_section import money
+from adder.training.monitoring.reply_symptoms import MOST, NAMED
 from adder.training.monitoring.symptoms import Diagnosis
 
 Tone = Literal["bad", "unsure", "good", "calm"]
+SHOWN_WARNING = 90  # characters
+MOST_LOOKED_FOR = 4  # kinds of rows that training and held-out rows may share; with fewer the word isn't green
 WORST_FIRST = ("stop", "warning", "note")
 MARKS: dict[Tone, str] = {"bad": "✗", "unsure": "!", "good": "✓", "calm": ""}
 ORDER: dict[Tone, int] = {"bad": 0, "unsure": 1, "good": 2, "calm": 2}
@@ -52,9 +57,9 @@ def view(run: RunReport) -> View:
 
 
 def tone(metrics: Metrics) -> str:
-    """The verdict's colour: "better", "worse", or "unsure", which a better model is that fails its guard."""
+    """The verdict's colour: "better", "worse", or "unsure", which one in doubt is too, or one that fails its guard."""
     found, guard = metrics["verdict"]["verdict"], metrics["guard"]
-    if found == "better" and guard and not guard["passed"]:
+    if found == "better" and (metrics["verdict"]["doubts"] or (guard and not guard["passed"])):
         return "unsure"
     return found if found in ("better", "worse") else "unsure"
 
@@ -63,9 +68,9 @@ def summary(facts: RunFacts, metrics: Metrics) -> list[Line]:
     """What a reader should know beside the verdict, the alarming lines first."""
     lines = [
         scores_line(metrics["verdict"], metrics["heldout"]),
-        doctor_line(facts.diagnoses),
+        doctor_line(facts.diagnoses, facts.preflight_warnings),
         data_line(facts.format["quality"]["overlap"], metrics["data"]["heldout"]),
-        merge_line(facts.merge),
+        merge_line(facts.merge, facts.train.get("trainable_parameters") == facts.train.get("total_parameters")),
         reply_line(facts, metrics["heldout"]),
         guard_line(metrics),
         judge_line(metrics["judge"]),
@@ -78,9 +83,8 @@ def scores_line(verdict: Verdict, heldout: Mapping[str, Comparison]) -> Line | N
     """What the other scores say, where the main one leaves it open or is contradicted. The perplexity is the loss."""
     found: dict[str, list[str]] = {"better": [], "worse": []}
     for name, entry in heldout.items():
-        change_word = word(entry["difference"], SCORES[name].better == "higher")
-        if name not in (verdict["metric"], "perplexity") and change_word in found:
-            found[change_word].append(SCORES[name].label)
+        if name not in (verdict["metric"], "perplexity") and entry["verdict"] in found:
+            found[entry["verdict"]].append(SCORES[name].label)
     against = found[{"better": "worse", "worse": "better"}.get(verdict["verdict"], "worse")]
     if not any(found.values()) or (verdict["verdict"] in found and not against):
         return None
@@ -88,10 +92,12 @@ def scores_line(verdict: Verdict, heldout: Mapping[str, Comparison]) -> Line | N
     return Line("Other scores", "unsure" if against else "calm", text, "evaluation")
 
 
-def doctor_line(diagnoses: list[Diagnosis]) -> Line:
-    """The most serious finding of the training."""
+def doctor_line(diagnoses: list[Diagnosis], warnings: list[str]) -> Line:
+    """The most serious finding of the training; `warnings` from before its first step."""
+    if not diagnoses and warnings:
+        return Line("Training", "unsure", f"warned before the first step: {clip(warnings[0], SHOWN_WARNING)}", "doctor")
     if not diagnoses:
-        return Line("Training", "good", "nothing found wrong", "doctor")
+        return Line("Training", "good", "nothing found of what the doctor looks for", "doctor")
     worst = min(diagnoses, key=lambda one: WORST_FIRST.index(one["severity"]))
     at = f" at step {worst['step']:,}" if worst["step"] is not None else ""
     more = f", and {len(diagnoses) - 1} more" if len(diagnoses) > 1 else ""
@@ -100,39 +106,48 @@ def doctor_line(diagnoses: list[Diagnosis]) -> Line:
 
 
 def data_line(overlap: OverlapFindings, heldout: int) -> Line:
-    """Whether the held-out rows were kept out of training: the verdict rests on it."""
+    """Whether the held-out rows were kept out of training, by what was looked for: the verdict rests on it."""
     if stay := overlap["found"] - overlap["dropped"]:
         text = f"{stay:,} training rows ask much of what held-out or test rows ask"
         return Line("Held out", "unsure", text, "data")
-    unseen = f"no prompt of the {heldout:,} held-out rows is trained on"
-    if overlap["action"] == "off":
-        return Line("Held out", "calm", f"{unseen}; ones much like them were not looked for", "data")
-    return Line("Held out", "good", f"{unseen}, nor one much like it", "data")
+    looked = overlap["looked_for"]
+    kinds = ", ".join(looked[:-1]) + (f" or {looked[-1]}" if len(looked) > 1 else looked[-1])
+    text = f"no training row left that shares with the {heldout:,} held-out ones: {kinds}"
+    return Line("Held out", "good" if len(looked) == MOST_LOOKED_FOR else "calm", text, "data")
 
 
-def merge_line(proof: ProofRecord) -> Line:
-    """Whether the merged model was proven to be base + adapter."""
-    if not proof.get("checked"):
+def merge_line(proof: ProofRecord, full: bool) -> Line:
+    """Whether the merged model was proven to be base + adapter; `full`: every weight was trained."""
+    if full and "top_token_agreement" not in proof:
+        return Line("Merged model", "calm", "every weight was trained: there was nothing to merge", "merge")
+    if not proof.get("checked") or "top_token_agreement" not in proof:
         return Line("Merged model", "unsure", "not compared with what was trained", "merge")
-    if "top_token_agreement" not in proof:
-        return Line("Merged model", "good", "every weight was trained: there was nothing to merge", "merge")
     same = f"the same first choice at {percent(proof['top_token_agreement'], 2)} of positions"
+    if not is_faithful(proof):
+        return Line("Merged model", "unsure", f"predicts otherwise than the trained one: {same}", "merge")
     return Line("Merged model", "good", f"predicts as the trained one: {same}", "merge")
 
 
 def reply_line(facts: RunFacts, heldout: Mapping[str, Comparison]) -> Line | None:
-    """Replies none of which is right, or many of which never ended; None where there is no such thing to say."""
+    """Replies that are none; else how near they come to free text, or that none is right; None without either."""
+    faults = facts.faults
+    if found := degenerate_replies.in_words(faults, NAMED):
+        tone: Tone = "bad" if faults.share >= MOST else "unsure"
+        return Line("Replies", tone, "; ".join(found), "replies")
     exact = heldout.get("exact_match")
-    if exact and exact["tuned"] and exact["tuned"]["value"] == 0:
-        text = f"none of the {exact['tuned']['n']:,} tuned replies is just as its reference"
-        return Line("Replies", "unsure", text, "replies")
-    asked = sum(one.tuned["reply"] is not None for one in facts.samples)
-    generation = facts.tuned.get("generation")
-    cut = generation["truncated"] if generation else 0
-    if not asked or cut < 0.05 * asked:
+    if not exact or not exact["tuned"] or exact["tuned"]["value"] != 0:
         return None
-    text = f"{cut:,} of {asked:,} tuned replies were cut off: they did not end"
-    return Line("Replies", "unsure", text, "evaluation")
+    near = [_nearness(name, heldout[name]) for name in ("rouge_l", "chrf") if name in heldout]
+    if near:
+        return Line("Replies", "calm", f"free text, none word for word its reference; {', '.join(near)}", "replies")
+    text = f"none of the {exact['tuned']['n']:,} tuned replies is just as its reference"
+    return Line("Replies", "unsure", text, "replies")
+
+
+def _nearness(name: str, entry: Comparison) -> str:
+    """A score of free text, of base and tuned."""
+    both = [write_score(name, own["value"]) if own else "–" for own in (entry["base"], entry["tuned"])]
+    return f"{SCORES[name].label} {both[0]} → {both[1]}"
 
 
 def guard_line(metrics: Metrics) -> Line | None:
@@ -147,8 +162,13 @@ def guard_line(metrics: Metrics) -> Line | None:
             if row["guard"] == "failed" and (drop := regression_guard.drop(row))
         ]
         return Line("Other tasks", "bad", f"the guard fails this run: {'; '.join(fell)}", "tasks")
-    counts = [(word, sum(row["verdict"] == word for row in tasks)) for word in ("better", "worse", "can't tell")]
-    words = {"better": "better", "worse": "worse", "can't tell": "no sure change"}
+    words = {
+        "better": "better",
+        "worse": "worse",
+        "no difference": "no change that matters",
+        "can't tell": "no sure change",
+    }
+    counts = [(word, sum(row["verdict"] == word for row in tasks)) for word in words]
     text = ", ".join(f"{count} {words[word]}" for word, count in counts if count)
     tone: Tone = "unsure" if dict(counts)["worse"] else "good" if guarded else "calm"
     return Line("Other tasks", tone, f"{text}{'; the guard passes' if guarded else ''}", "tasks")
@@ -189,13 +209,23 @@ class ScoreCard(NamedTuple):
 
 
 def cards(heldout: Mapping[str, Comparison], main: str) -> list[ScoreCard]:
-    """One card a score; `main` is the one that the verdict is about."""
-    return [_card(name, entry, name == main) for name, entry in heldout.items()]
+    """One card a score; `main` is the one that the verdict is about. Exact matches of free text, of which neither model
+    has any, make room for the scores that fit.
+    """
+    fits = any(SCORES[name].is_share for name in heldout if name != "exact_match")
+    left_out = {"exact_match"} if fits and _nothing(heldout.get("exact_match")) else set()
+    return [_card(name, entry, name == main) for name, entry in heldout.items() if name not in left_out]
+
+
+def _nothing(entry: Comparison | None) -> bool:
+    """Whether both models have a score of 0."""
+    both = [entry["base"], entry["tuned"]] if entry else []
+    return bool(both) and all(score is not None and score["value"] == 0 for score in both)
 
 
 def _card(name: str, entry: Comparison, main: bool) -> ScoreCard:
     score, difference = SCORES[name], entry["difference"]
-    base, tuned = entry["base"], entry["tuned"]
+    base, tuned, nothing = entry["base"], entry["tuned"], score.is_share and _nothing(entry)
     ends = [end for s in (base, tuned) if s for end in (s["value"], *(s["ci95"] or [])) if end is not None]
     axis: Callable[[float], str] = _whole_percent if score.is_share else number
     high = 1.0 if score.is_share else plots.ceiling(max(ends, default=1.0))
@@ -206,9 +236,9 @@ def _card(name: str, entry: Comparison, main: bool) -> ScoreCard:
         main=main,
         base=base and write_score(name, base["value"]),
         tuned=tuned and write_score(name, tuned["value"]),
-        difference=difference and change(difference["value"], score.is_share),
-        ci=bounds(difference, score.is_share),
-        tone=evaluation_section.tone(difference, score.better == "higher"),
+        difference=change(difference["value"], score.is_share) if difference and not nothing else None,
+        ci=None if nothing else bounds(difference, score.is_share),
+        tone=evaluation_section.TONES.get(entry["verdict"], ""),
         plot=plots.interval(base, tuned, high, axis, label),
     )
 

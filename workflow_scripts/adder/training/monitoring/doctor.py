@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from adder.training.monitoring import advice, symptoms
+from adder.training.monitoring.reply_symptoms import MOST, reply_symptoms
 from adder.training.monitoring.symptoms import WIDER, Curves, Diagnosis, Replies, diagnosis, finite, gentler, level
 from adder.training.records import MetricsRow, SampleRow, TrainingFacts
 from adder.training.stage import TrainSettings
@@ -27,6 +28,8 @@ EXPLAINS = {
     "rows repeat": ("overfitting",),
     "replies never end": ("wrong replies",),
     "empty replies": ("wrong replies",),
+    "replies repeat": ("wrong replies",),
+    "replies all alike": ("wrong replies",),
 }
 
 
@@ -109,6 +112,7 @@ def examine(
         return [certain]
     checks = CHECKS if settings.loss == "dft" else BY_HEIGHT + CHECKS
     found = [one for check in checks if (one := check(curves, facts, settings))]
+    found += _degenerate(curves, facts, settings)
     hidden = _explained(found)
     found = [one for one in found if one["name"] not in hidden]
     return sorted(found, key=lambda one: ("stop", "warning", "note").index(one["severity"]))
@@ -181,24 +185,11 @@ def _masked(curves: Curves, facts: TrainingFacts) -> Diagnosis | None:
     return diagnosis("labels masked", severity, step, ", ".join(parts), cause, change)
 
 
-def _unending(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
-    share = curves.replies.unfinished_share if curves.replies else 0
-    if share < 0.5 or not _good(curves):
-        return None
-    evidence = f"{share:.0%} of the sampled replies do not end by themselves, at a loss of {_held_out(curves):.3g}"
-    cause = "the end of a turn was not learnt: its token carries no loss, or is another than the one that stops replies"
-    change = "tokenize.chat_template: chatml (whose replies end in the end-of-turn token, with loss)"
-    return diagnosis("replies never end", "warning", curves.last_step, evidence, cause, change)
-
-
-def _empty(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
-    share = curves.replies.empty_share if curves.replies else 0
-    if share < 0.5 or not _good(curves):
-        return None
-    evidence = f"{share:.0%} of the sampled replies are empty, at a loss of {_held_out(curves):.3g}"
-    cause = "generation starts elsewhere than training does, or many training replies are empty"
-    change = "tokenize.chat_template: chatml, and rows without a reply out of data.sources"
-    return diagnosis("empty replies", "warning", curves.last_step, evidence, cause, change)
+def _degenerate(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> list[Diagnosis]:
+    """Replies that are none: of a finished training always, on the way once they should be good."""
+    if curves.replies is None or not (curves.final or _good(curves)):
+        return []
+    return reply_symptoms(curves.replies.faults, curves.last_step, "sampled replies", MOST)
 
 
 def _wrong_replies(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
@@ -259,7 +250,7 @@ BY_HEIGHT: tuple[Check, ...] = (
     *(symptoms.near_zero, symptoms.memorised, symptoms.spikes),
 )
 CHECKS: tuple[Check, ...] = (
-    *(symptoms.overflow, symptoms.overfitting, _unending, _empty, _wrong_replies),
+    *(symptoms.far_off, symptoms.overflow, symptoms.overfitting, _wrong_replies),
     *(_few_steps, _many_steps, _many_passes),
 )
 PASSED = "; it passed by the end"

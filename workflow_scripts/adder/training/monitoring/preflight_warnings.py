@@ -16,6 +16,7 @@ def warnings(figures: PreflightFigures, plan: Mapping[str, ChoiceRecord]) -> lis
     checks = (
         _guessing(figures),
         _unreached(figures),
+        _untrained(figures),
         _hardly_labelled(figures),
         _coarse(plan),
         _left_unquantised(plan),
@@ -41,6 +42,17 @@ def _unreached(figures: PreflightFigures) -> str | None:
     return (
         f"{len(dead)} of {figures['layers']} trained layers get no gradient from the first pack: {listed(dead)}; "
         "they learn nothing unless other packs reach them (an expert that no token was sent to)"
+    )
+
+
+def _untrained(figures: PreflightFigures) -> str | None:
+    tokens = figures.get("untrained_tokens") or []
+    if not tokens:
+        return None
+    return (
+        f"the base was never trained on control tokens of this chat template: the embeddings of {listed(tokens)} are "
+        "zero, equal or the mean of all, and this method leaves them so; take a template of tokens that the base "
+        "knows (tokenize.chat_template), or train.method: full"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, TypedDict, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from adder.evaluation.degenerate_replies import ReplyFaults, find_faults
 from adder.training.monitoring import advice
 from adder.training.records import MetricsRow, SampleRow, TrainingFacts
 from adder.training.stage import TrainSettings
@@ -20,6 +21,10 @@ from adder.training.stage import TrainSettings
 Severity = Literal["stop", "warning", "note"]
 
 ADAM_EPSILON = 1e-8  # torch's default: gradients below it no longer move a weight by the learning rate
+# How far from what is usual a learning rate is a finding and not just a matter of advice: times, either way.
+FAR_OFF = 5.0
+# Models of fewer parameters than anybody has published rates for bear larger ones: so many times.
+SMALL_MODEL, SMALL_BEARS = 10_000_000, 10.0
 # Of the lowest usual learning rate: below this share nothing is learnt in any number of steps that people wait for.
 FAR_TOO_LOW = 0.1
 # LoRA's scale is usually between 0.25 (QLoRA: alpha 16, rank 64) and 8 (alpha 32, rank 4).
@@ -47,8 +52,7 @@ class Replies:
 
     count: int
     exact_match: float
-    unfinished_share: float
-    empty_share: float
+    faults: ReplyFaults
     reply_tokens: float
 
     @classmethod
@@ -59,8 +63,9 @@ class Replies:
         return cls(
             count=len(rows),
             exact_match=sum(row["exact_match"] for row in rows) / len(rows),
-            unfinished_share=sum(not row["finished"] for row in rows) / len(rows),
-            empty_share=sum(not row["reply"] for row in rows) / len(rows),
+            faults=find_faults(
+                [row["reply"] for row in rows], [row["reference"] for row in rows], [row["finished"] for row in rows]
+            ),
             reply_tokens=reply_tokens or UNKNOWN_REPLY_TOKENS,
         )
 
@@ -293,6 +298,25 @@ def _why_flat(settings: TrainSettings) -> tuple[str, str] | None:
         cause = f"the adapter's scale is {scale:.1g} (train.lora_alpha {settings.lora_alpha:g})"
         return cause, f"train.lora_alpha: {2 * settings.lora_r}"
     return None
+
+
+def far_off(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
+    """A learning rate far outside of what is usual: it can be told before the first step."""
+    rate = settings.learning_rate
+    if not facts.parameters:
+        return None
+    low, high, source = advice.usual_rate(settings.method, facts.parameters)
+    if facts.parameters < SMALL_MODEL:
+        high *= SMALL_BEARS
+    if low / FAR_OFF <= rate <= high * FAR_OFF:
+        return None
+    times, way, end = (low / rate, "below the lowest", low) if rate < low else (rate / high, "above the highest", high)
+    evidence = f"train.learning_rate is {rate:.1e}, {times:,.0f} times {way} that is usual here, {end:.0e}"
+    cause = "a slip of the exponent, or a rate meant for another method: so far off " + (
+        "a run ends before it has learnt anything" if rate < low else "training breaks what the base can do"
+    )
+    change = f"train.learning_rate: {math.sqrt(low * high):.1e} or thereabouts ({source})"
+    return diagnosis("learning rate far off", "warning", None, evidence, cause, change)
 
 
 def near_zero(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> Diagnosis | None:
