@@ -201,3 +201,24 @@ def test_folders_that_datasets_saved(tmp_path):
         write_rows(tmp_path / "dev", [{"path": str(tmp_path / "splits"), "split": "dev"}])
     with pytest.raises(UserError, match="is a directory, and none that `datasets` saved"):
         write_rows(tmp_path / "neither", [{"path": str(tmp_path)}])
+
+
+def test_labels_that_datasets_numbers_are_read_by_their_names(tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["bad", "good"]),
+            "more": datasets.List({"kind": datasets.ClassLabel(names=["x", "y"])}),
+        }
+    )
+    rows = {"text": ["a", "b", "c"], "label": [0, 1, None], "more": [[{"kind": 1}], [], None]}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.to_parquet(tmp_path / "rows.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    for name in ("rows.parquet", "saved"):
+        _, records, entries, *_ = write_rows(tmp_path / f"data-{name}", [{"path": str(tmp_path / name)}])
+        assert [row["label"] for row in data(records)] == ["bad", "good", None]
+        assert [row["more"] for row in data(records)] == [[{"kind": "y"}], [], None]
+        assert entries[0]["notes"] == ["labels that `datasets` numbers are read by their names"]

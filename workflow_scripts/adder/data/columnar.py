@@ -21,6 +21,8 @@ JSON_EXTENSION = "arrow.json"
 EXTENSION_KEY = b"ARROW:extension:name"  # of a field's metadata, where pyarrow doesn't know the extension
 NULLS_LEFT_OUT = "fields that are null in structs are left out, as keys that the file's schema filled in"
 
+LABELS_NAMED = "labels that `datasets` numbers are read by their names"
+
 Restore = Callable[[Any], Any]
 
 
@@ -156,6 +158,9 @@ class _Rows:
         type = field.type
         if _is_json(field, feature):
             return _parsed
+        if names := _label_names(feature):
+            self.notes[LABELS_NAMED] = 1
+            return lambda value: names[value] if isinstance(value, int) and 0 <= value < len(names) else value
         if types.is_struct(type):
             of_feature = feature if isinstance(feature, dict) else {}
             found = {child.name: self._restorer(child, of_feature.get(child.name)) for child in type.fields}
@@ -232,7 +237,7 @@ def _holds_json_or_maps(field: Any, feature: Any) -> bool:
     """Whether there is more to restore in a field than nulls in structs."""
     import pyarrow.types as types
 
-    if _is_json(field, feature) or types.is_map(field.type):
+    if _is_json(field, feature) or types.is_map(field.type) or _label_names(feature):
         return True
     if types.is_struct(field.type):
         of_feature = feature if isinstance(feature, dict) else {}
@@ -257,6 +262,11 @@ def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         return {}
     return features if isinstance(features, dict) else {}
+
+
+def _label_names(feature: Any) -> list[str]:
+    """The names of a `ClassLabel` of `datasets`, whose values are stored as their numbers; none for other features."""
+    return feature.get("names") or [] if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else []
 
 
 def _item_feature(feature: Any) -> Any:

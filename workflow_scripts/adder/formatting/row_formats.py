@@ -8,7 +8,7 @@ template can mean; the template itself refuses what it can't render.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
@@ -519,7 +519,7 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
 
 def _refuse_unread_text(row: Row, form: RowFormat, asked: str, source: SourceFormat) -> None:
     """Raise Rejected where nothing reads a text that is long, longer than what is asked: the row may be about it."""
-    for name in unread_names(tuple(row), form.columns):
+    for name in _unread(tuple(row), form.name):
         size = text_size(row[name])
         if size >= LONG_TEXT and size > len(asked):
             column = form.known_by[0]
@@ -528,6 +528,11 @@ def _refuse_unread_text(row: Row, form: RowFormat, asked: str, source: SourceFor
                 f"nothing reads the column {name[:40]}, a long text that the row may be about",
                 f'`prompt: "{prompt}"` makes it part of the prompt, `row_format: {form.name}` leaves it out',
             )
+
+
+@lru_cache(1024)
+def _unread(columns: tuple[str, ...], row_format: str) -> list[str]:
+    return unread_names(columns, ROW_FORMATS[row_format].columns)
 
 
 def _refuse_doubt(row: Row, source: SourceFormat, form: RowFormat) -> None:

@@ -42,7 +42,7 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
         elif canonical in form.texts and isinstance(value, AS_JSON):
             found.add(f"'{name}' is {json_type(value)}, written as JSON")
     for key in () if row.keys().isdisjoint(_ROW_MARKS) else row.keys() & _ROW_MARKS:
-        if row[key] not in BLANK and verdict(row, key) is None:
+        if row[key] not in BLANK and verdict(row, key) is None and not (fields and key in fields.columns()):
             found.add(f"the column '{key}' is neither true nor false, so nothing reads it")
     yield from found
 

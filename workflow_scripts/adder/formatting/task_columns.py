@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from typing import Any
 
 from adder.data.field_template import folded
@@ -95,8 +94,7 @@ def refuse_hidden_options(row: Row, reply: Any, prompt: str, read: Iterable[str]
         )
 
 
-@lru_cache(1024)
-def unread_names(columns: tuple[str, ...], read: tuple[str, ...]) -> list[str]:
+def unread_names(columns: Iterable[str], read: Iterable[str]) -> list[str]:
     """Of a row's columns those that nothing reads and that may hold more than what describes the row."""
     known = {*read, *ROW_MARKS}
     return [name for name in columns if name not in known and COMPANION.fullmatch(folded(name)) is None]
