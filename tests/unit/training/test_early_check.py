@@ -117,5 +117,16 @@ def test_an_adapter_to_go_on_from_is_tried_with_all_layers(tmp_path):
         check(inputs, tmp_path / "other", method="lora", lora_alpha=8)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [{"target_modules": r".*layers\.2\..*q_proj"}, {"modules_to_save": ["layers.2.input_layernorm"]}],
+    ids=lambda names: next(iter(names)),
+)
+def test_layers_that_are_named_by_their_place_are_all_there(tmp_path, names):
+    folder = save_tiny_model(tmp_path / "model", num_hidden_layers=3)
+    inputs = write_training_inputs(tmp_path / "inputs", folder, packs=2)
+    assert check(inputs, tmp_path / "out", method="lora", **names)["layers"] == 3
+
+
 def test_it_goes_before_the_evaluation_of_the_base():
     assert ISOLATION.priority == LENGTHS.priority > EVALUATE.priority

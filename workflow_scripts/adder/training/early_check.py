@@ -2,7 +2,7 @@
 
 A training looks at the whole model before its first step. Evaluating the base comes before that and may take hours, so
 the same is tried here on the model's first layers, as many as show each kind of layer that it has, with their own
-weights.
+weights. All of it is tried where settings name layers by their place, or an adapter to go on from has all of them.
 """
 
 import copy
@@ -57,8 +57,7 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     weights = packed if settings.method == "qlora" and packed.is_dir() else folder
     whole = text_model.read_config(weights)
     layers = whole.get_text_config().num_hidden_layers
-    # An adapter to go on from is of all layers.
-    few = None if adapter.is_dir() else first_of_each_kind(whole)
+    few = first_of_each_kind(whole) if _names_no_layer(settings) and not adapter.is_dir() else None
     tried = few.get_text_config().num_hidden_layers if few else layers
     context.progress.say(f"trying packs on {tried} of the model's {layers} layers, on {device} in {dtype}")
     set_seed(train.seed)
@@ -75,6 +74,13 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     record: IsolationRecord = {"attention": attention.to_dict(), "layers": tried, "of": layers}
     write_json(out / "check.json", record)
     return record
+
+
+def _names_no_layer(settings: IsolationSettings) -> bool:
+    """Whether what is to be trained is named the same in all layers: not by a pattern or by a place among them."""
+    names = settings.target_modules if isinstance(settings.target_modules, list) else []
+    by_name = settings.target_modules == "all-linear" or bool(names)
+    return by_name and not any(name.isdigit() for one in [*names, *settings.modules_to_save] for name in one.split("."))
 
 
 def first_of_each_kind(config: PreTrainedConfig) -> PreTrainedConfig | None:

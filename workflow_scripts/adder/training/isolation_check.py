@@ -138,7 +138,10 @@ def problem(
     try:
         found = measure(model, pack, dtype, with_gradients=not sharded)
         wrong = verdict(found, tolerances(dtype), has_experts(bare_model(model)))
-        return wrong or (problem_beyond_window(model, longest, dtype) if longest is not None else None)
+        # Whether there is room is for each process to find, and those that share weights must compute in step.
+        if wrong or longest is None or sharded:
+            return wrong
+        return problem_beyond_window(model, longest, dtype)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # models refuse a pack in any way that they like
