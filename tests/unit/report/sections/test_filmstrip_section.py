@@ -42,3 +42,11 @@ def test_long_filmstrips_are_thinned_but_keep_base_last_and_kept_step(tmp_path):
     view = run.build_view(RunReport(settings, facts, run_metrics.build_metrics(settings, facts)))
     words = " ".join(Page(html_page.render("report", view, ("report.css",))).words.split())
     assert "Of 101 evaluations 12 are shown" in words and "Shown are the first 12" in words
+
+
+def test_a_training_that_went_on_from_an_adapter_does_not_begin_with_the_base(tmp_path):
+    settings, inputs = write_stage_folders(tmp_path / "stages", heldout=20)
+    facts = load(inputs, settings.shows)
+    facts.model["adapter"] = {"source": "org/first", "revision": None, "base": None}
+    film = filmstrip_section.view(RunReport(settings, facts, run_metrics.build_metrics(settings, facts)))
+    assert film["start"] == "start"

@@ -56,7 +56,9 @@ def view(run: RunReport) -> View:
     ]
     if not strips:
         return {}
-    return {"strips": strips, "steps": len(steps), "shown": len(shown), "prompts": len(by_prompt)}
+    # What was trained from: the base itself, or the base with an earlier adapter.
+    start = "start" if facts.model.get("adapter") else "base"
+    return {"strips": strips, "steps": len(steps), "shown": len(shown), "prompts": len(by_prompt), "start": start}
 
 
 def strip(rows: Sequence[SampleRow], kept: int | None, turns: Sequence[Mapping[str, Any]]) -> Strip:
