@@ -47,6 +47,8 @@ VOLATILE = {
     "seconds", "tokens_per_second", "finished_at", "energy_joules", "estimated_seconds", "peak_memory_bytes",
     "free_bytes", "needed_bytes", "resumed_from", "seconds_per_step", "runtime", "new_tokens_per_second", "url",
 }  # fmt: skip
+# And what a file tells of all attempts at it, or of its stages.
+OF_ATTEMPTS = {"metrics.json": ("cost", "stages", "judge.tokens"), "judge.json": ("tokens",)}
 
 
 # What gives access, by the environment variable that has it; it must be in no file.
@@ -344,7 +346,11 @@ def is_page(path: Path) -> bool:
 def content(path: Path) -> object:
     """A file's digest, or what stands in it beside times."""
     if path.suffix == ".json":
-        return timeless(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        for name in OF_ATTEMPTS.get(path.name, ()):
+            section, _, inner = name.rpartition(".")
+            (found[section] if section else found).pop(inner, None)
+        return timeless(found)
     if path.suffix == ".jsonl":
         return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
     return digest_file(path)

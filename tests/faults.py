@@ -136,11 +136,12 @@ class Kills:
     def __call__(self, name: str, done: Done, left: int) -> None:
         """A life of a stage: killed until it has had enough, then let finish."""
         flow, chance = self.flow, self.chance
-        if name not in self.operations:
+        at_operations = [chance.random() < 0.5 for _ in range(min(IN_A_LIFE, left))]
+        if any(at_operations) and name not in self.operations:
             self.operations[name] = operations(flow, name)
         flow.forget(name)
-        for number in range(min(IN_A_LIFE, left)):
-            if number % 2:
+        for is_at_operation in at_operations:
+            if is_at_operation:
                 child = flow.begin(name, at_operation(chance.randint(1, self.operations[name]), kill_itself))
                 status = child.wait()
                 child.kill()  # what it had started
@@ -339,7 +340,7 @@ def run(
                 tries += 1
                 name = stages[tries % len(stages)] if kind == "full" else done.least(kind, stages)
                 try:
-                    make(name, done, number - made)
+                    make(name, done, min(number - made, max(1, number // len(stages))))
                 except AssertionError as error:
                     done.broken.append(f"{kind} of {name}: {error}")
                     say(done.broken[-1])

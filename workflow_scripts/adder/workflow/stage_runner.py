@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -40,6 +41,7 @@ RECORD = "stage.json"
 WEIGHTS = (".safetensors", ".gguf")
 MOST_EARLIER = 8  # results of a stage that it looks into for parts to take over
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_AS_TEXT = re.compile(r"No space left|File too large|Disk quota exceeded|^\d+ requested and \d+ written$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,8 +451,8 @@ def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error says, or comes from one that says, that there is no room left for a file."""
     while error is not None:
         numbered = isinstance(error, OSError) and error.errno in FULL
-        # Rust's and C++'s writers tell it as text.
-        if numbered or any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded")):
+        # Rust's and C++'s writers tell it as text, and so does numpy.
+        if numbered or FULL_AS_TEXT.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
