@@ -66,8 +66,8 @@ def describe(passage: Hashes, held: npt.NDArray[np.bool_], train: npt.NDArray[np
     """What was kept together, as the end of a sentence on the split."""
     (all_rows, passages), (rows, some) = (_counted(passage[there]) for there in (held | train, held))
     return (
-        f"{all_rows:,} rows ask about {passages:,} passages that several have in common, those about one are on one "
-        f"side, and {rows:,} about {some:,} passages are held out"
+        f"{all_rows:,} rows ask about {passages:,} passages that several have in common; those about one, the longest "
+        f"of theirs, are on one side, and {rows:,} about {some:,} passages are held out"
     )
 
 

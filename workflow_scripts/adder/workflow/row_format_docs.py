@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
@@ -103,7 +103,7 @@ def read(form: Form) -> Conversation | str:
     settings = dict(form.settings)
     if "roles" in settings:
         settings["roles"] = {theirs: ours for ours, theirs in settings["roles"].items()}
-    reading = {**reading, **settings}
+    reading = cast(Reading, {**reading, **settings})
     sets = Counter({tuple(form.row): 1})
     try:
         fields = row_fields("rows", reading, form.row.keys())
