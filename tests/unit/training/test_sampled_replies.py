@@ -5,7 +5,15 @@ import pytest
 from adder.core.files import read_jsonl
 from adder.core.progress import Progress
 from adder.training import sampled_replies
-from adder.training.sampled_replies import SHORTEST, Prompt, Sampler
+from adder.training.sampled_replies import (
+    CPU_STEP_TOKENS,
+    SHARE,
+    SHORTEST,
+    Prompt,
+    Sampler,
+    SampleTimes,
+    cpu_sample_times,
+)
 from tiny import tiny_tokenizer, write_training_inputs
 from training_stage import train_small
 
@@ -46,3 +54,15 @@ def test_samples_take_no_more_than_their_share_of_a_training(tmp_path, monkeypat
     unlimited = sampler(tmp_path / "other", None)
     monkeypatch.setattr(unlimited, "_generate", lambda model: [[5, 6]])
     assert all(unlimited.sample(None, step) is not None for step in (0, 10, 20, 30))
+
+
+def test_on_a_cpu_samples_are_fewer_where_they_would_take_more_than_their_share():
+    assert cpu_sample_times(2_000, 60, 10, 2) is None  # over in seconds
+    for tokens in (60_000, 150_000, 10_000_000):
+        times = cpu_sample_times(tokens, 60, 100, 20)
+        taken = [step for step in range(0, 101, 20) if times.has(step)]
+        assert taken[0] == 0 and taken[-1] == 100
+        assert len(taken) == 2 or len(taken) * 60 * CPU_STEP_TOKENS <= SHARE * tokens
+    assert taken == [0, 20, 40, 60, 80, 100]
+    uneven = SampleTimes(4, 103, 21)
+    assert sum(uneven.has(step) for step in (0, 21, 42, 63, 84, 103)) == 4

@@ -50,7 +50,7 @@ from adder.training.records import (
     TrainRecord,
     metrics_rows,
 )
-from adder.training.sampled_replies import SHARE, Sampler, choose_prompts
+from adder.training.sampled_replies import SHARE, Sampler, choose_prompts, cpu_sample_times
 from adder.training.stage import TrainSettings
 from adder.training.step_planner import StepChoices, StepPacks
 from adder.training.trainer import Trainer
@@ -324,6 +324,9 @@ def _build_trainer(
         _sampling_seconds(job, plan.step, packs.seq_lengths, arguments.max_steps),
     )
     facts = _facts(job, model, packs.seq_lengths, dtype, arguments.max_steps, sampler.reply_tokens)
+    if job.device == "cpu" and settings.best_by != "exact_match":
+        tokens = facts.tokens_per_step * facts.steps
+        sampler.times = cpu_sample_times(tokens, sampler.limit, facts.steps, int(arguments.eval_steps or 1))
     live.say_advice(settings, facts, progress)
     best = KeepBestWeights(settings, job.checkpoints)
     doctor = DoctorCallback(facts, settings, sampler.rows, progress)

@@ -21,6 +21,9 @@ LONGEST = 256  # new tokens: a look at the replies, not an evaluation
 SHORTEST = 32  # new tokens that are worth a look
 SHARE = 0.03  # of the training's time that samples may take on a GPU
 STEP_SECONDS = 0.03  # of a token of all replies: Llama-3.1-8B's shape on NF4 with its adapter, on an H200
+# On a CPU nothing is timed: a token of all replies takes as long as training on so many. (SmolLM2-135M, two cores.)
+CPU_STEP_TOKENS = 20
+SMALL = 50_000  # tokens of a training that is over so soon that nobody waits for its samples
 MARGIN = 8  # tokens more than the longest reference, so that a reply that doesn't end can be told
 
 
@@ -31,6 +34,30 @@ class Prompt:
     id: str
     prompt: list[int]
     reference: list[int]
+
+
+@dataclass(frozen=True)
+class SampleTimes:
+    """At which of a training's `steps` there are samples: `most`, evenly over evaluations `every` so many steps.
+
+    The start and the last step always have one.
+    """
+
+    most: int
+    steps: int
+    every: int
+
+    def has(self, step: int) -> bool:
+        """Whether the evaluation at a step has a sample."""
+        share = (self.most - 1) / self.steps
+        return step in (0, self.steps) or int(step * share) > int((step - self.every) * share)
+
+
+def cpu_sample_times(tokens: float, limit: int, steps: int, every: int) -> SampleTimes | None:
+    """What keeps samples of `limit` tokens within SHARE of a training on `tokens` on a CPU; None for all there are."""
+    if tokens < SMALL:
+        return None
+    return SampleTimes(max(2, int(SHARE * tokens / (CPU_STEP_TOKENS * limit))), steps, every)
 
 
 def choose_prompts(tokens: Path, count: int) -> list[Prompt]:
@@ -80,11 +107,14 @@ class Sampler:
         self.kind = choose_kind(references)
         self.limit = min(LONGEST, max((len(prompt.reference) for prompt in prompts), default=0) + MARGIN)
         self.allowance, self.spent, self.dearest = allowance, 0.0, 0.0
+        self.times: SampleTimes | None = None  # None: at every evaluation
         if allowance is not None:  # two looks at least
             self.limit = min(self.limit, max(SHORTEST, int(allowance / 2 / STEP_SECONDS)))
 
-    def is_due(self, last: bool) -> bool:
+    def is_due(self, step: int, last: bool) -> bool:
         """Whether there is time for a sample, which every process asks at once: enough must be left for the last."""
+        if self.times is not None and not last:
+            return self.times.has(step)
         return last or self.allowance is None or self.spent + 2 * self.dearest <= self.allowance
 
     def sample(self, model: PreTrainedModel | PeftModel, step: int, last: bool = False) -> float | None:
@@ -92,7 +122,7 @@ class Sampler:
 
         To be called in every process: of a model in shards none has all. None also where there is no time for it.
         """
-        if not self.prompts or not collectives.call_on_main(self.is_due, last):
+        if not self.prompts or not collectives.call_on_main(self.is_due, step, last):
             return None
         start = time.perf_counter()
         if not any(row["step"] == step for row in self.rows):
