@@ -25,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +285,9 @@ def main() -> None:
         start = time.perf_counter()
         text = (scratch / "rows/train.jsonl").read_text(encoding="utf-8").splitlines()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        made = make_model(scratch / "model", text, shape, layers, device)
+        # In a process of its own: this one's largest size would count as that of each stage's process that it starts.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
+            made = own.submit(make_model, scratch / "model", text, shape, layers, device).result()
         print(f"made the model in {time.perf_counter() - start:.1f} s ({made})", flush=True)
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT / 'workflow_scripts'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
@@ -305,6 +309,12 @@ def main() -> None:
         def note(name: str, config: dict[str, Any]) -> None:
             found[name] = run_stages(config, environment, scratch / name)
             print(f"{name}: {found[name]['total_seconds']} s", flush=True)
+            found["stages"] = found.get("warm", found["cold"])["stages"]
+            found["total_seconds"] = {
+                part: found[part]["total_seconds"]
+                for part in ("cold", "warm", "another_learning_rate")
+                if part in found
+            }
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
@@ -318,10 +328,6 @@ def main() -> None:
         for part in ("cold", "warm", "another_learning_rate"):
             for row in found.get(part, {}).get("stages", []):
                 row["limit_seconds"] = round(allowed.get(row["name"], 0.0), 2)
-        found["stages"] = found.get("warm", found["cold"])["stages"]
-        found["total_seconds"] = {
-            part: found[part]["total_seconds"] for part in ("cold", "warm", "another_learning_rate") if part in found
-        }
         options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 

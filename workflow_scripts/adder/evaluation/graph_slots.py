@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from adder.evaluation.kv_cache_slots import KVCacheSlots, keys_and_values
 from adder.kernels.decode_attention import attend_to_cache, store_token
+from adder.kernels.inference_layers import fused_for_inference
 from adder.kernels.row_argmax import row_argmax
 
 NAME = "adder_decode"
@@ -81,9 +82,6 @@ def graph_slots(
     for fused in (True, False):
         with ExitStack() as attempt:
             try:
-                # Imported here: PEFT, which these layers' probes know of, takes seconds.
-                from adder.kernels.inference_layers import fused_for_inference
-
                 if fused and not attempt.enter_context(fused_for_inference(model)):
                     continue
                 slots = GraphSlots(model, count, capacity)

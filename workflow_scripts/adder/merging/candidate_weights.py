@@ -1,7 +1,7 @@
 """Weights that a merge would write, in a loaded model instead of a file: candidates cost no room on the disk."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -63,23 +63,53 @@ def can_hold(model: PreTrainedModel, base: Path, names: Iterable[str]) -> bool:
 
 
 def hold(model: PreTrainedModel, base: Path, deltas: Deltas, context: Context) -> None:
-    """Give the model's parameters the values that merge_weights would write for `deltas`, in the model's own dtype."""
+    """Give the model's parameters the values that merge_weights would write for `deltas`, in the model's own dtype.
+
+    On a GPU they are computed there and not brought back: bf16 is rounded with random numbers of the GPU's own, so that
+    a weight may be the other of its two neighbours.
+    """
     parameters = by_stored_name(model, base)
-    device = sums_device(deltas, context)
+    on_gpu = model.device.type == "cuda"
+    device = "cuda" if on_gpu else sums_device(deltas, context)
+    random = torch.Generator(device).manual_seed(0)
     for file in shard_files(base):
         changed = [block for block in blocks(layout(base / file), deltas) if isinstance(block, ChangedBlock)]
+        if on_gpu:
+            changed = whole_tensors(changed)
         with opened(base / file) as source:
-            values = partial(_values, source.fileno(), device)
-            for block, data in in_threads(values, changed, threads_for(deltas, context)):
+            values = partial(_values, source.fileno(), None if on_gpu else device)
+            for block, data in in_threads(values, changed, 4 if on_gpu else threads_for(deltas, context)):
                 dtype = DTYPES[block.tensor.dtype]
                 start = (block.start - block.tensor.start) // dtype.itemsize
                 new = torch.from_numpy(data).view(dtype)
+                if on_gpu:
+                    new = _changed_on_gpu(new, block, random)
                 parameters[block.tensor.name].data.view(-1)[start : start + len(new)].copy_(new)
 
 
-def _values(source: int, device: str, block: ChangedBlock) -> tuple[ChangedBlock, Bytes]:
+def _values(source: int, device: str | None, block: ChangedBlock) -> tuple[ChangedBlock, Bytes]:
+    """The block's bytes, changed on `device`; None: as they are in the file."""
     data = read_bytes(source, block.start, block.stop)
-    return block, data if isinstance(block.delta, AsStored) else block.changed(data, device)
+    return block, data if device is None or isinstance(block.delta, AsStored) else block.changed(data, device)
+
+
+def whole_tensors(changed: list[ChangedBlock]) -> list[ChangedBlock]:
+    """One block for each tensor: fewer and larger pieces of work, for a GPU."""
+    firsts = [block for block in changed if block.first == 0]
+    return [replace(block, start=block.tensor.start, stop=block.tensor.stop) for block in firsts]
+
+
+def _changed_on_gpu(stored: torch.Tensor, block: ChangedBlock, random: torch.Generator) -> torch.Tensor:
+    weight = stored.view(-1, *block.tensor.shape[1:]).cuda()
+    if isinstance(block.delta, AsStored):
+        return weight.view(-1)
+    exact = block.delta.apply(weight.float(), block.first).contiguous()
+    if stored.dtype != torch.bfloat16:
+        return exact.to(stored.dtype).view(-1)
+    # As stochastic_rounding does it: what bf16 can hold stays as it is.
+    bits = exact.view(torch.int32)
+    bits = bits + torch.randint(-0x8000, 0x8000, bits.shape, dtype=torch.int32, device=bits.device, generator=random)
+    return (bits + 0x8000).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16).view(-1)
 
 
 def losses(model: PreTrainedModel, rows: list[TokenRow]) -> list[tuple[float, int]]:

@@ -6,8 +6,9 @@ Nothing but a few blocks is in memory, whatever the model's size; what nothing c
 import errno
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -62,7 +63,8 @@ class ChangedBlock(Block):
         """What becomes of the block's bytes. Raises UserError when that isn't finite."""
         dtype = DTYPES[self.tensor.dtype]
         weight = torch.from_numpy(data).view(dtype).view(-1, *self.tensor.shape[1:])
-        exact = self.delta.apply(weight.to(device, torch.float32), self.first)
+        # First to the device: a copy that changes the type, too, would do that in main memory.
+        exact = self.delta.apply(weight.to(device).to(torch.float32), self.first)
         low, high = torch.aminmax(exact)  # both are NaN if any element is
         if not max(-float(low), float(high)) <= torch.finfo(dtype).max:
             raise UserError(
@@ -148,7 +150,7 @@ def sums_device(deltas: Deltas, context: Context) -> str:
 
 def threads_for(deltas: Deltas, context: Context) -> int:
     """Cores to use: fewer where blocks are whole weights, which take hundreds of megabytes each."""
-    return context.threads if all(delta.by_rows for delta in deltas.values()) else min(context.threads, 4)
+    return context.threads if all(delta.by_rows for delta in deltas.values()) else min(context.threads, 6)
 
 
 def blocks(plan: Layout, deltas: Deltas) -> Iterator[Block]:
@@ -179,13 +181,20 @@ def _by_rows(tensor: Stored, delta: WeightDelta) -> Iterator[ChangedBlock]:
 def in_threads(work: Callable[[Item], Result], todo: Iterable[Item], cores: int) -> Iterator[Result]:
     """Results of `work`, in order, from threads; the first error ends them all.
 
-    Twice as many threads as cores: while some wait for the disk, the others compute.
+    Twice as many threads as cores: while some wait for the disk, the others compute. No more results than twice as many
+    again wait for whoever takes them.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # each of ours computes by itself
     pool = ThreadPoolExecutor(2 * cores)
+    waiting: deque[Future[Result]] = deque()
     try:
-        yield from pool.map(work, todo)
+        for item in todo:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= 4 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adder.kernels import fp8
@@ -90,6 +89,8 @@ class LinearPart:
 
 def linear_part(parent: AnyModule, name: str, dtype: torch.dtype) -> LinearPart:
     """Look at a linear layer and its adapter; raise CannotFuse where they aren't plain."""
+    from peft.tuners.lora import LoraLayer  # which takes seconds, and evaluation needs none of it
+
     module: AnyModule = getattr(parent, name)
     base, adapter, has_lora = module, None, isinstance(module, LoraLayer)
     if has_lora:
