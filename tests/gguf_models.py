@@ -35,7 +35,7 @@ GRANITE = {
     "attention_multiplier": 0.3,
     "embedding_multiplier": 6.0,
     "residual_multiplier": 0.4,
-    "logits_scaling": 0.5,
+    "logits_scaling": 2.0,
 }
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}

@@ -1,7 +1,7 @@
 """A run's merged model in real servers: each held-out prompt as a chat, the reply word for word that of our evaluation.
 
     python tests/servers.py vllm results/default
-    python tests/servers.py llama.cpp results/default
+    python tests/servers.py llama.cpp results/default 40    # the first 40 alone
 
 vLLM for CPUs gets an environment of its own in .cache/ the first time (3.4 GB, some minutes). llama.cpp is that of
 xllamacpp, which the tests have, or else of the wheel llama-cpp-py-sync (6 MB, needs glibc 2.38) in such an environment;
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,14 @@ def undecided_by(folder: Path, cases: list[tuple[list[dict[str, Any]], str, str]
 
 def main() -> int:
     """Ask the server; say how many replies are the same."""
-    if len(sys.argv) != 3 or sys.argv[1] not in PACKAGES:
+    if len(sys.argv) not in (3, 4) or sys.argv[1] not in PACKAGES:
         print(__doc__)
         return 2
     server, run = sys.argv[1], Path(sys.argv[2]).resolve()
     python, ours = python_with(server), evaluation_of(run)
+    if len(sys.argv) == 4:
+        count = int(sys.argv[3])
+        ours = replace(ours, prompts=ours.prompts[:count], replies=ours.replies[:count])
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = model_for(server, run, work)
