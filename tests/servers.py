@@ -91,15 +91,20 @@ def evaluation_of(run: Path) -> Evaluation:
     for folder in sorted((run.parent / "stages" / "evaluate").iterdir()):
         files = read_json(folder / "stage.json")["inputs"]["model"]
         if files.get(f"model/{weights.name}") == digest:
-            rows = [row for row in read_jsonl(folder / "samples.jsonl") if row["reply"] is not None]
-            scores = read_json(folder / "scores.json")
-            return Evaluation(
-                [row["prompt"] for row in rows],
-                [row["reply"] for row in rows],
-                scores["max_new_tokens"]["value"],
-                scores["compute_dtype"]["value"],
-            )
+            return read_evaluation(folder)
     sys.exit(f"{run.parent}/stages/evaluate: no evaluation of {weights}")
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """What an evaluation's folder says."""
+    rows = [row for row in read_jsonl(folder / "samples.jsonl") if row["reply"] is not None]
+    scores = read_json(folder / "scores.json")
+    return Evaluation(
+        [row["prompt"] for row in rows],
+        [row["reply"] for row in rows],
+        scores["max_new_tokens"]["value"],
+        scores["compute_dtype"]["value"],
+    )
 
 
 def python_with(server: str) -> Path:
