@@ -199,6 +199,7 @@ def test_templates_whose_replies_end_in_nothing_are_refused():
     chatglm.chat_template = chatglm.chat_template.replace(
         "'<|' + message['role'] + '|>\n'", "'<sop>' + message['role']"
     )
+    chatglm.chat_template = chatglm.chat_template.replace("'<|assistant|>\n'", "'<sop>assistant'")
     assert NO_END in label(Labeller(chatglm), conversation("a?", "A."))  # which begins the model's own turns as well
     last = Family(EOS_LAST, eos="<|endoftext|>").tokenizer()
     _, labels, _ = label(Labeller(last), conversation("a?", "A."))

@@ -52,3 +52,9 @@ def test_a_conversation_that_the_template_gives_no_prompt_for_is_refused():
     source = "{{ raise_exception('x') if add_generation_prompt }}" + HERMES
     with pytest.raises(UnusableRow, match="gives no prompt"):
         target(source, conversation("a?", "A."))
+
+
+def test_an_end_of_turn_that_is_written_only_when_the_conversation_goes_on_is_learnt():
+    ended = "message.content + ('' if loop.last and not add_generation_prompt else '<|im_end|>\\n')"
+    source = HERMES.replace("message.content + '<|im_end|>\\n'", ended)  # Qwen 1.5
+    assert target(source, conversation("a?", "A.")).reply == "A.<|im_end|>"

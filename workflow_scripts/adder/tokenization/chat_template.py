@@ -48,6 +48,8 @@ RESERVED = frozenset(
 )
 CHATML_TOKENS = ("<|im_end|>", "<|im_start|>")
 
+# Contents beside a call, where there is no text.
+NO_CONTENT: tuple[object, ...] = ("", None, [{"type": "text", "text": ""}])
 # Names under which templates look for a reply's reasoning: Qwen's, gpt-oss's, and one of Gemma 4's two.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
@@ -184,7 +186,7 @@ class ChatTemplate:
         self._context = self.compiled.new_context({**variables, "documents": None})
         self._parts = False
         # Arguments as JSON text?, a call's content when there is none, a result as a list of what.
-        self._call_form: tuple[bool, str | None, str] | None = None
+        self._call_form: tuple[bool, object, str] | None = None
         self._reasoning_keys: dict[bool, str] = {}  # beside a call or not: "" for none, written into the content
         self._parts = not self._writes([_user(), _reply("PROBE2")], "PROBE1", "PROBE2") and self._takes_parts()
 
@@ -290,13 +292,13 @@ class ChatTemplate:
         self._parts = True
         return self._writes([_user(), _reply("PROBE2")], "PROBE1", "PROBE2")
 
-    def _find_call_form(self) -> tuple[bool, str | None, str]:
+    def _find_call_form(self) -> tuple[bool, object, str]:
         result = {"role": "tool", "content": "PROBE4", "tool_call_id": "probe0001", "name": "PROBENAME"}
-        for results, as_text, empty in product(("", "parts", "texts"), (False, True), ("", None)):
+        for results, as_text, empty in product(("", "parts", "texts"), (False, True), NO_CONTENT):
             self._call_form = as_text, empty, results
             if self._writes([_user(), _call(), result, _reply("PROBE2")], "PROBENAME", "PROBEVALUE", "PROBE4"):
                 return self._call_form
-        for as_text, empty in product((False, True), ("", None)):  # a template that doesn't know results
+        for as_text, empty in product((False, True), NO_CONTENT):  # a template that doesn't know results
             self._call_form = as_text, empty, ""
             if self._writes([_user(), _call()], "PROBENAME", "PROBEVALUE"):
                 return self._call_form

@@ -27,7 +27,6 @@ NO_PROMPT = "the chat template gives no prompt for a reply: the model would neve
 OTHER_PROMPT = "the chat template's generation prompt isn't what stands before a finished reply"
 DROPPED_REASONING = "leaves out a reply's reasoning"
 MARKERS = ("REPLY0REPLY", "NEXT0NEXT")
-NAMES_ROLE = re.compile("user|human|observation|tool|function", re.IGNORECASE)
 FILLED = 256  # characters at a prompt's end among which is the control token that opens the reply's turn
 # The marks around a block of reasoning: <think>, [THINK], <seed:think>, Gemma 4's channel, and their ends.
 OPENING = r"(?:[<\[◁](?:\w+:)?think(?:ing)?[>\]▷]|<\|channel>thought)"
@@ -155,8 +154,9 @@ class ReplyTargets:
         if onward is None or opener is None or onward[start : opener[0]].strip():
             raise UnusableRow(NO_END)
         token = onward[slice(*opener)]
-        if self.control.ids[token] not in self.eos_ids and not NAMES_ROLE.search(token):
-            raise UnusableRow(NO_END)  # what begins any turn, the model's own too
+        own = self.control.pattern.findall(self.template.render(messages[:-1], prompt=True, tools=tools))
+        if self.control.ids[token] not in self.eos_ids and own[-1:] == [token]:
+            raise UnusableRow(NO_END)  # it begins the model's own turns as well
         return TurnEnd(tail, start, start, onward[start : opener[1]])
 
     def _onward(self, marked: list[Message], tools: Tools | None, marker: str) -> str | None:
