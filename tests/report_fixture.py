@@ -13,8 +13,8 @@ from adder.core.files import digest_file, write_json, write_jsonl
 from adder.core.intervals import Estimate, proportion, ratio
 from adder.core.length_summary import LengthSummary, summarise
 from adder.evaluation import json_fields
-from adder.formatting.heldout_overlap import overlap_method
-from adder.formatting.minhash import near_duplicate_method
+from adder.formatting.similarity.heldout_overlap import overlap_method
+from adder.formatting.similarity.minhash import near_duplicate_method
 from adder.report.stage import ReportSettings
 from adder.training.records import TrainingFacts
 from adder.training.stage import TrainSettings

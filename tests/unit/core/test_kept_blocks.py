@@ -12,8 +12,8 @@ from adder.core.stage_spec import Context, NoInputs
 from adder.data import fetch_rows
 from adder.data.stage import RowSettings, Source
 from adder.formatting import block_converter
-from adder.formatting.heldout_overlap import HeldoutIndex
 from adder.formatting.run import FormatInputs, run
+from adder.formatting.similarity.heldout_overlap import HeldoutIndex
 from earlier_results import context_beside, digests
 from format_stage import format_settings
 

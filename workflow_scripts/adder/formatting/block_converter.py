@@ -20,11 +20,11 @@ from adder.core.record_blocks import RecordBlock, parse_line, read_range
 from adder.formatting import passages, replies, spool
 from adder.formatting.conversation import Conversation, Message
 from adder.formatting.messages import why_not_json
-from adder.formatting.minhash import Signatures, Signer
 from adder.formatting.records import Reject
 from adder.formatting.rejected import Rejected, Undesired
 from adder.formatting.row_formats import MEDIA, ColumnSets, SourceFormat, to_conversation, to_prompt
 from adder.formatting.row_notes import MOST_NOTES, notes_of
+from adder.formatting.similarity.minhash import Signatures, Signer
 
 BLOCK = 2 << 20  # bytes of rows.jsonl that one worker takes at once
 TRAIN, HELDOUT, TEST, UNDECIDED = range(4)

@@ -11,16 +11,17 @@ import numpy.typing as npt
 from adder.core.errors import UserError
 from adder.core.files import write_jsonl
 from adder.core.stage_spec import Context
-from adder.formatting import card_figures, deduplication
+from adder.formatting import card_figures
 from adder.formatting.accepted_rows import DUPLICATE, LEAKED, NEAR_DUPLICATE, AcceptedRows
 from adder.formatting.block_converter import HELDOUT, TRAIN, UNDECIDED
-from adder.formatting.deduplication import Matches, PartialMatches
-from adder.formatting.heldout_overlap import NGRAM, overlap_method
 from adder.formatting.heldout_split import by_passages, choose_heldout
-from adder.formatting.heldout_twins import twin_method
-from adder.formatting.minhash import near_duplicate_method
 from adder.formatting.records import Duplicate, ExampleRow, Leak, NearDuplicate, Quality
 from adder.formatting.replies import ANSWERED
+from adder.formatting.similarity import deduplication
+from adder.formatting.similarity.deduplication import Matches, PartialMatches
+from adder.formatting.similarity.heldout_overlap import NGRAM, overlap_method
+from adder.formatting.similarity.heldout_twins import twin_method
+from adder.formatting.similarity.minhash import near_duplicate_method
 from adder.formatting.spool import Spool
 from adder.formatting.stage import FormatSettings
 

@@ -23,7 +23,7 @@ from adder.core.progress import Progress
 from adder.core.record_blocks import RecordBlock
 from adder.core.stage_spec import Context
 from adder.data.records import Reading
-from adder.formatting import block_converter, card_figures, heldout_split, minhash, passages, row_notes
+from adder.formatting import block_converter, card_figures, heldout_split, passages, row_notes
 from adder.formatting.accepted_rows import CLASSES, LEFT_OUT, AcceptedRows
 from adder.formatting.block_converter import (
     HELDOUT,
@@ -43,6 +43,7 @@ from adder.formatting.records import Card, Counts, Reject
 from adder.formatting.row_fields import row_fields
 from adder.formatting.row_formats import ColumnSets, SourceFormat, source_format
 from adder.formatting.row_notes import Notes
+from adder.formatting.similarity import minhash
 from adder.formatting.spool import Spool
 from adder.formatting.stage import FormatSettings
 

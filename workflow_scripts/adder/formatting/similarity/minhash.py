@@ -11,8 +11,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from adder.formatting import words
-from adder.formatting.words import PLACES, hash_sequences, hash_words
+from adder.formatting.similarity import words
+from adder.formatting.similarity.words import PLACES, hash_sequences, hash_words
 
 Hashes = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from adder.formatting.shared_words import (
+from adder.formatting.similarity.shared_words import (
     PASSAGE,
     PASSAGE_ROWS,
     TEMPLATE,
@@ -17,7 +17,7 @@ from adder.formatting.shared_words import (
     Sequences,
     SharedWords,
 )
-from adder.formatting.words import hash_sequences, hash_words
+from adder.formatting.similarity.words import hash_sequences, hash_words
 
 Hashes = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]

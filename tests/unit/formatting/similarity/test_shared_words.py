@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from adder.core.errors import UserError
-from adder.formatting.shared_words import SharedWords
-from adder.formatting.words import hash_words
+from adder.formatting.similarity.shared_words import SharedWords
+from adder.formatting.similarity.words import hash_words
 from format_stage import SENTENCE, format_rows, numbered, qa
 
 WORDS = [

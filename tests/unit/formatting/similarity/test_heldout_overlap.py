@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adder.formatting.heldout_overlap import HeldoutIndex, overlap_method
-from adder.formatting.words import prompt_words
+from adder.formatting.similarity.heldout_overlap import HeldoutIndex, overlap_method
+from adder.formatting.similarity.words import prompt_words
 from format_stage import (
     SENTENCE,
     numbered,

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adder.formatting import words
-from adder.formatting.words import prompt_words
+from adder.formatting.similarity import words
+from adder.formatting.similarity.words import prompt_words
 from format_stage import (
     numbered,
 )

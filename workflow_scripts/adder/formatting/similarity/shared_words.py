@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adder.formatting.words import hash_sequences, hash_words
+from adder.formatting.similarity.words import hash_sequences, hash_words
 
 Hashes = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]

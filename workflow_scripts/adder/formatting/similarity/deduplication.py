@@ -18,11 +18,11 @@ from adder.core.files import read_bytes
 from adder.core.kept_blocks import PAYLOAD
 from adder.core.stage_spec import Context, Earlier
 from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, prompt_text
-from adder.formatting.heldout_overlap import HeldoutIndex
-from adder.formatting.heldout_twins import are_twins, same_reply_pairs, similar_pairs
-from adder.formatting.minhash import Signatures, estimated_similarity, near_duplicates
 from adder.formatting.replies import reply_text
-from adder.formatting.shared_words import Seen
+from adder.formatting.similarity.heldout_overlap import HeldoutIndex
+from adder.formatting.similarity.heldout_twins import are_twins, same_reply_pairs, similar_pairs
+from adder.formatting.similarity.minhash import Signatures, estimated_similarity, near_duplicates
+from adder.formatting.similarity.shared_words import Seen
 from adder.formatting.spool import Spool, unpack
 
 Integers = npt.NDArray[np.int64]

@@ -10,9 +10,9 @@ import difflib
 import numpy as np
 import numpy.typing as npt
 
-from adder.formatting.minhash import MOST_COMPARED, Signatures, band_keys, band_shape, estimated_similarity
 from adder.formatting.replies import ANSWERED
-from adder.formatting.words import hash_words
+from adder.formatting.similarity.minhash import MOST_COMPARED, Signatures, band_keys, band_shape, estimated_similarity
+from adder.formatting.similarity.words import hash_words
 
 Hashes = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]

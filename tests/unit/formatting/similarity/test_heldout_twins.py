@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from adder.formatting.heldout_twins import (
+from adder.formatting.replies import joined, reply_key
+from adder.formatting.similarity.heldout_twins import (
     agreement,
     are_twins,
     same_reply_pairs,
     similar_pairs,
 )
-from adder.formatting.minhash import Signer
-from adder.formatting.replies import joined, reply_key
-from adder.formatting.words import hash_words
+from adder.formatting.similarity.minhash import Signer
+from adder.formatting.similarity.words import hash_words
 
 
 def own(text):

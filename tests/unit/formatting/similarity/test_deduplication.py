@@ -3,8 +3,8 @@
 import numpy as np
 
 from adder.formatting.block_converter import HELDOUT, TEST, TRAIN
-from adder.formatting.deduplication import find_duplicates, find_leaks, find_near_duplicates
-from adder.formatting.minhash import Signer
+from adder.formatting.similarity.deduplication import find_duplicates, find_leaks, find_near_duplicates
+from adder.formatting.similarity.minhash import Signer
 from format_stage import SENTENCE, numbered
 
 

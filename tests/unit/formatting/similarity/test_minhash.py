@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adder.formatting import minhash
-from adder.formatting.minhash import (
+from adder.formatting.similarity import minhash
+from adder.formatting.similarity.minhash import (
     Signer,
     estimated_similarity,
     exact_similarity,
