@@ -61,7 +61,7 @@ def _scan(path: Path, lines: Range) -> Scanned:
     starts: list[int] = []
     numbers: list[int] = []
     digests: list[bytes] = []
-    runs: list[tuple[str, str | None, int]] = []
+    begun: list[tuple[str, str | None, int]] = []  # and how many rows stand before the run
     whose: tuple[bytes, bytes] | None = None
     before = at = lines[0]
     for line in read_range(path, lines).split(b"\n"):
@@ -80,11 +80,12 @@ def _scan(path: Path, lines: Range) -> Scanned:
             whose = own
             if source is None:
                 source, split = own[0].decode(), orjson.loads(own[1])
-            runs.append((source, split, 0))
-        runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+            begun.append((source, split, len(starts)))
         starts.append(before)
         numbers.append(number)
         digests.append(row_digest(content))
+    ends = [*(before for _, _, before in begun), len(starts)][1:]
+    runs = [(source, split, end - first) for (source, split, first), end in zip(begun, ends, strict=True)]
     return Scanned(np.array(starts, np.int64), np.array(numbers, np.int64), row_blocks.as_digests(digests), runs)
 
 

@@ -21,6 +21,7 @@ FIRST_WORDS = 10
 MOST_WORDS = 100_000  # different first words that are counted exactly; with more, the rarest ones are forgotten
 COLUMNS, COLUMN_VALUES = 6, 12  # columns shown, and values of each
 ROWS_A_VALUE = 2  # a column of which each row has its own value is not categorical, however few the rows
+COUNTED_AT_ONCE = 1 << 16  # rows
 SAMPLES = 3
 EXAMPLES = 5
 EXAMPLE_CHARACTERS = 600
@@ -34,6 +35,8 @@ class TrainFigures:
         self.turns: Counter[int] = Counter()
         self.lengths: dict[str, list[npt.NDArray[np.int32]]] = {"prompt": [], "reply": []}
         self.words: dict[str, Counter[str]] = {"prompt": Counter(), "reply": Counter()}
+        self._words: dict[str, list[pa.Array]] = {"prompt": [], "reply": []}  # of parts that wait to be counted
+        self._rows = 0  # of these
 
     def add(self, part: pa.RecordBatch) -> None:
         """Take some training rows (columns of spool.SCHEMA)."""
@@ -44,14 +47,25 @@ class TrainFigures:
         for side in ("prompt", "reply"):
             lengths = part.column(f"{side}_characters").to_numpy()
             self.lengths[side].append(lengths[lengths != NO_PROMPT])
-            words = part.column(f"{side}_word").value_counts()
+            self._words[side].append(part.column(f"{side}_word"))
+        self._rows += len(part)
+        if self._rows >= COUNTED_AT_ONCE:
+            self._count_words()
+
+    def _count_words(self) -> None:
+        """Count the words of the parts that wait."""
+        for side, waiting in self._words.items():
+            words = pa.chunked_array(waiting, type=pa.string()).value_counts()
             self.words[side].update(dict(zip(words.field(0).to_pylist(), words.field(1).to_pylist(), strict=True)))
             del self.words[side][""]
             if len(self.words[side]) > 2 * MOST_WORDS:
                 self.words[side] = Counter(dict(self.words[side].most_common(MOST_WORDS)))
+            waiting.clear()
+        self._rows = 0
 
     def result(self) -> ConversationFigures:
         """The figures as card.json has them. Plain texts have neither turns nor prompts."""
+        self._count_words()
         return {
             "roles": {role: count for role, count in self.roles.items() if count},
             "turns": {str(turns): self.turns[turns] for turns in sorted(self.turns) if turns},

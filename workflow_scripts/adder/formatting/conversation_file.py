@@ -42,6 +42,7 @@ class ConversationFile:
         self.copies, self.group, self.figures = copies, group, TrainFigures()
         self._writer = pq.ParquetWriter(path, SCHEMA if group is None else SCHEMA.append(GROUP), **OPTIONS)
         self._waiting: list[pa.Table] = []
+        self._bytes = 0
         # Compressed while the next part is read.
         self._thread = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
@@ -59,7 +60,8 @@ class ConversationFile:
             own = np.repeat(self.group[chosen], self.copies[chosen]).tolist()
             table = table.append_column(GROUP, pa.array([f"{one:016x}" for one in own]))
         self._waiting.append(table)
-        if sum(one.nbytes for one in self._waiting) >= GROUP_BYTES or sum(map(len, self._waiting)) >= GROUP_ROWS:
+        self._bytes += table.nbytes
+        if self._bytes >= GROUP_BYTES or sum(map(len, self._waiting)) >= GROUP_ROWS:
             self._write()
 
     def close(self) -> None:
@@ -75,7 +77,7 @@ class ConversationFile:
         if self._written is not None:
             self._written.result()
         table = pa.concat_tables(self._waiting)
-        self._waiting = []
+        self._waiting, self._bytes = [], 0
         self._written = self._thread.submit(self._writer.write_table, table, row_group_size=GROUP_ROWS)
 
 
