@@ -176,6 +176,7 @@ def through_stages(work: Path, rows: Path, count: int) -> float:
     """
     from adder.core.file_digests import FileDigests
     from adder.core.stage_spec import Runtime
+    from adder.data.model_types import ModelSettings
     from adder.data.stage import RowSettings, Source
     from adder.formatting.stage import FormatSettings
     from adder.packing.stage import LengthsSettings
@@ -187,6 +188,7 @@ def through_stages(work: Path, rows: Path, count: int) -> float:
     results, took = Path("results"), Path(f"{rows.stat().st_size}.seconds.json")
     runtime = Runtime.model_validate({"threads": os.environ.get("OMP_NUM_THREADS", "auto")}).model_dump(mode="json")
     settings = {
+        "model": ModelSettings(source=str(Path("model").resolve() / "model")),
         "data": RowSettings(sources=[Source(path=str(rows))]),
         "format": FormatSettings(size=max(2, min(1000, count // 100))),
         "tokenize": TokenizeSettings(),
@@ -202,7 +204,6 @@ def through_stages(work: Path, rows: Path, count: int) -> float:
         plain = asked.model_dump(mode="json")
         identity = spec.identity(asked, spec.section or "", digests) if spec.identity else plain
         inputs = {parent: results / "stages" / parent / key for parent in spec.reads}
-        inputs |= {"model": Path("model")} if "model" in inputs else {}
         stage_runner.execute(
             name, {"settings": plain, "identity": identity, "versions": {}}, runtime, inputs=inputs, results=results,
             key=key, log=results / "logs" / f"{name}.log",
@@ -210,7 +211,7 @@ def through_stages(work: Path, rows: Path, count: int) -> float:
         seconds[name] = round(time.perf_counter() - start, 2)
         seconds[f"{name}_cpu"] = round(cpu_seconds() - cpu, 2)
         took.write_text(json.dumps(seconds))
-    return sum(seconds[name] for name in settings)
+    return sum(seconds[name] for name in settings if name != "model")
 
 
 def cpu_seconds() -> float:
@@ -296,7 +297,7 @@ def append(options: argparse.Namespace) -> list[dict[str, Any]]:
     for arm in ("first_run", "append_one"):
         results.append(measure(arm, model, rows, options.append, cores, folder))
         took = json.loads((folder / f"{rows.stat().st_size}.seconds.json").read_text())
-        cpu = sum(seconds for name, seconds in took.items() if name.endswith("_cpu"))
+        cpu = sum(seconds for name, seconds in took.items() if name.endswith("_cpu") and name != "model_cpu")
         results[-1] |= {"cpu_seconds": round(cpu, 2), "stages": took, "load_average": round(os.getloadavg()[1], 2)}
         if arm == "first_run":
             with rows.open("a", encoding="utf-8") as file:
@@ -310,22 +311,11 @@ def fetch_model(options: argparse.Namespace, folder: Path) -> None:
     from adder.core.stage_spec import Context, NoInputs
     from adder.data import fetch_model
     from adder.data.model_types import ModelSettings
-    from adder.workflow import stage_runner
 
-    if (folder / "stage.json").exists():
+    if (folder / "source.json").exists():
         return
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     fetch_model.run(ModelSettings(source=options.model), NoInputs(), folder, Context(Progress.silent()))
-    meaning = {
-        "stage": "model",
-        "key": "",
-        "settings": {},
-        "identity": {},
-        "asked_versions": {},
-        "inputs": {},
-        "code": "",
-    }
-    stage_runner.finish(folder, meaning, {}, 0.0)  # pyright: ignore[reportArgumentType] - a record of no stage's own
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
