@@ -86,7 +86,7 @@ def rows_through_the_stages(batch: list[bytes], folder: Path, model: Path, chanc
     (folder / "rows.jsonl").write_bytes(b"\n".join([*good, *batch]))
     source = Source(path=str(folder / "rows.jsonl"), weight=chance.choice([1.0, 0.5, 2.5]))
     read = fetch_rows.run(RowSettings(sources=[source]), NoInputs(), data, CONTEXT)
-    blank = sum(not line.strip() for line in batch)
+    blank = sum(not line.decode().strip() for line in batch)
     assert read["rows"] >= len(good) + len(batch) - blank, f"{read}: of {len(batch)} lines, {blank} of them blank"
     choices = {
         "near_duplicates": chance.choice(["report", "drop"]),
