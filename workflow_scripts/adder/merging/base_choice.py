@@ -217,9 +217,11 @@ def told_apart(losses: Mapping[str, RowLosses], groups: Sequence[str] | None) ->
 
     Either the interval of their difference leaves out 0, or all of it is so near to 0 that no score would show it.
     """
-    low, high = _difference(
-        losses["original"], losses["dequantized"], [count for _, count in losses["trained"]], groups
-    )["ci95"]
+    tokens = [count for _, count in losses["trained"]]
+    interval = _difference(losses["original"], losses["dequantized"], tokens, groups)["ci95"]
+    if interval is None:
+        return False
+    low, high = interval
     drawn = len(losses["trained"] if groups is None else set(groups))
     return drawn >= FEWEST_DRAWN and (not low <= 0 <= high or max(abs(low), abs(high)) < ALIKE)
 

@@ -130,6 +130,7 @@ class MergeProof(WeightCheck):
     mean_difference: NotRequired[float]
     top_token_agreement: NotRequired[float]
     kl: NotRequired[float]
+    kl_median: NotRequired[float]
     base_kl: NotRequired[float]
     heldout_loss: NotRequired[HeldoutLosses]
     loading: NotRequired[LoadingRecord]

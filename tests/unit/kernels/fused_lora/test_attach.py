@@ -161,8 +161,8 @@ def test_fused_training_is_training(tmp_path, tiny_model_dir, monkeypatch):
     for kind in ("peft", "fused"):
         if kind == "fused":
 
-            def fused(model, settings):
-                model = add_adapter(model, settings)
+            def fused(*arguments):
+                model = add_adapter(*arguments)
                 assert attach.attach(model)["decoder_layers"] == 2
                 return model
 
