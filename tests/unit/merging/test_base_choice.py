@@ -275,3 +275,8 @@ def test_rows_tell_apart_when_zero_is_outside_or_all_is_next_to_it():
     assert not base_choice.told_apart(losses(-0.02, 0.5), None)
     assert base_choice.told_apart(losses(0.0, 1e-5), None)
     assert not base_choice.told_apart(losses(-0.02, 0.01), ["one", "two"] * 20)  # two groups are too few to trust
+
+
+def test_rows_of_one_group_tell_nothing_before_all_are_read():
+    losses = {name: [(1.0 + number / 10, 5) for number in range(16)] for name in ("trained", "original", "dequantized")}
+    assert not base_choice.told_apart(losses, ["one"] * 16)
