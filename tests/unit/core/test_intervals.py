@@ -1,6 +1,7 @@
 """Intervals and verdicts against numbers worked out by hand or by other means."""
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -443,3 +444,13 @@ def test_equal_models_are_seldom_called_better(monkeypatch, metric):
     monkeypatch.setattr(intervals, "SIGN_DRAWS", 500)
     said = benchmark.verdict(metric, 40, False, TRIES)
     assert said["better"] <= 0.025 + 2.6 * math.sqrt(0.025 * 0.975 / TRIES)
+
+
+def test_the_figures_on_record_are_within_what_is_claimed():
+    """docs/evaluation.md says that three of the 160 are a little below 93.5 %."""
+    record = json.loads((Path(benchmark.__file__).parent / "results" / "intervals.json").read_text())
+    assert {row["interval"] for row in record["coverage"]} == set(benchmark.ARMS)
+    held = [row["coverage"] for row in record["coverage"] if row["n"] >= 12]
+    assert len(held) == 160 and sum(0.935 <= one <= 0.965 for one in held) == 157 and min(held) >= 0.928
+    assert {row["n"] for row in record["coverage"]} == set(benchmark.SIZES) == {row["n"] for row in record["verdict"]}
+    assert all(row["better"] <= 0.028 and row["draws"] >= 1000 for row in record["verdict"])
