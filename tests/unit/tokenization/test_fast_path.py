@@ -1,12 +1,14 @@
 """The fast path gives what the slow path gives."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adder.tokenization.chat_template import UnusableRow
-from adder.tokenization.labels import Labeller
+from adder.tokenization.labels import Batch, Labeller
 from chat_families import (
     FAMILIES,
     SPACED,
@@ -19,6 +21,7 @@ from chat_families import (
 from conversation_cases import (
     TEXT,
 )
+from template_matrix import tokenizer_for, trl_templates
 from tiny import tiny_tokenizer
 
 
@@ -71,7 +74,7 @@ def test_the_fast_path_gives_what_the_slow_path_gives(name, loss_on):
     check()
 
 
-USUAL = sorted({*FAMILIES} - {"vicuna", "plain", "parts", "qwen_think"})
+USUAL = sorted({*FAMILIES} - {"vicuna", "plain", "parts"})
 
 
 @pytest.mark.parametrize("name", USUAL)
@@ -80,7 +83,24 @@ def test_the_usual_templates_go_thetake_fast_path(name):
     conversations = [
         {"messages": conversation(f"Where is {number}?", "Here é.", "Sure?", "Yes.")} for number in range(9)
     ]
-    assert len(labeller.take_fast_path(conversations).rows) == 9
+    assert set(labeller.take_fast_path(conversations).rows.tolist()) == set(range(9))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe", "gptoss", "gemma4_v5"])
+def test_reasoning_and_several_examples_of_a_conversation_go_the_fast_path(name):
+    tokenizer = tokenizer_for(trl_templates()[name].read_text())
+    fast, slow = (Labeller(tokenizer, fast_path=quick) for quick in (True, False))
+    talks = []
+    for number in range(5):
+        talk = conversation(f"Where is {number}?", "Here é.", "Sure?", f"Yes, {number}.")
+        for message in talk[1::2]:
+            message["reasoning_content"] = f"Look at {number}."
+        talks += [{"messages": talk}, {"messages": talk[:2]}]
+    assert set(fast.take_fast_path(talks).rows.tolist()) == set(range(10))
+    for split in (True, False):
+        one, other = fast.label_batch(talks, split)[0], slow.label_batch(talks, split)[0]
+        for field in fields(Batch):
+            assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
 
 
 def test_a_template_that_looks_at_contents_takes_the_slow_path():

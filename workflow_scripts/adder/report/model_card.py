@@ -4,6 +4,7 @@ It says what the model was made from, how, and what was measured of it, and no m
 settings or file names is escaped.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from adder.report.run_metrics import Metrics
 from adder.report.sections.data_section import USES
 from adder.report.sections.evaluation_section import ComparedRow, compared_row, compared_score, is_share
 from adder.report.stage import ReportSettings
+from adder.tokenization.records import Token, TokenizeRecord
 
 Resolved = Mapping[str, Any]
 """The value of every setting, by its path."""
@@ -184,9 +186,15 @@ def _advice(facts: RunFacts, system: str | None) -> list[str]:
     return found
 
 
+def _ends(tokenize: TokenizeRecord) -> list[Token]:
+    """What ends a reply, the usual end first."""
+    return [tokenize["end_of_turn"], *tokenize["reply_ends"]]
+
+
 def _origin(facts: RunFacts, chosen: Resolved) -> str:
     model, tokenize = facts.model, facts.tokenize
     train = tokenize["counts"]["train"]
+    unit = "examples" if train["split"] else "conversations"
     base = f"[{text(model['source'])}](https://huggingface.co/{model['source']})"
     rows = [
         ("Base model", base if model["kind"] == "hub" else text(public(model["source"]))),
@@ -194,9 +202,11 @@ def _origin(facts: RunFacts, chosen: Resolved) -> str:
         ("Its licence", text(model["license"] or "not stated")),
         ("Its parameters", f"{model['parameters']:,}"),
         ("Method", text(_details(chosen))),
-        ("Trained on", f"{train['examples']:,} conversations, {train['labelled']:,} tokens with loss"),
-        ("End of turn", text(tokenize["end_of_turn"]["token"])),
+        ("Trained on", f"{train['examples']:,} {unit}, {train['labelled']:,} tokens with loss"),
+        ("End of turn", text(", ".join(dict.fromkeys(end["token"] for end in _ends(tokenize))))),
     ]
+    if tokenize["template_variables"]:
+        rows.append(("Chat template's variables", text(json.dumps(tokenize["template_variables"], ensure_ascii=False))))
     if model.get("sha256"):
         rows.insert(2, ("Its SHA-256", text(model["sha256"])))
     if came := came_as(model):

@@ -27,6 +27,8 @@ class Rendered:
     whole: bool = True  # whether it is the conversation itself, and not a beginning of it for an earlier reply
     composed: bool = False  # whether the template alone would have written it otherwise
     unlearnt: list[Span] = field(default_factory=list[Span])  # parts of replies that carry no loss
+    messages: int = 0  # how many of the conversation's it is made of
+    turns: tuple[int, ...] = ()  # the messages that `spans` are of
 
 
 class AssistantSpanFinder:
@@ -71,17 +73,17 @@ class AssistantSpanFinder:
             raise UnusableRow(NO_PROMPT)
         targets = {turn: self.targets.target(messages[: turn + 1], tools) for turn in wanted}
         found: list[Rendered] = []
-        left = wanted
+        left, size = wanted, len(messages)
         while left:
             last = targets[left[-1]]
             if found or not last.is_in(text):
-                text = last.text
+                text, size = last.text, left[-1] + 1
             here = [turn for turn in left if targets[turn].is_in(text)]
             self.contents.check(messages[: here[-1]], tools, targets[here[-1]].prompt)
             composed = any(targets[turn].composed for turn in here)
             spans = {turn: targets[turn].span for turn in here}
             unlearnt = [part for turn in here for part in _unlearnt(messages[turn], text, spans[turn])]
-            found.append(Rendered(text, list(spans.values()), [], not found, composed, unlearnt))
+            found.append(Rendered(text, list(spans.values()), [], not found, composed, unlearnt, size, tuple(here)))
             left = [turn for turn in left if turn not in here]
         if self.loss_on == "all":
             elsewhere = [turn for turn in wanted if not targets[turn].is_in(found[0].text)]

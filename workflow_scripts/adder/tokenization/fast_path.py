@@ -49,18 +49,20 @@ class Layout:
     head: str  # the text before the last control token of the first piece, such as a system turn of the template's own
     head_ids: list[int]
     parts: list[str]  # fixed pieces at even places; contents go to the odd ones
-    order: list[int]  # which message's content goes to which odd place
-    trims: list[Trim] | None  # what the template does to each message's content
+    order: list[int]  # which text (see _texts) goes to which odd place
+    trims: list[Trim] | None  # what the template does to each text
+    size: int  # how many messages it is made of
+    added: str  # what ends the last part, and the template doesn't write there
     control_ids: Tokens  # int32, the control tokens of the text
     replies: list[Reply]
-    trained: list[int]  # messages that the replies are
-    answers: list[int]  # all replies, those that aren't trained on included
-    visible: list[int]  # messages whose content must begin with a visible ASCII character
+    trained: list[int]  # texts of the replies
+    answers: list[int]  # texts of all replies, those that aren't trained on included
+    visible: list[int]  # texts that must begin with a visible ASCII character
 
 
 @dataclass(frozen=True)
 class Spliced:
-    """A conversation put together from its layout's pieces."""
+    """A conversation, or a beginning of it that is an example of its own, put together from its layout's pieces."""
 
     text: str  # without the head
     layout: Layout
@@ -79,29 +81,45 @@ class FastPath:
         self.is_control = np.zeros(1 + max([self.backend.get_vocab_size(), *self.ids.values()]), dtype=bool)
         self.is_control[list(self.ids.values())] = True
         self.usable = finder.template.takes_text and self._normalises_locally() and self._finds_control_tokens()
-        self._layouts: dict[Key, Layout | int] = {}  # a number: failed attempts to learn it
+        self._layouts: dict[Key, list[Layout] | int] = {}  # of each example; a number: failed attempts to learn them
 
-    def splice(self, conversation: Conversation) -> Spliced | None:
-        """The conversation put together from its layout's pieces, or None where only the slow path will do."""
+    def splice(self, conversation: Conversation, split: bool = True) -> list[Spliced] | None:
+        """A conversation's examples put together from their pieces, or None where only the slow path will do.
+
+        split: as of Labeller.label_batch.
+        """
         if not self.usable or len(conversation) != 1 or "messages" not in conversation:
             return None
         messages = conversation["messages"]
         if not messages or messages[0]["role"] == "assistant":
             return None  # the slow path counts replies that answer no prompt
         key = tuple([message["role"] if len(message) == 2 else _marked_role(message) for message in messages])
-        layout = self._layouts.get(key, 0)
-        if isinstance(layout, int):
-            layout = self._try_to_learn(key, messages, layout)
-            if layout is None:
+        layouts = self._layouts.get(key, 0)
+        if isinstance(layouts, int):
+            layouts = self._try_to_learn(key, messages, layouts)
+            if layouts is None:
                 return None
-        contents = [message["content"] for message in messages]
+        found = [self._splice(messages, layout) for layout in (layouts if split else layouts[:1])]
+        whole = [one for one in found if one is not None]
+        return whole if len(whole) == len(found) else None
+
+    def left_out(self, conversation: Conversation) -> int:
+        """How many replies of a conversation that was spliced carry no loss where it isn't split."""
+        messages = conversation.get("messages", [])
+        layouts = self._layouts[tuple([m["role"] if len(m) == 2 else _marked_role(m) for m in messages])]
+        return 0 if isinstance(layouts, int) else sum(len(layout.replies) for layout in layouts[1:])
+
+    def _splice(self, messages: list[Message], layout: Layout) -> Spliced | None:
+        messages = messages[: layout.size]
+        contents = _texts(messages)
         if layout.trims:
             contents = [trim(content) for trim, content in zip(layout.trims, contents, strict=True)]
         parts = layout.parts.copy()
         parts[1::2] = [contents[number] for number in layout.order]
         text = "".join(parts)
+        template = self.finder.template
         try:
-            if self.finder.template.render_taken(messages) != text:
+            if template.render_taken([template.taken(message) for message in messages]) + layout.added != text:
                 return None
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError):
             return None
@@ -149,27 +167,34 @@ class FastPath:
         kept = np.repeat(sure, counts)
         return sure, counts[sure], starts[kept], ends[kept]
 
-    def _try_to_learn(self, key: Key, messages: list[Message], failed: int) -> Layout | None:
+    def _try_to_learn(self, key: Key, messages: list[Message], failed: int) -> list[Layout] | None:
         if failed >= ATTEMPTS or None in key:
             return None
         try:
             found = self.finder.find(messages)
-            layout = self._learn(messages, found[0]) if len(found) == 1 and not found[0].composed else None
+            learnt = [self._learn(messages[: one.messages], one) for one in found]
         except UnusableRow:
             return None
-        self._layouts[key] = layout or failed + 1
-        return layout
+        layouts = [layout for layout in learnt if layout is not None]
+        if len(layouts) < len(found) or (len(found) > 1 and self.finder.loss_on == "all"):
+            self._layouts[key] = failed + 1
+            return None
+        self._layouts[key] = layouts
+        return layouts
 
     def _learn(self, messages: list[Message], rendered: Rendered) -> Layout | None:
         """The layout of a conversation whose replies the slow path has found; None if it has none that is simple."""
         pieces, order, trims = self._pieces(messages)
-        if pieces is None or rendered.masked:
+        if pieces is None or rendered.masked or rendered.composed:
             return None
-        contents = [trim(message["content"]) for trim, message in zip(trims, messages, strict=True)]
+        contents = [trim(content) for trim, content in zip(trims, _texts(messages), strict=True)]
         parts = [""] * (2 * len(pieces) - 1)
         parts[::2], parts[1::2] = pieces, [contents[number] for number in order]
-        if "".join(parts) != rendered.text:
+        written = "".join(parts)
+        if not rendered.text.startswith(written):
             return None
+        added = rendered.text[len(written) :]
+        parts[-1] += added
         fixed: list[Span] = []
         position = 0
         for piece, part in enumerate(parts):
@@ -192,25 +217,54 @@ class FastPath:
             replies.append(reply)
             if piece is not None:
                 visible.append(order[piece])
-        trained, _ = self.finder.choose_turns(messages)
-        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        places = _places(messages)
+        trained = [place for turn in rendered.turns for place in places[turn]]
+        if not {*trained} <= {*order}:
+            return None
+        answers = [
+            place
+            for message, own in zip(messages, places, strict=True)
+            for place in own
+            if message["role"] == "assistant"
+        ]
         first = max((start for start, end, _ in controls if end <= fixed[0][1]), default=0)
         head, head_ids = self._head(rendered.text, first)
         control_ids = np.array([index for _, _, index in controls], dtype=np.int32)
         plain = all(trim is str for trim in trims)
         return Layout(
-            head, head_ids, parts, order, None if plain else trims, control_ids, replies, trained, answers, visible
+            head,
+            head_ids,
+            parts,
+            order,
+            None if plain else trims,
+            len(messages),
+            added,
+            control_ids,
+            replies,
+            trained,
+            answers,
+            visible,
         )
 
     def _pieces(self, messages: list[Message]) -> tuple[list[str] | None, list[int], list[Trim]]:
-        """Fixed pieces of a conversation's text, the order of the contents between them, and how each is trimmed."""
-        markers = [f"CONTENT{number}CONTENT" for number in range(len(messages))]
-        marked = [{**m, "content": PAD + marker + PAD[::-1]} for m, marker in zip(messages, markers, strict=True)]
+        """Fixed pieces of a conversation's text, the order of its texts between them, and how each is trimmed."""
+        places = _places(messages)
+        markers = [f"CONTENT{number}CONTENT" for number in range(sum(map(len, places)))]
+        padded = [PAD + marker + PAD[::-1] for marker in markers]
+        marked: list[Message] = []
+        for message, own in zip(messages, places, strict=True):
+            changed: Message = {**message, "content": padded[own[-1]]}
+            if len(own) > 1:
+                changed["reasoning_content"] = padded[own[0]]
+            marked.append(changed)
         text = self.finder.template.render(marked)
-        if any(text.count(marker) != 1 for marker in markers):
+        dropped = {own[0] for own in places if len(own) > 1}  # reasoning of what is past may be
+        counts = [text.count(marker) for marker in markers]
+        if any(count > 1 or (count == 0 and number not in dropped) for number, count in enumerate(counts)):
             return None, [], []
-        order = sorted(range(len(messages)), key=lambda number: text.index(markers[number]))
-        trims: list[Trim] = [str] * len(messages)
+        written = [number for number, count in enumerate(counts) if count]
+        order = sorted(written, key=lambda number: text.index(markers[number]))
+        trims: list[Trim] = [str] * len(markers)
         pieces = []
         for number in order:
             piece, text = text.split(markers[number])
@@ -248,8 +302,8 @@ class FastPath:
         token = self.added.get(index)
         if opened == start and token is not None and not token.rstrip:
             return reply, None
-        if start < fixed[piece][1]:
-            return (reply, None) if "!" <= text[start] <= "~" else None
+        if start < fixed[piece][1]:  # the same in all conversations; `locate` looks at the tokens before it
+            return (reply, None) if len(reply.tail) or "!" <= text[start] <= "~" else None
         return reply, piece
 
     def _normalises_locally(self) -> bool:
@@ -267,8 +321,30 @@ class FastPath:
 
 
 def _marked_role(message: Message) -> str | None:
-    """Role of a message that isn't trained on; None for one that holds more than a content."""
-    return f"{message['role']} untrained" if len(message) == 3 and message.get("train") is False else None
+    """Role of a message that isn't trained on or that holds reasoning; None for one with anything else."""
+    if len(message) == 3 and message.get("train") is False:
+        return f"{message['role']} untrained"
+    return f"{message['role']} thinking" if len(message) == 3 and message.get("reasoning_content") else None
+
+
+def _texts(messages: list[Message]) -> list[str]:
+    """All texts of messages: of each its reasoning, if it has some, and its content."""
+    texts = []
+    for message in messages:
+        if "reasoning_content" in message:
+            texts.append(message["reasoning_content"])
+        texts.append(message["content"])
+    return texts
+
+
+def _places(messages: list[Message]) -> list[list[int]]:
+    """Numbers of each message's texts among _texts."""
+    places, done = [], 0
+    for message in messages:
+        size = 2 if "reasoning_content" in message else 1
+        places.append(list(range(done, done + size)))
+        done += size
+    return places
 
 
 def _is_local(normalizer: dict[str, Any]) -> bool:

@@ -122,10 +122,10 @@ class Labeller:
         split: whether an earlier reply that doesn't stand in its conversation as generation would have it becomes an
         example of its own (see AssistantSpanFinder), behind the conversation's; else it carries no loss.
         """
-        fast = self.take_fast_path(conversations)
-        if len(fast.rows) == len(conversations):
-            return fast, {}
+        fast = self.take_fast_path(conversations, split)
         taken = set(fast.rows.tolist())
+        if len(taken) == len(conversations):
+            return fast, {}
         remaining = [row for row in range(len(conversations)) if row not in taken]
         slow, rejected = self._take_slow_path(conversations, remaining, split)
         if not len(fast.rows):
@@ -136,15 +136,16 @@ class Labeller:
             done = place
         return _joined([*parts, fast.part(done, len(fast.rows))]), rejected
 
-    def take_fast_path(self, conversations: list[Conversation]) -> Batch:
+    def take_fast_path(self, conversations: list[Conversation], split: bool = True) -> Batch:
         """The tokens of those conversations whose layout is known and of which nothing is in doubt."""
         if self.fast_path is None:
             return _joined([])
-        tried = [(row, self.fast_path.splice(conversation)) for row, conversation in enumerate(conversations)]
-        found = [(row, spliced) for row, spliced in tried if spliced is not None]
+        tried = [(row, self.fast_path.splice(conversation, split)) for row, conversation in enumerate(conversations)]
+        found = [(row, spliced) for row, examples in tried for spliced in examples or ()]
         lost = self._characters_lost("".join([spliced.replies for _, spliced in found]))
         if lost:
-            found = [(row, spliced) for row, spliced in found if lost.isdisjoint(spliced.replies)]
+            unsure = {row for row, spliced in found if not lost.isdisjoint(spliced.replies)}
+            found = [(row, spliced) for row, spliced in found if row not in unsure]
         if not found:
             return _joined([])
         encodings = self.backend.encode_batch_fast([spliced.text for _, spliced in found], add_special_tokens=False)
@@ -153,8 +154,13 @@ class Labeller:
         sure, counts, starts, ends = self.fast_path.locate(ids, lengths, [spliced.layout for _, spliced in found])
         rows = np.array([row for row, _ in found], dtype=np.int64)
         if not sure.all():
-            ids = ids[np.repeat(sure, lengths)]
-            rows, lengths = rows[sure], lengths[sure]
+            whole = ~np.isin(rows, rows[~sure])  # of a conversation all examples or none
+            kept = np.repeat(whole[sure], counts)
+            starts, ends, counts = starts[kept], ends[kept], counts[whole[sure]]
+            ids = ids[np.repeat(whole, lengths)]
+            rows, lengths = rows[whole], lengths[whole]
+        self.split += int((np.bincount(rows) > 1).sum()) if len(rows) else 0
+        self._unmatched += 0 if split else sum(self.fast_path.left_out(conversations[row]) for row in rows.tolist())
         if self.loss_on == "all":
             labels = ids
         else:
