@@ -30,6 +30,8 @@ Counts = npt.NDArray[np.int32]
 Integers = npt.NDArray[np.int64]
 
 READ = pa.ipc.IpcReadOptions(use_threads=False)  # processes are forked after it
+READ_KEYS = pa.ipc.IpcReadOptions(use_threads=False, included_fields=[0])
+Reader = pa.ipc.RecordBatchFileReader
 INTEGERS = pa.list_(pa.int32())
 REJECTED = pa.list_(pa.struct([("row", pa.int32()), ("reason", pa.string()), ("kind", pa.string())]))
 # Of `<split>.blocks.arrow`, a row for each block: its key; which record batch of `<split>.arrow` holds its examples, -1
@@ -197,7 +199,7 @@ class EarlierTokens:
     """The blocks in the folders of earlier results, by key, as far as these were made by what `meaning` stands for."""
 
     def __init__(self, earlier: Earlier, meaning: str) -> None:
-        self._found: dict[str, tuple[pa.Table, int, pa.ipc.RecordBatchFileReader]] = {}
+        self._found: dict[str, tuple[Reader, int, Reader]] = {}
         for folder in earlier.folders:
             for split in ("train", "heldout"):
                 self._look_into(folder, split, meaning)
@@ -205,24 +207,25 @@ class EarlierTokens:
     def _look_into(self, folder: Path, split: str, meaning: str) -> None:
         try:  # mapped files stay readable when the folder is pruned meanwhile
             blocks, examples = (
-                pa.ipc.open_file(pa.memory_map(str(folder / name)), options=READ)
-                for name in (f"{split}.blocks.arrow", f"{split}.arrow")
+                pa.memory_map(str(folder / name)) for name in (f"{split}.blocks.arrow", f"{split}.arrow")
             )
         except OSError:
             return
-        if (blocks.schema.metadata or {}).get(b"meaning") != meaning.encode():
+        keys = pa.ipc.open_file(blocks, options=READ_KEYS)
+        if (keys.schema.metadata or {}).get(b"meaning") != meaning.encode():
             return
-        table = blocks.read_all()
-        for number, key in enumerate(table.column("key").to_pylist()):
-            self._found.setdefault(key, (table, number, examples))
+        readers = [pa.ipc.open_file(file, options=READ) for file in (blocks, examples)]
+        for number, key in enumerate(keys.read_all().column("key").to_pylist()):
+            self._found.setdefault(key, (readers[0], number, readers[1]))
 
     def __contains__(self, key: str) -> bool:
         return key in self._found
 
     def __getitem__(self, key: str) -> TokenizedBlock:
         """What was made of an equal block. Raises KeyError where there is none."""
-        table, number, examples = self._found[key]
-        row = {name: table.column(name)[number] for name in BLOCKS.names}
+        blocks, number, examples = self._found[key]
+        block = blocks.get_batch(number)
+        row = {name: block.column(name)[0] for name in BLOCKS.names}
         rejected = [RejectedRow(one["row"], one["reason"], one["kind"]) for one in row["rejected"].as_py()]
         rows, ends, counts, replies = (
             np.asarray(row[name].values, dtype=np.int64) for name in ("rows", "ends", "counts", "replies")
