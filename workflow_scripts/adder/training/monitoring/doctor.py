@@ -21,9 +21,10 @@ Check = Callable[[Curves, TrainingFacts, TrainSettings], Diagnosis | None]
 FEW_STEPS = 20
 # One illness, one diagnosis: the first name's signs are also some of the others'.
 EXPLAINS = {
-    "gradient explodes": ("loss diverges", "overfitting", "loss spikes", "loss flat"),
-    "loss diverges": ("overfitting", "loss spikes", "gradient vanishes", "loss flat"),
-    "gradient vanishes": ("loss flat",),
+    "gradient explodes": ("loss diverges", "overfitting", "loss spikes", "loss flat", "learning rate far off"),
+    "loss diverges": ("overfitting", "loss spikes", "gradient vanishes", "loss flat", "learning rate far off"),
+    "gradient vanishes": ("loss flat", "learning rate far off"),
+    "loss flat": ("learning rate far off",),
     "worse than guessing": ("loss flat",),
     "rows repeat": ("overfitting",),
     "replies never end": ("wrong replies",),
