@@ -121,7 +121,8 @@ def _inputs(folder: Path, base: Path) -> dict[str, Path]:
             shutil.copyfile(path, inputs["tokenize"] / "tokenizer" / path.name)
     end = read_json(base / "config.json").get("eos_token_id")
     replies = {split: {"max": 8} for split in ("train", "heldout")}
-    details = {"end_of_turn": {"token": "<|im_end|>", "id": end}, "reply_tokens": replies}
+    end_of_turn = {"token": "<|im_end|>", "id": end}
+    details = {"end_of_turn": end_of_turn, "reply_ends": [{**end_of_turn, "replies": 1}], "reply_tokens": replies}
     write_json(inputs["tokenize"] / "tokenize.json", {**details, "counts": {"train": {"examples": 6, "labelled": 40}}})
     asked = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "Here."}]
     rows = [{"id": row["id"], "messages": asked} for row in _rows(inputs)]
