@@ -93,7 +93,7 @@ def _short(text: str) -> str:
     text = " ".join(text.split())
     text = re.sub(r"^(model|train|merge|export|evaluate)\.\w+: ", "", text)
     text = re.sub(r"/\S+", "…", text)
-    text = re.sub(r"\d+(\.\d+)?(e-?\d+)?( %|%)?", "N", text)
+    text = re.sub(r"(?<![A-Za-z\d.])\d+(\.\d+)?(e-?\d+)?( %|%)?", "N", text)  # but m1, Qwen3
     return text.partition(";")[0].replace("|", "/")[:160]
 
 
@@ -161,7 +161,7 @@ def _read_back(merged: Path, inputs: dict[str, Path]) -> None:
     rows = verification.spread_rows(inputs["tokenize"] / "heldout.arrow", 16, 1024)
     sums, count = 0.0, 0
     for one in rows:
-        logits, target = labelled_logits(model.eval(), list(one["input_ids"]), list(one["labels"]), None)
+        logits, target = labelled_logits(model.eval(), list(one["input_ids"]), list(one["labels"]))
         sums += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
         count += len(target)
     apart = abs(sums / count - proof["heldout_loss"]["merged"])

@@ -7,7 +7,7 @@ from adder.merging import verification
 
 # One of each kind: dense, with windows, a mixture of experts, without torch.nn.Linear, recurrent, joined projections.
 # `python tests/model_matrix.py` tries all architectures.
-QUICK = ("llama", "gemma3_text", "qwen3_moe", "gpt2", "falcon_mamba", "phi3")
+QUICK = ("llama", "gemma3_text", "qwen3_moe", "gpt2", "jamba", "phi3")
 
 
 @pytest.fixture
