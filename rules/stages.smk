@@ -47,10 +47,10 @@ for spec in SPECS.values():
             f"{RESULTS}/logs/{spec.name}/{{key}}.log",
         benchmark:
             f"{RESULTS}/benchmarks/{spec.name}/{{key}}.tsv"
+        priority: spec.priority
         localrule: spec.local
         conda:
             "../envs/adder.yaml"
-        priority: spec.priority
         threads: spec.threads or ALL_CORES
         resources:
             runtime=spec.minutes,
