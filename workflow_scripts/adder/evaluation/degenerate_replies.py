@@ -49,7 +49,7 @@ def find_faults(replies: Sequence[str], references: Sequence[str], ended: Sequen
     many = len(texts) >= FEWEST_ALIKE and count >= ALIKE * len(texts) and usual < ALIKE * len(texts)
     alike = [many and text == common for text in texts]
     found = list(zip(unended, empty, circling, alike, strict=True))
-    return ReplyFaults(len(texts), *(sum(column) for column in (unended, empty, circling, alike)), sum(map(any, found)))
+    return ReplyFaults(len(texts), sum(unended), sum(empty), sum(circling), sum(alike), sum(map(any, found)))
 
 
 def in_words(faults: ReplyFaults, least: float = 0.0) -> list[str]:

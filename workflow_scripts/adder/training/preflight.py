@@ -138,7 +138,8 @@ def untrained_tokens(
         return []
     if any(parameter.requires_grad for parameter in embeddings.parameters()):
         return []
-    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    vocabulary = cast(dict[str, int], cast(Any, tokenizer).get_added_vocab())
+    added = {*tokenizer.all_special_ids, *vocabulary.values()}
     control = sorted(token for token in set(ids) & added if token < len(weight))
     if not control:
         return []
