@@ -106,7 +106,7 @@ def test_as_a_module_from_github(imported, config, tmp_path, monkeypatch):
     (folder / "Snakefile").write_text(IMPORTED.format(source=source, prefix="", below=""))
     (folder / "my.yaml").write_text(yaml.safe_dump({"tuning": config}))
     said = snakemake(folder, "--configfile", "my.yaml")
-    assert finished(folder) and said.count("restored from an equal earlier result") == 10
+    assert finished(folder) and said.count("restored from an equal earlier result") == 11
 
 
 def test_from_another_directory(imported, config, tmp_path):

@@ -104,10 +104,10 @@ def test_stablelm_sees_its_neighbours_and_recurrent_states_run_on():
 
 def test_leaks_are_found_in_models_that_have_hardly_learnt_anything_too():
     """Whose predictions hardly depend on what they see, so that a leak moves losses by thousandths of a nat."""
-    for name in ("stablelm", "jamba"):
+    for name, factor in (("stablelm", 0.2), ("jamba", 0.35)):  # with less, Jamba's state moves no loss at all
         model = adapted(name)
         for parameter in model.parameters():
-            parameter.data *= 0.2
+            parameter.data *= factor
         assert measure(model, PACK, "float32").unseen < 5e-3
         assert "other examples of its pack" in problem(model, PACK, "float32")
 

@@ -27,7 +27,7 @@ def test_check_lists_runs_and_stages(folder, capsys):
     (folder / "more.yaml").write_text("runs: {a: {}, b: {train: {epochs: 1}}}")
     assert cli.main(["check", "my.yaml", "more.yaml"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told == ["a: 10 stages, of which finished: none", "b: 10 stages, of which finished: none"]
+    assert told == ["a: 11 stages, of which finished: none", "b: 11 stages, of which finished: none"]
     assert cli.main(["check", "--quiet", "my.yaml"]) == 0 and capsys.readouterr().out == ""
 
 

@@ -98,7 +98,7 @@ def test_two_processes_that_are_stopped_and_continued_learn_as_one(inputs, tmp_p
 
 def test_a_full_training_that_one_process_began_goes_on_in_shards(inputs, tmp_path, monkeypatch):
     """Weights and AdamW's moments, from a checkpoint and to one, by way of shards; fp32 as above."""
-    values = settings(keep="best", epochs=3, method="full")
+    values = settings(keep="best", epochs=3, method="full", learning_rate=1e-2)
     for name in ("begun", "alone"):
         options = {"checkpoints": tmp_path / f"{name}-c", "runtime": {"checkpoints": 3, "sharding": "fsdp"}}
         (tmp_path / name).mkdir()

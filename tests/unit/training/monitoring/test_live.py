@@ -53,7 +53,8 @@ def test_each_diagnosis_is_said_once_also_after_a_kill(tmp_path, monkeypatch):
         return diagnose(curve, samples, TrainingFacts(**train_record(out)["facts"]), settings)
 
     said = start("undisturbed")
-    assert len(said) == 1 and said[0].startswith("doctor: loss flat: the loss is ")
+    first, then = said
+    assert first.startswith("doctor: learning rate far off: ") and then.startswith("doctor: loss flat: the loss is ")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trainer.Trainer, "training_step", killed_at_40)
         start("killed")

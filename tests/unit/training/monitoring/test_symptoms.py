@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from adder.evaluation.degenerate_replies import ReplyFaults
 from adder.training.monitoring import symptoms
 from adder.training.monitoring.symptoms import Curves, Replies
 from adder.training.records import MetricsRow, SampleRow
@@ -44,7 +45,8 @@ def test_replies_of_a_step_in_figures():
         SampleRow(step=4, id=str(i), prompt="p", reference="r", reply=reply, exact_match=right, finished=ended)
         for i, (reply, right, ended) in enumerate([("r", 1, True), ("", 0, True), ("x", 0, False), ("y", 0, False)])
     ]
-    assert Replies.of(rows, 12.0) == Replies(4, 0.25, 0.5, 0.25, 12.0)
+    faults = ReplyFaults(replies=4, unended=2, empty=1, circling=0, alike=0, faulty=3)
+    assert Replies.of(rows, 12.0) == Replies(4, 0.25, faults, 12.0)
     assert Replies.of([], 12.0) is None
 
 

@@ -157,8 +157,8 @@ def diverging(curves: Curves, facts: TrainingFacts, settings: TrainSettings) -> 
     levels = _levels(curves.losses, curves.window)
     best, lowest = int(levels.argmin()), float(levels.min())
     back = now - lowest > max(3 * curves.doubt, 0.5 * (first - lowest), 0.2)
-    # The first level already holds steps of a fast climb; the first three losses are mostly the base's.
-    began, recent = level(curves.losses[:3]), _noise(curves.losses[-2 * curves.window :])
+    # The first level already holds steps of a fast climb; the first loss alone is the base's.
+    began, recent = float(curves.losses[0]), _noise(curves.losses[-2 * curves.window :])
     fast = now - began > max(6 * recent, 1.5 * began, 0.5)
     if not (above or back or fast):
         return None
