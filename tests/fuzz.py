@@ -44,7 +44,7 @@ from adder.workflow import config_file, settings_docs, stage_graph  # noqa: E402
 from broken_rows import LINE, accounted_for  # noqa: E402
 from format_stage import format_settings  # noqa: E402
 
-BATCH = 2000
+BATCH = 400  # lines of a source; of more, so mixed, hardly any have the form of most, and the source is refused
 CONTEXT = Context(Progress.silent(), Runtime(threads=1))
 ODD_VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 3, 1e-9, 1e30, math.inf, math.nan, 2**70, "", " ", "auto", "no", "1e-4", "ü", "\x00",
