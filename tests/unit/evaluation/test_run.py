@@ -406,3 +406,12 @@ def test_progress_counts_replies(tmp_path, tiny_model_dir, loop):
     evaluate(inputs, tmp_path / "out", progress, max_new_tokens=4, batch_size=2, backend="hf")
     assert any(line.startswith("generating: 2 of 4 replies, ") for line in lines)
     assert any(line.startswith("generated 4 replies") for line in lines)
+
+
+def test_the_terminal_shows_the_scores_that_fit_free_text():
+    heldout = {
+        name: {"value": value} for name, value in (("loss", 1.2), ("exact_match", 0.0), ("rouge_l", 0.4), ("chrf", 0.5))
+    }
+    assert list(evaluation.summarised(heldout, "text")) == ["loss", "rouge_l", "chrf"]
+    assert "exact_match" in evaluation.summarised(heldout, "json")
+    assert "exact_match" in evaluation.summarised({**heldout, "exact_match": {"value": 0.1}}, "text")

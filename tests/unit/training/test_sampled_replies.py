@@ -2,8 +2,11 @@
 
 import pytest
 
+import family_templates
 from adder.core.files import read_jsonl
+from adder.core.labels import IGNORE_INDEX
 from adder.core.progress import Progress
+from adder.tokenization.labels import Labeller
 from adder.training import sampled_replies
 from adder.training.sampled_replies import (
     CPU_STEP_TOKENS,
@@ -14,6 +17,8 @@ from adder.training.sampled_replies import (
     SampleTimes,
     cpu_sample_times,
 )
+from conversation_cases import reply, user
+from template_matrix import tokenizer_for, trl_templates
 from tiny import tiny_tokenizer, write_training_inputs
 from training_stage import train_small
 
@@ -40,6 +45,24 @@ def sampler(tmp_path, allowance):
     prompts = [Prompt("rows:1", [5, 6], list(range(200)))]
     tokenizer = tiny_tokenizer()
     return Sampler(prompts, tokenizer, "float32", tmp_path / "samples.jsonl", 0, Progress.silent(), allowance)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Magistral", "gpt-oss"])
+def test_a_reply_differs_from_its_reference_by_its_answer_not_by_its_reasoning(tmp_path, monkeypatch, family):
+    shipped = family_templates.SHIPPED
+    template = trl_templates()[shipped[family]].read_text() if family in shipped else family_templates.OWN[family]
+    tokenizer = tokenizer_for(template)
+    learnt = []
+    for reasoning in ("Add.", "Two twos."):
+        turns = [user("2 + 2?"), reply("It is 4.", reasoning_content=reasoning)]
+        (found,) = Labeller(tokenizer).label([{"messages": turns}])[0]
+        learnt.append(found.ids[found.labels != IGNORE_INDEX].tolist())
+    file = tmp_path / "samples.jsonl"
+    own = Sampler([Prompt("rows:1", [5, 6], learnt[0])], tokenizer, "float32", file, 0, Progress.silent())
+    monkeypatch.setattr(own, "_generate", lambda model: [learnt[1]])
+    assert own.sample(None, 0) == 1.0
+    assert "Add." in own.rows[0]["reference"] and "Two twos." in own.rows[0]["reply"]
+    assert own.rows[0]["reply"].endswith("It is 4.")
 
 
 def test_samples_take_no_more_than_their_share_of_a_training(tmp_path, monkeypatch):

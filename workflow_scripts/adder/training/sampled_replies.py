@@ -3,16 +3,18 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adder.core.files import read_jsonl, write_jsonl
 from adder.core.labels import IGNORE_INDEX
 from adder.core.progress import Progress
 from adder.evaluation.reference_forms import choose_kind, is_match
+from adder.evaluation.reply_text import ReplyReader
 from adder.tokenization.token_table import TokenTable
 from adder.training.distributed import collectives
 from adder.training.records import SampleRow
@@ -103,8 +105,8 @@ class Sampler:
         self.prompts, self.tokenizer, self.dtype, self.file, self.progress = prompts, tokenizer, dtype, file, progress
         known: list[SampleRow] = list(read_jsonl(file)) if file.exists() else []
         self.rows = [row for row in known if row["step"] <= resumed_step]
-        references = [self._text(prompt.reference) for prompt in prompts]
-        self.kind = choose_kind(references)
+        self.reader = ReplyReader(cast(PreTrainedTokenizerFast, tokenizer))
+        self.kind = choose_kind([self.reader.answer(self.reader.text(prompt.reference)) for prompt in prompts])
         self.limit = min(LONGEST, max((len(prompt.reference) for prompt in prompts), default=0) + MARGIN)
         self.allowance, self.spent, self.dearest = allowance, 0.0, 0.0
         self.times: SampleTimes | None = None  # None: at every evaluation
@@ -127,15 +129,15 @@ class Sampler:
         start = time.perf_counter()
         if not any(row["step"] == step for row in self.rows):
             for prompt, ids in zip(self.prompts, self._generate(model), strict=True):
-                reply, reference = self._text(ids), self._text(prompt.reference)
+                reply, reference = self.reader.text(ids), self.reader.text(prompt.reference)
                 self.rows.append(
                     SampleRow(
                         step=step,
                         id=prompt.id,
                         prompt=decoded(self.tokenizer, prompt.prompt),
-                        reference=reference,
-                        reply=reply,
-                        exact_match=int(is_match(self.kind, reference, reply)),
+                        reference=self.reader.shown(reference).strip(),
+                        reply=self.reader.shown(reply).strip(),
+                        exact_match=int(is_match(self.kind, self.reader.answer(reference), self.reader.answer(reply))),
                         finished=len(ids) < self.limit,
                     )
                 )
@@ -191,9 +193,6 @@ class Sampler:
             replies.append(row[: end + 1])
         return replies
 
-    def _text(self, ids: list[int]) -> str:
-        return decoded(self.tokenizer, ids, skip_special_tokens=True).strip()
-
 
 def token_id(value: object) -> int | None:
     """A special token's id as a number; typed as anything by transformers."""
@@ -201,8 +200,8 @@ def token_id(value: object) -> int | None:
     return value
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False) -> str:
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of one row of token ids."""
-    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    text = tokenizer.decode(ids)
     assert isinstance(text, str)  # a list only of several rows
     return text

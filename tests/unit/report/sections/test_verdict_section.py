@@ -1,8 +1,10 @@
 """The verdict: the alarming first, no colour without being sure."""
 
 import re
+from types import SimpleNamespace
 
 from adder.core.files import read_json
+from adder.evaluation.degenerate_replies import ReplyFaults
 from adder.report.sections import (
     verdict_section,
 )
@@ -60,3 +62,19 @@ def test_too_few_rows_to_tell(tmp_path):
     assert verdict["verdict"] == "can't tell" and verdict["needed_n"] > 12
     text = (out / "report.html").read_text(encoding="utf-8")
     assert 'class="verdict unsure"' in text and verdict["sentence"] in page_of(out).words
+
+
+def test_free_text_is_told_by_how_near_it_comes_not_by_none_being_equal():
+    facts = SimpleNamespace(faults=ReplyFaults(replies=40, unended=0, empty=0, circling=0, alike=0, faulty=0))
+    values = {"exact_match": (0.0, 0.0), "rouge_l": (0.11, 0.42), "chrf": (0.2, 0.5)}
+    heldout = {
+        name: {"base": {"value": base, "n": 40}, "tuned": {"value": tuned, "n": 40}}
+        for name, (base, tuned) in values.items()
+    }
+    line = verdict_section.reply_line(facts, heldout)
+    assert line.tone == "calm" and line.text.startswith("free text, none word for word its reference; ROUGE-L ")
+    assert "chrF" in line.text
+    line = verdict_section.reply_line(facts, {"exact_match": heldout["exact_match"]})
+    assert line.tone == "unsure" and line.text == "none of the 40 tuned replies is just as its reference"
+    cut_off = SimpleNamespace(faults=ReplyFaults(replies=40, unended=30, empty=0, circling=0, alike=0, faulty=30))
+    assert verdict_section.reply_line(cut_off, heldout).tone == "bad"
