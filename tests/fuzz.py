@@ -120,7 +120,10 @@ def rows(number: int, folder: Path, seed_: int, end: float, say: Callable[[str],
     chance = random.Random(seed_)
     while counts["lines"] < number and time.monotonic() < end:
         batch = lines(min(BATCH, number - counts["lines"]), chance.randrange(2**32))
-        counts += rows_through_the_stages(batch, folder / "batch", model, chance)
+        try:
+            counts += rows_through_the_stages(batch, folder / "batch", model, chance)
+        except UserError:  # of which no row is of use
+            counts += Counter({"lines": len(batch), "of refused sources": len(batch)})
         shutil.rmtree(folder / "batch")
         say(f"rows: {dict(counts)}")
     return counts

@@ -186,6 +186,19 @@ def test_a_kept_result_that_was_written_to_is_not_restored(module, tmp_path, dat
     assert module.runs == 2 and (folder / "inner" / "result.txt").read_text() == "1 row\n"
 
 
+def test_damage_with_the_time_stamp_put_back_does_not_hide_behind_a_lost_folder(module, tmp_path, data):
+    """What is lost takes its links with it, and that changes the kept file's change time too."""
+    folder = execute(tmp_path, {"data": data})
+    file = folder / "inner" / "result.txt"
+    stat = file.stat()
+    file.chmod(0o644)
+    file.write_text("7 row\n")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    shutil.rmtree(folder)
+    execute(tmp_path, {"data": data})
+    assert module.runs == 2 and file.read_text() == "1 row\n"
+
+
 def test_restoring_can_be_switched_off(module, tmp_path, data):
     execute(tmp_path, {"data": data})
     execute(tmp_path, {"data": data}, runtime={"restore": False})

@@ -88,10 +88,11 @@ class FileDigests:
             for path in paths
         ]
 
-    def holds(self, path: Path, digest: str, size: int, modified: int) -> bool:
+    def holds(self, path: Path, digest: str, size: int, modified: int, links_hide: bool = False) -> bool:
         """Whether a file still has the digest that it had when it was written, with `size` bytes and that time stamp.
 
-        It is read where something says that it was written to since.
+        It is read where something says that it was written to since. links_hide: also where only its links came or
+        went, since a change with the time stamp put back may hide behind that.
         """
         try:
             stamp = Stamp.of(path)
@@ -100,9 +101,10 @@ class FileDigests:
         if stamp.size != size:
             return False
         found = self.known.get(stamp.content)
-        if found is None and stamp.modified == modified:
+        hidden = links_hide and (found is None or found[0] != stamp.changed)
+        if found is None and stamp.modified == modified and not hidden:
             return True
-        if (known := self._known(stamp)) is not None and _is_of_kind(digest, stamp):
+        if not hidden and (known := self._known(stamp)) is not None and _is_of_kind(digest, stamp):
             return known == digest
         if not has_digest(path, digest):
             return False

@@ -266,10 +266,10 @@ def intact_inputs(folder: Path, wanted_paths: tuple[str, ...], digests: FileDige
     return wanted
 
 
-def is_intact(folder: Path, path: str, record: StageRecord, digests: FileDigests) -> bool:
-    """Whether a file of a stage's folder is as the record has it."""
+def is_intact(folder: Path, path: str, record: StageRecord, digests: FileDigests, links_hide: bool = False) -> bool:
+    """Whether a file of a stage's folder is as the record has it; links_hide: see FileDigests.holds."""
     known = record["outputs"][path]
-    return digests.holds(folder / path, known["digest"], known["bytes"], known["mtime_ns"])
+    return digests.holds(folder / path, known["digest"], known["bytes"], known["mtime_ns"], links_hide)
 
 
 def read_record(folder: Path) -> StageRecord | None:
@@ -344,7 +344,7 @@ def restore(kept: Path, folder: Path, key: str, digests: FileDigests) -> bool:
     if not kept.exists():
         return False
     record = read_record(kept)
-    if record is None or not all(is_intact(kept, path, record, digests) for path in record["outputs"]):
+    if record is None or not all(is_intact(kept, path, record, digests, links_hide=True) for path in record["outputs"]):
         shutil.rmtree(kept)
         return False
 
