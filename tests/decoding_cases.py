@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from adder.evaluation.speculative_decoding import Request
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -61,3 +63,13 @@ def draft_of(kind, reply, number):
         "wrong": [*reply[: number % 4], 90, *reply[number % 4 :]],
     }
     return kinds[kind] if kind != "mixed" else kinds[list(kinds)[number % 5]]
+
+
+def requests_with_drafts(model, asked, draft, limit):
+    """What generate replies to each of the prompts, and a request for it with that kind of draft."""
+    expected = [by_transformers(model, prompt, limit) for prompt in asked]
+    requests = [
+        Request(prompt + draft_of(draft, reply, number), len(prompt))
+        for number, (prompt, reply) in enumerate(zip(asked, expected, strict=True))
+    ]
+    return expected, requests

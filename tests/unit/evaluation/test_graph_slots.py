@@ -7,7 +7,7 @@ import torch
 
 from adder.evaluation import graph_slots, speculative_decoding
 from adder.kernels.inference_layers import fused_for_inference
-from decoding_cases import FAMILIES, STOPS, by_transformers, draft_of, make, prompts
+from decoding_cases import FAMILIES, STOPS, by_transformers, make, prompts, requests_with_drafts
 
 LLAMA_LIKE = {"Llama", "Qwen2", "Qwen3"}
 
@@ -36,12 +36,7 @@ def layers_of(model):
 @pytest.mark.parametrize("draft", ["none", "mixed"])
 def test_replies_of_every_family_are_those_of_generate(steps_of_graphs, family, draft):
     model = make(family)
-    asked = prompts()
-    expected = [by_transformers(model, prompt, 12) for prompt in asked]
-    drafts = [draft_of(draft, reply, number) for number, reply in enumerate(expected)]
-    requests = [
-        speculative_decoding.Request(prompt + more, len(prompt)) for prompt, more in zip(asked, drafts, strict=True)
-    ]
+    expected, requests = requests_with_drafts(model, prompts(), draft, 12)
     found = speculative_decoding.generate(model, requests, STOPS, 12, 4, lambda _: None)
     assert [reply.ids for reply in found] == expected
     assert steps_of_graphs == [(True, family in LLAMA_LIKE)]

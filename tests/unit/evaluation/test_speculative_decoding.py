@@ -6,7 +6,7 @@ import transformers
 
 from adder.core.labels import IGNORE_INDEX
 from adder.evaluation import heldout_loss, speculative_decoding
-from decoding_cases import FAMILIES, SIZES, STOPS, by_transformers, draft_of, make, prompts
+from decoding_cases import FAMILIES, SIZES, STOPS, by_transformers, draft_of, make, prompts, requests_with_drafts
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -14,12 +14,7 @@ from decoding_cases import FAMILIES, SIZES, STOPS, by_transformers, draft_of, ma
 def test_replies_of_every_family_are_those_of_generate(family, draft):
     model = make(family)
     assert speculative_decoding.supports(model)
-    asked = prompts()
-    expected = [by_transformers(model, prompt, 12) for prompt in asked]
-    drafts = [draft_of(draft, reply, number) for number, reply in enumerate(expected)]
-    requests = [
-        speculative_decoding.Request(prompt + more, len(prompt)) for prompt, more in zip(asked, drafts, strict=True)
-    ]
+    expected, requests = requests_with_drafts(model, prompts(), draft, 12)
     found = speculative_decoding.generate(model, requests, STOPS, 12, 4, lambda _: None)
     assert [reply.ids for reply in found] == expected
     assert [reply.ended for reply in found] == [reply[-1] in STOPS for reply in expected]
@@ -32,12 +27,7 @@ def test_replies_of_every_family_are_those_of_generate(family, draft):
 def test_neither_slots_nor_drafts_nor_a_common_beginning_change_a_reply(monkeypatch, draft, slots, shared):
     monkeypatch.setattr(speculative_decoding, "PREFILL_TOKENS", 60)  # several passes over prompts
     model = make("Llama")
-    asked = prompts(7, shared)
-    expected = [by_transformers(model, prompt, 9) for prompt in asked]
-    requests = [
-        speculative_decoding.Request(prompt + draft_of(draft, reply, number), len(prompt))
-        for number, (prompt, reply) in enumerate(zip(asked, expected, strict=True))
-    ]
+    expected, requests = requests_with_drafts(model, prompts(7, shared), draft, 9)
     assert speculative_decoding.common_prefix_length(requests) == shared
     found = speculative_decoding.generate(model, requests, STOPS, 9, slots, lambda _: None)
     assert [reply.ids for reply in found] == expected

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import damaged_files
 from adder.core.file_digests import FileDigests
 from adder.core.section import Section
 from adder.core.stage_record import StageMeaning
@@ -14,6 +15,7 @@ from adder.workflow import requests, run_folder, stage_runner
 from adder.workflow.code_digest import code_digest
 from adder.workflow.stage_graph import Stage
 from adder.workflow.stages import SPECS
+from damaged_files import DAMAGES
 
 
 class NoSettings(Section):
@@ -73,21 +75,12 @@ def test_what_is_as_it_was_made_is_not_asked_for(tmp_path, stages):
     assert asked(tmp_path, stages) == (set(), [])
 
 
-@pytest.mark.parametrize(
-    "damage", ["written to", "time stamp put back", "truncated", "removed", "record", "record cut"]
-)
+@pytest.mark.parametrize("damage", [*DAMAGES, "record", "record cut"])
 def test_a_damaged_stage_is_asked_for_and_named(tmp_path, stages, damage):
     folder = tmp_path / stages["data"].folder
     file, record = folder / "rows.jsonl", folder / "stage.json"
-    stat = file.stat()
-    if damage in ("written to", "time stamp put back"):
-        file.write_text("rov\n")
-    if damage == "time stamp put back":
-        os.utime(file, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
-    if damage == "truncated":
-        file.write_text("ro")
-    if damage == "removed":
-        file.unlink()
+    if damage in DAMAGES:
+        damaged_files.damage(file, damage)
     if damage == "record":
         record.write_text(record.read_text().replace('"seconds": 1.0', '"seconds": 7.0'))
     if damage == "record cut":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import damaged_files
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
 from adder.core.files import write_json
@@ -23,6 +24,7 @@ from adder.core.section import Section
 from adder.core.stage_spec import Context
 from adder.workflow import prune, stage_runner
 from adder.workflow.stage_graph import Stage
+from damaged_files import DAMAGES
 
 
 class ToySettings(Section):
@@ -137,20 +139,13 @@ def test_other_work_is_done_anew(module, tmp_path, data, change):
     assert module.runs == 2
 
 
-@pytest.mark.parametrize("damage", ["written to", "time stamp put back", "truncated", "removed", "record"])
+@pytest.mark.parametrize("damage", [*DAMAGES, "record"])
 def test_what_is_not_as_its_stage_wrote_it_is_refused(module, tmp_path, data, capfd, damage):
     """Before anything is computed or restored from it: it would bear the other's name."""
     execute(tmp_path, {"data": data})
     file = data / "rows.jsonl"
-    before = file.stat()
-    if damage in ("written to", "time stamp put back"):
-        file.write_text("rov\n")
-    if damage == "time stamp put back":
-        os.utime(file, ns=(before.st_mtime_ns, before.st_mtime_ns))
-    if damage == "truncated":
-        file.write_text("ro")
-    if damage == "removed":
-        file.unlink()
+    if damage in DAMAGES:
+        damaged_files.damage(file, damage)
     if damage == "record":
         (data / "stage.json").write_text((data / "stage.json").read_text().replace('"data"', '"dada"'))
     with pytest.raises(SystemExit):

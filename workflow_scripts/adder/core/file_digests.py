@@ -101,10 +101,9 @@ class FileDigests:
         if stamp.size != size:
             return False
         found = self.known.get(stamp.content)
-        hidden = links_hide and (found is None or found[0] != stamp.changed)
-        if found is None and stamp.modified == modified and not hidden:
+        if found is None and stamp.modified == modified and not links_hide:
             return True
-        if not hidden and (known := self._known(stamp)) is not None and _is_of_kind(digest, stamp):
+        if (known := self._known(stamp, links_hide)) is not None and _is_of_kind(digest, stamp):
             return known == digest
         if not has_digest(path, digest):
             return False
@@ -154,11 +153,11 @@ class FileDigests:
             more = f" and {len(unknown) - 1} more files" if len(unknown) > 1 else ""
             self.say(f"reading {next(iter(unknown))}{more}, {size / 1e9:.1f} GB, to know the content again: once")
 
-    def _known(self, stamp: Stamp) -> str | None:
+    def _known(self, stamp: Stamp, links_hide: bool = False) -> str | None:
         changed, links, digest = self.known.get(stamp.content, (None, None, None))
         if digest is None or not _is_of_kind(digest, stamp):
             return None
-        return digest if changed == stamp.changed or links != stamp.links else None
+        return digest if changed == stamp.changed or (links != stamp.links and not links_hide) else None
 
     def _digest(self, path: Path, stamp: Stamp) -> str:
         self.seen[path] = stamp

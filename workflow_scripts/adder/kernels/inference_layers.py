@@ -30,7 +30,7 @@ from adder.kernels.fused_lora.layer_probes import (
     sample_normal,
 )
 from adder.kernels.fused_lora.weights import AnyModule, CannotFuse
-from adder.kernels.rope import apply_rope
+from adder.kernels.rope import apply_rope, rope_table
 from adder.kernels.swiglu import swiglu_into
 
 
@@ -166,7 +166,7 @@ class InferenceLayer:
         cos, sin = position_embeddings
         if not self.head_norms:
             flat = heads.view(-1, *heads.shape[-2:])
-            apply_rope(flat[:, :rotated], _table(cos), _table(sin))
+            apply_rope(flat[:, :rotated], rope_table(cos), rope_table(sin))
         counts = [getattr(attention, name).out_features // self.head_size for name in QKV]
         query, key, value = heads.split(counts, dim=-2)
         if self.head_norms:
@@ -213,8 +213,3 @@ def _add_linear(
     weight = linear.weight.t()
     total = residual.addmm_(x, weight) if in_place else torch.addmm(residual, x, weight)
     return total if linear.bias is None else total.add_(linear.bias)
-
-
-def _table(angles: torch.Tensor) -> torch.Tensor:
-    """Cosines or sines as apply_rope takes them."""
-    return angles.reshape(-1, angles.shape[-1]).contiguous()

@@ -39,6 +39,11 @@ def apply_rope(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Non
     )
 
 
+def rope_table(angles: torch.Tensor) -> torch.Tensor:
+    """Cosines or sines of transformers' rotary embedding, (batch, tokens, head size), as apply_rope takes them."""
+    return angles.reshape(-1, angles.shape[-1]).contiguous()
+
+
 def apply_rope_reference(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """As apply_rope."""
     repeat = heads.shape[0] // cos.shape[0]

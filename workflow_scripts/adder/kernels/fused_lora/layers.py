@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from adder.kernels.fused_lora.autograd_functions import LoraLinear, LoraQKV, LoraSwiGLU
 from adder.kernels.fused_lora.layer_probes import probe_activation, probe_rmsnorm
 from adder.kernels.fused_lora.weights import AnyModule, LinearGroup
+from adder.kernels.rope import rope_table
 
 
 class FusedLinears:
@@ -129,7 +130,7 @@ class FusedDecoderLayer:
         shape = hidden_states.shape
         x = hidden_states.reshape(-1, shape[-1])
         cos, sin = position_embeddings
-        tables = (None, None) if self.head_norms else (_table(cos), _table(sin))
+        tables = (None, None) if self.head_norms else (rope_table(cos), rope_table(sin))
         *heads, residual = LoraQKV.apply(x, self.norms[0], *tables, self.head_size, qkv, *qkv.parameters)
         query, key, value = (y.view(*shape[:-1], -1, self.head_size) for y in heads)
         if self.head_norms:
@@ -152,8 +153,3 @@ class FusedDecoderLayer:
         x = LoraLinear.apply(mixed.reshape(-1, out.inputs), residual, out, *out.parameters)
         parameters = (*gate_up.parameters, *down.parameters)
         return LoraSwiGLU.apply(x, self.norms[1], self.activation, gate_up, down, *parameters).view(shape)
-
-
-def _table(angles: torch.Tensor) -> torch.Tensor:
-    """Cosines or sines as apply_rope takes them."""
-    return angles.reshape(-1, angles.shape[-1]).contiguous()

@@ -1,0 +1,17 @@
+"""A file that is another than its stage wrote."""
+
+import os
+from pathlib import Path
+
+DAMAGES = ["written to", "time stamp put back", "truncated", "removed"]
+
+
+def damage(file: Path, how: str) -> None:
+    """One of DAMAGES, to a file that says "row"."""
+    stat = file.stat()
+    if how == "removed":
+        file.unlink()
+    else:
+        file.write_text("ro" if how == "truncated" else "rov\n")
+    if how == "time stamp put back":
+        os.utime(file, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
