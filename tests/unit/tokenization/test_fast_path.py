@@ -74,6 +74,16 @@ def test_the_fast_path_gives_what_the_slow_path_gives(name, loss_on):
     check()
 
 
+@pytest.mark.parametrize("beyond", ["", "<|im_end|>", "is four"])
+def test_the_fast_path_looks_at_replies_that_no_example_holds(beyond):
+    """A template that rewrites what is past ends its only example before a reply that isn't to be learnt."""
+    rows = [{"messages": conversation("is four", "0", "is four", last)} for last in ("1", beyond)]
+    for row in rows:
+        row["messages"][-1]["train"] = False
+    fast, slow = (Labeller(TOKENIZERS["qwen_think"], "assistant", fast_path) for fast_path in (True, False))
+    assert [str(one) for one in fast.label(rows)] == [str(one) for one in slow.label(rows)]
+
+
 USUAL = sorted({*FAMILIES} - {"vicuna", "plain", "parts"})
 
 

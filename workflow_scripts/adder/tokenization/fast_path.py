@@ -176,7 +176,8 @@ class FastPath:
         except UnusableRow:
             return None
         layouts = [layout for layout in learnt if layout is not None]
-        if len(layouts) < len(found) or (len(found) > 1 and self.finder.loss_on == "all"):
+        unread = found[0].messages < len(messages)  # the slow path looks at what no example holds, too
+        if unread or len(layouts) < len(found) or (len(found) > 1 and self.finder.loss_on == "all"):
             self._layouts[key] = failed + 1
             return None
         self._layouts[key] = layouts
