@@ -1,9 +1,11 @@
 """Block sizes, and who does a tensor's work."""
 
+import types
+
 import pytest
 import torch
 
-from adder.kernels import triton_utils
+from adder.kernels import families, triton_utils
 
 
 @pytest.mark.parametrize(("n", "minimum", "expected"), [(1, 16, 16), (16, 16, 16), (17, 16, 32), (1, 1, 1), (9, 1, 16)])
@@ -16,7 +18,23 @@ def test_wider_rows_get_more_warps():
 
 
 def test_references_do_the_work_on_a_cpu_unless_kernels_are_interpreted():
-    assert triton_utils.runs_kernels(torch.zeros(1)) is triton_utils.INTERPRETED
+    assert triton_utils.runs_kernels(torch.zeros(1), "rope") is triton_utils.INTERPRETED
+
+
+def test_references_do_the_work_of_a_family_that_is_switched_off(monkeypatch):
+    monkeypatch.setattr(triton_utils, "INTERPRETED", True)
+    families.turn_off("rope", "it was slow")
+    assert not triton_utils.runs_kernels(torch.zeros(1), "rope")
+    assert triton_utils.runs_kernels(torch.zeros(1), "rmsnorm")
+    families.turn_all_on()
+    assert triton_utils.runs_kernels(torch.zeros(1), "rope")
+
+
+def test_references_do_the_work_on_a_gpu_without_triton(monkeypatch):
+    on_gpu = types.SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(triton_utils, "triton", None)
+    monkeypatch.setattr(triton_utils, "INTERPRETED", False)
+    assert not triton_utils.runs_kernels(on_gpu, "lm_head_loss")
 
 
 def test_functions_stay_what_they_are_without_triton(monkeypatch):

@@ -25,7 +25,7 @@ def decode_attention(
     query: (rows, heads, size), the values of a head next to each other. keys, values: (at least rows, key-value heads,
     capacity, size), contiguous. lengths: int32 (rows,), contiguous, at least 1.
     """
-    if not runs_kernels(query):
+    if not runs_kernels(query, "decode_attention"):
         return decode_attention_reference(query, keys, values, lengths, scale)
     rows, heads, size = query.shape
     kv_heads = keys.shape[1]
@@ -73,7 +73,7 @@ def store_token(
 
     keys, values: as decode_attention takes them. positions: int64 (rows,), contiguous, below the capacity.
     """
-    if not runs_kernels(key):
+    if not runs_kernels(key, "decode_attention"):
         return store_token_reference(key, value, positions, keys, values)
     rows, kv_heads, size = key.shape
     _store_token[(rows, kv_heads)](

@@ -50,7 +50,7 @@ def dropout_matmul(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, out: t
 
     dropout(x) is mask · x / (1 - p), with dropout_mask's mask.
     """
-    if not runs_kernels(x):
+    if not runs_kernels(x, "dropout"):
         return dropout_matmul_reference(x, a, seed, p, out)
     (rows, width), rank = x.shape, a.shape[0]
     _dropout_matmul[(triton.cdiv(rows, 64),)](
@@ -83,7 +83,7 @@ def dropout_matmul_grad_a(grad: torch.Tensor, x: torch.Tensor, seed: int, p: flo
 
     grad: gradient to dropout_matmul's output, (tokens, rank), and x: (tokens, width), both strided.
     """
-    if not runs_kernels(x):
+    if not runs_kernels(x, "dropout"):
         return dropout_matmul_grad_a_reference(grad, x, seed, p)
     (rows, width), rank = x.shape, grad.shape[1]
     # Split K (here the rows) to fill the card with programs; their sums are added in a fixed order.
@@ -123,7 +123,7 @@ def add_dropout_matmul_grad_x(total: torch.Tensor, grad: torch.Tensor, a: torch.
     total: (tokens, width) and grad: gradient to dropout_matmul's output, (tokens, rank), both strided; a: (rank,
     width), contiguous.
     """
-    if not runs_kernels(total):
+    if not runs_kernels(total, "dropout"):
         return add_dropout_matmul_grad_x_reference(total, grad, a, seed, p)
     (rows, width), rank = total.shape, a.shape[0]
     _add_dropout_matmul_grad_x[(triton.cdiv(rows, 64), triton.cdiv(width, 128))](

@@ -66,7 +66,7 @@ def empty_fp8(rows: int, width: int, device: torch.device) -> RowwiseFp8:
 
 def quantise(x: torch.Tensor) -> RowwiseFp8:
     """Quantise a matrix (rows, width), strided, with a scale a row."""
-    if not runs_kernels(x):
+    if not runs_kernels(x, "fp8"):
         return quantise_reference(x)
     rows, width = x.shape
     result = empty_fp8(rows, width, x.device)
@@ -90,7 +90,7 @@ def quantise_and_matmul(x: torch.Tensor, amax: torch.Tensor, b: torch.Tensor) ->
     x: (rows, width), contiguous. amax: its rows' largest absolute values, fp32 (rows,). b: (width, rank), strided.
     """
     rank = b.shape[1]
-    if not 0 < rank <= MAX_RANK or not runs_kernels(x):
+    if not 0 < rank <= MAX_RANK or not runs_kernels(x, "fp8"):
         return quantise(x), torch.mm(x, b)
     rows, width = x.shape
     result = empty_fp8(rows, width, x.device)
@@ -170,7 +170,7 @@ def add_lora(
 
     y, residual: (tokens, N) contiguous. low_rank = x·Aᵀ: (tokens, rank) and b = s·B: (N, rank), strided. bias: (N,).
     """
-    if not runs_kernels(y):
+    if not runs_kernels(y, "fp8"):
         return add_lora_reference(y, low_rank, b, residual, bias)
     (rows, width), rank = y.shape, b.shape[1]
     _add_lora[(triton.cdiv(rows, 64), triton.cdiv(width, 128))](

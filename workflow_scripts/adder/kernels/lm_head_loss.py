@@ -15,7 +15,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from adder.kernels.triton_utils import jit, next_power_of_2, runs_kernels, tl
+from adder.kernels.triton_utils import INTERPRETED, jit, next_power_of_2, runs_kernels, tl
 
 # Logits computed at once: 256 MiB in 16 bit; with a vocabulary of 128,256 that is 1,024 tokens.
 CHUNK_LOGITS = 2**27
@@ -37,7 +37,7 @@ def frozen_lm_head_losses(
 def can_fuse(head: torch.nn.Module, hidden: torch.Tensor) -> bool:
     """Whether frozen_lm_head_losses can and should do the work of a model's LM head on these hidden states."""
     return (
-        runs_kernels(hidden)
+        (hidden.is_cuda or INTERPRETED)
         and type(head) is torch.nn.Linear
         and not any(parameter.requires_grad for parameter in head.parameters())
         and hidden.dtype == head.weight.dtype
@@ -81,7 +81,7 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
 
 def cross_entropy_in_place(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return each row's cross-entropy, fp32 (tokens,); overwrite logits, (tokens, vocabulary), by their gradient."""
-    if not runs_kernels(logits):
+    if not runs_kernels(logits, "lm_head_loss"):
         return cross_entropy_in_place_reference(logits, target)
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     block = min(8192, next_power_of_2(logits.shape[1]))

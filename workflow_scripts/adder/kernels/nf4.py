@@ -19,7 +19,7 @@ def dequantise_into(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None
     packed: the weight's bytes, the first of two indices in the high half; `state`: its bitsandbytes QuantState. The
     values are those of bitsandbytes' dequantize_4bit, which can only write into a contiguous matrix.
     """
-    if not runs_kernels(packed):
+    if not runs_kernels(packed, "nf4"):
         return dequantise_into_reference(packed, state, out)
     from bitsandbytes.functional import dequantize_blockwise
 

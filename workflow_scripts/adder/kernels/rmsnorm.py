@@ -21,7 +21,7 @@ def rms_norm_into(
     x: (tokens, width), contiguous. `plus_one`: Gemma's norm, which multiplies by 1 + weight and rounds once; Llama's
     rounds the normalised value before it multiplies by weight. `with_fp8`: return what was written in fp8 as well.
     """
-    if not runs_kernels(x):
+    if not runs_kernels(x, "rmsnorm"):
         return rms_norm_into_reference(x, weight, eps, plus_one, out, with_fp8)
     rows, width = x.shape
     rstd = torch.empty(rows, device=x.device, dtype=torch.float32)
@@ -73,7 +73,7 @@ def rms_norm_backward(
     grad: gradient to the norm's output, (tokens, width), strided; it is overwritten by that output, computed anew.
     `with_fp8`: return the gradient to x in fp8 as well.
     """
-    if not runs_kernels(x):
+    if not runs_kernels(x, "rmsnorm"):
         return rms_norm_backward_reference(grad, x, weight, rstd, plus_one, residual, with_fp8)
     rows, width = x.shape
     dx = torch.empty_like(x)

@@ -21,7 +21,7 @@ def apply_rope(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Non
     heads: (tokens, heads, head size), the values of one head next to each other. cos, sin: (period, head size),
     contiguous, both halves of a row alike (transformers' rotary embedding); token t takes row t modulo period.
     """
-    if not runs_kernels(heads):
+    if not runs_kernels(heads, "rope"):
         return apply_rope_reference(heads, cos, sin)
     rows, count, size = heads.shape
     _apply_rope[(rows,)](
@@ -63,7 +63,7 @@ def rope_backward(
     grads: each (tokens, heads, head size). cos, sin: as apply_rope has them; None where nothing was rotated. Returns
     (tokens, all heads · head size), contiguous.
     """
-    if not runs_kernels(grads[0]):
+    if not runs_kernels(grads[0], "rope"):
         return rope_backward_reference(grads, cos, sin, with_fp8)
     strided = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
     rows, _, size = strided[0].shape
@@ -120,7 +120,7 @@ def add_lora_and_rope(
     y: (tokens, N) contiguous, heads of `head_size` values: queries, keys, values. low_rank, b, bias: as fp8.add_lora
     has them. cos, sin: as apply_rope has them.
     """
-    if not runs_kernels(y):
+    if not runs_kernels(y, "fp8"):
         return add_lora_and_rope_reference(y, low_rank, b, bias, cos, sin, head_size, rotated_heads)
     (rows, width), rank = y.shape, b.shape[1]
     _add_lora_and_rope[(triton.cdiv(rows, BLOCK_TOKENS), width // head_size)](

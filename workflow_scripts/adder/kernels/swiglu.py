@@ -41,7 +41,7 @@ def swiglu_into(gate_up: torch.Tensor, activation: str, out: torch.Tensor, with_
 
     `with_fp8`: return what was written in fp8 as well.
     """
-    if not runs_kernels(gate_up):
+    if not runs_kernels(gate_up, "swiglu"):
         return swiglu_into_reference(gate_up, activation, out, with_fp8)
     rows, width = out.shape
     if with_fp8 and width <= MAX_SINGLE_PASS_WIDTH:
@@ -113,7 +113,7 @@ def lora_swiglu_fp8(
     scales are known (1) and writes it in fp8 (a half). Adding LoRA to gate_up (4), swiglu_into in fp8 (3.5) and the
     matmul with A (1) would be 8.5: at 16,384 tokens and a width of 14,336 4.0 GB a layer, and not 2.1.
     """
-    if not runs_kernels(gate_up):
+    if not runs_kernels(gate_up, "fp8"):
         return lora_swiglu_fp8_reference(gate_up, activation, gate_low_rank, up_low_rank, deferred, down_a)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     fp8 = empty_fp8(rows, width, gate_up.device)
@@ -218,7 +218,7 @@ def swiglu_backward(
     up_low_rank: x·Aᵀ of gate and up, (tokens, rank) strided. `dropout`: seed and probability of the down projection's.
     `deferred`: what gate_up lacks, as lora_swiglu_fp8 has it; nothing by default.
     """
-    if not runs_kernels(gate_up):
+    if not runs_kernels(gate_up, "swiglu_backward"):
         return swiglu_backward_reference(gate_up, grad, activation, down, gate_low_rank, up_low_rank, dropout, deferred)
     rows, width = grad.shape
     seed, p = dropout or (0, 0.0)

@@ -1,7 +1,8 @@
 """What Triton kernels share: Triton where it is installed, block sizes, and whether kernels do a tensor's work.
 
 Each kernel stands beside its plain PyTorch reference (`*_reference`), which runs on tensors that are not on a CUDA
-device. With TRITON_INTERPRET=1 in the environment Triton's interpreter runs the kernels on CPU tensors, for tests.
+device, and where a trial has switched the kernel off (`families`). With TRITON_INTERPRET=1 in the environment Triton's
+interpreter runs the kernels on CPU tensors, for tests.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
+
+from adder.kernels.families import Family, why_off
 
 if TYPE_CHECKING:
     # Triton is untyped, and not installed where torch has no CUDA: type checkers see the same on every machine.
@@ -48,9 +51,13 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function, do_not_specialize=("seed", "threshold")) if triton is not None else function
 
 
-def runs_kernels(tensor: torch.Tensor) -> bool:
-    """Whether work on this tensor is done by kernels, and not by their references."""
-    return tensor.is_cuda or INTERPRETED
+def runs_kernels(tensor: torch.Tensor, family: Family) -> bool:
+    """Whether work on this tensor is done by a family's kernels, and not by their references.
+
+    On a GPU it is where Triton is installed (torch's wheels for Windows and Jetson come without) and no trial has
+    switched the family off.
+    """
+    return (INTERPRETED or (tensor.is_cuda and triton is not None)) and why_off(family) is None
 
 
 def next_power_of_2(n: int, minimum: int = 16) -> int:

@@ -1,0 +1,11 @@
+"""Which families of kernels are switched off."""
+
+from adder.kernels import families
+
+
+def test_a_family_is_used_until_it_is_switched_off_and_says_why_then():
+    assert families.why_off("rope") is None
+    families.turn_off("rope", "it was off by 0.3")
+    assert families.why_off("rope") == "it was off by 0.3"
+    families.turn_all_on()
+    assert families.why_off("rope") is None
