@@ -15,15 +15,19 @@ _ALPACA = ("alpaca", "instruction", "output")
 _PROMPT = ("prompt_completion", "prompt", "completion")
 _QUESTION = ("question_answer", "question", "answer")
 ASKS = {
-    "instruction": _ALPACA,
+    **dict.fromkeys(("instruction", "instructions"), _ALPACA),
     "prompt": _PROMPT,
     **dict.fromkeys(
-        ("question", "query", "problem", "inputs", "input", "user", "human", "message_1", "user_input"), _QUESTION
+        (
+            *("question", "query", "problem", "inputs", "input", "user", "human", "message_1", "user_input"),
+            *("input_text", "text_input", "message"),
+        ),
+        _QUESTION,
     ),
 }
 REPLIES = (
     *("output", "completion", "answer", "response", "solution", "targets", "reply", "assistant", "gpt", "message_2"),
-    *("answerkey", "answer_key", "outputs", "model_output", "assistant_response"),
+    *("answerkey", "answer_key", "outputs", "model_output", "assistant_response", "output_text"),
 )
 EXTRA = "input"  # stands beside what is asked, and is it only where nothing else is
 SPEAKERS, ANSWERING = ("user", "human"), ("assistant", "gpt")  # only together: `user` may as well be who wrote a row

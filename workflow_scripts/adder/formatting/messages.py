@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from adder.formatting import api_messages
+from adder.formatting.api_messages import OTHER_PART, kind_of_part, own_text
 from adder.formatting.conversation import Conversation, Function, Message, Role, ToolCall
 from adder.formatting.marks import MESSAGE_MARKS, SPANS, is_learnt
 from adder.formatting.rejected import Rejected, json_type
@@ -18,7 +20,10 @@ ROLES: dict[str, Role] = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
@@ -33,8 +38,7 @@ ROLES: dict[str, Role] = {
     "tool_call": "assistant",
 }
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the value is the call, as JSON
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "tool_plan")
 UNREAD = ("tools", "functions", "images", "audio", "video")  # to ignore them would train on something else
 BLANK = (None, "", [])
 PYTHONS = re.compile(r"\s*(\[\s*)?\{\s*'")  # how a list of dictionaries or a dictionary begins
@@ -68,7 +72,9 @@ def as_text(value: Any, where: str) -> str:
     """The text of a content; a number, true or false and an object are written as JSON."""
     if isinstance(value, dict):
         kind = value.get("type")
-        if isinstance(kind, str) and (kind in TEXT_PARTS or kind in value):  # one typed part without its list
+        if isinstance(kind, str) and (
+            kind in api_messages.TEXT_PARTS or kind in value
+        ):  # one typed part without its list
             return text_of([value], where)
     elif not isinstance(value, bool | int | float):
         return text_of(value, where)
@@ -108,7 +114,8 @@ def read_messages(value: Any, column: str) -> list[Message]:
         raise Rejected(f"{column} is not a list", f"found {json_type(value)}")
     if value and isinstance(value[0], dict) and not value[0].keys().isdisjoint(SPEAKERS):
         value = list(_spoken(value))
-    read = [_message(message, number) for number, message in enumerate(value, 1)]
+    numbered = enumerate(value, 1) if all(map(api_messages.is_plain, value)) else api_messages.plain(value)
+    read = [_message(message, number) for number, message in numbered]
     messages = [message for message in read if message is not None]
     if not messages:
         raise Rejected(f"{column} is empty")
@@ -116,16 +123,22 @@ def read_messages(value: Any, column: str) -> list[Message]:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
-    """Tool definitions in OpenAI's form, from a list or its JSON; {"type": "function"} is put around bare ones."""
+    """Tool definitions in OpenAI's form, from a list or its JSON, also as other APIs have them; {"type": "function"} is
+    put around bare ones.
+    """
     value = parse_json(value, "tools") if isinstance(value, str) else value
-    value = [value] if isinstance(value, dict) else value
     if value is None:
         return []
+    if isinstance(value, list):
+        value = [
+            parse_json(tool, f"tool {number}") if isinstance(tool, str) else tool
+            for number, tool in enumerate(value, 1)
+        ]
+    value = api_messages.tools_of(value)
     if not isinstance(value, list):
         raise Rejected("tools are not a list of definitions", f"found {json_type(value)}")
     tools: list[dict[str, Any]] = []
     for number, tool in enumerate(value, 1):
-        tool = parse_json(tool, f"tool {number}") if isinstance(tool, str) else tool
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise Rejected("tools are not a list of definitions", f"tool {number} has no name")
@@ -283,9 +296,9 @@ def _tool_call(call: Any, where: str) -> ToolCall:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise Rejected("broken tool call", f"{where}: a call has no name")
-    if call.get("type") not in (None, "", "function"):
+    if call.get("type") not in (None, "", "function", "tool_call"):
         raise Rejected("broken tool call", f"{where}: a call of the type {str(call['type'])[:40]!r}, not function")
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments = function.get("arguments", function.get("parameters", function.get("args")))
     if isinstance(arguments, str):
         arguments = parse_json(arguments, f"{where}, the arguments of {function['name'][:40]}")
     arguments = {} if arguments is None else arguments
@@ -320,17 +333,10 @@ def _part(part: Any, where: str) -> str:
     """The text of one typed part of a content."""
     if not isinstance(part, dict):
         raise Rejected("content is not text", f"{where} is a list that holds {json_type(part)}")
-    kind = part.get("type", "text")
-    if isinstance(kind, str) and kind in TEXT_PARTS:
-        text = part.get("text")
-        if isinstance(text, str):
-            return text
-        if "text" not in part:
-            keys = ", ".join(str(key)[:40] for key in list(part)[:8])
-            raise Rejected("content is not text", f"{where}: a text part has no key 'text'; its keys are {keys}")
-        raise Rejected("content is not text", f"{where}: a text part holds {json_type(text)}")
-    found = kind[:40] if isinstance(kind, str) else json_type(kind)
-    raise Rejected("content has a part that is not text", f"{where} has a part of the type '{found}'")
+    kind, found = kind_of_part(part, where)
+    if kind != "text":
+        raise Rejected(OTHER_PART, f"{where} has a part that is {kind}")
+    return own_text(found, where)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
+from adder.formatting.api_messages import OTHER_PARTS, is_messages, text_of_parts
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
 from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, doubtful, is_undesired, learns
@@ -42,18 +43,22 @@ Row = Mapping[str, Any]
 Reader = Callable[[Row], list[Message] | str]
 ColumnSets = Counter[tuple[str, ...]]  # which columns rows have, and how many rows have just these
 
-SYSTEMS = ("system", "system_prompt", "system_message")
-TOOLS = ("tools", "functions", "available_tools")
+SYSTEMS = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction", "preamble")
+TOOLS = ("tools", "functions", "available_tools", "toolConfig", "tool_config")
 SHARED = (*SYSTEMS, *TOOLS)  # columns that any format but plain text may have
 BESIDE = (*REASONING_KEYS, *SHARED)  # those that a prompt and its reply may have
 _BESIDE = frozenset(BESIDE)
 MEDIA = {"images", "image", "audios", "audio", "videos", "video"}
-PROMPTS = ("question", "instruction", "prompt", "messages", "conversations")  # columns that hold what is asked
-HISTORY = "history is not a list of [instruction, output] pairs"
+# Columns that hold what is asked.
+PROMPTS = ("question", "instruction", "prompt", "messages", "conversations", "contents", "chat_history")
+HISTORIES = ("history", "chat_history")
+HISTORY = "is not a list of [instruction, output] pairs or of messages"
 PAIRS = {name for name, _, _ in ASKS.values()}  # formats of a prompt and its reply, which have many names
-LAST = ("conversation", "text")  # looked for where there is no such pair
+LAST = ("conversation", "contents", "chat_history", "text")  # looked for where there is no such pair
 # Columns that are read as something else than text.
-NO_TEXT = {"rejected", "messages", "conversations", "conversation", "history", "text", "choices", "options", *TOOLS}
+NO_TEXT = {"rejected", "messages", "conversations", "conversation", "contents", "text", "choices", "options"}.union(
+    TOOLS, HISTORIES
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def _from_sharegpt(row: Row) -> list[Message]:
     return read_messages(row["conversations"], "conversations")
 
 
-@row_format("alpaca", "instruction", "output", optional=("history", *TASK_COLUMNS, *BESIDE))
+@row_format("alpaca", "instruction", "output", optional=(*HISTORIES, *TASK_COLUMNS, *BESIDE))
 def _from_alpaca(row: Row) -> list[Message]:
     """`instruction`, `input`, `output`, `history`, `system`; `context`, `documents`, `choices` or `options` become part
     of the prompt
@@ -131,27 +136,27 @@ def _from_alpaca(row: Row) -> list[Message]:
     return [*_history(row), *_prompt(row, "instruction"), *_replies(row, "output")]
 
 
-@row_format("prompt_completion", "prompt", "completion", optional=(*TASK_COLUMNS, *BESIDE))
+@row_format("prompt_completion", "prompt", "completion", optional=(*HISTORIES, *TASK_COLUMNS, *BESIDE))
 def _from_prompt_completion(row: Row) -> list[Message]:
     """`prompt`, `completion`: texts or lists of messages; `input`, `context`, `choices` and the like become part of the
     prompt
     """
-    return [*_prompt(row, "prompt"), *_replies(row, "completion")]
+    return [*_history(row), *_prompt(row, "prompt"), *_replies(row, "completion")]
 
 
-@row_format("question_answer", "question", "answer", optional=(*TASK_COLUMNS, *BESIDE))
+@row_format("question_answer", "question", "answer", optional=(*HISTORIES, *TASK_COLUMNS, *BESIDE))
 def _from_question_answer(row: Row) -> list[Message]:
     """`question`, `answer`; `context`, `documents`, `choices` or `options` become part of the prompt, `reasoning` of
     the reply
     """
-    return [*_prompt(row, "question"), *_replies(row, "answer")]
+    return [*_history(row), *_prompt(row, "question"), *_replies(row, "answer")]
 
 
 @row_format(
     "preference",
     "chosen",
     "rejected",
-    optional=(*PROMPTS, "query", *TASK_COLUMNS, "history", *BESIDE),
+    optional=(*PROMPTS, "query", *TASK_COLUMNS, *HISTORIES, *BESIDE),
     unneeded=("rejected",),
     named_only="trains on the chosen reply of each row",
 )
@@ -182,6 +187,20 @@ def _from_conversation(row: Row) -> list[Message]:
     return read_messages(row["conversation"], "conversation")
 
 
+@row_format("contents", "contents", optional=SHARED)
+def _from_contents(row: Row) -> list[Message]:
+    """`contents`: a list of `{role, parts}` as Gemini and Vertex take it, with `systemInstruction` and `tools`"""
+    return read_messages(row["contents"], "contents")
+
+
+@row_format("chat_history", "chat_history", optional=SHARED)
+def _from_chat_history(row: Row) -> list[Message]:
+    """`chat_history`: a list of `{role, message}`, as Cohere takes it; beside a question and an answer it stands before
+    them, as `history` does
+    """
+    return read_messages(row["chat_history"], "chat_history")
+
+
 @row_format("text", "text")
 def _from_text(row: Row) -> str:
     """`text`: continued pre-training, every token is learnt; only where nothing but ids, addresses, dates and scores
@@ -208,7 +227,11 @@ def _prompt(row: Row, column: str) -> list[Message]:
     prompt = row[column]
     if is_message(prompt):
         prompt = [prompt]
-    if not isinstance(prompt, list):
+    given = row.get("input") if column == "instruction" else None
+    if isinstance(given, list) and is_messages(given):  # OpenAI's Responses, with `instructions`
+        told = [] if prompt in BLANK else [{"role": "system", "content": prompt}]
+        return read_messages([*told, *given], "input")
+    if not isinstance(prompt, list) or not is_messages(prompt):
         return [user(prompt_of(row, column), column)]
     messages = read_messages(prompt, column)
     if messages[-1]["role"] == "user":
@@ -235,15 +258,21 @@ def _asked(row: Row, chosen: Any) -> list[Message]:
 
 
 def _history(row: Row) -> list[Message]:
-    """Earlier turns, as LLaMA-Factory writes them."""
+    """Earlier turns: pairs, as LLaMA-Factory writes them, or messages."""
     turns: list[Message] = []
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise Rejected(HISTORY, f"found {json_type(history)}")
-    for number, pair in enumerate(history, 1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise Rejected(HISTORY, f"entry {number} is none")
-        turns += [user(pair[0], f"history {number}"), assistant(pair[1], f"history {number}")]
+    for name in HISTORIES:
+        history = row.get(name)
+        if history in BLANK:
+            continue
+        if isinstance(history, list) and is_messages(history):
+            turns += read_messages(history, name)
+            continue
+        if not isinstance(history, list):
+            raise Rejected(f"{name} {HISTORY}", f"found {json_type(history)}")
+        for number, pair in enumerate(history, 1):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise Rejected(f"{name} {HISTORY}", f"entry {number} is none")
+            turns += [user(pair[0], f"{name} {number}"), assistant(pair[1], f"{name} {number}")]
     return turns
 
 
@@ -252,8 +281,10 @@ def _replies(row: Row, column: str) -> list[Message]:
     value = row[column]
     if is_message(value):
         value = [value]
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "type" not in value[0]:
+    if isinstance(value, list) and is_messages(value):
         return read_messages(value, column)
+    if isinstance(value, list) and any(isinstance(part, dict) and part.get("type") in OTHER_PARTS for part in value):
+        return read_messages([{"role": "assistant", "content": value}], column)
     return [_reply(row, column)]
 
 
@@ -583,7 +614,7 @@ def _with_system(messages: list[Message], row: Row, system_prompt: str | None) -
         raise Rejected("more than one system message", f"the columns {' and '.join(given)} differ")
     if not given and not system_prompt:
         return messages
-    content = text_of(row[given[0]], given[0]) if given else system_prompt or ""
+    content = text_of(text_of_parts(row[given[0]]), given[0]) if given else system_prompt or ""
     return [{"role": "system", "content": content}, *messages]
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from adder.formatting import api_messages
 from adder.formatting.column_names import line_for
 from adder.formatting.marks import ROW_MARKS, SPANS, is_mark, verdict
 from adder.formatting.messages import BLANK, MESSAGE_KEYS, is_message
@@ -33,10 +34,10 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
         canonical = source.canonical(name)
         if canonical is None:
             continue
-        value = value if fields is None else fields.renamed(value)
+        value = api_messages.text_of_parts(value if fields is None else fields.renamed(value))
         may_be_messages = canonical not in NO_MESSAGES
         if may_be_messages and isinstance(value, list) and value and isinstance(value[0], dict):
-            found.update(_of_messages(value))
+            found.update(_of_messages(value) if api_messages.is_messages(value) else _of_parts(value))
         elif may_be_messages and is_message(value):
             found.update(_of_messages([value]))
         elif canonical in form.texts and isinstance(value, AS_JSON):
@@ -113,20 +114,43 @@ def _of_messages(messages: list[Any]) -> Iterator[str]:
     for message in messages:
         if not isinstance(message, dict):
             continue
-        content = message.get("content", message.get("value"))
-        if not isinstance(content, TEXTS):
+        key = api_messages.content_key(message)
+        content = None if key is None else message[key]
+        if not isinstance(content, TEXTS) and not isinstance(message.get("type"), str):
             yield f"a message's content is {json_type(content)}, written as JSON"
-        for key in message.keys() - MESSAGE_KEYS if len(message) > 2 else ():
-            if (
-                message[key] not in BLANK
-                and message[key] != {}
-                and not (isinstance(key, str) and is_mark(key, message[key]))
-            ):
-                yield f"nothing reads the key '{_shown(key)}' of messages"
-        if len(message) > 2 and message.get("role", message.get("from")) in ("user", "human", "system", "tool"):
-            for key in _ASKED:
-                if message.get(key) is True:
-                    yield f"'{key}: true' of messages that are no replies is not read: only replies are learnt"
-            for key in SPANS:
-                if message.get(key):
-                    yield f"'{key}' of messages that are no replies is not read: only replies are learnt"
+        if isinstance(content, list):
+            yield from _of_parts(content)
+        if len(message) > 2:
+            yield from _of_keys(message, key)
+
+
+def _of_keys(message: Mapping[str, Any], content_key: str | None) -> Iterator[str]:
+    """What nothing reads of a message's keys. content_key: the one that has what it says."""
+    is_item = isinstance(message.get("type"), str)
+    known = MESSAGE_KEYS | (api_messages.ITEM_KEYS if is_item else {"author", content_key})
+    for key in message.keys() - known:
+        if (
+            message[key] not in BLANK
+            and message[key] != {}
+            and not (isinstance(key, str) and is_mark(key, message[key]))
+        ):
+            yield f"nothing reads the key '{_shown(key)}' of messages"
+    if message.get("role", message.get("from")) in ("user", "human", "system", "tool"):
+        for key in _ASKED:
+            if message.get(key) is True:
+                yield f"'{key}: true' of messages that are no replies is not read: only replies are learnt"
+        for key in SPANS:
+            if message.get(key):
+                yield f"'{key}' of messages that are no replies is not read: only replies are learnt"
+
+
+def _of_parts(parts: list[Any]) -> Iterator[str]:
+    for part in parts:
+        if not isinstance(part, dict):
+            continue
+        inner = next(iter(part.values())) if len(part) == 1 else None  # Gemini's and Bedrock's
+        part = inner if isinstance(inner, dict) else part
+        for key in part.keys() - api_messages.PART_KEYS:
+            if part[key] in (*BLANK, {}, False, "success") or (isinstance(key, str) and is_mark(key, part[key])):
+                continue
+            yield f"nothing reads the key '{_shown(key)}' of a message's parts"

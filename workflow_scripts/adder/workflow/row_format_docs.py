@@ -27,7 +27,7 @@ class Form(NamedTuple):
     settings: Mapping[str, Any] = {}
 
 
-def _said(role: str, text: str, **more: Any) -> dict[str, Any]:
+def _said(role: str, text: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": text, **more}
 
 
@@ -37,7 +37,72 @@ FORMS = (
     Form({"messages": [_said("user", "Q"), _said("assistant", "A", weight=0), *TALK]}, ITSELF),
     Form({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": "S"}, ITSELF),
     Form({"conversation": [{"human": "Q", "assistant": "A"}]}, ITSELF),
+    Form(
+        {
+            "system": "S",
+            "messages": [
+                _said("user", "Q"),
+                _said("assistant", [{"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}]),
+                _said("user", [{"type": "tool_result", "tool_use_id": "1", "content": "R"}]),
+                _said("assistant", [{"type": "text", "text": "A"}]),
+            ],
+            "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+        },
+        ITSELF,
+    ),
+    Form(
+        {
+            "systemInstruction": {"parts": [{"text": "S"}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "Q"}]},
+                {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {"x": 1}}}]},
+                {"role": "user", "parts": [{"functionResponse": {"name": "f", "response": {"y": 2}}}]},
+                {"role": "model", "parts": [{"text": "A"}]},
+            ],
+        },
+        ITSELF,
+    ),
+    Form(
+        {
+            "instructions": "S",
+            "input": [_said("user", "Q")],
+            "output": [
+                {"type": "function_call", "call_id": "1", "name": "f", "arguments": '{"x": 1}'},
+                {"type": "function_call_output", "call_id": "1", "output": "R"},
+                _said("assistant", [{"type": "output_text", "text": "A"}], type="message"),
+            ],
+        },
+        ITSELF,
+    ),
+    Form(
+        {
+            "messages": [
+                _said("user", [{"text": "Q"}]),
+                _said("assistant", [{"toolUse": {"toolUseId": "1", "name": "f", "input": {"x": 1}}}]),
+                _said("user", [{"toolResult": {"toolUseId": "1", "content": [{"json": {"y": 2}}]}}]),
+                _said("assistant", [{"text": "A"}]),
+            ],
+            "toolConfig": {"tools": [{"toolSpec": {"name": "f", "inputSchema": {"json": {"type": "object"}}}}]},
+        },
+        ITSELF,
+    ),
+    Form(
+        {
+            "messages": [
+                _said("user", "Q"),
+                _said("assistant", None, function_call={"name": "f", "arguments": '{"x": 1}'}),
+                _said("function", "R", name="f"),
+                _said("assistant", "A"),
+            ],
+            "functions": [{"name": "f"}],
+        },
+        ITSELF,
+    ),
+    Form({"chat_history": [{"role": "USER", "message": "Q"}, {"role": "CHATBOT", "message": "A"}]}, ITSELF),
+    Form({"messages": [{"type": "human", "content": "Q"}, {"type": "ai", "content": "A"}]}, ITSELF),
+    Form({"input_text": "Q", "output_text": "A"}, ITSELF),
     Form({"instruction": "Q", "input": "I", "output": "A"}, ITSELF),
+    Form({"question": "Q", "answer": "A", "chat_history": [["Q1", "A1"]]}, ITSELF),
     Form({"prompt": "Q", "completion": "A"}, ITSELF),
     Form({"prompt": TALK[:1], "completion": TALK[1:]}, ITSELF),
     Form({"question": "Q", "answer": "A", "context": "C"}, ITSELF),
@@ -71,6 +136,16 @@ FORMS = (
     Form({"text": "T", "summary": "U"}, REFUSED),
     Form({"question": "Q", "answer": "A", "image": "a.png"}, REFUSED),
     Form({"messages": TALK[:1]}, REFUSED),
+    Form({"contents": [{"role": "user", "parts": [{"inlineData": {"mimeType": "image/png"}}]}]}, REFUSED),
+    Form(
+        {
+            "messages": [
+                _said("user", "Q"),
+                _said("assistant", [{"type": "tool_use", "name": "f"}, {"type": "text", "text": "A"}]),
+            ]
+        },
+        REFUSED,
+    ),
     Form({"question": "Q", "answer": ""}, REFUSED),
 )
 
@@ -124,7 +199,12 @@ def _in_words(became: Conversation | str) -> str:
 def _in_short(message: Message) -> str:
     text = message["content"].replace("\n", "\\n")
     unlearnt = " (not learnt)" if message.get("train") is False else ""
-    return f"{message['role']} `{text}`{unlearnt}"
+    calls = "".join(
+        f" with the call `{call['function']['name']}({json.dumps(call['function']['arguments'])})`"
+        for call in message.get("tool_calls", [])
+    )
+    said = f"`{text}`" if text or not calls else ""
+    return f"{message['role']} {said}{calls}{unlearnt}".replace("  ", " ")
 
 
 def _cell(text: str) -> str:
