@@ -11,8 +11,8 @@ PACKAGE = Path(adder.__file__).parent
 UNIT = Path(__file__).parent
 # Each may import those after it.
 ORDER = (
-    "workflow", "report", "export", "merging", "training", "evaluation", "packing", "tokenization", "formatting",
-    "data", "kernels", "core",
+    "workflow", "report", "serving", "export", "merging", "training", "evaluation", "packing", "tokenization",
+    "formatting", "data", "kernels", "core",
 )  # fmt: skip
 MODULES = {
     ".".join(["adder", *path.relative_to(PACKAGE).with_suffix("").parts]): path

@@ -1,7 +1,8 @@
-"""The command `adder`, for what isn't a workflow: check a configuration, prune results, run one stage by hand."""
+"""The command `adder`, for what isn't a workflow: check a configuration, prune results, talk to a model, and others."""
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import shutil
 import sys
@@ -43,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     def takes_files(of: argparse.ArgumentParser, text: str) -> None:
         of.add_argument("files", nargs="*", metavar="CONFIG.yaml", help=f"{text} (default: {DEFAULT_CONFIG})")
 
+    def takes_model(of: argparse.ArgumentParser) -> None:
+        of.add_argument("folder", type=Path, help="a run's folder, such as results/default, or any model directory")
+        of.add_argument("--base", action="store_true", help="the run's base instead of the tuned model")
+
     layers = "configurations, each laid over the ones before, as snakemake's --configfile takes them"
     check = command("check", _check, "Look for mistakes in a configuration, and list its runs and stages")
     takes_files(check, layers)
@@ -58,6 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("stage-by-hand"), help="where to write (default: %(default)s)")
     whole = command("verify", _verify, "Hold a run's folder against its record of what is in it")
     whole.add_argument("folder", type=Path, help="the folder, such as results/default")
+    chat = command("chat", _chat, "Talk to a run's model at the terminal")
+    takes_model(chat)
+    chat.add_argument("--both", action="store_true", help="ask base and tuned model alike")
+    chat.add_argument("--system", metavar="TEXT", help="the system prompt (default: the training's); '' for none")
+    chat.add_argument("--tools", type=Path, metavar="FILE.json", help="tools that it may call, in OpenAI's form")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    chat.add_argument("--max-new-tokens", type=int, default=1024, help="longest reply (default: %(default)s)")
+    endpoint = command("serve", _serve, "Serve a run's model on this machine, as OpenAI's interface has it")
+    takes_model(endpoint)
+    endpoint.add_argument("--host", default="localhost", help="where to listen (default: %(default)s)")
+    endpoint.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     docs = command("document", _document, "Write what follows from the declarations into config/, docs/ and profiles/")
     docs.add_argument("--check", action="store_true", help="write nothing, and fail where something would change")
     return parser
@@ -169,6 +185,37 @@ def _verify(parsed: argparse.Namespace) -> None:
     if problems := run_folder.verify(parsed.folder):
         raise UserError(f"{parsed.folder} is not as it was made:\n" + "\n".join(f"  - {line}" for line in problems))
     print(f"{parsed.folder}: every file is as it was made")
+
+
+def _chat(parsed: argparse.Namespace) -> None:
+    from adder.serving import chat, run_models  # with torch
+
+    models = run_models.find(parsed.folder)
+    if parsed.system is not None:
+        models = dataclasses.replace(models, system_prompt=parsed.system or None)
+    if parsed.temperature < 0 or parsed.max_new_tokens < 1:
+        raise UserError("--temperature must not be below 0, and --max-new-tokens not below 1")
+    tools = chat.read_tools(parsed.tools) if parsed.tools else []
+    which: chat.Which = "both" if parsed.both else "base" if parsed.base else "tuned"
+    opened = chat.open_chat(models, which, chat.Settings(parsed.temperature, parsed.max_new_tokens), sys.stdout)
+    opened.tools = tools
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401 (input() then edits lines and remembers them)
+
+        print("/help lists commands, Ctrl-D ends.", file=sys.stderr)
+    chat.talk(opened, functools.partial(input, "> " if interactive else ""), interactive)
+
+
+def _serve(parsed: argparse.Namespace) -> None:
+    from adder.serving import endpoint, run_models
+
+    models = run_models.find(parsed.folder)
+    if parsed.base and models.base is None:
+        raise UserError(f"{parsed.folder}: what it was made from isn't known here; serve the base by its own directory")
+    folder = models.base if parsed.base and models.base else models.tuned
+    print(endpoint.how_to_ask(folder, parsed.host, parsed.port, models.system_prompt), flush=True)
+    endpoint.serve(folder, parsed.host, parsed.port)
 
 
 def _document(parsed: argparse.Namespace) -> None:
