@@ -6,6 +6,11 @@ from pathlib import Path
 DAMAGES = ["written to", "time stamp put back", "truncated", "removed"]
 
 
+def never(file: Path) -> str:
+    """Instead of what reads a file."""
+    raise AssertionError(f"{file} was read again")
+
+
 def damage(file: Path, how: str) -> None:
     """One of DAMAGES, to a file that says "row"."""
     stat = file.stat()

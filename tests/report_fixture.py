@@ -160,7 +160,6 @@ def stage_record(stage: str, folder: Path, restored: bool, energy: bool) -> dict
             path.relative_to(folder).as_posix(): {
                 "digest": digest_file(path),
                 "bytes": path.stat().st_size,
-                "mtime_ns": 0,
             }
             for path in files
         },

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import damaged_files
 from adder.core import file_digests, files
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
@@ -26,25 +27,19 @@ def test_a_file_is_read_once_while_it_stays_as_it_is(tmp_path, digests, monkeypa
     (tmp_path / "rows.jsonl").write_text("{}")
     before = digests.of(tmp_path / "rows.jsonl")
 
-    def never(path):
-        raise AssertionError(f"{path} was read again")
-
-    monkeypatch.setattr(file_digests, "digest_file", never)
+    monkeypatch.setattr(file_digests, "digest_file", damaged_files.never)
     assert FileDigests(digests.memory, tmp_path).of(tmp_path / "rows.jsonl") == before
-    assert next(iter(json.loads(digests.memory.read_text())["digests"].values()))[2] == before
+    assert next(iter(json.loads(digests.memory.read_text())["digests"].values()))[1] == before
 
 
 def test_a_file_under_another_name_or_written_anew_with_a_known_digest_is_not_read(tmp_path, digests, monkeypatch):
     (tmp_path / "a").write_text("weights")
     known = digests.of(tmp_path / "a")
-    os.link(tmp_path / "a", tmp_path / "b")
+    digests.link(tmp_path / "a", tmp_path / "b")
     (tmp_path / "c").write_text("weights")
     digests.note({tmp_path / "c": known})
 
-    def never(path):
-        raise AssertionError(f"{path} was read again")
-
-    monkeypatch.setattr(file_digests, "digest_file", never)
+    monkeypatch.setattr(file_digests, "digest_file", damaged_files.never)
     assert FileDigests(digests.memory, tmp_path).of_all([tmp_path / "b", tmp_path / "c"]) == [known, known]
 
 
@@ -87,7 +82,7 @@ def test_what_another_version_remembered_of_a_large_file_is_not_taken_for_its_di
     large = FileDigests(digests.memory, tmp_path).of(tmp_path / "x")
     assert large.startswith("tree-") and not small.startswith("tree-")
     stat = (tmp_path / "x").stat()
-    assert FileDigests(digests.memory, tmp_path).holds(tmp_path / "x", small, stat.st_size, 1)
+    assert FileDigests(digests.memory, tmp_path).holds(tmp_path / "x", small, stat.st_size)
 
 
 @pytest.mark.parametrize("how", ["copied over with its time stamp", "renamed into its place", "written in place"])
@@ -109,18 +104,59 @@ def test_another_content_of_the_same_size_and_time_stamp_is_noticed(tmp_path, di
     assert digests.of(file) != before
 
 
-def test_a_link_to_a_file_costs_no_second_reading(tmp_path, digests, monkeypatch):
-    (tmp_path / "model.safetensors").write_text("weights")
-    before = digests.of(tmp_path / "model.safetensors")
-    os.link(tmp_path / "model.safetensors", tmp_path / "linked")
+@pytest.mark.parametrize("clones", [False, True])
+def test_own_links_clones_and_removals_cost_no_second_reading(tmp_path, digests, monkeypatch, clones):
+    model, target = tmp_path / "model.safetensors", tmp_path / "published"
+    model.write_text("weights")
+    before = digests.of(model)
+    # A copy, for file systems that have no reflinks.
+    monkeypatch.setattr(file_digests, "clone", lambda source, to: clones and bool(shutil.copy2(source, to)))
+    monkeypatch.setattr(file_digests, "digest_file", damaged_files.never)
+    digests.clone_or_link(model, target)
+    assert target.samefile(model) == (not clones)
+    digests.link(model, tmp_path / "linked")
+    assert FileDigests(digests.memory, tmp_path).of_all([model, target, tmp_path / "linked"]) == [before] * 3
+    model.unlink() if clones else digests.remove(model)
+    digests.remove(tmp_path / "linked")
+    digests.remove(tmp_path / "linked")  # which isn't there
+    assert FileDigests(digests.memory, tmp_path).of(target) == before
 
-    def never(path):
-        raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(file_digests, "digest_file", never)
-    assert digests.of(tmp_path / "model.safetensors") == before
-    (tmp_path / "linked").unlink()
-    assert digests.of(tmp_path / "model.safetensors") == before
+def test_links_of_others_have_the_file_read_again(tmp_path, digests):
+    """A change whose time stamp was put back may hide behind them, and behind one that comes while we link."""
+    (tmp_path / "x").write_text("1111")
+    before = digests.of(tmp_path / "x")
+    stat = (tmp_path / "x").stat()
+
+    def write() -> None:
+        (tmp_path / "x").write_text("2222")
+        os.utime(tmp_path / "x", ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+
+    write()
+    os.link(tmp_path / "x", tmp_path / "y")
+    assert FileDigests(digests.memory, tmp_path).of(tmp_path / "x") != before
+    assert not FileDigests(digests.memory, tmp_path).holds(tmp_path / "x", before, 4)
+
+
+def test_what_has_just_changed_is_copied_instead_of_linked(tmp_path):
+    (tmp_path / "x").write_text("1")
+    digests = FileDigests(tmp_path / "digests.json", tmp_path)
+    digests.link(tmp_path / "x", tmp_path / "y")
+    assert (tmp_path / "y").read_text() == "1" and not (tmp_path / "y").samefile(tmp_path / "x")
+    assert digests.changed() == []
+
+
+def test_own_links_to_what_is_read_are_no_change_and_those_of_others_are(tmp_path, digests):
+    for name in ("x", "y", "z"):
+        (tmp_path / name).write_text(name)
+    digests.of_all([tmp_path / name for name in ("x", "y", "z")])
+    other = FileDigests(digests.memory, tmp_path)
+    other.link(tmp_path / "x", tmp_path / "linked")
+    assert digests.changed() == []
+    os.link(tmp_path / "y", tmp_path / "other")
+    other.remove(tmp_path / "linked")
+    (tmp_path / "z").unlink()
+    assert digests.changed() == [tmp_path / "y", tmp_path / "z"]
 
 
 def test_a_folder_counts_by_names_and_content_of_its_files(tmp_path, digests):
@@ -133,13 +169,15 @@ def test_a_folder_counts_by_names_and_content_of_its_files(tmp_path, digests):
     assert digests.of(tmp_path / "b") != before
 
 
-def test_a_file_holds_what_it_was_written_with(tmp_path, digests):
+def test_a_file_holds_what_it_was_written_with(tmp_path, digests, monkeypatch):
     path = tmp_path / "x"
     path.write_text("1111")
     stat = path.stat()
-    asked = {"digest": files.digest_file(path), "size": 4, "modified": stat.st_mtime_ns}
-    assert digests.holds(path, **asked) and not digests.memory.exists()  # not even read
-    digests.note({path: asked["digest"]})
+    asked = {"digest": files.digest_file(path), "size": 4}
+    for _ in range(2):
+        assert digests.holds(path, **asked)
+        monkeypatch.setattr(file_digests, "digest_file", damaged_files.never)  # once
+    monkeypatch.undo()
     path.touch()
     assert digests.holds(path, **asked)
     path.write_text("2222")

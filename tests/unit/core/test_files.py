@@ -1,5 +1,7 @@
 """Files come out the same for the same content, and whole or not at all."""
 
+import errno
+import fcntl
 import hashlib
 import os
 
@@ -9,6 +11,7 @@ import pytest
 from adder.core import files
 from adder.core.files import (
     atomic_write,
+    clone,
     digest_file,
     has_digest,
     link_or_copy,
@@ -86,6 +89,30 @@ def test_a_link_takes_no_room_and_a_copy_stands_in_where_there_can_be_none(tmp_p
     monkeypatch.setattr(os, "link", refuse)
     link_or_copy(tmp_path / "x", tmp_path / "z")
     assert (tmp_path / "z").read_text() == "1" and not os.path.samefile(tmp_path / "x", tmp_path / "z")
+
+
+def test_where_the_file_system_cannot_clone_nothing_is_left_of_it(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("1")
+
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    assert not clone(tmp_path / "x", tmp_path / "y") and not (tmp_path / "y").exists()
+
+
+def test_a_clone_shares_no_later_change(tmp_path):
+    """On Btrfs or XFS: `pytest --basetemp` says where."""
+    (tmp_path / "x").write_bytes(b"1" * 5000)
+    (tmp_path / "x").chmod(0o444)
+    os.utime(tmp_path / "x", (7, 7))
+    if not clone(tmp_path / "x", tmp_path / "y"):
+        pytest.skip("this file system has no reflinks")
+    stat = (tmp_path / "y").stat()
+    assert (stat.st_mtime, stat.st_mode & 0o777) == (7, 0o444) and not (tmp_path / "y").samefile(tmp_path / "x")
+    (tmp_path / "x").chmod(0o644)
+    (tmp_path / "x").write_bytes(b"2" * 5000)
+    assert (tmp_path / "y").read_bytes() == b"1" * 5000
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

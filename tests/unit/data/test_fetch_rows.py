@@ -13,6 +13,7 @@ import pytest
 import http_server
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
+from adder.core.files import digest_file
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context, NoInputs, Runtime
 from adder.data import fetch_rows
@@ -169,3 +170,46 @@ def test_a_large_file_read_in_ranges_gives_the_bytes_of_one_read_from_its_beginn
     with pytest.raises(UserError) as in_ranges:
         fetched(700)
     assert str(in_ranges.value) == str(from_beginning.value)
+
+
+READS_MORE = """
+import csv, subprocess
+from pathlib import Path
+
+def rows(path, encoding):
+    labels = dict(csv.reader(open(Path(__file__).with_name("labels.csv"))))
+    Path(__file__).with_name("cache.json").write_text("{}")
+    Path(__file__).with_name("cache.json").read_text()
+    try:
+        open(Path(__file__).with_name("more.csv"))
+    except FileNotFoundError:
+        pass
+    subprocess.run(["true"])
+    for line in open(path):
+        yield {"prompt": line, "completion": labels[line.strip()]}
+"""
+
+
+def test_what_a_converter_opens_beside_its_source_is_said_and_kept_with_its_digest(tmp_path):
+    """Not what it writes itself, nor the libraries that it imports."""
+    (tmp_path / "mine.py").write_text(READS_MORE)
+    (tmp_path / "rows.dat").write_text("a\nb\n")
+    (tmp_path / "labels.csv").write_text("a,1\nb,2\n")
+    own = {"path": str(tmp_path / "rows.dat"), "convert": str(tmp_path / "mine.py")}
+    summary, records, *_, shown = write_rows(tmp_path / "data", [own])
+    assert [record["data"]["completion"] for record in records] == ["1", "2"]
+    assert summary["also_read"] == {
+        str(tmp_path / "labels.csv"): digest_file(tmp_path / "labels.csv"),
+        str(tmp_path / "more.csv"): "absent",
+    }
+    assert f"{tmp_path}/mine.py also reads 2 files: {tmp_path}/labels.csv, {tmp_path}/more.csv. They count" in shown
+    assert f"{tmp_path}/mine.py asks other programs: nothing tells when these answer otherwise" in shown
+
+
+def test_what_a_converter_opens_may_not_change_meanwhile(tmp_path):
+    (tmp_path / "mine.py").write_text(READS_MORE + "    open(Path(__file__).with_name('labels.csv'), 'a').write('c,3')")
+    (tmp_path / "rows.dat").write_text("a\n")
+    (tmp_path / "labels.csv").write_text("a,1\n")
+    own = {"path": str(tmp_path / "rows.dat"), "convert": str(tmp_path / "mine.py")}
+    with pytest.raises(UserError, match=r"labels.csv: changed while being read; start the workflow again"):
+        write_rows(tmp_path / "data", [own])

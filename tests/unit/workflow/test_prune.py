@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from adder.core.file_digests import FileDigests
 from adder.core.files import write_json
 from adder.workflow import prune
 from adder.workflow.stage_graph import Stage
@@ -15,7 +16,7 @@ def finished(results: Path, name: str, key: str, fingerprint: str) -> Path:
     folder.mkdir(parents=True)
     (folder / "result.txt").write_text("a result")
     write_json(folder / "stage.json", {"fingerprint": fingerprint})
-    link_tree(folder, results / "cache" / name / fingerprint)
+    link_tree(folder, results / "cache" / name / fingerprint, FileDigests.of_results(results))
     return folder
 
 
@@ -32,7 +33,7 @@ def test_what_is_needed_stays(tmp_path):
     assert found == sorted([old, tmp_path / "cache" / "format" / "old", killed, *checkpoints])
     assert prune.freed_bytes([old]) == 0  # every file of it has a link in the cache
     assert prune.freed_bytes(found) > len("a result")
-    prune.remove(found)
+    prune.remove(found, FileDigests.of_results(tmp_path))
     assert kept.exists() and not any(path.exists() for path in found)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import damaged_files
+from adder.core import file_digests
 from adder.core.file_digests import FileDigests
+from adder.core.files import digest_file
 from adder.core.section import Section
 from adder.core.stage_record import StageMeaning
 from adder.workflow import requests, run_folder, stage_runner
@@ -32,7 +34,7 @@ def stages(tmp_path) -> dict[str, Stage]:
     return found
 
 
-def finish(results: Path, stage: Stage, text: str = "row\n") -> None:
+def finish(results: Path, stage: Stage, text: str = "row\n", summary: dict[str, object] | None = None) -> None:
     folder = results / stage.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stage.json").unlink(missing_ok=True)
@@ -52,9 +54,7 @@ def finish(results: Path, stage: Stage, text: str = "row\n") -> None:
         },
         "code": code_digest(stage.spec.run),
     }
-    digests = FileDigests.of_results(results)
-    record = stage_runner.finish(folder, meaning, {}, 1.0, digests)
-    digests.note({folder / path: known["digest"] for path, known in record["outputs"].items()})
+    stage_runner.finish(folder, meaning, summary or {}, 1.0, FileDigests.of_results(results))
 
 
 def asked(results: Path, stages: dict[str, Stage]) -> tuple[set[str], list[str]]:
@@ -89,6 +89,57 @@ def test_a_damaged_stage_is_asked_for_and_named(tmp_path, stages, damage):
     assert asked(tmp_path, stages) == ({"data"}, [f"{named}; the stage data is made anew"])
     shutil.rmtree(folder)
     finish(tmp_path, stages["data"])
+    assert asked(tmp_path, stages) == (set(), [])
+
+
+@pytest.mark.parametrize("change", ["written to in place", "replaced"])
+@pytest.mark.parametrize("links", ["as many", "one more", "one fewer"])
+def test_no_link_hides_a_change_whose_time_stamp_was_put_back(tmp_path, stages, change, links):
+    """Such as a kept copy that was lost, or somebody's own link."""
+    folder = tmp_path / stages["data"].folder
+    file, kept = folder / "rows.jsonl", tmp_path / "cache" / "data" / "kept"
+    digests = FileDigests.of_results(tmp_path)
+    stage_runner.link_tree(folder, kept, digests)
+    assert asked(tmp_path, stages) == (set(), [])
+    if links == "one more":
+        os.link(file, tmp_path / "linked")
+    if links == "one fewer":
+        shutil.rmtree(kept)
+    if change == "replaced":
+        shutil.copy2(file, tmp_path / "copy")
+        os.replace(tmp_path / "copy", file)
+    damaged_files.damage(file, "time stamp put back")
+    assert asked(tmp_path, stages)[0] == {"data"}
+
+
+def test_what_a_stage_read_beside_its_settings_counts_where_it_changed(tmp_path, stages, monkeypatch):
+    """Such as the files that a converter opens itself."""
+    for name in ("labels.csv", "added.csv"):
+        (tmp_path / name).write_text("a,1")
+    recorded = {
+        str(tmp_path / "labels.csv"): digest_file(tmp_path / "labels.csv"),
+        str(tmp_path / "more.csv"): "absent",
+    }
+    finish(tmp_path, stages["data"], summary={"also_read": recorded})
+    assert asked(tmp_path, stages) == (set(), [])
+    (tmp_path / "labels.csv").write_text("a,2")
+    (tmp_path / "added.csv").rename(tmp_path / "more.csv")
+    others = [
+        f"{tmp_path / name}: changed since it was read; the stage data is made anew"
+        for name in ("labels.csv", "more.csv")
+    ]
+    assert asked(tmp_path, stages) == ({"data"}, others)
+
+
+def test_what_was_moved_is_read_once_and_not_asked_for(tmp_path, stages, monkeypatch):
+    """As copied from another disk, where every file is another for the file system."""
+    for stage in stages.values():
+        shutil.copytree(tmp_path / stage.folder, tmp_path / "copy", copy_function=shutil.copy2)
+        shutil.rmtree(tmp_path / stage.folder)
+        (tmp_path / "copy").rename(tmp_path / stage.folder)
+    monkeypatch.setattr(file_digests, "UNSETTLED", 0)
+    assert asked(tmp_path, stages) == (set(), [])
+    monkeypatch.setattr(file_digests, "digest_file", damaged_files.never)
     assert asked(tmp_path, stages) == (set(), [])
 
 
@@ -139,8 +190,8 @@ def test_a_runs_folder_of_other_stages_or_other_weights_is_asked_for(tmp_path):
     finish(tmp_path, merge)
     (target / "merged_model").mkdir(parents=True)
     (target / "metrics.json").write_text("{}")
-    os.link(folder / "model" / "model.safetensors", target / "merged_model" / "model.safetensors")
     digests = FileDigests.of_results(tmp_path)
+    digests.clone_or_link(folder / "model" / "model.safetensors", target / "merged_model" / "model.safetensors")
     run_folder.write_record(target, {"merge": folder}, digests)
 
     def is_asked(stage: Stage) -> bool:

@@ -1,5 +1,6 @@
 """The jobs beside the stages: what they leave for people, and that a mistake ends them with a sentence."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,15 +40,18 @@ def stage_folders(root: Path, method: str = "lora") -> dict[str, Path]:
     return folders
 
 
-def test_a_runs_weights_are_links_and_its_small_files_copies(tmp_path):
+@pytest.mark.parametrize("clones", [False, True])
+def test_a_runs_weights_are_links_or_clones_and_its_small_files_copies(tmp_path, monkeypatch, clones):
+    # A copy, for file systems that have no reflinks.
+    monkeypatch.setattr(file_digests, "clone", lambda source, to: clones and bool(shutil.copy2(source, to)))
     stages, target = stage_folders(tmp_path), tmp_path / "default"
     target.mkdir()
     side_jobs.link_run(stages, target, tmp_path / "log")
     assert run_folder.verify(target) == []
     model = target / "merged_model"
-    assert (model / "model.safetensors").stat().st_mode & 0o222 == 0  # it shares its bytes with stage and cache
-    assert (model / "model.safetensors").samefile(stages["merge"] / "model" / "model.safetensors")
-    assert (target / "model.gguf").samefile(stages["gguf"] / "model.gguf")
+    assert (model / "model.safetensors").stat().st_mode & 0o222 == 0  # a link shares its bytes with stage and cache
+    assert (model / "model.safetensors").samefile(stages["merge"] / "model" / "model.safetensors") != clones
+    assert (target / "model.gguf").samefile(stages["gguf"] / "model.gguf") != clones
     assert not (model / "config.json").samefile(stages["merge"] / "model" / "config.json")
     assert (model / "README.md").read_text() == "model_card.md"
     for page in run_folder.PAGES:
@@ -64,8 +68,7 @@ def test_weights_are_not_read_again_to_be_published(tmp_path, monkeypatch):
 
     stages, target = stage_folders(tmp_path), tmp_path / "default"
     target.mkdir()
-    for module in (file_digests, run_folder):
-        monkeypatch.setattr(module, "digest_file", only_small)
+    monkeypatch.setattr(file_digests, "digest_file", only_small)
     side_jobs.link_run(stages, target, tmp_path / "log")
     recorded = read_json(target / "files.json")
     outputs = read_json(stages["merge"] / "stage.json")["outputs"]

@@ -19,7 +19,7 @@ import pytest
 import damaged_files
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
-from adder.core.files import write_json
+from adder.core.files import digest_file, write_json
 from adder.core.section import Section
 from adder.core.stage_spec import Context
 from adder.workflow import prune, stage_runner
@@ -78,9 +78,7 @@ def data(tmp_path) -> Path:
         "inputs": {},
         "code": "c",
     }
-    digests = FileDigests.of_results(tmp_path / "results")
-    record = stage_runner.finish(folder, meaning, {}, 1.0, digests)
-    digests.note({folder / path: known["digest"] for path, known in record["outputs"].items()})
+    stage_runner.finish(folder, meaning, {}, 1.0, FileDigests.of_results(tmp_path / "results"))
     return folder
 
 
@@ -192,6 +190,21 @@ def test_damage_with_the_time_stamp_put_back_does_not_hide_behind_a_lost_folder(
     shutil.rmtree(folder)
     execute(tmp_path, {"data": data})
     assert module.runs == 2 and file.read_text() == "1 row\n"
+
+
+def test_what_was_made_of_another_file_than_there_is_now_is_not_restored(module, tmp_path, data):
+    """One that the settings don't name, which a converter opened itself."""
+    other, run = tmp_path / "labels.csv", module.run
+    other.write_text("1")
+
+    def reading(settings, inputs: dict[str, Path], out, context):
+        return {**run(settings, inputs, out, context), "also_read": {str(other): digest_file(other)}}
+
+    module.run = reading
+    for runs, text in [(1, "1"), (1, "1"), (2, "2"), (2, "2")]:
+        other.write_text(text)
+        execute(tmp_path, {"data": data})
+        assert module.runs == runs
 
 
 def test_restoring_can_be_switched_off(module, tmp_path, data):
@@ -356,7 +369,7 @@ def test_a_process_that_outlived_its_snakemake_is_waited_for(tmp_path, end):
         (stage_runner, "link_tree", 1, True),
         (stage_runner, "_replace", 1, True),
         (stage_runner, "_replace", 2, False),
-        (FileDigests, "note", 1, False),
+        (FileDigests, "with_links", 1, True),
     ],
 )
 def test_a_kill_after_the_work_is_done_costs_nothing_once_it_is_kept(module, tmp_path, owner, step, time, is_lost):

@@ -3,13 +3,15 @@
 import contextlib
 import hashlib
 import json
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from adder.core.errors import UserError
-from adder.core.files import LEAF, TREE, atomic_write, digest_file, has_digest
+from adder.core.files import LEAF, TREE, atomic_write, clone, digest_file, files_in, has_digest, link_or_copy
 from adder.core.paths import resolve_path
 
 # Reading less than this isn't worth a word.
@@ -24,7 +26,10 @@ def canonical(value: object) -> str:
 
 
 class Stamp(NamedTuple):
-    """What the file system tells of a file's content without reading it: bytes, nanoseconds, numbers."""
+    """What the file system tells of a file without reading it: bytes, nanoseconds, numbers.
+
+    `changed` is the change time, which nobody can put back: any writing moves it, and so does a link more or fewer.
+    """
 
     size: int
     modified: int
@@ -33,9 +38,9 @@ class Stamp(NamedTuple):
     links: int
 
     @classmethod
-    def of(cls, path: Path) -> "Stamp":
-        """The stamp that the file has now."""
-        stat = path.stat()
+    def of(cls, file: Path | int) -> "Stamp":
+        """The stamp that a file has now, given its path or its descriptor."""
+        stat = os.stat(file)
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns, stat.st_nlink)
 
     @property
@@ -43,26 +48,21 @@ class Stamp(NamedTuple):
         """What any writing changes but one that puts the time stamp back: inode, size, time."""
         return f"{self.inode}-{self.size}-{self.modified}"
 
-    def is_other(self, later: "Stamp") -> bool:
-        """Whether the file may have another content by then. A change time that came with another number of links is
-        that of a link.
-        """
-        return self.content != later.content or (self.changed != later.changed and self.links == later.links)
-
 
 class FileDigests:
     """Digests of files below and beside the project's directory `root`, remembered in the file `memory`.
 
-    A file is digested anew when its size, time stamps or inode are others than before: what replaces a file under its
-    name and time stamp (`cp -p`, `rsync -a`) has another inode or change time. Links don't count: a file under another
-    name is still the same, as the stages and a run's folder have them. `say` is told what takes long.
+    A file is digested anew when its size, inode or time stamps, the change time among them, are others than those that
+    are remembered: it may have been written to and its time stamp put back (`cp -p`, `rsync -a`, `touch -r`). Links
+    that come or go move the change time as well; those that Adder makes and removes are carried over (`with_links`).
+    `say` is told what takes long.
     """
 
     def __init__(self, memory: Path, root: Path, say: Callable[[str], object] | None = None):
         self.memory, self.root, self.say = memory, root, say
-        self.seen: dict[Path, Stamp] = {}  # what was asked for, as it was then
+        self.seen: dict[Path, tuple[Stamp, str]] = {}  # what was asked for, as it was then
         self.known = _read(memory)
-        self._new: dict[str, tuple[int, int, str]] = {}  # not in `memory` yet
+        self._new: dict[str, tuple[int, str]] = {}  # not in `memory` yet
         self._unsettled: dict[Path, str] = {}  # too new for their time stamps to tell of the next change
 
     @classmethod
@@ -76,7 +76,7 @@ class FileDigests:
 
     def of_all(self, paths: list[Path]) -> list[str]:
         """The digest of each of these files and directories."""
-        inside = {path: _files_in(path) for path in paths}
+        inside = {path: files_in(path) if path.is_dir() else [path] for path in paths}
         stamps = {file: Stamp.of(file) for files in inside.values() for file in files}
         self._say_what_takes_long(stamps)
         digests = {file: self._digest(file, stamp) for file, stamp in stamps.items()}
@@ -88,52 +88,102 @@ class FileDigests:
             for path in paths
         ]
 
-    def holds(self, path: Path, digest: str, size: int, modified: int, links_hide: bool = False) -> bool:
-        """Whether a file still has the digest that it had when it was written, with `size` bytes and that time stamp.
+    def holds(self, path: Path, digest: str, size: int) -> bool:
+        """Whether a file still has the digest that it had when it was written, with `size` bytes.
 
-        It is read where something says that it was written to since. links_hide: also where only its links came or
-        went, since a change with the time stamp put back may hide behind that.
+        It is read unless it is known as it is: a file that was moved or restored from a backup is read once.
         """
         try:
             stamp = Stamp.of(path)
-        except OSError:
+            if stamp.size != size:
+                return False
+            if not _is_of_kind(digest, stamp):
+                return has_digest(path, digest)
+            self._say_what_takes_long({path: stamp})
+            found = self._digest(path, stamp)
+        except OSError:  # gone, or not to be read
             return False
-        if stamp.size != size:
-            return False
-        found = self.known.get(stamp.content)
-        if found is None and stamp.modified == modified and not links_hide:
-            return True
-        if (known := self._known(stamp, links_hide)) is not None and _is_of_kind(digest, stamp):
-            return known == digest
-        if not has_digest(path, digest):
-            return False
-        self.note({path: digest})
-        return True
+        self._remember()
+        return found == digest
 
     def note(self, digests: dict[Path, str]) -> None:
-        """Remember what is known of files already: of those just written or linked."""
+        """Remember what is known of files already: of those just written."""
         for path, digest in digests.items():
             self._keep(Stamp.of(path), digest)
         self._remember()
 
-    def changed(self, linked: Iterable[Path] = ()) -> list[Path]:
-        """The files that were written to, exchanged or removed since they were asked for.
+    @contextlib.contextmanager
+    def with_links(self, files: Iterable[Path]) -> Iterator[None]:
+        """Remember what is known of these files, though links to them are made or removed inside.
 
-        Of those that are among the files `linked` by now, the links don't count; of others they do: what was exchanged
-        and put back under a link of its own was another file meanwhile.
+        Their names may be gone afterwards, as long as they have others.
         """
-        own = {path.stat().st_ino for path in linked}
+        before: list[tuple[BinaryIO, Stamp, str]] = []
+        with contextlib.ExitStack() as stack:
+            for path in files:
+                with contextlib.suppress(OSError):
+                    file = stack.enter_context(path.open("rb"))
+                    stamp = Stamp.of(file.fileno())
+                    if (digest := self._known(stamp)) is not None:
+                        before.append((file, stamp, digest))
+            yield
+            for file, stamp, digest in before:
+                now = Stamp.of(file.fileno())
+                # With as many links as before it is somebody else who has changed it.
+                if now.content == stamp.content and now.links not in (0, stamp.links):
+                    self._keep(now, digest)
+        self._remember()
 
-        def is_as_it_was(path: Path, stamp: Stamp) -> bool:
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder where it is; its files are remembered under their other names."""
+        if path.is_dir():
+            with self.with_links(files_in(path)):
+                shutil.rmtree(path)
+        else:
+            with self.with_links([path]):
+                path.unlink(missing_ok=True)
+
+    def clone_or_link(self, source: Path, target: Path) -> None:
+        """Reflink a file where the file system can, else link_or_copy it; what is known of it is known of both."""
+        digest = self._known(Stamp.of(source))
+        if not clone(source, target):
+            with self.with_links([source]):
+                link_or_copy(source, target)
+        elif digest is not None and self._known(Stamp.of(source)) == digest:
+            self.note({target: digest})
+
+    def link(self, source: Path, target: Path) -> None:
+        """link_or_copy a file of the user's, and remember it with its link.
+
+        What has just changed is copied: nothing would tell of another change while it is linked. Large files get older.
+        """
+        stamp = Stamp.of(source)
+        if stamp.size > LEAF and not _is_settled(stamp):
+            time.sleep(UNSETTLED / 1e9)
+        self.of(source)
+        if source in self._unsettled:
+            shutil.copy2(source, target)
+            return
+        with self.with_links([source]):
+            link_or_copy(source, target)
+
+    def changed(self) -> list[Path]:
+        """The files that were written to, exchanged, linked by others or removed since they were asked for.
+
+        What was exchanged and put back under a link of its own was another file meanwhile.
+        """
+        remembered = _read(self.memory)
+
+        def is_as_it_was(path: Path, stamp: Stamp, digest: str) -> bool:
             try:
                 now = Stamp.of(path)
+                if now != stamp and remembered.get(now.content) != (now.changed, digest):
+                    return False
+                return path not in self._unsettled or has_digest(path, digest)
             except OSError:
                 return False
-            if stamp.is_other(now) or (stamp != now and now.inode not in own):
-                return False
-            return path not in self._unsettled or has_digest(path, self._unsettled[path])
 
-        return [path for path, stamp in self.seen.items() if not is_as_it_was(path, stamp)]
+        return [path for path, (stamp, digest) in self.seen.items() if not is_as_it_was(path, stamp, digest)]
 
     def named(self, files: list[Path]) -> list[tuple[str, str]]:
         """(name, digest) of each file."""
@@ -153,23 +203,24 @@ class FileDigests:
             more = f" and {len(unknown) - 1} more files" if len(unknown) > 1 else ""
             self.say(f"reading {next(iter(unknown))}{more}, {size / 1e9:.1f} GB, to know the content again: once")
 
-    def _known(self, stamp: Stamp, links_hide: bool = False) -> str | None:
-        changed, links, digest = self.known.get(stamp.content, (None, None, None))
-        if digest is None or not _is_of_kind(digest, stamp):
-            return None
-        return digest if changed == stamp.changed or (links != stamp.links and not links_hide) else None
+    def _known(self, stamp: Stamp) -> str | None:
+        changed, digest = self.known.get(stamp.content, (None, None))
+        return digest if digest is not None and changed == stamp.changed and _is_of_kind(digest, stamp) else None
 
     def _digest(self, path: Path, stamp: Stamp) -> str:
-        self.seen[path] = stamp
-        digest = self._known(stamp) or digest_file(path)
-        if stamp.changed < time.time_ns() - UNSETTLED or stamp.content in self.known:
-            self._keep(stamp, digest)
-        else:
-            self._unsettled[path] = digest
+        digest = self._known(stamp)
+        if digest is None:
+            is_settled = _is_settled(stamp)  # not by the end of a long reading
+            digest = digest_file(path)
+            if is_settled:
+                self._keep(stamp, digest)
+            else:
+                self._unsettled[path] = digest
+        self.seen[path] = (stamp, digest)
         return digest
 
     def _keep(self, stamp: Stamp, digest: str) -> None:
-        entry = (stamp.changed, stamp.links, digest)
+        entry = (stamp.changed, digest)
         if self.known.get(stamp.content) != entry and _is_of_kind(digest, stamp):
             self.known[stamp.content] = self._new[stamp.content] = entry
 
@@ -185,12 +236,12 @@ class FileDigests:
             self._new = {}
 
 
-def _files_in(path: Path) -> list[Path]:
-    return [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-
-
 def _of_directory(digests: dict[str, str]) -> str:
     return hashlib.blake2b(canonical(digests).encode(), digest_size=20).hexdigest()
+
+
+def _is_settled(stamp: Stamp) -> bool:
+    return stamp.changed < time.time_ns() - UNSETTLED
 
 
 def _is_of_kind(digest: str, stamp: Stamp) -> bool:
@@ -198,15 +249,15 @@ def _is_of_kind(digest: str, stamp: Stamp) -> bool:
     return digest.startswith(TREE) == (stamp.size > LEAF)
 
 
-def _check(known: dict[str, tuple[int, int, str]]) -> str:
+def _check(known: dict[str, tuple[int, str]]) -> str:
     return hashlib.blake2b(canonical(known).encode(), digest_size=8).hexdigest()
 
 
-def _read(memory: Path) -> dict[str, tuple[int, int, str]]:
+def _read(memory: Path) -> dict[str, tuple[int, str]]:
     """What the file remembers; nothing where it is damaged or another version's."""
     try:
         content = json.loads(memory.read_text())
-        known = {stamp: (changed, links, digest) for stamp, (changed, links, digest) in content["digests"].items()}
+        known = {stamp: (changed, digest) for stamp, (changed, digest) in content["digests"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
     return known if content.get("check") == _check(known) else {}

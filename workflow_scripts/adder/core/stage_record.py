@@ -10,7 +10,6 @@ class OutputFile(TypedDict):
 
     digest: str
     bytes: int
-    mtime_ns: int
 
 
 class StageMeaning(TypedDict):

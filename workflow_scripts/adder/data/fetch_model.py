@@ -1,10 +1,9 @@
 """The stage "model": the base model as a directory of safetensors, and where it came from."""
 
-import shutil
 from pathlib import Path
 
 from adder.core.file_digests import FileDigests
-from adder.core.files import read_json, write_json
+from adder.core.files import files_in, read_json, write_json
 from adder.core.model_config import context_length
 from adder.core.stage_spec import Context, NoInputs
 from adder.data import model_source
@@ -22,9 +21,10 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
     Raises UserError for a source that can't be found, fetched, trusted or used.
     """
     folder = out / "model"
-    origin = model_source.fetch(settings, folder, context.progress)
+    digests = FileDigests.of_results(context.results)
+    origin = model_source.fetch(settings, folder, context.progress, digests.link)
     model_source.refuse_unusable(folder, settings.source)
-    quantised = _dequantise(settings.source, out, context)
+    quantised = _dequantise(settings.source, out, context, digests)
     model_source.refuse_other_models(folder, settings.source)
     adapter = None
     if settings.adapter is not None:
@@ -38,8 +38,7 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
         "quantised": quantised,
         "adapter": adapter,
     }
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    digests = FileDigests.of_results(context.results)  # of a local model that is linked, they are known already
+    files = files_in(folder)
     names = [str(path.relative_to(folder)) for path in files]
     record: ModelRecord = {**summary, "files": dict(zip(names, digests.of_all(files), strict=True))}
     write_json(out / "source.json", record)
@@ -47,7 +46,7 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
     return summary
 
 
-def _dequantise(source: str, out: Path, context: Context) -> QuantisedRecord | None:
+def _dequantise(source: str, out: Path, context: Context, digests: FileDigests) -> QuantisedRecord | None:
     """Make `out/model/` one in 16 bit where it is quantised; None where it isn't."""
     from adder.data.checkpoints import dequantise  # torch, which most models don't need here
 
@@ -59,5 +58,5 @@ def _dequantise(source: str, out: Path, context: Context) -> QuantisedRecord | N
     folder.mkdir()
     record = dequantise.dequantise(packed, folder, source, context.threads, context.progress)
     if not record["trained_as_it_is"]:
-        shutil.rmtree(packed)
+        digests.remove(packed)
     return record

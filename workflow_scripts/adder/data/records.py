@@ -106,8 +106,12 @@ class SourceRecord(TypedDict):
 
 
 class RowSummary(TypedDict):
-    """What the stage says of itself: rows, those of them that could not be read, and files."""
+    """What the stage says of itself: rows, those of them that could not be read, and files.
+
+    also_read: digests of what converters opened beside what the settings name, as opened_files.digests_of has them.
+    """
 
     rows: int
     unreadable: int
     sources: int
+    also_read: NotRequired[dict[str, str]]

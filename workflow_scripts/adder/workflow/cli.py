@@ -12,6 +12,7 @@ from typing import Any
 
 from adder.core import file_lock
 from adder.core.errors import UserError
+from adder.core.file_digests import FileDigests
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
 from adder.workflow import config_file, generated_docs, prune, run_folder, stage_graph
@@ -143,7 +144,7 @@ def _remove_unneeded(results: Path, needed: dict[str, stage_graph.Stage], files:
     megabytes = prune.freed_bytes(folders) / 1e6
     print(f"{len(folders)} folders, {megabytes:,.1f} MB, that no run of {', '.join(files)} needs.")
     if not ask or _confirmed():
-        prune.remove(folders)
+        prune.remove(folders, FileDigests.of_results(results))
         print("Removed.")
     else:
         print("Nothing was removed.")

@@ -2,9 +2,9 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
+from adder.core.file_digests import FileDigests
 from adder.workflow.stage_graph import Stage
 
 KINDS = ("stages", "cache")
@@ -36,12 +36,12 @@ def freed_bytes(folders: list[Path]) -> int:
     return sum(size for seen, links_in_all, size in links.values() if seen >= links_in_all)
 
 
-def remove(folders: list[Path]) -> None:
-    """Remove folders, each at once as far as others can see."""
+def remove(folders: list[Path], digests: FileDigests) -> None:
+    """Remove folders, each at once as far as others can see; `digests` remember what has links elsewhere."""
     for folder in folders:
         gone = folder.with_name(f".{folder.name}.{os.getpid()}.removed")
         folder.rename(gone)
-        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        digests.remove(gone)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -17,7 +17,7 @@ from adder.core.stage_record import StageRecord
 from adder.workflow import run_folder
 from adder.workflow.code_digest import code_digest
 from adder.workflow.stage_graph import Stage, reads
-from adder.workflow.stage_runner import RECORD, input_digests, is_intact, read_record
+from adder.workflow.stage_runner import RECORD, broken_outputs, input_digests, other_by_now, read_record
 
 
 def request_file(results: Path, name: str) -> Path:
@@ -52,7 +52,7 @@ def ask(file: Path, wanted: object, made: Path | None) -> None:
 def ask_for_stages(results: Path, stages: Iterable[Stage], digests: FileDigests) -> list[str]:
     """Ask for each of the stages (parents before children) that isn't what its record or the configuration says.
 
-    Returns a sentence for each file that isn't as its stage wrote it.
+    Returns a sentence for each file that isn't as its stage wrote it, or has read it beside what its settings name.
     """
     said: list[str] = []
     records: dict[str, StageRecord | None] = {}
@@ -62,7 +62,9 @@ def ask_for_stages(results: Path, stages: Iterable[Stage], digests: FileDigests)
         problem = damage(folder, record, digests)
         if problem is not None:
             said.append(f"{problem}; the stage {stage.name} is made anew")
-        is_made = problem is None and (record is None or _is_of(record, stage, records))
+        others = other_by_now(record, digests) if record is not None else []
+        said += [f"{file}: changed since it was read; the stage {stage.name} is made anew" for file in others]
+        is_made = problem is None and not others and (record is None or _is_of(record, stage, records))
         ask(request_file(results, stage_request(stage)), stage.key, None if is_made else folder / RECORD)
     return said
 
@@ -71,7 +73,7 @@ def damage(folder: Path, record: StageRecord | None, digests: FileDigests) -> st
     """What isn't as it was written in the folder of a finished stage, whose record this is; None where all is."""
     if record is None:
         return f"{folder / RECORD}: is damaged" if (folder / RECORD).exists() else None
-    broken = [path for path in record["outputs"] if not is_intact(folder, path, record, digests)]
+    broken = broken_outputs(folder, record, digests)
     return f"{folder / broken[0]}: not as the stage wrote it" if broken else None
 
 

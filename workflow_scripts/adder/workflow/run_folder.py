@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
-from adder.core.files import digest_file, has_digest, read_json, write_json
+from adder.core.files import has_digest, read_json, write_json
 from adder.core.stage_record import OutputFile
 from adder.workflow.stage_runner import WEIGHTS, read_record
 
@@ -29,7 +29,7 @@ COMPARED = "cache/compared.json"
 def has_weights(folder: Path, stages: Mapping[str, Path], digests: FileDigests) -> bool:
     """Whether the weights in a run's folder are those of its stages (their folders), as far as these have finished."""
     return all(
-        digests.holds(folder / name, known["digest"], known["bytes"], known["mtime_ns"])
+        digests.holds(folder / name, known["digest"], known["bytes"])
         for name, known in published(stages).items()
         if name.endswith(WEIGHTS)
     )
@@ -47,11 +47,10 @@ def published(stages: Mapping[str, Path]) -> dict[str, OutputFile]:
 
 
 def write_record(folder: Path, stages: Mapping[str, Path], digests: FileDigests) -> None:
-    """Write down what a run's folder is made of and what is in it. Weights aren't read again."""
+    """Write down what a run's folder is made of and what is in it. Weights that are links or clones aren't read."""
     write_json(folder / RECORD, {name: stage.name for name, stage in stages.items()})
-    known = {name: file["digest"] for name, file in published(stages).items() if name.endswith(WEIGHTS)}
-    digests.note({folder / name: digest for name, digest in known.items()})
-    write_json(folder / FILES, {name: known.get(name) or digest_file(folder / name) for name in _files(folder)})
+    names = sorted(_files(folder))
+    write_json(folder / FILES, dict(zip(names, digests.of_all([folder / name for name in names]), strict=True)))
 
 
 def verify(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
-from adder.core.files import link_or_copy, read_json, write_json
+from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
 from adder.workflow.requests import wanted_by
 from adder.workflow.run_folder import COMPARED, PAGES, write_record
@@ -19,7 +19,7 @@ from adder.workflow.stage_runner import WEIGHTS, intact_inputs, link_tree
 
 
 def link_run(stages: Mapping[str, Path], target: Path, log: Path) -> None:
-    """Put a run's model and pages into `target`: the weights as hard links, all else as copies.
+    """Put a run's model and pages into `target`: the weights as reflinks or hard links, all else as copies.
 
     People edit and mail small files, and Snakemake sets the time stamp of its outputs: neither may reach into a stage.
     `stages`: the folders of report, merge, train, and of gguf where there is one. What isn't as its stage wrote it
@@ -31,12 +31,12 @@ def link_run(stages: Mapping[str, Path], target: Path, log: Path) -> None:
             intact_inputs(folder, ("",), digests)
     for page in PAGES:
         (target / page).write_bytes((stages["report"] / page).read_bytes())
-    _link_folder(stages["merge"] / "model", target / "merged_model")
-    _link_folder(stages["train"] / "adapter", target / "adapter")
+    _link_folder(stages["merge"] / "model", target / "merged_model", digests)
+    _link_folder(stages["train"] / "adapter", target / "adapter", digests)
     shutil.copyfile(stages["report"] / "model_card.md", target / "merged_model" / "README.md")
-    (target / "model.gguf").unlink(missing_ok=True)
+    digests.remove(target / "model.gguf")
     if "gguf" in stages:
-        link_or_copy(stages["gguf"] / "model.gguf", target / "model.gguf")
+        digests.clone_or_link(stages["gguf"] / "model.gguf", target / "model.gguf")
     write_record(target, stages, digests)
     log.write_text("".join(f"{name}: {folder}\n" for name, folder in stages.items()), encoding="utf-8")
 
@@ -85,17 +85,19 @@ def push_run(folder: Path, hub: str, private: bool, run: str, result: Path, log:
         write_json(result, found)
 
 
-def _link_folder(source: Path, target: Path) -> None:
-    """Put a stage's folder into the run's; where the run no longer has it, nothing stays."""
+def _link_folder(source: Path, target: Path, digests: FileDigests) -> None:
+    """Put a stage's folder into the run's, small files as copies; where the run no longer has it, nothing stays."""
+
+    def put(file: str, place: str) -> None:
+        if file.endswith(WEIGHTS):
+            digests.clone_or_link(Path(file), Path(place))
+        else:
+            shutil.copy2(file, place)
+
     if source.is_dir():
-        link_tree(source, target, _link_large)
+        link_tree(source, target, digests, put)
     else:
-        shutil.rmtree(target, ignore_errors=True)
-
-
-def _link_large(source: str, place: str) -> None:
-    """Link weights, copy what is small."""
-    (link_or_copy if source.endswith(WEIGHTS) else shutil.copy2)(source, place)
+        digests.remove(target)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import hashlib
 import importlib
+import itertools
 import logging
 import os
 import re
@@ -23,10 +24,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from adder.core import file_lock, hardware
+from adder.core import file_lock, hardware, opened_files
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, canonical
-from adder.core.files import atomic_write, link_or_copy, read_json, write_json
+from adder.core.files import atomic_write, files_in, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
 from adder.core.secrets import scrubbed, variables_in
 from adder.core.stage_record import OutputFile, StageMeaning, StageRecord
@@ -143,20 +144,19 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
     try:
         with _attempts(checkpoints, start) as earlier:
             context = Context(progress, job.runtime, job.results, checkpoints, _earlier(job, digests))
-            with _files_unchanged(job, partial):
+            with _files_unchanged(job):
                 summary = run_stage(job.spec, meaning["settings"], job.inputs, partial, context)
             seconds = round(sum(earlier) + time.monotonic() - start, 3)
             digests = FileDigests.of_results(job.results)
-            record = finish(partial, meaning, summary, seconds, digests, attempts=len(earlier) + 1)
+            finish(partial, meaning, summary, seconds, digests, attempts=len(earlier) + 1)
         # Kept first: from then on nothing that kills this process costs the work.
-        link_tree(partial, kept)
-        _replace(partial, job.folder)
+        link_tree(partial, kept, digests)
+        _replace(partial, job.folder, digests)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(_next_start(job.spec, checkpoints)) from None
         raise
-    digests.note({job.folder / path: known["digest"] for path, known in record["outputs"].items()})
     if checkpoints is not None:
         shutil.rmtree(checkpoints, ignore_errors=True)
         _attempts_file(checkpoints).unlink(missing_ok=True)
@@ -165,8 +165,8 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
 
 
 @contextlib.contextmanager
-def _files_unchanged(job: Job, out: Path) -> Iterator[None]:
-    """See to it that what is read inside, to be written to `out`, has the digests that the job's key stands for.
+def _files_unchanged(job: Job) -> Iterator[None]:
+    """See to it that what is read inside has the digests that the job's key stands for.
 
     Raises UserError where a file that the settings name is another than when the workflow was parsed, or becomes
     another while it is read: somebody exports it anew, for example.
@@ -179,8 +179,7 @@ def _files_unchanged(job: Job, out: Path) -> Iterator[None]:
         files = ", ".join(map(str, digests.seen))
         raise UserError(f"{files}: changed since the workflow began; start it again, for what it is now")
     yield
-    linked = [path for path in out.rglob("*") if path.is_file() and path.stat().st_nlink > 1]
-    changed, later = digests.changed(linked), FileDigests.of_results(job.results)
+    changed, later = digests.changed(), FileDigests.of_results(job.results)
     # Also files that have come and gone: a pattern stands for others then.
     if changed or not _is_identity(job, later):
         files = ", ".join(map(str, changed or later.seen))
@@ -257,7 +256,7 @@ def intact_inputs(folder: Path, wanted_paths: tuple[str, ...], digests: FileDige
     if record is None:
         raise UserError(f"{folder / RECORD}: is damaged; start the workflow again, which makes the stage anew")
     wanted = input_digests(record, wanted_paths)
-    if broken := [path for path in wanted if not is_intact(folder, path, record, digests)]:
+    if broken := broken_outputs(folder, record, digests, wanted):
         more = f" and {len(broken) - 1} more files" if len(broken) > 1 else ""
         raise UserError(
             f"{folder / broken[0]}{more}: not as the stage wrote it; start the workflow again, which makes the stage "
@@ -266,10 +265,21 @@ def intact_inputs(folder: Path, wanted_paths: tuple[str, ...], digests: FileDige
     return wanted
 
 
-def is_intact(folder: Path, path: str, record: StageRecord, digests: FileDigests, links_hide: bool = False) -> bool:
-    """Whether a file of a stage's folder is as the record has it; links_hide: see FileDigests.holds."""
-    known = record["outputs"][path]
-    return digests.holds(folder / path, known["digest"], known["bytes"], known["mtime_ns"], links_hide)
+def broken_outputs(
+    folder: Path, record: StageRecord, digests: FileDigests, paths: Iterable[str] | None = None
+) -> list[str]:
+    """Which of a stage's files, or of those at `paths`, aren't in `folder` as the record has them."""
+    outputs = record["outputs"]
+    return [
+        path
+        for path in (outputs if paths is None else paths)
+        if not digests.holds(folder / path, outputs[path]["digest"], outputs[path]["bytes"])
+    ]
+
+
+def other_by_now(record: StageRecord, digests: FileDigests) -> list[str]:
+    """The files that a stage has read beside what its settings name, as its summary tells, that are others by now."""
+    return opened_files.changed((record["summary"] or {}).get("also_read", {}), digests)
 
 
 def read_record(folder: Path) -> StageRecord | None:
@@ -299,18 +309,17 @@ def finish(
 
     Weights become read-only, for what people are given are links to the same files; links to the user's own do not.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        if path.suffix in WEIGHTS and path.stat().st_nlink == 1:
+    files = files_in(folder)
+    own = [path for path in files if path.stat().st_nlink == 1]
+    for path in own:
+        if path.suffix in WEIGHTS:
             path.chmod(0o444)
-    outputs: dict[str, OutputFile] = {}
-    for path, digest in zip(files, digests.of_all(files), strict=True):
-        stat = path.stat()
-        outputs[str(path.relative_to(folder))] = {
-            "digest": digest,
-            "bytes": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
-        }
+    found = dict(zip(files, digests.of_all(files), strict=True))
+    digests.note({path: found[path] for path in own})
+    outputs: dict[str, OutputFile] = {
+        str(path.relative_to(folder)): {"digest": digest, "bytes": path.stat().st_size}
+        for path, digest in found.items()
+    }
     record: StageRecord = {
         **meaning,
         "fingerprint": fingerprint(meaning),
@@ -340,11 +349,11 @@ def _write_record(folder: Path, record: StageRecord) -> None:
 
 
 def restore(kept: Path, folder: Path, key: str, digests: FileDigests) -> bool:
-    """Make `folder` from the kept result, if that is there and its files are as they were written."""
+    """Make `folder` from the kept result, if that is there, its files as they were written and what it was made of."""
     if not kept.exists():
         return False
     record = read_record(kept)
-    if record is None or not all(is_intact(kept, path, record, digests, links_hide=True) for path in record["outputs"]):
+    if record is None or broken_outputs(kept, record, digests) or other_by_now(record, digests):
         shutil.rmtree(kept)
         return False
 
@@ -352,47 +361,48 @@ def restore(kept: Path, folder: Path, key: str, digests: FileDigests) -> bool:
         # The record is the folder's own: the kept one may bear another key.
         _write_record(partial, {**record, "key": key, "restored": True})
 
-    link_tree(kept, folder, finish=mark)
-    digests.note({folder / path: known["digest"] for path, known in record["outputs"].items()})
+    link_tree(kept, folder, digests, finish=mark)
     return True
 
 
 def _earlier(job: Job, digests: FileDigests) -> Earlier:
     """The newest finished results of the job's stage; none where all is to be computed again."""
-    found: list[tuple[str, Path]] = []
-    for file in (job.results / "cache" / job.spec.name).glob("[!.]*/" + RECORD) if job.runtime.restore else ():
-        kept, record = file.parent, read_record(file.parent)  # none, where it is pruned at this moment
-        if record is not None and all(is_intact(kept, path, record, digests) for path in record["outputs"]):
-            found.append((record["finished_at"], kept))
-    return Earlier(tuple(folder for _, folder in sorted(found, reverse=True)[:MOST_EARLIER]), code_digest)
+    kept = (job.results / "cache" / job.spec.name).glob("[!.]*/" + RECORD) if job.runtime.restore else ()
+    records = {file.parent: record for file in kept if (record := read_record(file.parent)) is not None}
+    newest = sorted(records, key=lambda folder: (records[folder]["finished_at"], folder), reverse=True)
+    intact = (folder for folder in newest if not broken_outputs(folder, records[folder], digests))
+    return Earlier(tuple(itertools.islice(intact, MOST_EARLIER)), code_digest)
 
 
 def link_tree(
     source: Path,
     target: Path,
+    digests: FileDigests,
     put: Callable[[str, str], object] = link_or_copy,
     finish: Callable[[Path], object] = lambda partial: None,
 ) -> None:
     """Make `target` a tree of hard links to the files of `source` (copies across file systems), all at once.
 
     `put(from, to)` may do otherwise with some files; `finish` is called with the tree before it gets its name.
+    `digests` remember the files with their links.
     """
     partial = target.with_name(f".{target.name}.linking")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, partial, copy_function=put)
+    with digests.with_links(files_in(source)):
+        shutil.copytree(source, partial, copy_function=put)
     finish(partial)
-    _replace(partial, target)
+    _replace(partial, target, digests)
 
 
-def _replace(partial: Path, folder: Path) -> None:
+def _replace(partial: Path, folder: Path, digests: FileDigests) -> None:
     """Rename `partial` to `folder`; what stood there is gone."""
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         partial.rename(folder)
-        shutil.rmtree(old)
+        digests.remove(old)
     else:
         partial.rename(folder)
 
