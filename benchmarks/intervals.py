@@ -1,6 +1,6 @@
 """How often the report's intervals hold the truth, and how often equal models are told apart: simulations.
 
-    python benchmarks/intervals.py [--draws 4000] [--out benchmarks/results/intervals.json]
+    python benchmarks/intervals.py [--draws 4000] [--only NAME] [--sizes 20 50] [--out FILE]
 
 Each arm draws a true score and held-out rows anew for each draw, asks `adder.core.intervals` for the interval that the
 report would print, and counts how often that holds the truth. Rows come by themselves or in clusters of 1 to about 8
@@ -35,6 +35,7 @@ Drawn = TypeVar("Drawn", bound=NDArray[np.generic])
 Clusters = NDArray[np.int64] | None
 Ends = tuple[float, float]
 Arm = Callable[[np.random.Generator, int, bool], tuple[Ends, float]]
+Draw = Callable[[np.random.Generator, int, float, Clusters], tuple[Numbers, Numbers]]
 
 
 class Row(TypedDict):
@@ -99,40 +100,59 @@ def values_of(random: np.random.Generator, n: int) -> NDArray[np.int64]:
     return random.integers(2, 7, n)
 
 
+def rights(random: np.random.Generator, n: int, mean: float, clusters: Clusters) -> tuple[Numbers, Numbers]:
+    """Right (1) and wrong (0) of n replies, of which `mean` are right; and ones."""
+    chance = random.random(n)
+    return (chance < (mean if clusters is None else skills(random, n, mean, clusters))).astype(float), np.ones(n)
+
+
+def shares(random: np.random.Generator, n: int, mean: float, clusters: Clusters) -> tuple[Numbers, Numbers]:
+    """Shares of n replies, with a mean of clipped_mean(mean); and ones."""
+    middle = np.clip(skills(random, n, mean, clusters), 0.01, 0.99)
+    return random.beta(4 * middle, 4 * (1 - middle)), np.ones(n)
+
+
+def nats(random: np.random.Generator, n: int, mean: float, clusters: Clusters) -> tuple[Numbers, Numbers]:
+    """Nats and tokens of n replies, with `mean` nats a token."""
+    losses, tokens = losses_of(random, n, mean, clusters), tokens_of(random, n)
+    return losses * tokens, tokens
+
+
+def fields(random: np.random.Generator, n: int, mean: float, clusters: Clusters) -> tuple[Numbers, Numbers]:
+    """Twice the right values and twice the values of n replies, of which `mean` are right."""
+    given = values_of(random, n)
+    return 2.0 * random.binomial(given, skills(random, n, mean, clusters)), 2.0 * given
+
+
 # ---- single scores
 
 
 def exact_match(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
     truth, (n, groups) = random.uniform(0.05, 0.95), drawn(random, n, clustered)
-    right = (random.random(n) < (skills(random, n, truth, groups) if clustered else truth)).astype(float)
+    right, _ = rights(random, n, truth, groups)
     return ends(intervals.proportion(right, groups_or_none(groups))), truth
 
 
 def rouge(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
     truth, (n, groups) = random.uniform(0.1, 0.9), drawn(random, n, clustered)
-    middle = np.clip(skills(random, n, truth, groups), 0.01, 0.99)
-    values, truth = random.beta(4 * middle, 4 * (1 - middle)), clipped_mean(truth)
-    return ends(intervals.mean(values, groups_or_none(groups), "share")), truth
+    values, _ = shares(random, n, truth, groups)
+    return ends(intervals.mean(values, groups_or_none(groups), "share")), clipped_mean(truth)
 
 
 def loss(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
     truth, (n, groups) = random.uniform(0.1, 3.0), drawn(random, n, clustered)
-    losses, tokens = losses_of(random, n, truth, groups), tokens_of(random, n)
-    return ends(intervals.ratio(losses * tokens, tokens, groups_or_none(groups), "positive")), truth
+    return ends(intervals.ratio(*nats(random, n, truth, groups), groups_or_none(groups), "positive")), truth
 
 
 def perplexity(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
     truth, (n, groups) = random.uniform(0.1, 3.0), drawn(random, n, clustered)
-    losses, tokens = losses_of(random, n, truth, groups), tokens_of(random, n)
-    found = intervals.ratio(losses * tokens, tokens, groups_or_none(groups), "positive")
+    found = intervals.ratio(*nats(random, n, truth, groups), groups_or_none(groups), "positive")
     return ends(intervals.perplexity(found)), math.exp(truth)
 
 
 def field_f1(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
     truth, (n, groups) = random.uniform(0.1, 0.9), drawn(random, n, clustered)
-    given = values_of(random, n)
-    right = random.binomial(given, skills(random, n, truth, groups))
-    return ends(intervals.ratio(2.0 * right, 2.0 * given, groups_or_none(groups), "share")), truth
+    return ends(intervals.ratio(*fields(random, n, truth, groups), groups_or_none(groups), "share")), truth
 
 
 def merge_gap(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
@@ -239,66 +259,18 @@ def paired_f1(random: np.random.Generator, n: int, clustered: bool) -> tuple[End
 # ---- two models on different rows
 
 
-def unpaired_exact_match(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
-    truths = random.uniform(0.1, 0.9, 2)
-    made: list[Sums] = []
-    for truth in truths:
-        rows, groups = drawn(random, n, clustered)
-        right = random.random(rows) < (skills(random, rows, truth, groups) if clustered else truth)
-        made.append(Sums(right.astype(float), np.ones(rows), groups_or_none(groups)))
-    return ends(intervals.unpaired_difference(made[0], made[1], "share")), float(truths[1] - truths[0])
+def unpaired(draw: Draw, truths: Ends, scale: intervals.Scale, mean: Callable[[float], float] = float) -> Arm:
+    """The arm of two models whose scores are between `truths`, or are the `mean` of what is."""
 
+    def arm(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
+        two, made = random.uniform(*truths, 2), list[Sums]()
+        for truth in two:
+            rows, groups = drawn(random, n, clustered)
+            made.append(Sums(*draw(random, rows, truth, groups), groups_or_none(groups)))
+        first, second = map(mean, two)
+        return ends(intervals.unpaired_difference(made[0], made[1], scale)), second - first
 
-def unpaired_rouge(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
-    truths = random.uniform(0.1, 0.9, 2)
-    made: list[Sums] = []
-    for truth in truths:
-        rows, groups = drawn(random, n, clustered)
-        middle = np.clip(skills(random, rows, truth, groups), 0.01, 0.99)
-        made.append(Sums(random.beta(4 * middle, 4 * (1 - middle)), np.ones(rows), groups_or_none(groups)))
-    first, second = map(clipped_mean, truths)
-    return ends(intervals.unpaired_difference(made[0], made[1], "share")), second - first
-
-
-def unpaired_loss(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
-    truths = random.uniform(0.3, 3.0, 2)
-    made: list[Sums] = []
-    for truth in truths:
-        rows, groups = drawn(random, n, clustered)
-        tokens = tokens_of(random, rows)
-        made.append(Sums(losses_of(random, rows, truth, groups) * tokens, tokens, groups_or_none(groups)))
-    return ends(intervals.unpaired_difference(made[0], made[1], "positive")), float(truths[1] - truths[0])
-
-
-def unpaired_f1(random: np.random.Generator, n: int, clustered: bool) -> tuple[Ends, float]:
-    truths = random.uniform(0.1, 0.9, 2)
-    made: list[Sums] = []
-    for truth in truths:
-        rows, groups = drawn(random, n, clustered)
-        given = values_of(random, rows)
-        right = random.binomial(given, skills(random, rows, truth, groups))
-        made.append(Sums(2.0 * right, 2.0 * given, groups_or_none(groups)))
-    return ends(intervals.unpaired_difference(made[0], made[1], "share")), float(truths[1] - truths[0])
-
-
-ARMS: dict[str, Arm] = {
-    "exact match": exact_match,
-    "ROUGE-L, chrF, a task's mean": rouge,
-    "loss": loss,
-    "perplexity": perplexity,
-    "field F1, precision, recall": field_f1,
-    "gap between merges": merge_gap,
-    "judge's win rate": judged,
-    "paired exact match": paired_exact_match,
-    "paired ROUGE-L, chrF, a task's mean": paired_rouge,
-    "paired loss": paired_loss,
-    "paired perplexity": paired_perplexity,
-    "paired field F1, precision, recall": paired_f1,
-    "unpaired exact match": unpaired_exact_match,
-    "unpaired ROUGE-L, chrF": unpaired_rouge,
-    "unpaired loss": unpaired_loss,
-    "unpaired field F1": unpaired_f1,
-}
+    return arm
 
 
 # ---- counting
@@ -328,6 +300,26 @@ def _middle_means() -> tuple[Numbers, Numbers]:
 def clipped_mean(mean: float) -> float:
     """The mean of `skills` of this mean, kept within 0.01 and 0.99."""
     return float(np.interp(mean, *_middle_means()))
+
+
+ARMS: dict[str, Arm] = {
+    "exact match": exact_match,
+    "ROUGE-L, chrF, a task's mean": rouge,
+    "loss": loss,
+    "perplexity": perplexity,
+    "field F1, precision, recall": field_f1,
+    "gap between merges": merge_gap,
+    "judge's win rate": judged,
+    "paired exact match": paired_exact_match,
+    "paired ROUGE-L, chrF, a task's mean": paired_rouge,
+    "paired loss": paired_loss,
+    "paired perplexity": paired_perplexity,
+    "paired field F1, precision, recall": paired_f1,
+    "unpaired exact match": unpaired(rights, (0.1, 0.9), "share"),
+    "unpaired ROUGE-L, chrF": unpaired(shares, (0.1, 0.9), "share", clipped_mean),
+    "unpaired loss": unpaired(nats, (0.3, 3.0), "positive"),
+    "unpaired field F1": unpaired(fields, (0.1, 0.9), "share"),
+}
 
 
 def coverage(name: str, n: int, clustered: bool, draws: int, seed: int = 0) -> Row:
@@ -400,6 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=4000, help="of each arm")
     parser.add_argument("--only", default="", help="arms whose name has this, such as 'paired loss' or 'verdict'")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of rows or clusters")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "intervals.json")
     asked = parser.parse_args()
     record: dict[str, Any] = {"nominal": 0.95, "coverage": [], "verdict": []}
@@ -413,8 +406,9 @@ def main() -> None:
         intervals.SIGN_DRAWS = 10 if what == "coverage" else 2_000  # an interval needs no p; of a p, 0.04 must be told
         key, count = ("interval", coverage) if what == "coverage" else ("metric", verdict)
         start = time.time()
-        found = [count(name, n, clustered, asked.draws) for clustered in (False, True) for n in SIZES]
-        record[what] = [row for row in record[what] if row[key] != name] + found
+        found = [count(name, n, clustered, asked.draws) for clustered in (False, True) for n in asked.sizes]
+        made = {(row["clustered"], row["n"]): row for row in [row for row in record[what] if row[key] == name] + found}
+        record[what] = [row for row in record[what] if row[key] != name] + [made[place] for place in sorted(made)]
         asked.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"{what} {name}: {time.time() - start:.0f} s", flush=True)
         for row in found:
