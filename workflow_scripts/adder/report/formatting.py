@@ -92,6 +92,17 @@ def setting(value: Any) -> str:
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
+def in_words(value: Any) -> str:
+    """A setting's value for people to compare: of a list its members, of one with parts those that are set, of a number
+    six digits at most.
+    """
+    if isinstance(value, dict):
+        value = [f"{name} {in_words(part)}" for name, part in value.items() if part not in (None, [], {})]
+    if isinstance(value, list):
+        return ", ".join(map(in_words, value)) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else setting(value)
+
+
 def cell(pair: tuple[str, Any]) -> str:
     """A value in a table, written by what its column's name says it is."""
     name, value = pair

@@ -11,7 +11,7 @@ Journal of the American Statistical Association 81 (1986) 826). The best of two 
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from pathlib import Path
@@ -179,7 +179,7 @@ def compare(runs: Mapping[str, Mapping[str, Path]]) -> Comparison:
 
     Raises UserError where a file is missing or the runs have no score in common.
     """
-    loaded = list(starmap(load, runs.items()))
+    loaded = divided(list(starmap(load, runs.items())))
     metric = main_metric(loaded)
     rows = {name: held_out(metric, folders["evaluate_tuned"] / "samples.jsonl") for name, folders in runs.items()}
     best, *others = rank(loaded, metric)
@@ -358,6 +358,33 @@ def differing(runs: Sequence[LoadedRun]) -> Differing:
             chosen = all(row is None or row["from"] == "chosen" for row in rows)
             (found.chosen if chosen else found.set).append(key)
     return found
+
+
+def divided(runs: Sequence[LoadedRun]) -> list[LoadedRun]:
+    """The runs with the parts of settings that all have, such as data.sources, as settings of their own, such as
+    data.sources.0.path; what one run has more of stays whole.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    made: list[dict[str, SettingRecord]] = [{} for _ in runs]
+    for key in keys:
+        records = [run.settings.get(key) for run in runs]
+        for name, values in _parts(key, [record and record["value"] for record in records]):
+            for settings, record, value in zip(made, records, values, strict=True):
+                if record is not None:
+                    settings[name] = {**record, "value": value}
+    return [replace(run, settings=settings) for run, settings in zip(runs, made, strict=True)]
+
+
+def _parts(key: str, values: Sequence[Any]) -> Iterator[tuple[str, Sequence[Any]]]:
+    """A setting of all runs by its parts: (key, value in each run); None where a run has no such part."""
+    if all(isinstance(value, Mapping) for value in values):
+        for name in dict.fromkeys(name for value in values for name in value):
+            yield from _parts(f"{key}.{name}", [value.get(name) for value in values])
+    elif all(isinstance(value, list) and all(isinstance(item, Mapping) for item in value) for value in values):
+        for place in range(max(map(len, values))):
+            yield from _parts(f"{key}.{place}", [dict(enumerate(value)).get(place) for value in values])
+    else:
+        yield key, values
 
 
 def _scores(heldout: Mapping[str, ScoreComparison], who: Literal["base", "tuned"]) -> dict[str, RunScore]:

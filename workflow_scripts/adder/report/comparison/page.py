@@ -4,6 +4,7 @@
 and `compare.csv` of them.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from adder.evaluation.metrics import SCORES
 from adder.report.comparison import plots
 from adder.report.comparison.facts import Comparison, Difference, RankedRun, RunScore, TaskScore, compare
 from adder.report.comparison.sentences import advice, change, lower, money, sentence, spent
-from adder.report.formatting import clip, number, percent, setting
+from adder.report.formatting import in_words, number, percent, setting
 from adder.report.html_page import render
 from adder.report.page_section import View
 from adder.report.sections.evaluation_section import write_score
@@ -24,7 +25,7 @@ from adder.report.sections.evaluation_section import write_score
 COLOURS = 8  # runs that have a colour of their own; further ones are grey
 MAX_AXES = 8  # settings that parallel coordinates show
 SMOOTHED = 60  # a training curve is shown as medians over a 60th of its steps: single steps of many runs are a thicket
-WORDS = 60  # characters of a setting's value in a table
+WORDS = 32  # characters of a setting's value in a table: longer ones would push the figures off the screen
 
 
 class Cell(NamedTuple):
@@ -36,11 +37,11 @@ class Cell(NamedTuple):
 
 
 class SettingCell(NamedTuple):
-    """A setting's value in the table, what it sorts by, and where it came from."""
+    """A setting's value in the table, what it sorts by, and what it says under the pointer: all of it, its origin."""
 
     text: str
     value: float | None
-    origin: str
+    title: str
 
 
 class Findings(NamedTuple):
@@ -91,7 +92,7 @@ def about(found: Comparison) -> list[tuple[str, str]]:
     """The line under the title: what the runs are judged by and in what they differ."""
     metric, keys = SCORES[found.metric], found.differing.set
     held = f"the same {found.rows:,}" if found.rows is not None else "not the same in all runs"
-    named = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+    named = ", ".join(map(spoken, keys[:4])) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     return [
         ("Judged by", lower(metric.label) + (f", {metric.unit}" if metric.unit else "")),
         ("Held-out rows", held),
@@ -128,7 +129,7 @@ def rows(found: Comparison) -> View:
         for place, one in enumerate(runs)
     ]
     return {
-        "settings": [(key, key.rpartition(".")[2]) for key in keys],
+        "settings": [(key, short_name(key)) for key in keys],
         "scores": [SCORES[metric].label for metric in others],
         "tasks": tasks,
         "axis": (write_score(main, low), write_score(main, high)),
@@ -239,7 +240,7 @@ def parallel(found: Comparison) -> View | None:
     if len(keys) < 2:
         return None
     drawn, score = keys[:MAX_AXES], SCORES[metric]
-    axes = [plots.Axis(key.rpartition(".")[2], [run.setting(key) for run in runs]) for key in drawn]
+    axes = [plots.Axis(short_name(key), [run.setting(key) for run in runs]) for key in drawn]
     scale = 100 if score.is_share else 1
     name = score.label + (", %" if score.is_share else "")
     axes.append(plots.Axis(name, [scale * run.score["value"] for run in runs], flip=score.better == "lower"))
@@ -249,7 +250,7 @@ def parallel(found: Comparison) -> View | None:
             kind(place),
             place,
             f"{score.label} {write_score(metric, run.score['value'])}; "
-            + ", ".join(f"{key.rpartition('.')[2]} {_short(run.setting(key), 30)}" for key in drawn),
+            + ", ".join(f"{short_name(key)} {_short(run.setting(key), 30)}" for key in drawn),
         )
         for place, run in enumerate(runs)
     ]
@@ -341,6 +342,18 @@ def _score_columns(score: RunScore | None, metric: str) -> list[tuple[str, float
     ]
 
 
+def spoken(key: str) -> str:
+    """A setting's name as people count: train.learning_rate, or "data.sources 2 path" of what is one of many."""
+    found = re.fullmatch(r"(.*?)\.(\d+)(?:\.(.*))?", key)
+    return key if found is None else f"{found[1]} {int(found[2]) + 1} {found[3] or ''}".strip()
+
+
+def short_name(key: str) -> str:
+    """The same where its section needn't be told: learning_rate, "sources 2 path"."""
+    first, *others = spoken(key).split(" ", 1)
+    return " ".join([first.rpartition(".")[2], *others])
+
+
 def kind(place: int) -> str:
     """The class of a run's colour by its place, 0 for the best."""
     return f"r{place}" if place < COLOURS else "rest"
@@ -364,8 +377,11 @@ def _setting(one: RankedRun, key: str) -> SettingCell:
         return SettingCell("–", None, "")
     value = found["value"]
     sort = value if isinstance(value, int | float) and not isinstance(value, bool) else None
-    return SettingCell(_short(value, WORDS), sort, found["from"])
+    whole = in_words(value)
+    text = _short(value, WORDS)
+    return SettingCell(text, sort, found["from"] if text == whole else f"{whole} ({found['from']})")
 
 
 def _short(value: Any, most: int) -> str:
-    return clip(f"{value:.6g}" if isinstance(value, float) else setting(value), most)
+    text = in_words(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"

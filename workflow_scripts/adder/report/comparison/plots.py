@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple, Protocol
 
-from adder.report.formatting import setting
+from adder.report.formatting import in_words
 from adder.report.plots import WIDTH, Box, Show, log_ticks, needs_log, svg, thin, ticks, usual_top
 
 MAX_TARGETS = 1500  # points of a plot that answer to the pointer; more would only make the page heavy
 AXIS_STEP = 130  # between the axes of parallel coordinates: room for a setting's name
 MAX_NAMED = 8  # runs that have their name beside their dot; of more only those that no cheaper one beats
+LINE = 11  # height of a line of labels
 LETTER = 6.2  # width of a letter, roughly, at the style sheet's size
 
 
@@ -129,8 +130,9 @@ def parallel(axes: Sequence[Axis], runs: Sequence[RunLine], label: str) -> str:
         # Names stand on two levels, so that long ones side by side don't run into each other.
         name = f"{escape(_short(axis.name, 1.7 * AXIS_STEP))}<title>{escape(axis.name)}</title>"
         drawn_axes.append(f'<text class="name middle" x="{x:.1f}" y="{14 if place % 2 else 32}">{name}</text>')
-        for value, text in labels:
-            text = f"{escape(_short(text, AXIS_STEP - 46))}<title>{escape(text)}</title>"
+        for value, text in _apart(labels, y):
+            room = AXIS_STEP - 46 if place else left - 20
+            text = f"{escape(_short(text, room))}<title>{escape(text)}</title>"
             drawn_axes.append(f'<text class="tick end" x="{x - 7:.1f}" y="{y(value) + 3.5:.1f}">{text}</text>')
     lines = list(zip(runs, zip(*places, strict=True), strict=True))
     marks = []
@@ -190,12 +192,12 @@ def interval(score: Mapping[str, Any], base: float | None, low: float, high: flo
 def _scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[tuple[Any, str]]]:
     """From a value to its share of the axis (0 at the bottom), and the axis' labels as (value, text)."""
     known = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    distinct = list(dict.fromkeys(values if len(known) == len(values) else map(setting, values)))
+    distinct = list(dict.fromkeys(values if len(known) == len(values) else map(in_words, values)))
     if len(known) < len(values):
         order = {text: place for place, text in enumerate(sorted(distinct))}
         last = max(1, len(order) - 1)
         shown = sorted(distinct) if len(distinct) <= 12 else []
-        return lambda value: order[setting(value)] / last, [(text, text) for text in shown]
+        return lambda value: order[in_words(value)] / last, [(text, text) for text in shown]
     low, high = min(known), max(known)
     log = low > 0 and high / low >= 8
     if len(distinct) <= 6:
@@ -209,6 +211,15 @@ def _scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[tuple[An
         return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
 
     return share, [(value, f"{value:.3g}") for value in labels]
+
+
+def _apart(labels: Sequence[tuple[Any, str]], y: Callable[[Any], float]) -> list[tuple[Any, str]]:
+    """The labels of an axis that don't lie on one another: its ends first, then the others."""
+    kept: list[tuple[Any, str]] = []
+    for value, text in [*labels[-1:], *labels[:-1]]:
+        if all(abs(y(value) - y(other)) >= LINE for other, _ in kept):
+            kept.append((value, text))
+    return kept
 
 
 def _front(points: Sequence[RunPoint], lower_is_better: bool) -> list[RunPoint]:
@@ -228,7 +239,7 @@ def _names(points: Sequence[RunPoint], box: Box) -> list[str]:
         text, x, y = _short(one.name, 150), box.x(one.x), box.y(one.y)
         wide = LETTER * len(text)
         for left, at in ((x - 9 - wide, y), (x + 9, y), (x - wide / 2, y - 13), (x - wide / 2, y + 13)):
-            free = all(abs(at - other) >= 11 or left + wide < start or left > end for start, end, other in taken)
+            free = all(abs(at - other) >= LINE or left + wide < start or left > end for start, end, other in taken)
             if free and box.left < left and left + wide < WIDTH:
                 taken.append((left, left + wide, at))
                 name = f'<text class="label" x="{left:.1f}" y="{at + 4:.1f}">{escape(text)}</text>'
