@@ -202,7 +202,7 @@ def test_what_a_converter_opens_beside_its_source_is_said_and_kept_with_its_dige
         str(tmp_path / "labels.csv"): digest_file(tmp_path / "labels.csv"),
         str(tmp_path / "more.csv"): "absent",
     }
-    assert f"{tmp_path}/mine.py also reads 2 files: {tmp_path}/labels.csv, {tmp_path}/more.csv. They count" in shown
+    assert f"{tmp_path}/mine.py also reads 2 files that the settings don't name: {tmp_path}/labels.csv" in shown
     assert f"{tmp_path}/mine.py asks other programs: nothing tells when these answer otherwise" in shown
 
 

@@ -26,6 +26,17 @@ def test_durations_and_sizes_have_units():
     assert formatting.percent(0.915).replace("\u00a0", " ") == "91.5 %"
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "none"), (True, "true"), (2e-4, "0.0002"), ([], "none"), (["q", "v"], "q, v"), ("auto", "auto"),
+        ({"path": "a", "hub": None, "columns": {}, "roles": {"x": 1}}, "path a, roles x 1"),
+    ],
+)  # fmt: skip
+def test_settings_are_compared_in_words(value, text):
+    assert formatting.in_words(value) == text
+
+
 def test_what_stages_write_has_the_signs_of_the_figures_beside_it(tmp_path):
     settings, inputs = write_stage_folders(tmp_path / "stages", heldout=12, merge_bases=True)
     proof = read_json(inputs["merge"] / "proof.json")

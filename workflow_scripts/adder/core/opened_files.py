@@ -1,23 +1,29 @@
 """Which files are opened by code of the user's, who knows of files that the settings don't name."""
 
 import contextlib
+import importlib.util
 import os
 import stat
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests, Stamp
+from adder.core.stage_spec import Context
 
-# Of Python, its libraries and the system: not what a user's code reads of its own.
+# Of Python, its libraries and their caches, and the system: not what a user's code reads of its own.
+CACHES = (os.environ.get(name) for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE"))
 NOT_OWN = tuple(
-    {
-        *(os.path.realpath(place) for place in (sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())),
+    f"{os.path.realpath(place)}{os.sep}"
+    for place in (
+        *(sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()),
         *("/usr", "/etc", "/proc", "/sys", "/dev", "/lib", "/run"),
-    }
+        *("~/.cache".replace("~", os.path.expanduser("~")), *filter(None, CACHES)),
+    )
 )
+SHOWN = 5  # names of files in a sentence
 ASKS = {
     **dict.fromkeys(("socket.connect", "socket.getaddrinfo", "urllib.Request"), "the network"),
     **dict.fromkeys(("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn"), "other programs"),
@@ -40,6 +46,11 @@ class Watch:
     def see(self, name: str, is_written: bool) -> None:
         """Take note of a file that is opened."""
         path = Path(os.path.abspath(name))
+        if path.suffix == ".pyc":  # what is read for a source, whether that is there or not
+            try:
+                path = Path(importlib.util.source_from_cache(path))
+            except ValueError:
+                return
         if is_written:
             self.written.add(path)
         elif path not in self.opened and path not in self.written and not str(path).startswith(NOT_OWN):
@@ -85,6 +96,32 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
         is_written = flags & os.O_ACCMODE == os.O_WRONLY or bool(flags & (os.O_CREAT | os.O_TRUNC))
         for watch in _watching:
             watch.see(name, is_written)
+
+
+@contextlib.contextmanager
+def noted(whose: str, known: Iterable[Path], also_read: dict[str, str], context: Context) -> Iterator[None]:
+    """Add to `also_read` the digests of what code of the user's, the file `whose`, opens inside beside what is `known`
+    to decide the result, and say so.
+
+    Raises UserError where that changes meanwhile.
+    """
+    with watched() as watch:
+        yield
+    of_known = {path.resolve() for path in known}
+    own = {path: stamp for path, stamp in watch.opened.items() if path.resolve() not in of_known}
+    found = digests_of(own, FileDigests.of_results(context.results))
+    also_read |= found
+    if found:
+        names = ", ".join(list(found)[:SHOWN]) + (" …" if len(found) > SHOWN else "")
+        context.progress.say(
+            f"{whose} also reads {len(found):,} files that the settings don't name: {names}. Where one changes, this "
+            "stage runs anew"
+        )
+    if watch.asked:
+        context.progress.say(
+            f"{whose} asks {' and '.join(sorted(watch.asked))}: nothing tells when these answer otherwise, so this "
+            "stage doesn't run anew for it"
+        )
 
 
 def digests_of(opened: Opened, digests: FileDigests) -> dict[str, str]:

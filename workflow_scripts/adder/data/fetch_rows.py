@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adder.core import opened_files, parallel
-from adder.core.file_digests import FileDigests
 from adder.core.files import write_json
 from adder.core.stage_spec import Context, NoInputs
 from adder.data import raw_rows, readers, sources
@@ -18,7 +17,6 @@ from adder.data.stage import RowSettings, Source
 
 PROGRESS_EVERY = 10_000  # rows
 RANGE = 1 << 20  # bytes of a file that a process reads at once
-SHOWN = 5  # names of files in a sentence
 READERS = 4  # processes at most: writing is for one
 WRITE_BUFFER = 1 << 20  # bytes
 
@@ -47,7 +45,7 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
     with (out / "rows.jsonl").open("wb", buffering=WRITE_BUFFER) as lines:
         for split, source, files in fetched:
             named = [(next(names), file) for file in files]
-            with _read_besides(source, files, also_read, context):
+            with _noting_what_is_opened(source, files, also_read, context):
                 records += _write_source(lines, split, source, named, context)
             readings |= {name: _reading(source, split) for name, _ in named}
     write_json(out / "sources.json", records)
@@ -64,35 +62,15 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
     return summary
 
 
-@contextlib.contextmanager
-def _read_besides(
+def _noting_what_is_opened(
     source: Source, files: list[sources.File], also_read: dict[str, str], context: Context
-) -> Iterator[None]:
-    """Add to `also_read` what a source's converter opens inside beside the source's files and its own code, and say so.
-
-    Raises UserError where that changes meanwhile.
-    """
+) -> contextlib.AbstractContextManager[None]:
+    """Have what a source's converter opens beside the source's files and its own code in `also_read`."""
     if source.convert is None:
-        yield
-        return
+        return contextlib.nullcontext()
     converter = Path(source.convert).expanduser().absolute()
-    known = {path.resolve() for path in (*(file.path for file in files), converter, *imported_files(converter)) if path}
-    with opened_files.watched() as watch:
-        yield
-    own = {path: stamp for path, stamp in watch.opened.items() if path.resolve() not in known}
-    found = opened_files.digests_of(own, FileDigests.of_results(context.results))
-    also_read |= found
-    if found:
-        names = ", ".join(list(found)[:SHOWN]) + (" …" if len(found) > SHOWN else "")
-        context.progress.say(
-            f"{source.convert} also reads {len(found):,} files: {names}. They count as the source's own: where one "
-            "changes, the rows are read anew"
-        )
-    if watch.asked:
-        context.progress.say(
-            f"{source.convert} asks {' and '.join(sorted(watch.asked))}: nothing tells when these answer otherwise, "
-            "so the rows stay until the source or the converter changes"
-        )
+    known = [*(file.path for file in files if file.path), converter, *imported_files(converter)]
+    return opened_files.noted(source.convert, known, also_read, context)
 
 
 def _write_source(

@@ -11,7 +11,10 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 
 from adder.core.errors import UserError
-from adder.core.files import read_json, read_jsonl, write_json
+from adder.core.files import digest_file, read_json, read_jsonl, write_json
+from adder.core.progress import Progress
+from adder.core.stage_spec import Context, Runtime
+from adder.evaluation.tasks import run as tasks
 from adder.evaluation.tasks import task_loading
 from adder.evaluation.tasks.task_files import task_files
 from adder.workflow.settings import load
@@ -170,3 +173,22 @@ def test_tasks_in_the_documentation_run(inputs, tmp_path, name, metric):
             (tmp_path / path).write_text(text)
     scores, samples = run(inputs, tmp_path / "out", path=str(tmp_path / "tasks" / f"{name}.yaml"))
     assert scores["metric"] == metric and len(samples) == 2
+
+
+def test_what_a_tasks_own_code_opens_is_told_with_its_digest(inputs, own_tasks, tmp_path):
+    """Also modules that it imports from beside it; nothing that the settings name, and no library's cache."""
+    (own_tasks / "other.py").write_text("WORDS = open(__file__.replace('other.py', 'words.txt')).read()\n")
+    (own_tasks / "words.txt").write_text("Tell me: ")
+    helper = (own_tasks / "helper.py").read_text()
+    beside = "import pathlib, sys\nsys.path.insert(0, str(pathlib.Path(__file__).parent))\nfrom other import WORDS\n"
+    (own_tasks / "helper.py").write_text(beside + helper.replace('"Tell me: "', "WORDS"))
+    (tmp_path / "out").mkdir()
+    summary = tasks.run(
+        entry(path=str(own_tasks / "written.yaml"), limit=2),
+        tasks.TaskInputs(**inputs),
+        tmp_path / "out",
+        Context(Progress.silent(), Runtime(threads=1), results=tmp_path / "results"),
+    )
+    assert summary["also_read"] == {
+        str(own_tasks / name): digest_file(own_tasks / name) for name in ("other.py", "words.txt")
+    }

@@ -307,3 +307,29 @@ def test_a_curve_is_smoothed_without_losing_its_end():
     smooth = compare.smooth(points)
     assert len(smooth) <= 60 and smooth[-1][0] == 600 and smooth[0][0] == 11
     assert compare.smooth(points[:40]) == points[:40]
+
+
+def test_of_settings_with_parts_only_those_that_differ_are_shown_in_words(tmp_path):
+    own = {"path": "rows.jsonl", "hub": None, "weight": 1.0, "columns": {}}
+    more = {"path": "more.jsonl", "hub": None, "weight": 0.5, "columns": {"prompt": "question"}}
+    listed = {"a": [own], "b": [{**own, "weight": 2.0, "columns": {"prompt": "ask"}}], "c": [own, more]}
+    runs = {
+        name: write_run(tmp_path, name, {"data.sources": sources, "train.target_modules": modules})
+        for (name, sources), modules in zip(listed.items(), ["all-linear", ["q_proj", "v_proj"], []], strict=True)
+    }
+    found, page, _ = made(runs, tmp_path / "out")
+    keys = ["data.sources.0.weight", "data.sources.0.columns.prompt", "data.sources.1", "train.target_modules"]
+    assert found.differing.set == keys
+    assert "data.sources 1 weight, data.sources 1 columns.prompt, data.sources 2" in page.words
+    for shown in ("sources 1 weight", "q_proj, v_proj", "path more.jsonl, weight 0.5, co…"):
+        assert shown in page.words
+    html = (tmp_path / "out" / "compare.html").read_text()
+    assert 'title="path more.jsonl, weight 0.5, columns prompt question (run)"' in html
+    assert "[{" not in html and "&#34;weight" not in page.words
+
+
+def test_the_figures_stand_before_the_settings(tmp_path):
+    """However many settings there are, the figures aren't pushed off the screen."""
+    made(of_rates(tmp_path, (0.6, 0.95, 0.4)), tmp_path / "out")
+    table = (tmp_path / "out" / "compare.html").read_text().partition("<thead>")[2]
+    assert table.index("against its base") < table.index(">doctor<") < table.index(">learning_rate<")

@@ -30,6 +30,12 @@ def test_axes_of_numbers_and_of_words():
     assert [text for _, text in labels] == ["3", "none", "qlora", "true"]
 
 
+def test_labels_of_an_axis_do_not_lie_on_one_another():
+    labels = [(19, "19"), (85.5, "85.5"), (86, "86"), (90, "90")]
+    assert [text for _, text in plots._apart(labels, lambda value: -2 * value)] == ["90", "19"]
+    assert [text for _, text in plots._apart(labels, lambda value: -3 * value)] == ["90", "19", "85.5"]
+
+
 def test_the_line_of_the_cost_plot_joins_the_runs_that_no_cheaper_one_beats():
     points = [
         plots.RunPoint(name, "r0", 0, x, y, None, "")

@@ -19,16 +19,16 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adder.core import hardware, intervals, precision
+from adder.core import hardware, intervals, opened_files, precision
 from adder.core.errors import UserError
-from adder.core.files import read_json, write_json, write_jsonl
+from adder.core.files import files_in, read_json, write_json, write_jsonl
 from adder.core.intervals import Estimate
 from adder.core.stage_spec import Context
 from adder.evaluation.model_loading import load_model
 from adder.evaluation.tasks.lm_eval_model import TaskModel
 from adder.evaluation.tasks.records import SubtaskScore, TaskSample, TaskScoresRecord
 from adder.evaluation.tasks.stage import TaskSettings
-from adder.evaluation.tasks.task_files import name_of
+from adder.evaluation.tasks.task_files import name_of, task_files
 from adder.evaluation.tasks.task_loading import load_tasks
 from adder.tokenization.records import TokenizeRecord
 
@@ -55,12 +55,23 @@ class Document:
     values: dict[str, float] = field(default_factory=dict)
 
 
-def run(settings: TaskSettings, inputs: TaskInputs, out: Path, context: Context) -> dict[str, float]:
+def run(settings: TaskSettings, inputs: TaskInputs, out: Path, context: Context) -> dict[str, object]:
     """Evaluate `inputs.model`/model on the task that `settings`, an entry of `evaluate.tasks`, names.
 
-    Writes scores.json and samples.jsonl into `out`; returns the score that counts, by its name. Raises UserError when
-    there is no such task, its data or packages aren't there, or it has no score to compare models by.
+    Writes scores.json and samples.jsonl into `out`; returns the score that counts, by its name, and as `also_read` the
+    digests of what code of the user's opened by itself. Raises UserError when there is no such task, its data or
+    packages aren't there, or it has no score to compare models by.
     """
+    if settings.path is None:
+        return _evaluate(settings, inputs, out, context)
+    known = [*task_files(settings, Path.cwd()), *files_in(inputs.model), *files_in(inputs.tokenize)]
+    also_read: dict[str, str] = {}
+    with opened_files.noted(settings.path, known, also_read, context):
+        found = _evaluate(settings, inputs, out, context)
+    return {**found, "also_read": also_read} if also_read else found
+
+
+def _evaluate(settings: TaskSettings, inputs: TaskInputs, out: Path, context: Context) -> dict[str, object]:
     hardware.use_threads(context.threads)
     device, progress = context.device, context.progress
     progress.say(f"reading {name_of(settings)}")
