@@ -121,7 +121,8 @@ def nats(random: np.random.Generator, n: int, mean: float, clusters: Clusters) -
 def fields(random: np.random.Generator, n: int, mean: float, clusters: Clusters) -> tuple[Numbers, Numbers]:
     """Twice the right values and twice the values of n replies, of which `mean` are right."""
     given = values_of(random, n)
-    return 2.0 * random.binomial(given, skills(random, n, mean, clusters)), 2.0 * given
+    right = random.binomial(given, skills(random, n, mean, clusters))
+    return 2 * right.astype(np.float64), 2 * given.astype(np.float64)
 
 
 # ---- single scores

@@ -54,8 +54,9 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
         "rows": sum(record["rows"] for record in records),
         "unreadable": sum(record["unreadable"] for record in records),
         "sources": len(records),
-        **({"also_read": also_read} if also_read else {}),
     }
+    if also_read:
+        summary["also_read"] = also_read
     context.progress.say(
         f"{summary['rows']:,} rows from {summary['sources']} sources, {summary['unreadable']:,} unreadable"
     )
