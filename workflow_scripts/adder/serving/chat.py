@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO, cast
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from adder.core import hardware, precision
 from adder.core.errors import UserError
@@ -94,9 +95,8 @@ class Chat:
         settings: Settings,
         out: TextIO,
     ) -> None:
-        self.speakers, self.tokenizer, self.stop_ids, self.settings, self.out = (
-            speakers, tokenizer, frozenset(stop_ids), settings, out
-        )  # fmt: skip
+        self.speakers, self.tokenizer, self.stop_ids = speakers, tokenizer, frozenset(stop_ids)
+        self.settings, self.out = settings, out
         self.reader = ReplyReader(tokenizer)
         self.template = ChatTemplate(tokenizer)
         self.system_prompt = system_prompt
@@ -238,6 +238,7 @@ def open_chat(models: RunModels, which: Which, settings: Settings, out: TextIO) 
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(models.tuned, local_files_only=True)
     if not tokenizer.chat_template:
         raise UserError(f"{models.tuned}: has no chat template, so it was not made for conversations")
+    disable_progress_bar()
     device = hardware.device("auto")
     dtype = precision.compute_dtype(device).value
     folders = {"tuned": models.tuned, "base": models.base}
