@@ -19,7 +19,7 @@ PYTHONS = $(foreach minor,11 12 13,$(shell python3.$(minor) -c 'print("3.$(minor
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 APT := DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
 
-.PHONY: merged_model report all test pytest test-avx2 test-all-pythons browser lint settings prune lock clean
+.PHONY: merged_model report all test pytest test-avx2 test-all-pythons browser lint settings docs prune lock clean
 
 # The workflow checks the settings; Snakemake reads a file that is named before that, and says less of what is wrong.
 merged_model report all: $(VENV)/.ready
@@ -85,6 +85,11 @@ lint: $(VENV)/.ready-dev
 settings: $(VENV)/.ready
 	$(BIN)/adder document
 
+# The documentation as a site, in site/.
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 # Lists stage folders that no configured run needs, and removes them when told to. CONFIG="a.yaml b.yaml" names more.
 prune: $(VENV)/.ready
 	$(BIN)/adder prune $(CONFIG)
@@ -98,4 +103,4 @@ lock:
 	$(BIN)/pip freeze --exclude pip --exclude setuptools --exclude adder-finetune | sed 's/+cpu//' > envs/requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) .venv-python3.* .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-python3.* .cache site .pytest_cache .ruff_cache .hypothesis
