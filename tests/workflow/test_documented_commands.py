@@ -16,6 +16,7 @@ ELSEWHERE = {
     "snakemake --cores 1 push": "tests/unit/export/test_hub_push.py",
     "snakemake --profile profiles/slurm merged_model": "tests/unit/workflow/test_stages.py",
     "snakemake --lint": "make lint",
+    "snakemake --sdm conda …": "conda isn't a requirement",
     "adder stage train my.yaml": "tests/unit/workflow/test_cli.py",
     "adder serve results/default --port 8000": "tests/unit/serving/test_endpoint.py",
 }

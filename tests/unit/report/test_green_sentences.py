@@ -9,7 +9,7 @@
 | Other tasks: the guard passes; "passed" | the drop that was measured | `test_a_guard_*` |
 | Judge: win rate | the judge's verdict | `test_a_judge_*` |
 | "same reply" of the reloaded model | merging refuses another one | tests/unit/merging/test_fresh_process_reply.py |
-| "matches" beside a reply | the reply's exact match | `test_a_reply_*` |
+| "matches" beside a reply | the reply's exact match | `test_a_reply_*`, test_first_look.py |
 """
 
 import re
@@ -33,6 +33,7 @@ PLACES = {
     "templates/filmstrip.html.jinja": 2,
     "templates/merge.html.jinja": 2,
     "templates/samples.html.jinja": 3,
+    "templates/verdict.html.jinja": 1,
     "comparison/page.py": 1,
 }
 GREEN = re.compile(r"\"good\"|'good'|mark good")

@@ -110,6 +110,7 @@ def pages(tmp_path_factory):
     }
 
 
+UNFOLD = "document.querySelectorAll('.fold').forEach(fold => fold.open = true)"
 NAMES = ("report", "hostile report", "comparison", "hostile comparison")
 
 
@@ -227,8 +228,21 @@ def test_every_section_of_a_page_is_in_its_navigation(browser, pages):
         page.close()
 
 
+def test_sections_fold_and_a_link_to_one_opens_it(browser, pages):
+    page = browser.open(pages["report"])
+    assert page.texts("#verdict .telling article") != []
+    assert page.texts(".fold[open]") == [] and len(page.texts(".fold > summary")) >= 12
+    page.click('nav a[href="#merge"]')
+    page.evaluate("new Promise(done => setTimeout(done, 50))")
+    assert page.evaluate("[...document.querySelectorAll('.fold[open]')].map(e => e.parentElement.id)") == ["merge"]
+    inside = page.evaluate("document.querySelector('#merge .fold').closest('section').id")
+    assert inside == "merge" and page.errors == []
+    page.close()
+
+
 def test_replies_are_searched_filtered_and_ordered(browser, pages):
     page = browser.open(pages["report"], height=2000)
+    page.evaluate(UNFOLD)
     everything = page.evaluate("document.querySelectorAll('.sample').length")
     assert len(page.texts(".sample > summary")) == 12 < everything == 60
     assert page.texts("#sample-count") == ["12 of 60 shown"]
@@ -256,6 +270,7 @@ def test_replies_are_searched_filtered_and_ordered(browser, pages):
 
 def test_settings_are_filtered(browser, pages):
     page = browser.open(pages["report"])
+    page.evaluate(UNFOLD)
     page.fill("#setting-search", "learning_rate")
     rows = page.texts("#setting-table tbody tr")
     assert len(rows) == 1 and "train.learning_rate" in rows[0]
@@ -347,6 +362,7 @@ def test_runs_are_filtered_shown_and_singled_out(browser, pages):
 )
 def test_plots_show_their_figures_under_the_pointer(browser, pages, name, target):
     page = browser.open(pages[name])
+    page.evaluate(UNFOLD)
     # The last one drawn: nothing lies above it.
     place = page.evaluate(f"document.querySelectorAll('{target}').length") - 1
     hit = f"document.querySelectorAll('{target}')[{place}].closest('.hit')"

@@ -9,7 +9,7 @@ from adder.evaluation.metrics import SCORES
 from adder.evaluation.records import JudgeRecord
 from adder.formatting.records import OverlapFindings
 from adder.merging.records import ProofRecord
-from adder.report import plots, regression_guard
+from adder.report import first_look, plots, regression_guard
 from adder.report.facts import RunFacts
 from adder.report.formatting import clip, duration, number, percent
 from adder.report.page_section import PageSection, RunReport, View
@@ -51,9 +51,17 @@ def view(run: RunReport) -> View:
         "tone": tone(metrics),
         "sentence": metrics["verdict"]["sentence"],
         "summary": summary(run.facts, metrics),
+        "telling": first_look.telling(run.facts.samples, metrics["verdict"]["metric"]),
+        "next": first_look.next_steps(run.settings.run, metrics, run.facts.diagnoses, _wrong(run.facts)),
         "cards": cards(metrics["heldout"], metrics["verdict"]["metric"]),
         "rows": len(run.facts.samples),
     }
+
+
+def _wrong(facts: RunFacts) -> int:
+    """How many tuned replies differ from references that a reply can match."""
+    rights = [sample.tuned["exact_match"] for sample in facts.samples if "exact_match" in sample.tuned]
+    return len(rights) - sum(rights) if sum(rights) else 0
 
 
 def tone(metrics: Metrics) -> str:

@@ -1,4 +1,25 @@
-// Search, filter and order; the page is whole without it.
+// Folding, search, filter and order; the page is whole without it.
+
+// All sections but the first fold under their headings, so that a reader chooses; a link to one opens it.
+for (const section of document.querySelectorAll("main > section:not(:first-child)")) {
+  const fold = document.createElement("details");
+  const summary = document.createElement("summary");
+  fold.className = "fold";
+  summary.append(section.querySelector("h2"));
+  fold.append(summary, ...section.childNodes);
+  section.append(fold);
+}
+function unfold() {
+  const target = location.hash.length > 1 && get(location.hash.slice(1));
+  if (!target) return;
+  const fold = target.querySelector(":scope > .fold") ?? target.closest(".fold");
+  if (fold) fold.open = true;
+  target.scrollIntoView();
+}
+addEventListener("hashchange", unfold);
+// Also where the link names the place that the page is at already.
+for (const link of document.querySelectorAll('a[href^="#"]')) link.addEventListener("click", () => setTimeout(unfold));
+unfold();
 
 // Show the elements that `keep` accepts and say how many they are.
 function filterTo(elements, keep, count) {
