@@ -112,6 +112,17 @@ def test_no_link_hides_a_change_whose_time_stamp_was_put_back(tmp_path, stages, 
     assert asked(tmp_path, stages)[0] == {"data"}
 
 
+def test_a_file_that_a_stage_did_not_write_is_named_but_not_what_systems_leave(tmp_path, stages):
+    """A model's folder with an adapter_config.json more is another model."""
+    folder = tmp_path / stages["data"].folder
+    (folder / ".DS_Store").write_text("")
+    assert asked(tmp_path, stages) == (set(), [])
+    (folder / "inner").mkdir()
+    (folder / "inner" / "added.json").write_text("{}")
+    named = f"{folder}/inner/added.json: not as the stage wrote it; the stage data is made anew"
+    assert asked(tmp_path, stages) == ({"data"}, [named])
+
+
 def test_what_a_stage_read_beside_its_settings_counts_where_it_changed(tmp_path, stages, monkeypatch):
     """Such as the files that a converter opens itself."""
     for name in ("labels.csv", "added.csv"):

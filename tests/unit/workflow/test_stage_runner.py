@@ -19,7 +19,7 @@ import pytest
 import damaged_files
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
-from adder.core.files import digest_file, write_json
+from adder.core.files import digest_file, read_json, write_json
 from adder.core.section import Section
 from adder.core.stage_spec import Context
 from adder.workflow import prune, stage_runner
@@ -205,6 +205,32 @@ def test_what_was_made_of_another_file_than_there_is_now_is_not_restored(module,
         other.write_text(text)
         execute(tmp_path, {"data": data})
         assert module.runs == runs
+
+
+@pytest.mark.parametrize("how", ["written to", "made anew", "a file more"])
+def test_a_parent_that_changes_while_it_is_read_is_noticed(module, tmp_path, data, capfd, how):
+    run = module.run
+
+    def exchanging(settings, inputs: dict[str, Path], out, context):
+        found = run(settings, inputs, out, context)
+        if how == "a file more":
+            (data / "inner").mkdir()
+            (data / "inner" / "x.json").write_text("1")
+        else:
+            (data / "rows.jsonl").write_text("two\nrows\n")
+        if how == "made anew":
+            record = read_json(data / "stage.json")
+            stage_runner.finish(data, record, {}, 1.0, FileDigests.of_results(tmp_path / "results"))
+        return found
+
+    module.run = exchanging
+    spec = dataclasses.replace(stage_runner.SPECS["format"], reads={"data": ("rows.jsonl", "inner/")})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setitem(stage_runner.SPECS, "format", spec)
+        execute(tmp_path, {"data": data})
+    said = "made anew while being read" if how == "made anew" else "not as the stage wrote it; start the workflow again"
+    assert said in capfd.readouterr().err
+    assert not (tmp_path / "results" / "stages" / "format" / "k").exists()
 
 
 def test_restoring_can_be_switched_off(module, tmp_path, data):

@@ -146,6 +146,7 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
             context = Context(progress, job.runtime, job.results, checkpoints, _earlier(job, digests))
             with _files_unchanged(job):
                 summary = run_stage(job.spec, meaning["settings"], job.inputs, partial, context)
+            _refuse_other_inputs(job, meaning)
             seconds = round(sum(earlier) + time.monotonic() - start, 3)
             digests = FileDigests.of_results(job.results)
             finish(partial, meaning, summary, seconds, digests, attempts=len(earlier) + 1)
@@ -184,6 +185,13 @@ def _files_unchanged(job: Job) -> Iterator[None]:
     if changed or not _is_identity(job, later):
         files = ", ".join(map(str, changed or later.seen))
         raise UserError(f"{files}: changed while being read; start the workflow again once nobody writes to it")
+
+
+def _refuse_other_inputs(job: Job, meaning: StageMeaning) -> None:
+    """Raise UserError where what a stage has read of its parents isn't by now what it was when it began."""
+    if job.meaning(FileDigests.of_results(job.results))["inputs"] != meaning["inputs"]:
+        folders = ", ".join(map(str, job.inputs.values()))
+        raise UserError(f"{folders}: made anew while being read; start the workflow again once nobody writes there")
 
 
 def _is_identity(job: Job, digests: FileDigests) -> bool:
@@ -237,14 +245,7 @@ def fingerprint(meaning: StageMeaning) -> str:
 
 def input_digests(record: StageRecord, wanted_paths: tuple[str, ...]) -> dict[str, str]:
     """Digests of the files that a stage reads of a parent with this record, by path."""
-    return {
-        path: known["digest"]
-        for path, known in record["outputs"].items()
-        if any(
-            path == wanted or (wanted.endswith("/") and path.startswith(wanted)) or not wanted
-            for wanted in wanted_paths
-        )
-    }
+    return {path: known["digest"] for path, known in record["outputs"].items() if _is_wanted(path, wanted_paths)}
 
 
 def intact_inputs(folder: Path, wanted_paths: tuple[str, ...], digests: FileDigests) -> dict[str, str]:
@@ -255,26 +256,38 @@ def intact_inputs(folder: Path, wanted_paths: tuple[str, ...], digests: FileDige
     record = read_record(folder)
     if record is None:
         raise UserError(f"{folder / RECORD}: is damaged; start the workflow again, which makes the stage anew")
-    wanted = input_digests(record, wanted_paths)
-    if broken := broken_outputs(folder, record, digests, wanted):
+    if broken := broken_outputs(folder, record, digests, wanted_paths):
         more = f" and {len(broken) - 1} more files" if len(broken) > 1 else ""
         raise UserError(
             f"{folder / broken[0]}{more}: not as the stage wrote it; start the workflow again, which makes the stage "
             "anew"
         )
-    return wanted
+    return input_digests(record, wanted_paths)
 
 
 def broken_outputs(
-    folder: Path, record: StageRecord, digests: FileDigests, paths: Iterable[str] | None = None
+    folder: Path, record: StageRecord, digests: FileDigests, wanted_paths: tuple[str, ...] = ("",)
 ) -> list[str]:
-    """Which of a stage's files, or of those at `paths`, aren't in `folder` as the record has them."""
+    """Which files of a finished stage's folder, of those at `wanted_paths`, aren't as the record has them.
+
+    That is also a file that the stage didn't write: what reads a model's folder reads it too. Hidden files, which
+    systems leave where people look, are nobody's.
+    """
     outputs = record["outputs"]
+    found = (str(path.relative_to(folder)) for path in files_in(folder) if not path.name.startswith("."))
+    added = [path for path in found if path not in outputs and path != RECORD and _is_wanted(path, wanted_paths)]
     return [
         path
-        for path in (outputs if paths is None else paths)
-        if not digests.holds(folder / path, outputs[path]["digest"], outputs[path]["bytes"])
-    ]
+        for path in outputs
+        if _is_wanted(path, wanted_paths)
+        and not digests.holds(folder / path, outputs[path]["digest"], outputs[path]["bytes"])
+    ] + added
+
+
+def _is_wanted(path: str, wanted_paths: tuple[str, ...]) -> bool:
+    return any(
+        path == wanted or (wanted.endswith("/") and path.startswith(wanted)) or not wanted for wanted in wanted_paths
+    )
 
 
 def other_by_now(record: StageRecord, digests: FileDigests) -> list[str]:
