@@ -40,7 +40,7 @@ def test_what_does_not(text):
 def test_each_fault_is_counted_and_named():
     references = [f"reference {n}" for n in range(20)]
     dots = find_faults(["........"] * 20, references, [False] * 20)
-    assert dots == (20, 20, 0, 20, 20, 20) and dots.share == 1
+    assert dots[:6] == (20, 20, 0, 20, 20, 20) and dots.share == 1
     assert len(in_words(dots)) == 3 and "20 of 20 replies were cut off" in in_words(dots)[0]
     empty = find_faults([""] * 3 + references[3:], references, [True] * 20)
     assert (empty.empty, empty.alike, empty.faulty) == (3, 0, 3) and in_words(empty, 0.2) == []
@@ -63,3 +63,40 @@ def test_what_references_are_like_is_no_fault():
 
 def test_long_replies_are_counted_quickly():
     assert circles("ab" * 100_000) and not circles("".join(chr(97 + n * n % 25) for n in range(1000)) + "xyz" * 3)
+
+
+VARIED = [
+    f"{word} {other}" for word in ("red", "green", "blue", "grey") for other in ("sea", "sky", "hill", "road", "moss")
+]
+
+
+@pytest.mark.parametrize(
+    ("replies", "said"),
+    [
+        (["I can't say."] * 20, "one and the same text"),
+        (["I can't say.", "Who knows?"] * 10, "one of 2 texts"),
+        ([f"Ticket {n} is open!" for n in range(20)], "one and the same text but for numbers and marks"),
+        ([f"{'Yes' if n % 2 else 'No'}, number {n}." for n in range(20)], "one of 2 texts but for numbers and marks"),
+    ],
+)
+def test_replies_of_hardly_any_texts_are_alike_where_their_references_are_not(replies, said):
+    found = find_faults(replies, VARIED, [True] * 20)
+    assert found.alike == 20 and found.alike_as == said and in_words(found) == [f"20 of 20 replies are {said}"]
+    assert find_faults(replies, replies, [True] * 20).alike == 0
+
+
+def test_few_right_labels_and_numbers_are_not_alike():
+    labels = ["red", "green", "blue"] * 10
+    assert find_faults(labels, labels[1:] + labels[:1], [True] * 30).alike == 0
+    numbers = [str(n) for n in range(30)]
+    assert find_faults(numbers, numbers[::-1], [True] * 30).alike == 0
+    assert find_faults(["42"] * 30, numbers, [True] * 30).alike_as == "one and the same text"
+
+
+def test_what_nobody_can_see_is_empty():
+    found = find_faults(["\u200b\u2060", "\ufffd\ufffd", "\x07", "?", "."], ["a"] * 4 + ["\u200b"], [True] * 5)
+    assert found.empty == 3
+
+
+def test_a_long_stretch_need_not_come_again_so_often():
+    assert circles(f"{VARIED}" * 3) and not circles("no, no, no" * 2)

@@ -34,7 +34,7 @@ def reply_symptoms(faults: ReplyFaults | None, step: int | None, what: str, leas
     if faults is None or not faults.replies:
         return []
     counts = (faults.unended, faults.empty, faults.circling, faults.alike)
-    says = ("do not end by themselves", "are empty", "repeat the same words over and over", "are one and the same text")
+    says = ("do not end by themselves", "are empty", "repeat the same words over and over", f"are {faults.alike_as}")
     found: list[Diagnosis] = []
     for (name, (cause, change)), count, said in zip(CAUSES.items(), counts, says, strict=True):
         if count and count >= least * faults.replies:
