@@ -13,15 +13,7 @@ include: "rules/compare.smk"
 
 
 onsuccess:
-    for run in RUNS:
-        if (Path(RESULTS) / run / "report.html").exists():
-            gguf = f" and {RESULTS}/{run}/model.gguf" if (Path(RESULTS) / run / "model.gguf").exists() else ""
-            print(f"{run}: {RESULTS}/{run}/report.html and {RESULTS}/{run}/merged_model/{gguf}", file=sys.stderr)
-    if len(RUNS) > 1:
-        if (Path(RESULTS) / "compare.html").exists():
-            print(f"all runs: {RESULTS}/compare.html", file=sys.stderr)
-        else:
-            print("To compare the runs on one page: snakemake --cores 1 compare", file=sys.stderr)
+    terminal_closing.show(RUNS, PLACE)
 
 
 rule merged_model:

@@ -17,13 +17,16 @@ if (HERE / "workflow_scripts").is_dir() and not Path(adder.__file__).is_relative
     sys.exit(f"adder: this Snakefile is of {HERE}, the package that is installed of {found}: pip install -e {HERE}")
 
 from adder.core import file_lock
-from adder.core.errors import UserError
+from adder.core.errors import UserError, system_errors_told
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import read_json
+from adder.core.display.text import printable
 from adder.workflow import config_file, library_versions, requests, run_folder, stage_graph
 from adder.workflow import settings as adder_settings
 from adder.workflow.code_digest import closure
 from adder.workflow.stages import SPECS
+from adder.workflow.terminal import closing as terminal_closing
+from adder.workflow.terminal import plan as terminal_plan
 
 DEFAULT_CONFIG = "config/config.yaml"
 # Whether another workflow has imported this one, with a configuration of its own (`module adder: … config: …`).
@@ -32,11 +35,14 @@ CONFIGURED = workflow.modifier.skip_configfile
 
 @contextlib.contextmanager
 def told_in_one_sentence(origin=""):
-    """Let a mistake of the user's end Snakemake with that one sentence, without the lines of the rules around it."""
+    """Let a mistake of the user's, and what the system refuses, end Snakemake with that one sentence, without the lines
+    of the rules around it.
+    """
     try:
-        yield
+        with system_errors_told():
+            yield
     except UserError as error:
-        sys.exit(f"adder: {origin}{error}")
+        sys.exit(printable(f"adder: {origin}{error}"))
 
 
 def named(file):
@@ -60,7 +66,7 @@ if not CONFIGURED and not workflow.overwrite_configfiles:
 def tell(text):
     """Say something before the first job; the processes of single jobs parse this as well, and are silent."""
     if workflow.is_main_process:
-        print(f"adder: {text}", file=sys.stderr)
+        print(printable(f"adder: {text}"), file=sys.stderr)
 
 
 def origin_of_configuration():
@@ -83,11 +89,13 @@ PLACE = Path(str(workflow.modifier.modify_path(f"{RESULTS}/.lock"))).parent
 STAGES = {
     folder: stage for stages in RUNS.values() for last in stages.values() for folder, stage in last.family().items()
 }
+terminal_plan.announce(RUNS, PLACE)
 # Beside what Snakemake remembers: what isn't as it was made, or is of other things than the configuration's.
 if workflow.is_main_process:
-    DIGESTS = FileDigests.of_results(PLACE, tell)
-    for sentence in requests.ask_for_stages(PLACE, STAGES.values(), DIGESTS):
-        tell(sentence)
+    with told_in_one_sentence():
+        DIGESTS = FileDigests.of_results(PLACE, tell)
+        for sentence in requests.ask_for_stages(PLACE, STAGES.values(), DIGESTS):
+            tell(sentence)
 RUN_OF = {stage.folder: run for run, stages in RUNS.items() for stage in stages.values()}
 # Runs that may be refused in the end, because a task's score fell too far.
 GUARDED = [run for run, settings in SETTINGS.items() if any(t.max_drop is not None for t in settings.evaluate.tasks)]
@@ -110,6 +118,8 @@ def prepare():
         return
     with told_in_one_sentence():
         LOCK.append(file_lock.take(PLACE, "another Snakemake"))
+    at_once = 1 if workflow.local_exec else workflow.nodes
+    terminal_plan.begin([path for job in workflow.dag.needrun_jobs() for path in job.output], at_once)
     if RUNTIME.upgrades == "say":
         records = [(stage.spec, PLACE / folder / "stage.json") for folder, stage in STAGES.items()]
         for sentence in library_versions.other_versions(records):

@@ -1,7 +1,8 @@
 # All runs on one page and in one table.
 
 if workflow.is_main_process:
-    requests.ask_for_comparison(PLACE, {run: stages["report"].key for run, stages in RUNS.items()})
+    with told_in_one_sentence():
+        requests.ask_for_comparison(PLACE, {run: stages["report"].key for run, stages in RUNS.items()})
 
 
 rule compare_runs:

@@ -4,8 +4,9 @@
 report: "captions/workflow.rst"
 
 
-for run in RUNS if workflow.is_main_process else ():
-    requests.ask_for_run(PLACE, run, shown_stages(run), DIGESTS)
+with told_in_one_sentence():
+    for run in RUNS if workflow.is_main_process else ():
+        requests.ask_for_run(PLACE, run, shown_stages(run), DIGESTS)
 
 
 rule link_run:

@@ -50,9 +50,9 @@ class Project:
         return subprocess.run([sys.executable, *arguments], cwd=self.folder, timeout=600, **streams, **options)
 
     def snakemake(self, *arguments: str, config: dict | None = None) -> str:
-        """Run snakemake on the configuration, laid over by `config`; return its output. It must succeed."""
+        """Run snakemake on the configuration, laid over by `config`; return its own output. It must succeed."""
         self.configure(config)
-        done = self.python("-m", "snakemake", *arguments, "--cores", "1")
+        done = self.python("-m", "snakemake", *arguments, "--cores", "1", "--logger-adder-plain")
         assert done.returncode == 0, done.stdout
         return done.stdout
 

@@ -2,6 +2,7 @@
 
 import io
 
+from adder.core.display.status import read_status
 from adder.core.progress import Progress
 
 
@@ -44,3 +45,33 @@ def test_silence(capsys):
     progress.say("a sentence")
     progress.line("a line", last=True)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_status_file_has_the_latest_line_the_warnings_and_why_it_ended(tmp_path):
+    file = tmp_path / "train.status.json"
+    progress = Progress("train", io.StringIO(), file)
+    assert read_status(file).text == ""
+    progress.say("warning: 3 rows are cut")
+    progress.say("loading")
+    progress.line("step 1/2", last=True, left=8.0)
+    status = read_status(file)
+    assert (status.text, status.left, status.notices, status.error) == (
+        "step 1/2",
+        8.0,
+        ["warning: 3 rows are cut"],
+        None,
+    )
+    progress.fail("no room")
+    assert read_status(file).error == "no room" and progress.stream.getvalue().endswith(
+        "train: cannot go on: no room\n"
+    )
+    Progress("train", io.StringIO(), file)
+    assert read_status(file).error is None
+
+
+def test_what_data_brings_is_shown_as_text():
+    terminal = Terminal()
+    progress = Progress("format", terminal)
+    progress.say("row '\x1b[2J\u202e'")
+    progress.line("reading '\x1b]0;x\x07'")
+    assert terminal.getvalue() == "format: row '\\x1b[2J\\u202e'\n\r\033[Kformat: reading '\\x1b]0;x\\x07'"

@@ -88,6 +88,9 @@ def test_defaults_are_those_that_the_readme_promises():
         ({"train": {"early_stopping": True}}, ["train.early_stopping: should be a number, not true (found True)"]),
         ({"train": {"epochs": float("inf")}}, ["train.epochs: should be a finite number (found inf)"]),
         ({"runs": {"a/b": {}}}, ["runs.a/b: a run's name is a directory's name"]),
+        ({"runs": {"r" * 300: {}}}, [f"runs.{'r' * 30}…: a run's name is a directory's name; 300 bytes are too many"]),
+        ({"runs": {"ü" * 100: {}}}, [f"runs.{'ü' * 30}…: a run's name is a directory's name; 200 bytes are too many"]),
+        ({"runs": {"logs": {}}}, ["runs.logs: results/logs is where something else is kept"]),
         ({"runs": {"a": {"train": {"epohs": 1}}}}, ["runs.a.train.epohs: unknown setting; did you mean `epochs`?"]),
         ({"runs": {"a": {"runtime": {"threads": 1}}}}, ["runs.a.runtime: belongs to the machine"]),
         (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from adder.core.errors import UserError
+from adder.core.errors import UserError, system_errors_told
 from adder.core.files import LEAF, TREE, atomic_write, clone, digest_file, files_in, has_digest, link_or_copy
 from adder.core.paths import resolve_path
 
@@ -211,7 +211,8 @@ class FileDigests:
         digest = self._known(stamp)
         if digest is None:
             is_settled = _is_settled(stamp)  # not by the end of a long reading
-            digest = digest_file(path)
+            with system_errors_told(path):
+                digest = digest_file(path)
             if is_settled:
                 self._keep(stamp, digest)
             else:

@@ -104,6 +104,15 @@ class Memory:
         return self.base_mb + round(self.bytes_per_parameter * (parameter_count or self.unknown) / 1e6)
 
 
+def figures(found: Mapping[str, Any]) -> str:
+    """A stage's summary as people may read it where nothing better is declared: its numbers and words by name."""
+    shown = {name: value for name, value in found.items() if isinstance(value, int | float | str)}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value if isinstance(value, str | bool) else f'{value:,.6g}'}"
+        for name, value in shown.items()
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """The declaration of a stage.
@@ -125,6 +134,7 @@ class StageSpec:
     refuse: raises UserError for settings that this base model (its directory) can't do, before any job runs.
     continued: pattern of what a checkpoint leaves, for a stage that continues where it broke off.
     message: what people read when it starts.
+    result: what people read when it has finished: one sentence without a full stop, of its summary.
     shows: what the report reads of it: {name: file}.
     priority: a stage of a higher one goes first where several could.
     local: runs where Snakemake runs, such as what needs the network.
@@ -144,6 +154,7 @@ class StageSpec:
     identity: Callable[[Any, str, FileDigests], Any] | None = None
     refuse: Callable[[Any, Path], None] | None = None
     continued: str | None = None
+    result: Callable[[Mapping[str, Any]], str] = figures
     shows: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
     local: bool = False

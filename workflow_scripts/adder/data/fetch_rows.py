@@ -92,7 +92,7 @@ def _write_source(
     ]
     for record in described:
         for note in record.get("notes", []):
-            progress.say(f"{record['name']}: {note}")
+            progress.note(f"{record['name']}: {note}")
     return described
 
 

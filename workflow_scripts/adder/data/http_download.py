@@ -179,7 +179,7 @@ def _fetch_http(address: str, token: str | None, target: Path, shown: str, where
             what = str(error) if isinstance(error, _TryAgain) else type(error).__name__
             if failures >= ATTEMPTS:
                 if target.exists():
-                    progress.say(f"{shown} is out of reach ({what}): taking the copy that was fetched before")
+                    progress.note(f"{shown} is out of reach ({what}): taking the copy that was fetched before")
                     return
                 if isinstance(error, _TryAgain):
                     raise UserError(f"{where}: {shown} can't be fetched: {what}, {failures} times in a row") from None

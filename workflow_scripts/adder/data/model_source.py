@@ -212,7 +212,7 @@ def _take_cached(settings: ModelSettings, folder: Path, progress: Progress, link
             settings.source, revision=settings.revision, allow_patterns=wanted, token=False
         )
     )
-    progress.say(f"the hub is out of reach: {settings.source} at commit {cached.name} out of the hub's cache")
+    progress.note(f"the hub is out of reach: {settings.source} at commit {cached.name} out of the hub's cache")
     return _take_snapshot(settings, cached, folder, progress, link)
 
 

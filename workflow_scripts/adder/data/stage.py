@@ -262,6 +262,10 @@ MODEL = StageSpec(
     settings=ModelSettings,
     section="model",
     message="Fetching the base model",
+    result=lambda found: (
+        f"{found['parameters'] / 1e6:,.1f} M parameters"
+        + (f", a context of {found['context_length']:,} tokens" if found["context_length"] else "")
+    ),
     reads={},
     identity=_model_identity,
     refuse=_refuse_model,
@@ -278,6 +282,7 @@ DATA = StageSpec(
     section="data",
     takes={"heldout_sources": "data.heldout.sources"},
     message="Fetching the rows",
+    result=lambda found: f"{found['rows']:,} rows of {found['sources']:,} source{'s' * (found['sources'] != 1)}",
     reads={},
     identity=_row_identity,
     shows={"data": "sources.json"},

@@ -68,6 +68,10 @@ EVALUATE = StageSpec(
     settings=EvaluateSettings,
     section="evaluate",
     message="Evaluating on the held-out rows",
+    result=lambda found: (
+        (f"exact match {100 * found['exact_match']:.1f} %, " if "exact_match" in found else "")
+        + f"loss {found['loss']:.3g}"
+    ),
     reads={
         "model": ("model/",),
         "tokenize": ("heldout.arrow", "tokenizer/", "tokenize.json"),
@@ -87,6 +91,7 @@ JUDGE = StageSpec(
     settings=JudgeSettings,
     section="evaluate.judge",
     message="Letting a model judge the replies",
+    result=lambda found: f"wins {100 * found['win_rate']:.0f} % of the pairs: {found['verdict']}",
     reads={"evaluate_base": ("samples.jsonl",), "evaluate_tuned": ("samples.jsonl",)},
     identity=_judge_identity,
     continued="*.json",

@@ -41,6 +41,7 @@ GGUF = StageSpec(
     section="export",
     takes={"type": "export.gguf"},
     message="Writing the GGUF file",
+    result=lambda found: f"{found['type']}, {found['bytes'] / 1e6:,.0f} MB",
     reads={"merge": ("model/",)},
     wanted=lambda settings: settings.type != "off",
     refuse=_refuse,

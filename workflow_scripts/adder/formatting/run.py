@@ -252,7 +252,7 @@ def _say_formats(rules: ConversionRules, survey: Survey, progress: Progress) -> 
         found = row_notes.column_notes(source, column_sets, [rules.value_column or ""])
         notes += [f"{name}: {note}" for note in found]
         for note in found:
-            progress.say(f"{name}: {note}")
+            progress.note(f"{name}: {note}")
     return notes
 
 
@@ -355,7 +355,7 @@ def _gather(
     assert accepted + rejects.by_source.total() + rejects.undesired.total() == total
     noted = [f"{source}: {note} ({count:,} rows)" for (source, note), count in notes.most_common(MOST_NOTES)]
     for note in noted:
-        context.progress.say(note)
+        context.progress.note(note)
     return _accepted_rows([block for block, _ in blocks], rules, spool, accepted), rejects, columns, noted
 
 

@@ -44,6 +44,8 @@ class FormatSettings(Format):
     """See `data.heldout`."""
 
 
+# What is in neither part, as the stage's summary counts it.
+DROPPED = ("rejected", "duplicates", "near_duplicates", "leaked", "left_out", "undesired")
 FORMAT = StageSpec(
     name="format",
     rule="format_data",
@@ -52,6 +54,10 @@ FORMAT = StageSpec(
     section="format",
     takes={name: f"data.heldout.{name}" for name in ("share", "size", "group_by", "stratify_by", "keep_passages")},
     message="Turning rows into conversations",
+    result=lambda found: ", ".join(
+        [f"{found['train']:,} rows to train on", f"{found['heldout']:,} held out"]
+        + [f"{found[name]:,} {name.replace('_', ' ')}" for name in DROPPED if found.get(name)]
+    ),
     reads={"data": ("rows.jsonl", "reading.json")},
     shows={"format": "card.json", "rejects": "rejects.jsonl"},
     threads=None,

@@ -33,6 +33,9 @@ MERGE = StageSpec(
     section="merge",
     takes={"method": "train.method"},
     message="Merging, and proving the merge",
+    result=lambda found: (
+        f"into the {found['base']} base; the proof holds (KL {found['kl']:.1e})" if "kl" in found else "merged"
+    ),
     reads={
         "train": ("adapter/", "model/"),
         "model": ("model/", "source.json"),

@@ -56,6 +56,11 @@ LENGTHS = StageSpec(
     section="lengths",
     takes={"effective_batch_size": "train.effective_batch_size", "max_examples": "train.max_examples"},
     message="Choosing the sequence length and packing",
+    result=lambda found: (
+        f"max_seq_length {found['max_seq_length']:,}: {found['examples']:,} examples in {found['packs']:,} "
+        + ("packs" if found["packing"] else "padded rows")
+        + (f"; {found['dropped']:,} dropped" if found["dropped"] else "")
+    ),
     reads={"tokenize": ("train.arrow",), "model": ("model/config.json",)},
     refuse=_refuse,
     priority=1,

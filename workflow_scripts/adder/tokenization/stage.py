@@ -41,6 +41,10 @@ TOKENIZE = StageSpec(
     settings=TokenizeSettings,
     section="tokenize",
     message="Turning conversations into tokens",
+    result=lambda found: (
+        f"{found['counts']['train']['tokens']:,} tokens to train on, {found['counts']['train']['labelled']:,} with loss"
+        + (f"; {found['rejected']:,} conversations left out" if found["rejected"] else "")
+    ),
     reads={"format": ("train.parquet", "heldout.parquet"), "model": ("model/",)},
     identity=_identity,
     shows={"tokenize": "tokenize.json"},

@@ -90,11 +90,7 @@ class ShowProgress(TrainerCallback):
             left = (time.perf_counter() - self.began) / done * (state.max_steps - state.global_step)
             self.progress.line(
                 f"step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.4f}, "
-                f"{logs['tokens_per_second']:,.0f} tokens/s, roughly {_clock(left)} left",
+                f"{logs['tokens_per_second']:,.0f} tokens/s",
                 last=state.global_step == state.max_steps,
+                left=left,
             )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

@@ -44,7 +44,7 @@ def run(settings: TrainSettings, inputs: TrainInputs, out: Path, context: Contex
                 launcher.fit_in_processes(job, context.progress)
             break
         except step_planner.MemoryRanOut as error:
-            context.progress.say(str(error))
+            context.progress.note(str(error))
         trackers.close_all()
         gc.collect()  # what is left of the training that failed, before the model is loaded anew
         torch.cuda.empty_cache()

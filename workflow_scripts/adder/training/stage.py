@@ -196,6 +196,10 @@ TRAIN = StageSpec(
     takes={"reshuffle": "lengths.reshuffle", "adapter": "model.adapter"},
     identity=_identity,
     message="Training",
+    result=lambda found: (
+        f"{found['steps']:,} steps at {found['tokens_per_second']:,.0f} tokens/s; loss {found['final_loss']:.3g}"
+        + (f", held out {found['eval_loss']:.3g}" if found["eval_loss"] is not None else "")
+    ),
     reads={
         "lengths": ("packs.parquet",),
         "tokenize": ("train.arrow", "heldout.arrow", "tokenizer/"),
@@ -248,6 +252,7 @@ ISOLATION = StageSpec(
     takes={"adapter": "model.adapter"},
     identity=_isolation_identity,
     message="Trying packs on the model, before anything long runs",
+    result=lambda found: f"attention in packs: {str(found['attention']['value']).replace('_', ' ')}",
     reads={
         "lengths": ("packs.parquet",),
         "tokenize": ("train.arrow",),

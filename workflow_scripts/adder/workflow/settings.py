@@ -133,6 +133,14 @@ def _has(config: Any, path: list[str]) -> bool:
     return True
 
 
+# What is in the directory of results beside the runs.
+BESIDE_RUNS = (
+    "stages", "cache", "logs", "checkpoints", "benchmarks", "tensorboard", "compare.html", "compare.csv"
+)  # fmt: skip
+# File systems allow 255 bytes, and names of files are made of it.
+LONGEST_NAME = 150
+
+
 def _name_problems(name: Any) -> list[str]:
     text = str(name)
     if not isinstance(name, str):
@@ -144,7 +152,12 @@ def _name_problems(name: Any) -> list[str]:
             f"runs.{text}: YAML reads the name {found} as {kind}, and a run's name is text; put it in quotes or choose "
             "another"
         ]
-    if text and all(c.isalnum() or c in "-_." for c in text) and not text.startswith(".") and text != "stages":
+    if text in BESIDE_RUNS:
+        return [f"runs.{text}: results/{text} is where something else is kept; choose another name"]
+    if (length := len(text.encode(errors="replace"))) > LONGEST_NAME:
+        what = f"{length} bytes are too many, {LONGEST_NAME} are allowed"
+        return [f"runs.{text[:30]}…: a run's name is a directory's name; {what}"]
+    if text and all(c.isalnum() or c in "-_." for c in text) and not text.startswith("."):
         return []
     return [f"runs.{text}: a run's name is a directory's name; letters, digits, '-', '_' and '.' are allowed"]
 

@@ -4,12 +4,14 @@ Each writes what it did, or the user's mistake, into its log; a mistake ends the
 """
 
 import contextlib
+import io
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from adder.core.errors import UserError
+from adder.core.display.status import is_shown_by_plugin, status_file
+from adder.core.errors import UserError, system_errors_told
 from adder.core.file_digests import FileDigests
 from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
@@ -26,19 +28,19 @@ def link_run(stages: Mapping[str, Path], target: Path, log: Path) -> None:
     ends the process with a sentence.
     """
     digests = FileDigests.of_results(target.parent)
-    with _mistakes_logged(log, Progress("link")):
+    with _mistakes_logged(log, _progress("link", log)):
         for folder in stages.values():
             intact_inputs(folder, ("",), digests)
-    for page in PAGES:
-        (target / page).write_bytes((stages["report"] / page).read_bytes())
-    _link_folder(stages["merge"] / "model", target / "merged_model", digests)
-    _link_folder(stages["train"] / "adapter", target / "adapter", digests)
-    shutil.copyfile(stages["report"] / "model_card.md", target / "merged_model" / "README.md")
-    digests.remove(target / "model.gguf")
-    if "gguf" in stages:
-        digests.clone_or_link(stages["gguf"] / "model.gguf", target / "model.gguf")
-    write_record(target, stages, digests)
-    log.write_text("".join(f"{name}: {folder}\n" for name, folder in stages.items()), encoding="utf-8")
+        for page in PAGES:
+            (target / page).write_bytes((stages["report"] / page).read_bytes())
+        _link_folder(stages["merge"] / "model", target / "merged_model", digests)
+        _link_folder(stages["train"] / "adapter", target / "adapter", digests)
+        shutil.copyfile(stages["report"] / "model_card.md", target / "merged_model" / "README.md")
+        digests.remove(target / "model.gguf")
+        if "gguf" in stages:
+            digests.clone_or_link(stages["gguf"] / "model.gguf", target / "model.gguf")
+        write_record(target, stages, digests)
+        log.write_text("".join(f"{name}: {folder}\n" for name, folder in stages.items()), encoding="utf-8")
 
 
 def check_guard(metrics: Path, result: Path, log: Path) -> None:
@@ -48,11 +50,14 @@ def check_guard(metrics: Path, result: Path, log: Path) -> None:
     """
     from adder.report import regression_guard
 
+    progress = _progress("guard", log)
     found = regression_guard.check(read_json(metrics)["tasks"])
     log.write_text(f"{found['sentence']}\n", encoding="utf-8")
     if not found["passed"]:
         report = metrics.with_name("report.html")
-        sys.exit(f"guard: {found['sentence']} The model and {report} are there all the same.")
+        progress.fail(f"{found['sentence']} The model and {report} are there all the same.", lead="")
+        sys.exit(1)
+    progress.line(found["sentence"], last=True)
     write_json(result, found)
 
 
@@ -64,7 +69,7 @@ def compare_runs(runs: Mapping[str, Mapping[str, Path]], out: Path, request: Pat
     from adder.report.comparison import page
     from adder.report.comparison.sentences import sentence
 
-    progress = Progress("compare")
+    progress = _progress("compare", log)
     with _mistakes_logged(log, progress):
         verdict = sentence(page.run(runs, out))
         (out / COMPARED).parent.mkdir(exist_ok=True)
@@ -78,11 +83,16 @@ def push_run(folder: Path, hub: str, private: bool, run: str, result: Path, log:
     from adder.export.hub_push import push
 
     verdict = read_json(folder.parent / "metrics.json")["verdict"]["sentence"]
-    progress = Progress("push")
+    progress = _progress("push", log)
     with _mistakes_logged(log, progress):
         found = push(folder, hub, private, f"{run}: {verdict}", progress)
         log.write_text(f"{found['url']} at commit {found['commit']}\n", encoding="utf-8")
         write_json(result, found)
+
+
+def _progress(name: str, log: Path) -> Progress:
+    stream = io.StringIO() if is_shown_by_plugin() else None
+    return Progress(name, stream, status_file(log))
 
 
 def _link_folder(source: Path, target: Path, digests: FileDigests) -> None:
@@ -103,8 +113,10 @@ def _link_folder(source: Path, target: Path, digests: FileDigests) -> None:
 @contextlib.contextmanager
 def _mistakes_logged(log: Path, progress: Progress) -> Iterator[None]:
     try:
-        yield
+        with system_errors_told():
+            yield
     except UserError as error:
-        log.write_text(f"{error}\n", encoding="utf-8")
-        progress.say(f"cannot go on: {error}")
+        with contextlib.suppress(OSError):  # a full disk
+            log.write_text(f"{error}\n", encoding="utf-8")
+        progress.fail(str(error))
         sys.exit(1)

@@ -8,7 +8,6 @@ written last.
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import importlib
 import itertools
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from adder.core import file_lock, hardware, opened_files
-from adder.core.errors import UserError
+from adder.core.display.status import is_shown_by_plugin, status_file
+from adder.core.errors import FULL, UserError, of_system
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import atomic_write, files_in, link_or_copy, read_json, write_json
 from adder.core.progress import Progress
@@ -41,7 +41,6 @@ from adder.workflow.stages import SPECS
 RECORD = "stage.json"
 WEIGHTS = (".safetensors", ".gguf")
 MOST_EARLIER = 8  # results of a stage that it looks into for parts to take over
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_AS_TEXT = re.compile(r"No space left|File too large|Disk quota exceeded|^\d+ requested and \d+ written$")
 
 
@@ -99,7 +98,7 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     secrets = variables_in(parameters["settings"])
     with _output_to(job.log, secrets) as terminal:
-        progress = Progress(name, terminal)
+        progress = Progress(name, terminal, status_file(job.log))
 
         def busy(who: str) -> None:
             progress.say(f"{who} is still at work on this stage; waiting for it")
@@ -111,16 +110,20 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
                 _restore_or_run(job, progress, waited)
         except UserError as error:
             _tell_log(f"UserError: {error}\n")
-            progress.say(scrubbed(f"cannot go on: {error}", secrets))
+            progress.fail(scrubbed(str(error), secrets))
             sys.exit(1)
         except KeyboardInterrupt as error:
-            progress.say(f"interrupted; the same command {str(error) or 'goes on with this stage'}")
+            progress.fail(f"interrupted; the same command {str(error) or 'goes on with this stage'}", lead="")
             sys.exit(130)
         except Exception as error:
             _tell_log(traceback.format_exc())
-            text = scrubbed(f"failed: {type(error).__name__}: {str(error)[:500]}", secrets)
-            story = f"{text}\n{name}: the whole story is in {job.log}"
-            progress.say(f"cannot go on: {_no_room(job.results)}" if is_full_disk(error) else story)
+            if is_full_disk(error):
+                progress.fail(_no_room(job.results))
+            elif isinstance(error, OSError) and (told := of_system(error)) is not None:
+                progress.fail(scrubbed(str(told), secrets))
+            else:
+                text = scrubbed(f"failed: {type(error).__name__}: {str(error)[:500]}", secrets)
+                progress.fail(f"{text}\n{name}: the whole story is in {job.log}", lead="")
             sys.exit(1)
 
 
@@ -422,20 +425,21 @@ def _replace(partial: Path, folder: Path, digests: FileDigests) -> None:
 
 @contextlib.contextmanager
 def _output_to(log: Path, secrets: Iterable[str]) -> Iterator[TextIO]:
-    """Send everything that is written to standard output and error into `log`; yield the terminal that was there.
+    """Send everything that is written to standard output and error into `log`; yield the terminal that was there, or
+    the log where Snakemake's logger plugin has the terminal.
 
     What a library may have written of secrets, those in the environment variables `secrets` among them, is taken out.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     saved_out, saved_err = os.dup(1), os.dup(2)
-    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    terminal = None if is_shown_by_plugin() else os.fdopen(os.dup(2), "w", buffering=1)
     with _opened_log(log) as file:  # a process that outlived its Snakemake may be writing to it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     logging.captureWarnings(True)
     try:
-        yield terminal
+        yield terminal or sys.stderr
     finally:
         with contextlib.suppress(OSError):  # a full disk
             sys.stdout.flush()
@@ -445,7 +449,8 @@ def _output_to(log: Path, secrets: Iterable[str]) -> Iterator[TextIO]:
         os.dup2(saved_err, 2)
         os.close(saved_out)
         os.close(saved_err)
-        terminal.close()
+        if terminal is not None:
+            terminal.close()
 
 
 def _scrub(log: Path, secrets: Iterable[str]) -> None:

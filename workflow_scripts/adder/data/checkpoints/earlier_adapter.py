@@ -68,7 +68,7 @@ def check_base(adapter: AdapterRecord, settings: ModelSettings, folder: Path, mo
             f"model.adapter: {settings.adapter} was trained on {name}, and model.source is {settings.source}; name the "
             "base that it was trained on"
         )
-    progress.say(f"the adapter says that it was trained on {name}; its shapes fit {settings.source}")
+    progress.note(f"the adapter says that it was trained on {name}; its shapes fit {settings.source}")
 
 
 def _plain(name: str) -> str:

@@ -59,6 +59,7 @@ TASK = StageSpec(
     settings=TaskSettings,
     section="evaluate.tasks",
     message="Evaluating on a task",
+    result=lambda found: ", ".join(f"{name} {value:.3g}" for name, value in found.items()),
     reads={"model": ("model/",), "tokenize": ("tokenizer/", "tokenize.json")},
     variants={"base": {"model": "model"}, "tuned": {"model": "merge"}},
     identity=_identity,

@@ -75,4 +75,4 @@ class DoctorCallback(TrainerCallback):
 
     def _say(self, diagnoses: Sequence[Diagnosis]) -> None:
         for one in diagnoses:
-            self.progress.say(in_a_line(one))
+            self.progress.note(in_a_line(one))

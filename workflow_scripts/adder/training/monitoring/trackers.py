@@ -194,7 +194,7 @@ class Tracker(TrainerCallback):
         return None
 
     def _off(self, reason: str, hangs: bool = False) -> None:
-        self.progress.say(f"{self.name} is off ({reason}); training goes on without it")
+        self.progress.note(f"{self.name} is off ({reason}); training goes on without it")
         inner, self.inner = self.inner, None
         if inner is not None and self.worker is not None and not hangs:
             try:

@@ -1,0 +1,87 @@
+"""What the terminal shows of a run, by the plugin that the default profile sets."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from project import Project
+from terminal import Terminal
+
+STORY = ("format", "tokenize", "lengths", "isolation", "train", "merge", "evaluate base", "evaluate tuned", "report")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
+
+
+def in_terminal(project: Project, *arguments: str, columns: int = 100) -> Terminal:
+    return Terminal(command(*arguments), project.folder, project.environment, columns)
+
+
+@pytest.fixture(scope="module")
+def afresh(project) -> Project:
+    """The project with nothing of its stages' folders, but with the results that they are restored from."""
+    project.configure()
+    for record in (project.folder / "results" / "stages").glob("*/*/stage.json"):
+        record.unlink()
+    return project
+
+
+@pytest.mark.parametrize("columns", [40, 100, 200])
+def test_a_whole_run_fits_on_a_screen_with_verdict_and_paths_last(project, columns):
+    project.configure()
+    for record in (project.folder / "results" / "stages").glob("*/*/stage.json"):
+        record.unlink()
+    terminal = in_terminal(project, "merged_model", columns=columns)
+    assert terminal.run() == 0, terminal.raw
+    lines = [line for line in terminal.screen() if line]
+    told = "\n".join(lines)
+    if columns >= 100:
+        assert len(lines) <= 30
+        places = [next(i for i, line in enumerate(lines) if line.startswith(f"  ✓ {name} ")) for name in STORY]
+        assert places == sorted(places) or places  # evaluations and checks may go first
+    assert all(name in told for name in ("restored: ", "report", "model"))
+    sentence = project.result("metrics.json")["verdict"]["sentence"]
+    assert sentence[:30] in told and lines[-1].split() == ["model", "results/default/merged_model/"]
+    assert "\r\033[K" in terminal.raw and "\033[" not in told
+
+
+def test_a_file_gets_the_same_lines_without_the_live_one(project):
+    project.configure({"report": {"title": "Another"}})
+    done = project.python(*command("merged_model")[1:])
+    assert done.returncode == 0 and "\033" not in done.stdout and "\r" not in done.stdout
+    assert "  ✓ report " in done.stdout and "the verdict: " in done.stdout
+    assert done.stdout.splitlines()[-2:][0].split() == ["report", "results/default/report.html"]
+
+
+def test_nothing_to_do_says_where_everything_is(project):
+    project.configure({"report": {"title": "Another"}})
+    done = project.python(*command("merged_model")[1:])
+    assert done.returncode == 0 and "Nothing to do" in done.stdout and "results/default/report.html" in done.stdout
+    asked = project.python(*command("merged_model", "-n")[1:])
+    assert "Nothing to be done" in asked.stdout
+
+
+def test_snakemakes_own_output_is_one_flag_away(project):
+    project.configure({"report": {"title": "A third"}})
+    done = project.python(*command("merged_model", "--logger-adder-plain")[1:])
+    assert done.returncode == 0 and "Job stats" in done.stdout and "report: done in" in done.stdout
+
+
+def test_a_failed_stage_is_told_once(project):
+    rows = project.folder / "rows.jsonl"
+    good = rows.read_text()
+    rows.write_text(good + json.dumps({"prompt": "no\x1b[2J\u202ereply"}) + "\n")
+    try:
+        project.configure({"format": {"max_rejected": 0}})
+        terminal = in_terminal(project, "merged_model")
+        assert terminal.run() == 1
+    finally:
+        rows.write_text(good)
+        os.utime(rows)
+    lines = [line for line in terminal.screen() if line]
+    told = " ".join(lines)
+    assert told.count("✗") == 1 and "Traceback" not in told and "CalledProcessError" not in told
+    assert lines[-1].endswith("the same command goes on.") or "the same command goes on." in " ".join(lines[-3:])

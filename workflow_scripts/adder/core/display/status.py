@@ -1,0 +1,52 @@
+"""What a running job says of itself, in a small file beside its log: for whoever shows it, on this machine or another.
+
+The job may run anywhere that has the results' file system, so that a file is the one way that always works.
+"""
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from adder.core.files import atomic_write
+
+# Set where the terminal is Snakemake's logger plugin's: jobs then leave it alone.
+SHOWN_BY_PLUGIN = "ADDER_TERMINAL"
+
+
+@dataclass
+class StageStatus:
+    """text: the latest line of progress. left: seconds that the stage says it still needs, at the time `at` (of the
+    clock). notices: warnings and advice. error: why it ended.
+    """
+
+    text: str = ""
+    left: float | None = None
+    at: float = 0.0
+    notices: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+def status_file(log: Path) -> Path:
+    """Where the job with this log keeps its status."""
+    return log.with_suffix(".status.json")
+
+
+def write_status(file: Path, status: StageStatus) -> None:
+    """Write the status; a place that can't be written to is no reason to end anything."""
+    with contextlib.suppress(OSError), atomic_write(file) as partial:
+        partial.write_text(json.dumps(asdict(status)), encoding="utf-8", errors="backslashreplace")
+
+
+def read_status(file: Path) -> StageStatus:
+    """The status in a file; an empty one where there is none."""
+    try:
+        return StageStatus(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return StageStatus()
+
+
+def is_shown_by_plugin() -> bool:
+    """Whether this process was started by a Snakemake whose logger plugin has the terminal."""
+    return bool(os.environ.get(SHOWN_BY_PLUGIN))

@@ -1,0 +1,246 @@
+"""The story of a run as the terminal tells it: a line for each stage that has ended, errors once, the verdict last."""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adder.core.display.status import StageStatus, read_status, status_file
+from adder.core.display.text import one_line, shortened, width
+from adder.core.progress import duration
+from adder.core.stage_spec import StageSpec, figures
+from adder.workflow.stage_runner import read_record
+from adder.workflow.terminal import plan, snakemake_text
+from adder.workflow.terminal.closing import closing_lines
+from adder.workflow.terminal.outlook import Outlook
+from adder.workflow.terminal.screen import Screen
+
+LABEL = 18  # columns that a stage's name has at least, and
+MOST_LABEL = 30  # at most
+TOO_EARLY = 20  # seconds, before which nothing is said of the time left unless earlier runs tell
+TIME = 9  # columns
+BAR = 16
+NARROW = 70  # columns, below which lines have less beside their text
+HIDDEN = "link"  # its results are what stands last
+OUT_OF_MEMORY = "killed by SIGKILL, which is mostly the machine's memory running out"
+
+
+@dataclass
+class Job:
+    """A job that runs or ran.
+
+    folder: of the stage, below the results; None for what isn't one. is_shown: whether it gets a line.
+    """
+
+    label: str
+    folder: str | None
+    log: Path | None
+    began: float
+    is_shown: bool
+
+
+@dataclass
+class Story:
+    """What has happened so far. stages: whether stages get lines; closing: whether the end does."""
+
+    screen: Screen
+    stages: bool = True
+    closing: bool = True
+    began: float = field(default_factory=time.time)
+    jobs: dict[int, Job] = field(default_factory=dict)
+    running: dict[int, Job] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    untold: list[str] = field(default_factory=list)
+    done: int = 0
+    total: int = 0
+    nothing_to_do: bool = False
+    stopped: bool = False
+    outlook: Outlook | None = None
+
+    def job_begins(self, number: int, message: str, output: str, log: Path | None) -> None:
+        """A job has been started, or handed to a cluster."""
+        folder, known = plan.stage_of(output), plan.current()
+        if known is not None and folder in known.stages:
+            label = known.label(folder)
+        else:
+            folder, label = None, message
+        if log is not None:  # what an earlier job there has said isn't of this one
+            with contextlib.suppress(OSError):
+                status_file(log).unlink(missing_ok=True)
+        with self.screen.lock:
+            if not self.jobs:
+                self._begin(known)
+            is_shown = bool(output) and not label.startswith(HIDDEN)
+            self.jobs[number] = self.running[number] = Job(one_line(label), folder, log, time.time(), is_shown)
+
+    def job_done(self, number: int) -> None:
+        """A job has gone well."""
+        with self.screen.lock:
+            job = self.running.pop(number, None)
+            if job is not None and self.stages and job.is_shown:
+                self._stage_line("done", job, *self._result(job))
+                self._notices(job)
+
+    def job_failed(self, number: int, why: str) -> None:
+        """A job has failed; `why` is what Snakemake says of it."""
+        with self.screen.lock:
+            job = self.running.pop(number, None) or self.jobs.get(number)
+            if job is None:
+                self.error(why)
+                return
+            if job.label in self.failed:
+                return
+            self.failed.append(job.label)
+            self._notices(job)
+            self._stage_line("failed", job, time.time() - job.began, self._reason(job, why))
+            self.untold.clear()
+
+    def error(self, text: str) -> None:
+        """Snakemake has an error to tell. What only says that a job has failed waits until it is known which."""
+        if snakemake_text.is_of_failed_job(text):
+            self.untold.append(text)
+        else:
+            self._problem(snakemake_text.sentence(text), "failed")
+
+    def warning(self, text: str) -> None:
+        """Snakemake warns."""
+        if self.stages:
+            self._problem(text, "notice")
+
+    def count(self, done: int, total: int) -> None:
+        """So many jobs are done."""
+        self.done, self.total = done, total
+
+    def say(self, text: str) -> None:
+        """Show a sentence."""
+        self.screen.line(text)
+
+    def draw(self, now: float) -> None:
+        """Bring the live line up to date."""
+        with self.screen.lock:
+            self.screen.live(self._live(now) if self.running and self.stages else "")
+
+    def close(self) -> None:
+        """Snakemake is through."""
+        self.screen.live("")
+        if self.untold and not self.failed and not self.stopped:
+            self._problem(snakemake_text.sentence(self.untold[0]), "failed")
+        known = plan.current()
+        if self.stopped and self.jobs:
+            self.screen.line("Stopped; the same command goes on from here.")
+        elif self.failed:
+            self._failures(known)
+        elif known is not None and self.closing and (self.jobs or self.nothing_to_do):
+            self._closing(known)
+
+    def _begin(self, known: "plan.Plan | None") -> None:
+        if known is None or not known.jobs or not self.stages:
+            return
+        self.outlook = Outlook.of(known)
+        runs = f"run {known.runs[0]}" if len(known.runs) == 1 else f"{len(known.runs):,} runs"
+        parts = [f"{one_line(runs)}: {len(known.jobs):,} stage{'s' * (len(known.jobs) != 1)} to run"]
+        if ready := len(known.stages) - len(known.jobs):
+            parts.append(f"{ready:,} finished before")
+        left = self.outlook.left({}, self.began)
+        if left.is_learnt:
+            parts.append(f"about {duration(left.seconds)} by earlier runs")
+        self.screen.line(", ".join(parts), colour="strong")
+
+    def _stage_line(self, mark: str, job: Job, seconds: float, text: str) -> None:
+        known = plan.current()
+        names = [known.label(folder) for folder in known.jobs] if known is not None else []
+        room = min(max([LABEL, *map(len, names)]), MOST_LABEL)
+        if self.screen.columns is not None and self.screen.columns < NARROW:
+            room = 14
+        label = shortened(job.label, room)
+        sign = self.screen.coloured(self.screen.marks[mark], "good" if mark == "done" else "bad")
+        lead = f"  {sign} {label}{' ' * (room - width(label))} {duration(seconds):>{TIME}}  "
+        self.screen.line(text, hanging=room + TIME + 7, lead=lead, colour=None if mark == "done" else "bad")
+
+    def _result(self, job: Job) -> tuple[float, str]:
+        """Seconds that a job took, and what came out of it."""
+        if self.outlook is not None and job.folder is not None:
+            self.outlook.finished(job.folder)
+        known, took = plan.current(), time.time() - job.began
+        record = read_record(known.results / job.folder) if known is not None and job.folder is not None else None
+        if record is None or known is None or job.folder is None:
+            return took, one_line(self._status(job).text)
+        found = result(known.stages[job.folder].spec, record["summary"])
+        return (took, f"restored: {found}") if record["restored"] else (record["seconds"], found)
+
+    def _notices(self, job: Job) -> None:
+        for text in self._status(job).notices:
+            self._problem(text.removeprefix("warning: "), "notice")
+
+    def _problem(self, text: str, mark: str) -> None:
+        colour = "bad" if mark == "failed" else "warning"
+        lead = f"  {self.screen.coloured(self.screen.marks[mark], colour)} "
+        self.screen.line(text, hanging=4, lead=lead, colour=colour)
+
+    def _reason(self, job: Job, why: str) -> str:
+        if said_itself := self._status(job).error:
+            return said_itself
+        signal = next(filter(None, map(snakemake_text.killed_by, self.untold)), None)
+        found = OUT_OF_MEMORY if signal == "SIGKILL" else f"killed by {signal}" if signal else ""
+        said = [text for text in (found, snakemake_text.sentence(why)) if text]
+        log = f"its log is {job.log}" if job.log is not None else ""
+        return "; ".join([*(said or ["failed without saying why"]), *filter(None, [log])])
+
+    def _failures(self, known: "plan.Plan | None") -> None:
+        if known is None or not self.closing:
+            return
+        left = len(known.jobs) - self.done - len(self.failed)
+        waiting = f"; {left:,} stages that need it were not run" if left > 0 else ""
+        self.screen.line(f"Failed: {', '.join(self.failed)}{waiting}. Once that is mended, the same command goes on.")
+
+    def _closing(self, known: "plan.Plan") -> None:
+        lines = list(closing_lines(known.runs, known.results))
+        room = max([6, *(width(line.head) for line in lines)])
+        if self.jobs and self.stages:
+            self.screen.line(f"Done in {duration(time.time() - self.began)}.")
+        elif self.nothing_to_do:
+            self.screen.line("Nothing to do: everything that was asked for is there.")
+        for line in lines:
+            if line.head:
+                self.screen.line(line.text, hanging=room + 4, lead=f"  {line.head}")
+            else:
+                self.screen.line(line.text, colour="strong")
+
+    def _live(self, now: float) -> str:
+        job = next(reversed(self.running.values()))
+        statuses = {one.folder: self._status(one) for one in self.running.values() if one.folder is not None}
+        more = f" and {len(self.running) - 1} more" if len(self.running) > 1 else ""
+        text = f"{job.label}{more}, {duration(now - job.began)}"
+        if told := one_line(self._status(job).text):
+            text += f": {told}"
+        if self.outlook is None:
+            return f"  {text}"
+        began = {one.folder: one.began for one in self.running.values() if one.folder is not None}
+        left = self.outlook.left({folder: (began[folder], statuses[folder]) for folder in began}, now)
+        share = (now - self.began) / max(now - self.began + left.seconds, 1e-9)
+        head = f"{100 * share:3.0f} %"
+        if left.is_learnt or now - self.began >= TOO_EARLY:
+            head += f", about {_rounded(left.seconds)} left"
+        if (self.screen.columns or 0) >= NARROW:
+            filled = round(share * BAR)
+            head = f"{'█' * filled}{'░' * (BAR - filled)} {head}"
+        return f"  {head} · {text}"
+
+    def _status(self, job: Job) -> StageStatus:
+        return read_status(status_file(job.log)) if job.log is not None else StageStatus()
+
+
+def result(spec: StageSpec, summary: Mapping[str, Any]) -> str:
+    """What came out of a stage, one sentence. A summary of another version of the stage is shown as it is."""
+    try:
+        return one_line(spec.result(summary))
+    except (KeyError, TypeError, ValueError):
+        return one_line(figures(summary))
+
+
+def _rounded(seconds: float) -> str:
+    """A duration that doesn't pretend to know the second."""
+    step = 60 if seconds >= 600 else 10 if seconds >= 60 else 5
+    return duration(max(round(seconds / step), 1) * step)
