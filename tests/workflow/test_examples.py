@@ -16,6 +16,7 @@ EXAMPLES = sorted((ROOT / "config" / "examples").glob("*.yaml"))
 
 def dry_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "snakemake", "-n", "merged_model", "--cores", "1", "-s", str(ROOT / "Snakefile")]
+    command.append("--logger-adder-plain")
     return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
 
 

@@ -15,12 +15,15 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from adder.core import file_lock, hardware, opened_files
@@ -103,6 +106,7 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
         def busy(who: str) -> None:
             progress.say(f"{who} is still at work on this stage; waiting for it")
 
+        _interrupt_once()
         try:
             with file_lock.held(job.folder.with_name(f".{job.key}.lock"), busy) as waited:
                 if not waited:
@@ -125,6 +129,19 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
                 text = scrubbed(f"failed: {type(error).__name__}: {str(error)[:500]}", secrets)
                 progress.fail(f"{text}\n{name}: the whole story is in {job.log}", lead="")
             sys.exit(1)
+
+
+def _interrupt_once() -> None:
+    """Let a second Ctrl-C not disturb what the first one began: tidying up takes a moment."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:

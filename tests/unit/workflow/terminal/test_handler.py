@@ -40,7 +40,14 @@ def made(monkeypatch):
 
 
 def begin(handler, log=None, number=1, rule="other_rule", **extra):
-    of_rule = {"rule_msg": "Aligning", "rule_name": rule, "wildcards": {}, "output": ["x.txt"], "log": []}
+    of_rule = {
+        "rule_msg": "Aligning",
+        "rule_name": rule,
+        "wildcards": {},
+        "output": ["x.txt"],
+        "log": [],
+        "reason": "Forced execution",
+    }
     handler.emit(record(LogEvent.JOB_INFO, jobid=number, **of_rule | ({"log": [str(log)]} if log else {}) | extra))
 
 
@@ -49,7 +56,7 @@ def test_snakemake_finds_it_with_its_flag():
     assert plugin.log_handler is LogHandler and plugin.get_cli_arg("plain") == "--logger-adder-plain"
 
 
-@pytest.mark.parametrize("asked", [{"plain": True}, {"dryrun": True}, {"verbose": True}, {"printshellcmds": True}])
+@pytest.mark.parametrize("asked", [{"plain": True}, {"debug_dag": True}, {"verbose": True}, {"printshellcmds": True}])
 def test_snakemakes_own_output_is_shown_where_it_is_asked_for(made, asked):
     handler, written = made(**asked)
     begin(handler)
@@ -124,3 +131,15 @@ def test_the_first_interrupt_ends_snakemake_without_a_traceback(made):
         signal.raise_signal(signal.SIGINT)
     handler.close()
     assert written.getvalue().startswith("Stopping; ")
+
+
+def test_a_dry_run_lists_what_would_run_and_why(made):
+    handler, written = made(dryrun=True)
+    begin(handler)
+    begin(handler)
+    handler.emit(
+        record(None, "This was a dry-run (flag -n). The order of jobs does not reflect the order of execution.")
+    )
+    handler.close()
+    line, total = written.getvalue().splitlines()
+    assert line.split(maxsplit=2) == ["·", "Aligning", "it is asked for anew"] and total.startswith("1 job would run")

@@ -23,6 +23,7 @@ from adder.core.display.status import SHOWN_BY_PLUGIN
 from adder.core.display.text import one_line
 from adder.workflow.terminal import plan
 from adder.workflow.terminal.screen import Screen
+from adder.workflow.terminal.snakemake_text import configuration_mistake
 from adder.workflow.terminal.story import Story
 
 REFRESH = 0.5  # seconds
@@ -43,20 +44,21 @@ class LogHandler(LogHandlerBase):
         """Take the terminal, unless Snakemake's own output is asked for."""
         wanted = self.common_settings
         asked = isinstance(self.settings, LogHandlerSettings) and self.settings.plain
-        self.plain = asked or any((wanted.dryrun, wanted.verbose, wanted.debug_dag, wanted.printshellcmds))
+        self.plain = asked or any((wanted.verbose, wanted.debug_dag, wanted.printshellcmds))
         self.over = threading.Event()
         self.drawing: threading.Thread | None = None
         if self.plain:
             return
         os.environ[SHOWN_BY_PLUGIN] = "1"
         quiet = {str(getattr(one, "name", one)).lower() for one in wanted.quiet or ()}
-        screen = Screen(sys.stderr, colour=not wanted.nocolor)
-        self.story = Story(screen, stages=not quiet & {"all", "rules", "progress"}, closing="all" not in quiet)
+        screen = Screen(sys.stdout if wanted.stdout else sys.stderr, colour=not wanted.nocolor)
+        stages = not quiet & {"all", "rules", "progress"}
+        self.story = Story(screen, stages, closing="all" not in quiet, is_plan=wanted.dryrun)
         self.heard: dict[LogEvent | None, Callable[[Any], None]] = {
             LogEvent.JOB_INFO: self._job_begins,
             LogEvent.JOB_FINISHED: lambda record: self.story.job_done(record.job_id),
             LogEvent.JOB_ERROR: lambda record: self.story.job_failed(record.jobid, str(record.rule_msg or "")),
-            LogEvent.ERROR: lambda record: self.story.error(record.getMessage()),
+            LogEvent.ERROR: lambda record: self._error(record.getMessage()),
             LogEvent.PROGRESS: lambda record: self.story.count(record.done, record.total),
             None: self._message,
         }
@@ -119,10 +121,15 @@ class LogHandler(LogHandlerBase):
             side_job or one_line(str(record.rule_msg or record.rule_name)),
             output[0] if output else "",
             Path(log[0]) if log else None,
+            str(record.reason or ""),
         )
         if self.drawing is None and self.story.screen.is_live:
             self.drawing = threading.Thread(target=self._draw, daemon=True)
             self.drawing.start()
+
+    def _error(self, text: str) -> None:
+        unread = plan.current() is None and "load_configfile" in text
+        self.story.error((configuration_mistake(sys.argv[1:]) if unread else None) or text)
 
     def _message(self, record: LogRecord) -> None:
         text = record.getMessage() if record.msg else ""

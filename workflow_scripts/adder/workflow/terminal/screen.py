@@ -25,9 +25,9 @@ class Screen:
         self.has_colours = self.is_live and colour and not os.environ.get("NO_COLOR")
         self.lock = threading.RLock()
         self._live = ""
-        self.marks = {"done": "✓", "restored": "✓", "failed": "✗", "notice": "!"}
+        self.marks = {"done": "✓", "failed": "✗", "notice": "!", "planned": "·"}
         if not _can_encode(stream, "".join(self.marks.values()) + "█░…·"):
-            self.marks = {"done": "+", "restored": "+", "failed": "x", "notice": "!"}
+            self.marks = {"done": "+", "failed": "x", "notice": "!", "planned": "-"}
             self.is_live = False
 
     @property

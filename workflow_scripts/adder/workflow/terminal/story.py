@@ -43,11 +43,15 @@ class Job:
 
 @dataclass
 class Story:
-    """What has happened so far. stages: whether stages get lines; closing: whether the end does."""
+    """What has happened so far.
+
+    stages: whether stages get lines; closing: whether the end does. is_plan: whether nothing runs, as with -n.
+    """
 
     screen: Screen
     stages: bool = True
     closing: bool = True
+    is_plan: bool = False
     began: float = field(default_factory=time.time)
     jobs: dict[int, Job] = field(default_factory=dict)
     running: dict[int, Job] = field(default_factory=dict)
@@ -59,13 +63,18 @@ class Story:
     stopped: bool = False
     outlook: Outlook | None = None
 
-    def job_begins(self, number: int, message: str, output: str, log: Path | None) -> None:
-        """A job has been started, or handed to a cluster."""
+    def job_begins(self, number: int, message: str, output: str, log: Path | None, reason: str = "") -> None:
+        """A job has been started, or handed to a cluster; with -n, it would be. `reason`: Snakemake's."""
         folder, known = plan.stage_of(output), plan.current()
         if known is not None and folder in known.stages:
             label = known.label(folder)
         else:
             folder, label = None, message
+        if self.is_plan:
+            if output and number not in self.jobs:
+                self.jobs[number] = Job(one_line(label), folder, log, time.time(), True)
+                self._stage_line("planned", self.jobs[number], None, snakemake_text.reason(reason))
+            return
         if log is not None:  # what an earlier job there has said isn't of this one
             with contextlib.suppress(OSError):
                 status_file(log).unlink(missing_ok=True)
@@ -128,7 +137,10 @@ class Story:
         if self.untold and not self.failed and not self.stopped:
             self._problem(snakemake_text.sentence(self.untold[0]), "failed")
         known = plan.current()
-        if self.stopped and self.jobs:
+        if self.is_plan:
+            if self.closing:
+                self._planned(known)
+        elif self.stopped and self.jobs:
             self.screen.line("Stopped; the same command goes on from here.")
         elif self.failed:
             self._failures(known)
@@ -148,16 +160,30 @@ class Story:
             parts.append(f"about {duration(left.seconds)} by earlier runs")
         self.screen.line(", ".join(parts), colour="strong")
 
-    def _stage_line(self, mark: str, job: Job, seconds: float, text: str) -> None:
+    def _planned(self, known: "plan.Plan | None") -> None:
+        if self.nothing_to_do:
+            self.screen.line("Nothing to be done: everything that was asked for is there.")
+        elif self.jobs:
+            text = f"{len(self.jobs):,} job{'s' * (len(self.jobs) != 1)} would run"
+            if known is not None:
+                known.jobs = [job.folder for job in self.jobs.values() if job.folder is not None]
+                left = Outlook.of(known).left({})
+                text += f", for about {duration(left.seconds)} by earlier runs" if left.is_learnt else ""
+            self.screen.line(f"{text}; with -n nothing has.")
+
+    def _stage_line(self, mark: str, job: Job, seconds: float | None, text: str) -> None:
         known = plan.current()
         names = [known.label(folder) for folder in known.jobs] if known is not None else []
         room = min(max([LABEL, *map(len, names)]), MOST_LABEL)
         if self.screen.columns is not None and self.screen.columns < NARROW:
             room = 14
         label = shortened(job.label, room)
-        sign = self.screen.coloured(self.screen.marks[mark], "good" if mark == "done" else "bad")
-        lead = f"  {sign} {label}{' ' * (room - width(label))} {duration(seconds):>{TIME}}  "
-        self.screen.line(text, hanging=room + TIME + 7, lead=lead, colour=None if mark == "done" else "bad")
+        colour = {"done": "good", "failed": "bad", "planned": "faint"}[mark]
+        lead = f"  {self.screen.coloured(self.screen.marks[mark], colour)} {label}{' ' * (room - width(label))} "
+        if seconds is not None:
+            lead += f"{duration(seconds):>{TIME}}  "
+        hanging = room + 5 + (TIME + 2 if seconds is not None else 0)
+        self.screen.line(text, hanging=hanging, lead=lead, colour="bad" if mark == "failed" else None)
 
     def _result(self, job: Job) -> tuple[float, str]:
         """Seconds that a job took, and what came out of it."""
