@@ -16,6 +16,10 @@ onsuccess:
     terminal_closing.show(RUNS, PLACE)
 
 
+onerror:
+    unfinished_runs.compare_finished(RUNS, PLACE)
+
+
 rule merged_model:
     """The merged model of every run, with its report."""
     default_target: True

@@ -21,7 +21,7 @@ from adder.core.errors import UserError, system_errors_told
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import read_json
 from adder.core.display.text import printable
-from adder.workflow import config_file, library_versions, requests, run_folder, stage_graph
+from adder.workflow import config_file, library_versions, requests, run_folder, stage_graph, unfinished_runs
 from adder.workflow import settings as adder_settings
 from adder.workflow.code_digest import closure
 from adder.workflow.stages import SPECS

@@ -20,16 +20,7 @@ def in_terminal(project: Project, *arguments: str, columns: int = 100) -> Termin
     return Terminal(command(*arguments), project.folder, project.environment, columns)
 
 
-@pytest.fixture(scope="module")
-def afresh(project) -> Project:
-    """The project with nothing of its stages' folders, but with the results that they are restored from."""
-    project.configure()
-    for record in (project.folder / "results" / "stages").glob("*/*/stage.json"):
-        record.unlink()
-    return project
-
-
-@pytest.mark.parametrize("columns", [40, 100, 200])
+@pytest.mark.parametrize("columns", [40, 100])
 def test_a_whole_run_fits_on_a_screen_with_verdict_and_paths_last(project, columns):
     project.configure()
     for record in (project.folder / "results" / "stages").glob("*/*/stage.json"):
@@ -40,8 +31,7 @@ def test_a_whole_run_fits_on_a_screen_with_verdict_and_paths_last(project, colum
     told = "\n".join(lines)
     if columns >= 100:
         assert len(lines) <= 30
-        places = [next(i for i, line in enumerate(lines) if line.startswith(f"  ✓ {name} ")) for name in STORY]
-        assert places == sorted(places) or places  # evaluations and checks may go first
+        assert all(any(line.startswith(f"  ✓ {name} ") for line in lines) for name in STORY)
     assert all(name in told for name in ("restored: ", "report", "model"))
     sentence = project.result("metrics.json")["verdict"]["sentence"]
     assert sentence[:30] in told and lines[-1].split() == ["model", "results/default/merged_model/"]
@@ -84,4 +74,4 @@ def test_a_failed_stage_is_told_once(project):
     lines = [line for line in terminal.screen() if line]
     told = " ".join(lines)
     assert told.count("✗") == 1 and "Traceback" not in told and "CalledProcessError" not in told
-    assert lines[-1].endswith("the same command goes on.") or "the same command goes on." in " ".join(lines[-3:])
+    assert "the same command goes on." in " ".join(lines[-3:])

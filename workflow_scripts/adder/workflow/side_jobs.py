@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from adder.core.display.status import is_shown_by_plugin, status_file
 from adder.core.errors import UserError, system_errors_told
@@ -61,19 +62,26 @@ def check_guard(metrics: Path, result: Path, log: Path) -> None:
     write_json(result, found)
 
 
-def compare_runs(runs: Mapping[str, Mapping[str, Path]], out: Path, request: Path, log: Path) -> None:
+def compare_runs(
+    runs: Mapping[str, Mapping[str, Path]],
+    out: Path,
+    request: Path,
+    log: Path,
+    unfinished: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write the comparison's page and table into `out`, and the `request` that they answer into its place there.
 
-    `runs`: the folders of each run's stages by name.
+    `runs`: the folders of each run's stages by name. `unfinished`: why the others aren't among them; the request is
+    then not answered yet.
     """
     from adder.report.comparison import page
     from adder.report.comparison.sentences import sentence
 
     progress = _progress("compare", log)
     with _mistakes_logged(log, progress):
-        verdict = sentence(page.run(runs, out))
+        verdict = sentence(page.run(runs, out, unfinished))
         (out / COMPARED).parent.mkdir(exist_ok=True)
-        write_json(out / COMPARED, wanted_by(request))
+        write_json(out / COMPARED, {} if unfinished else wanted_by(request))
         log.write_text(f"{verdict}\n", encoding="utf-8")
         progress.say(verdict)
 

@@ -94,6 +94,6 @@ def test_kinds():
 def test_stages_one_after_the_other_and_at_once():
     left = {"a": 10.0, "b": 20.0, "c": 5.0}
     parents = {"c": ["b"], "b": [], "a": []}
-    assert together(left.items(), parents, 1) == 35
-    assert together(left.items(), parents, 8) == 25
-    assert together(left.items(), parents, 2) == 25 and together([], {}, 2) == 0
+    assert together(left, parents, 1) == 35
+    assert together(left, parents, 8) == 25
+    assert together(left, parents, 2) == 25 and together({}, {}, 2) == 0

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -52,14 +53,18 @@ class Findings(NamedTuple):
     tone: str
 
 
-def run(runs: Mapping[str, Mapping[str, Path]], out: Path) -> Comparison:
+def run(
+    runs: Mapping[str, Mapping[str, Path]], out: Path, unfinished: Mapping[str, str] = MappingProxyType({})
+) -> Comparison:
     """Write `compare.html` and `compare.csv` into `out`; return what they show.
 
     `runs`: for each run the finished folders of its stages, under the names by which the report knows them, and that
-    of `report` itself. Raises UserError where a folder is incomplete or the runs have no score in common.
+    of `report` itself. `unfinished`: why the other runs of the configuration have none, by run. Raises UserError where
+    a folder is incomplete or the runs have no score in common.
     """
     found = compare(runs)
-    page, rows = render("compare", build_view(found), ("report.css", "compare.css")), table(found)
+    view = build_view(found) | {"unfinished": list(unfinished.items())}
+    page, rows = render("compare", view, ("report.css", "compare.css")), table(found)
     (out / "compare.html").write_text(page, encoding="utf-8")
     (out / "compare.csv").write_text(rows, encoding="utf-8")
     return found

@@ -175,11 +175,10 @@ def this_machine() -> tuple[Any, ...]:
     return found["cpu"], found["cores"]
 
 
-def together(left: Iterable[tuple[str, float]], parents: Mapping[str, Iterable[str]], at_once: int) -> float:
-    """Seconds until all of these (name, seconds) are done: one after the other, or `at_once` of them as far as what
-    they read allows.
+def together(seconds: Mapping[str, float], parents: Mapping[str, Iterable[str]], at_once: int) -> float:
+    """Seconds until all stages are done, {name: seconds}: one after the other, or `at_once` of them as far as what they
+    read allows.
     """
-    seconds = dict(left)
     if at_once <= 1 or not seconds:
         return sum(seconds.values())
     ends: dict[str, float] = {}

@@ -38,8 +38,8 @@ class Plan:
         name = planned.name.replace("_", " ")
         if len(planned.runs) == len(self.runs):
             return name
-        more = f" +{len(planned.runs) - 1}" if len(planned.runs) > 1 else ""
-        return f"{name} {planned.runs[0]}{more}"
+        first, *others = planned.runs
+        return f"{name} {first}" + (f" +{len(others)}" if others else "")
 
 
 # The jobs that aren't a stage, by their rules: what a line calls each.

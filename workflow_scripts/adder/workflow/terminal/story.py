@@ -220,14 +220,19 @@ class Story:
         left = len(known.jobs) - self.done - len(self.failed)
         waiting = f"; {left:,} stages that need it were not run" if left > 0 else ""
         self.screen.line(f"Failed: {', '.join(self.failed)}{waiting}. Once that is mended, the same command goes on.")
+        if len(known.runs) > 1:
+            self._closing_lines(known)
 
     def _closing(self, known: "plan.Plan") -> None:
-        lines = list(closing_lines(known.runs, known.results))
-        room = max([6, *(width(line.head) for line in lines)])
         if self.jobs and self.stages:
             self.screen.line(f"Done in {duration(time.time() - self.began)}.")
         elif self.nothing_to_do:
             self.screen.line("Nothing to do: everything that was asked for is there.")
+        self._closing_lines(known)
+
+    def _closing_lines(self, known: "plan.Plan") -> None:
+        lines = list(closing_lines(known.runs, known.results))
+        room = max([6, *(width(line.head) for line in lines)])
         for line in lines:
             if line.head:
                 self.screen.line(line.text, hanging=room + 4, lead=f"  {line.head}")
