@@ -3,6 +3,7 @@
 Snakemake's records come in one thread, the live line is drawn by another; what both use is under the screen's lock.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from snakemake_interface_logger_plugins.settings import LogHandlerSettingsBase
 
 from adder.core.display.status import SHOWN_BY_PLUGIN
 from adder.core.display.text import one_line
-from adder.workflow.terminal import plan
+from adder.workflow.terminal import job_stderr, plan
 from adder.workflow.terminal.screen import Screen
 from adder.workflow.terminal.snakemake_text import configuration_mistake
 from adder.workflow.terminal.story import Story
@@ -54,6 +55,8 @@ class LogHandler(LogHandlerBase):
         screen = Screen(sys.stdout if wanted.stdout else sys.stderr, colour=not wanted.nocolor)
         stages = not quiet & {"all", "rules", "progress"}
         self.story = Story(screen, stages, closing="all" not in quiet, is_plan=wanted.dryrun)
+        self.at_end = contextlib.ExitStack()
+        plan.call_at_begin(self._keep_jobs_off)
         self.heard: dict[LogEvent | None, Callable[[Any], None]] = {
             LogEvent.JOB_INFO: self._job_begins,
             LogEvent.JOB_FINISHED: lambda record: self.story.job_done(record.job_id),
@@ -109,9 +112,18 @@ class LogHandler(LogHandlerBase):
             self.over.set()
             if self.drawing is not None:
                 self.drawing.join()
+            plan.call_at_begin(None)
             self.story.close()
+            self.at_end.close()
             os.environ.pop(SHOWN_BY_PLUGIN, None)
         super().close()
+
+    def _keep_jobs_off(self, known: plan.Plan) -> None:
+        log = known.results / "logs" / "jobs.stderr.log"
+        terminal = self.at_end.enter_context(job_stderr.kept_in(log))
+        with self.story.screen.lock:
+            self.story.jobs_wrote = log
+            self.story.screen.stream = terminal
 
     def _job_begins(self, record: Any) -> None:
         output, log = list(record.output or ()), list(record.log or ())

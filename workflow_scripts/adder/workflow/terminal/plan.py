@@ -1,7 +1,7 @@
 """What a Snakemake has before it, as the Snakefile tells it to the logger plugin in the same process."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,7 @@ def side_job(rule: str, run: str | None) -> str | None:
 
 class _Announced:
     plan: Plan | None = None
+    on_begin: Callable[[Plan], object] | None = None
 
 
 def announce(runs: Mapping[str, Mapping[str, Stage]], results: Path) -> None:
@@ -74,6 +75,13 @@ def begin(outputs: Iterable[str], at_once: int) -> None:
         found = (stage_of(path) for path in outputs)
         _Announced.plan.jobs = [folder for folder in found if folder in _Announced.plan.stages]
         _Announced.plan.at_once = at_once
+        if _Announced.on_begin is not None:
+            _Announced.on_begin(_Announced.plan)
+
+
+def call_at_begin(action: Callable[[Plan], object] | None) -> None:
+    """Have `action` called before the first job, in the thread that starts the jobs."""
+    _Announced.on_begin = action
 
 
 def current() -> Plan | None:

@@ -14,6 +14,7 @@ from adder.core.stage_spec import StageSpec, figures
 from adder.workflow.stage_runner import read_record
 from adder.workflow.terminal import plan, snakemake_text
 from adder.workflow.terminal.closing import closing_lines
+from adder.workflow.terminal.job_stderr import last_words
 from adder.workflow.terminal.outlook import Outlook
 from adder.workflow.terminal.screen import Screen
 
@@ -62,6 +63,8 @@ class Story:
     nothing_to_do: bool = False
     stopped: bool = False
     outlook: Outlook | None = None
+    jobs_wrote: Path | None = None
+    """Where what jobs wrote to standard error by themselves is."""
 
     def job_begins(self, number: int, message: str, output: str, log: Path | None, reason: str = "") -> None:
         """A job has been started, or handed to a cluster; with -n, it would be. `reason`: Snakemake's."""
@@ -208,9 +211,13 @@ class Story:
     def _reason(self, job: Job, why: str) -> str:
         if said_itself := self._status(job).error:
             return said_itself
+        if self.stopped:
+            return "stopped"
         signal = next(filter(None, map(snakemake_text.killed_by, self.untold)), None)
         found = OUT_OF_MEMORY if signal == "SIGKILL" else f"killed by {signal}" if signal else ""
         said = [text for text in (found, snakemake_text.sentence(why)) if text]
+        if not said and self.jobs_wrote is not None and (last := last_words(self.jobs_wrote)):
+            said = [f"{one_line(last)} (more in {self.jobs_wrote})"]
         log = f"its log is {job.log}" if job.log is not None else ""
         return "; ".join([*(said or ["failed without saying why"]), *filter(None, [log])])
 
