@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adder.core import file_lock
+from adder.core.display.text import printable
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
 from adder.core.progress import Progress
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.command(parsed)
     except UserError as error:
-        print(f"adder: {error}", file=sys.stderr)
+        print(printable(f"adder: {error}"), file=sys.stderr)
         return 1
     return 0
 
@@ -85,7 +86,7 @@ def _layered(files: list[str]) -> dict[str, Any]:
 
 
 def _tell(text: str) -> None:
-    print(f"adder: {text}", file=sys.stderr)
+    print(printable(f"adder: {text}"), file=sys.stderr)
 
 
 def _check(parsed: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from adder.core.files import atomic_write
 
+# Bytes of a status, so that there is room for the last one on a full disk.
+ROOM = 4096
 # Set where the terminal is Snakemake's logger plugin's: jobs then leave it alone.
 SHOWN_BY_PLUGIN = "ADDER_TERMINAL"
 
@@ -34,9 +36,23 @@ def status_file(log: Path) -> Path:
 
 
 def write_status(file: Path, status: StageStatus) -> None:
-    """Write the status; a place that can't be written to is no reason to end anything."""
-    with contextlib.suppress(OSError), atomic_write(file) as partial:
-        partial.write_text(json.dumps(asdict(status)), encoding="utf-8", errors="backslashreplace")
+    """Write the status; a place that can't be written to is no reason to end anything.
+
+    A full disk is: there it goes into the room that an earlier one has taken.
+    """
+    text = _written(status)
+    try:
+        with atomic_write(file) as partial:
+            partial.write_bytes(text)
+    except OSError:
+        with contextlib.suppress(OSError), file.open("r+b") as taken:
+            room = file.stat().st_size
+            short = StageStatus(text=status.text[:300], at=status.at, error=(status.error or "")[:1000] or None)
+            taken.write((text if len(text) <= room else _written(short))[:room].ljust(room))
+
+
+def _written(status: StageStatus) -> bytes:
+    return json.dumps(asdict(status)).encode().ljust(ROOM)
 
 
 def read_status(file: Path) -> StageStatus:

@@ -1,6 +1,7 @@
 """The story of a run as the terminal tells it: a line for each stage that has ended, errors once, the verdict last."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ TOO_EARLY = 20  # seconds, before which nothing is said of the time left unless 
 TIME = 9  # columns
 BAR = 16
 NARROW = 70  # columns, below which lines have less beside their text
+FULL = 1 << 20  # bytes
 HIDDEN = "link"  # its results are what stands last
 OUT_OF_MEMORY = "killed by SIGKILL, which is mostly the machine's memory running out"
 
@@ -216,6 +218,9 @@ class Story:
         signal = next(filter(None, map(snakemake_text.killed_by, self.untold)), None)
         found = OUT_OF_MEMORY if signal == "SIGKILL" else f"killed by {signal}" if signal else ""
         said = [text for text in (found, snakemake_text.sentence(why)) if text]
+        known = plan.current()
+        if not said and known is not None and is_full(known.results):
+            return f"the disk of {known.results}/ has no room left: make room, then the same command goes on"
         if not said and self.jobs_wrote is not None and (last := last_words(self.jobs_wrote)):
             said = [f"{one_line(last)} (more in {self.jobs_wrote})"]
         log = f"its log is {job.log}" if job.log is not None else ""
@@ -282,3 +287,11 @@ def _rounded(seconds: float) -> str:
     """A duration that doesn't pretend to know the second."""
     step = 60 if seconds >= 600 else 10 if seconds >= 60 else 5
     return duration(max(round(seconds / step), 1) * step)
+
+
+def is_full(place: Path) -> bool:
+    """Whether a disk has no room for the little that a job would have said."""
+    try:
+        return shutil.disk_usage(place).free < FULL
+    except OSError:
+        return False
