@@ -75,3 +75,15 @@ def test_a_failed_stage_is_told_once(project):
     told = " ".join(lines)
     assert told.count("✗") == 1 and "Traceback" not in told and "CalledProcessError" not in told
     assert "the same command goes on." in " ".join(lines[-3:])
+
+
+def test_a_sweep_of_which_one_run_fails_is_compared_without_it(project):
+    project.configure({"runs": {"default": {}, "short": {"lengths": {"max_seq_length": 16}}}})
+    terminal = in_terminal(project, "compare", "-k")
+    assert terminal.run() == 1
+    told = " ".join(line.strip() for line in terminal.screen())
+    reason = "lengths.max_seq_length: 16 drops every example"
+    assert told.count("✗ lengths short") == 1 and reason in told and "results/compare.html" in told
+    page = (project.folder / "results" / "compare.html").read_text()
+    assert "<strong>short</strong>" in page and reason in page
+    assert "compare_runs" in project.snakemake("-n", "compare", config={"runs": {"default": {}}})
