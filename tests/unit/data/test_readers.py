@@ -168,3 +168,20 @@ def test_lines_that_are_lists_of_messages_are_told_from_one_list_of_rows(tmp_pat
     (tmp_path / "a.jsonl").write_text('[{"role": "user", "content": "q"}]\n' * 2)
     found = [row for _, row in read(tmp_path / "a.jsonl")]
     assert all('write it as {"messages": [...]}' in row.reason for row in found)
+
+
+def test_lines_that_end_in_commas_or_hold_several_rows_are_refused_with_the_remedy(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": "}{"},\n{"a": 2},\n')
+    assert all("; the line ends in a comma: remove these" in row.reason for _, row in read(tmp_path / "a.jsonl"))
+    (tmp_path / "b.jsonl").write_text('{"a": "}{"}{"a": 2}\n')
+    assert "; several rows stand on one line: set `format: json`" in read(tmp_path / "b.jsonl")[0][1].reason
+    assert read(tmp_path / "b.jsonl", format="json") == [(1, {"a": "}{"}), (2, {"a": 2})]
+
+
+def test_json_values_that_follow_one_another_are_rows(tmp_path):
+    rows = [{"a": number, "b": [{"c": "}\n{"}]} for number in range(3)]
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(row, indent=2) for row in rows))
+    assert [row for _, row in read(tmp_path / "a.json")] == rows
+    (tmp_path / "b.json").write_text(json.dumps(rows[0], indent=2) + "\n]")
+    with pytest.raises(UserError, match=r"b\.json: broken JSON at line 9, column 1"):
+        read(tmp_path / "b.json")

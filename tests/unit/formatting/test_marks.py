@@ -122,6 +122,13 @@ def test_names_of_other_things_are_no_marks():
     assert not is_mark("edited", False) and not is_mark("weights", [1])
 
 
+@pytest.mark.parametrize("mark", ["loss_mask", "weight", "train"])
+def test_a_mark_of_a_row_that_is_a_list_is_refused_with_what_to_write_instead(mark):
+    with pytest.raises(Rejected, match=f"the column {mark}; say it on each message"):
+        read({"messages": [user("q"), reply("a")], mark: [0, 1]})
+    read({"messages": [user("q"), reply("a")], mark: []})
+
+
 def test_a_label_beside_a_text_judges_no_reply():
     assert read({"text": "t", "label": False}, "text") == {"text": "t"}
     with pytest.raises(Undesired):

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from adder.data.repeated_keys import refuse_repeated
+
 CHUNK = 1 << 20  # characters read at a time
 MARGIN = 16  # characters: the longest piece of a value that reads as broken when it is cut (-Infinity, \uXXXX)
 SINGLE_ROW_KEYS = ("messages", "conversations")  # lists that belong to one row rather than being a list of rows
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")
-DECODER = json.JSONDecoder()
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeated)
 
 
 class BrokenJSON(ValueError):
@@ -83,6 +85,23 @@ def rows(open_text: Callable[[], TextIO], split: str | None = None) -> Iterator[
             yield dict(zip(lists, cells, strict=True))
     else:
         raise UnknownLayout(f"an object with the keys {', '.join(list(members)[:8])}" if members else "an object")
+
+
+def values(open_text: Callable[[], TextIO]) -> Iterator[Any]:
+    """The values of a document that holds one behind the other. Raises BrokenJSON."""
+    with open_text() as stream:
+        document = Document(stream)
+        while document.peek():
+            yield document.value()
+
+
+def behind_first(text: str) -> str:
+    """What stands behind the first value of a text, "" where there is none."""
+    try:
+        _, end = DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return ""
+    return text[end:].strip()
 
 
 @dataclass

@@ -20,6 +20,7 @@ from adder.core.paths import DOCUMENTS
 from adder.data import columnar, converter, csv_rows, json_stream, spreadsheet, sqlite_table
 from adder.data.compression import CHUNK, bare_name, is_compressed, open_bytes
 from adder.data.json_stream import kind
+from adder.data.repeated_keys import RepeatedKeyError, check_keys, refuse_repeated
 from adder.data.row_types import MAX_RAW, Layout, Row, Unreadable
 
 FORMATS_BY_SUFFIX = {
@@ -54,6 +55,7 @@ NO_READER = {
 }
 MAX_FIRST_LINE = 1 << 26  # characters of a first line that are looked at to tell JSON lines from JSON
 
+REPEATED = "repeated key"
 OTHER_LETTERS = re.compile(rb"[\x80-\xff]{4}")  # in languages that cp1252 is for, letters beyond ASCII stand alone
 # orjson reads whole numbers of more than 64 bits as floats, which have 15 digits: these go to Python's own reader.
 DIGITS = bytes(ord("0") if 48 <= code <= 57 else ord(" ") for code in range(256))
@@ -149,7 +151,13 @@ def json_line(line: bytes, number: int) -> Row | None:
     except ValueError:  # of either reader, also for bytes that are not UTF-8
         text = line.decode("utf-8")
         return _parse_line(text, number) if text.strip() else None
-    return value if isinstance(value, dict) else _as_row(value)
+    if not isinstance(value, dict):
+        return _as_row(value)
+    try:
+        check_keys(line, value)
+    except RepeatedKeyError as error:
+        return Unreadable(str(error), line.decode("utf-8").rstrip("\n")[:MAX_RAW], REPEATED)
+    return value
 
 
 def line_ranges(path: Path, layout: Layout, size: int) -> Iterator[tuple[int, int, int]] | None:
@@ -204,10 +212,16 @@ def _remedy(first: bytes, row: Row) -> str:
         return ""
     start = b"".join(first.split())
     if start.startswith(b"[{") and row.kind == "not an object":
-        return (
-            "; if the file is this one list of rows, set `format: json`; if each line is a conversation's list of "
-            'messages, write it as {"messages": [...]}'
-        )
+        return "; if the file is this one list of rows, set `format: json`"
+    if row.kind == "broken JSON" and start.startswith(b'{"'):
+        behind = json_stream.behind_first(first.decode("utf-8", "replace"))
+        if behind == ",":
+            return (
+                "; the line ends in a comma: remove these, or put [ before the first line and ] in place of the last "
+                "comma, and set `format: json`"
+            )
+        if behind.startswith("{"):
+            return "; several rows stand on one line: set `format: json`"
     if start in (b"[", b"{") or start.startswith((b"[{", b"[[")):
         return "; the file seems to be one JSON value rather than one a line: set `format: json`"
     return ""
@@ -228,7 +242,9 @@ def _lines(path: Path, encoding: str) -> Iterator[bytes]:
 
 def _parse_line(line: str, number: int) -> Row:
     try:
-        return _as_row(json.loads(line))
+        return _as_row(json.loads(line, object_pairs_hook=refuse_repeated))
+    except RepeatedKeyError as error:
+        return Unreadable(str(error), line.rstrip("\n")[:MAX_RAW], REPEATED)
     except json.JSONDecodeError as error:
         reason = f"broken JSON at line {number}, column {error.colno}: {error.msg}"
     except RecursionError:
@@ -241,8 +257,11 @@ def _parse_line(line: str, number: int) -> Row:
 def _as_row(value: Any) -> Row:
     if isinstance(value, dict):
         return value
+    hint = ""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        hint = '; if it is the messages of a conversation, write it as {"messages": [...]}'
     return Unreadable(
-        f"not an object with named columns but {kind(value)}",
+        f"not an object with named columns but {kind(value)}{hint}",
         str(value)[:MAX_RAW] if isinstance(value, str | int | float) else "",
         "not an object",
     )
@@ -258,9 +277,12 @@ def _read_json(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -
     except json_stream.SeveralValues as error:
         with open_text() as text:
             first = text.readline(MAX_FIRST_LINE)
-        if not isinstance(_parse_line(first, 1), dict):
+        if isinstance(_parse_line(first, 1), dict):  # JSON lines under another name are common
+            yield from _read_jsonl(path, encoding, layout, notes)
+        elif first.lstrip().startswith("{") and layout.split is None:
+            yield from _read_values(path, open_text)
+        else:
             raise UserError(_broken_json(path, error)) from error
-        yield from _read_jsonl(path, encoding, layout, notes)  # JSON lines under another name are common
     except json_stream.BrokenJSON as error:
         raise UserError(_broken_json(path, error)) from error
     except json_stream.SeveralLists as error:
@@ -270,6 +292,15 @@ def _read_json(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -
             f"{path}: expected a list of objects, or an object that holds such lists; found {error}. "
             "`convert:` can name a Python file that reads any other layout."
         ) from error
+
+
+def _read_values(path: Path, open_text: Callable[[], TextIO]) -> Iterator[tuple[int, Row]]:
+    """Objects that follow one another, each over several lines or all on one."""
+    try:
+        for number, value in enumerate(json_stream.values(open_text), 1):
+            yield number, _as_row(value)
+    except json_stream.BrokenJSON as error:
+        raise UserError(_broken_json(path, error)) from error
 
 
 def _broken_json(path: Path, error: Exception) -> str:

@@ -37,7 +37,7 @@ LEAVING_OUT = re.compile("(?<!un)mask|ignor|skip|exclud|omit|frozen|freez")
 # Names of columns that may judge a reply.
 JUDGING = re.compile(
     "(is_|was_|user_|human_)?(good|bad|correct|accept(ed|able)?|approved?|rejected|preferred|chosen|liked?|helpful|winner|won"
-    "|passed|thumbs?_?up|thumbs?_?down|thumbs?|feedback|verdict|judge?ment|vote|upvoted?|label)(_by_\\w+)?"
+    "|passed|ratings?|score|grade|reward|quality|review|outcome|status|evaluation|annotation|thumbs?_?up|thumbs?_?down|thumbs?|feedback|verdict|judge?ment|vote|upvoted?|label)(_by_\\w+)?"
 )
 _KNOWN = frozenset(MESSAGE_MARKS)
 
@@ -90,6 +90,18 @@ def is_undesired(row: Mapping[str, Any]) -> str | None:
         if key in row and verdict(row, key) is (key in UNLEARNT):
             return key
     return None
+
+
+def refuse_lists(row: Mapping[str, Any]) -> None:
+    """Raise Rejected where a row's mark is a list: one for each message or token, which only these can have."""
+    if row.keys().isdisjoint(_ROW_MARKS):
+        return
+    key = next((key for key in ROW_MARKS if isinstance(row.get(key), list) and row[key]), None)
+    if key is not None:
+        raise Rejected(
+            "a row's mark that is a list",
+            f"the column {key}; say it on each message, as `train: false`, or on its parts, as `train_detail`",
+        )
 
 
 def doubtful(row: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from adder.data.repeated_keys import refuse_repeated
 from adder.formatting import api_messages
 from adder.formatting.api_messages import OTHER_PART, kind_of_part, own_text
 from adder.formatting.conversation import Conversation, Function, Message, Role, ToolCall
@@ -166,7 +167,9 @@ def check_order(messages: list[Message]) -> None:
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text within a row; NaN and infinities are no JSON."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant) if text.strip() else None
+        if not text.strip():
+            return None
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=refuse_repeated)
     except (ValueError, RecursionError) as error:
         reason = f"{where}: {error or 'nested too deep'}"
         if PYTHONS.match(text):

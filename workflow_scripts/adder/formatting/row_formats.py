@@ -15,7 +15,7 @@ from adder.core.errors import UserError
 from adder.formatting.api_messages import OTHER_PARTS, is_messages, text_of_parts
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
-from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, doubtful, is_undesired, learns
+from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, doubtful, is_undesired, learns, refuse_lists
 from adder.formatting.messages import (
     BLANK,
     REASONING_KEYS,
@@ -512,6 +512,7 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     mark = is_undesired(row)
     if mark is not None and not (form.name == "text" and mark in JUDGEMENTS):  # a text is no reply to judge
         raise Undesired("undesired", f"'{mark}' says that its reply is not to be learnt")
+    refuse_lists(row)
     if not source.named and form.name != "text":
         _refuse_doubt(row, source, form)
     if form.named_only and not source.named:
