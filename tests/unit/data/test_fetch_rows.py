@@ -213,3 +213,17 @@ def test_what_a_converter_opens_may_not_change_meanwhile(tmp_path):
     own = {"path": str(tmp_path / "rows.dat"), "convert": str(tmp_path / "mine.py")}
     with pytest.raises(UserError, match=r"labels.csv: changed while being read; start the workflow again"):
         write_rows(tmp_path / "data", [own])
+
+
+def test_files_that_are_read_twice_and_those_for_tests_are_named(tmp_path):
+    for name in ("train", "my-test.v2", "contest"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    listed = [{"path": f"{tmp_path}/*.jsonl"}, {"path": f"{tmp_path}/train.jsonl"}]
+    _, _, entries, *_ = write_rows(tmp_path / "data", listed)
+    notes = {f"{Path(entry['path']).name} {number}": entry.get("notes", []) for number, entry in enumerate(entries)}
+    assert [name for name, found in notes.items() if "its name says that it is for tests" in str(found)] == [
+        "my-test.v2.jsonl 1"
+    ]
+    assert [name for name, found in notes.items() if "the same file is read" in str(found)] == ["train.jsonl 3"]
+    _, _, entries, *_ = write_rows(tmp_path / "alone", [{"path": f"{tmp_path}/my-test.v2.jsonl"}])
+    assert "notes" not in entries[0]

@@ -377,3 +377,37 @@ def test_an_unknown_format_is_refused():
     with pytest.raises(UserError, match="rows: there is no row format 'dialog'; known are messages, sharegpt"):
         read({"question": "q"}, "dialog")
     assert row_format_names() == ("auto", *ROW_FORMATS)
+
+
+SAID = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
+@pytest.mark.parametrize("history", [SAID, [["x", "y"]]])
+@pytest.mark.parametrize("column", ["history", "chat_history"])
+def test_what_was_said_before_stands_before_the_question(history, column):
+    for row in ({"question": "q", "answer": "b"}, {"prompt": "q", "completion": "b"}, {"input": "q", "output": "b"}):
+        assert messages_of({**row, column: history}) == [*SAID, user("q"), reply("b")]
+    assert messages_of({"question": "q", "answer": "b", column: []}) == [user("q"), reply("b")]
+
+
+def test_messages_that_nothing_reads_are_asked_about():
+    row = {"question": "q", "answer": "b", "earlier": SAID}
+    with pytest.raises(Rejected, match="`columns: {chat_history: earlier}` has them stand before it"):
+        read(row)
+    assert messages_of(row, columns={"chat_history": "earlier"}) == [*SAID, user("q"), reply("b")]
+    assert messages_of(row, "question_answer") == [user("q"), reply("b")]
+    with pytest.raises(Rejected, match="`columns: {chat_history: context}`"):
+        read({"question": "q", "answer": "b", "context": SAID})
+
+
+def test_a_reply_that_is_calls_is_one_of_the_assistants():
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"type": "function", "function": {"name": "g", "arguments": "{}"}}]
+    found = messages_of({"question": "q", "answer": calls, "tools": [{"name": "f"}]})
+    assert found[1] == reply("", tool_calls=[call("f", {"x": 1}), call("g", {})])
+
+
+def test_instructions_beside_a_list_of_messages_are_the_system_message():
+    row = {"instructions": "s", "input": [user("q")], "output": "a"}
+    assert messages_of(row) == [system("s"), user("q"), reply("a")]
+    assert messages_of({**row, "instructions": None}) == [user("q"), reply("a")]
+    assert messages_of({"instructions": "s", "input": "i", "output": "a"}) == [user("s\n\ni"), reply("a")]

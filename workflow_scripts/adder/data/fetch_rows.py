@@ -1,6 +1,7 @@
 """The stage "data": the raw rows of every source as JSON lines."""
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +12,7 @@ from adder.core import opened_files, parallel
 from adder.core.files import write_json
 from adder.core.stage_spec import Context, NoInputs
 from adder.data import raw_rows, readers, sources
+from adder.data.compression import bare_name
 from adder.data.converter import imported_files
 from adder.data.records import Reading, RowSummary, SourceRecord, Split
 from adder.data.stage import RowSettings, Source
@@ -18,6 +20,7 @@ from adder.data.stage import RowSettings, Source
 PROGRESS_EVERY = 10_000  # rows
 RANGE = 1 << 20  # bytes of a file that a process reads at once
 READERS = 4  # processes at most: writing is for one
+FOR_TESTS = {"test", "valid", "validation", "val", "dev", "eval", "heldout", "holdout"}  # in names of files
 WRITE_BUFFER = 1 << 20  # bytes
 
 
@@ -38,6 +41,7 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
         for split, where, listed in groups
         for number, source in enumerate(listed)
     ]
+    _note_files(fetched)
     names = iter(sources.short_names([file for _, _, files in fetched for file in files]))
     records: list[SourceRecord] = []
     readings: dict[str, Reading] = {}
@@ -72,6 +76,25 @@ def _noting_what_is_opened(
     converter = Path(source.convert).expanduser().absolute()
     known = [*(file.path for file in files if file.path), converter, *imported_files(converter)]
     return opened_files.noted(source.convert, known, also_read, context)
+
+
+def _note_files(fetched: list[tuple[Split | None, Source, list[sources.File]]]) -> None:
+    """Note of files that are read more than once, and of those among others whose names say that they are for tests."""
+    seen: set[tuple[Path, str | None, str | None]] = set()
+    for split, _, files in fetched:
+        for file in files:
+            if file.path is None:
+                continue
+            place = (file.path.resolve(), file.layout.table, file.layout.split)
+            if place in seen:
+                file.notes["the same file is read for another source, or twice for this one"] = 1
+            seen.add(place)
+            words = set(re.split(r"[^a-z]+", bare_name(file.path).lower()))
+            if split in (None, "train") and len(files) > 1 and not words.isdisjoint(FOR_TESTS):
+                file.notes[
+                    "its name says that it is for tests, and it is read as one to train on: name the others by a "
+                    "pattern that leaves it out, and this one in data.heldout.sources or data.tests"
+                ] = 1
 
 
 def _write_source(

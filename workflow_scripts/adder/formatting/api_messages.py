@@ -116,9 +116,33 @@ def is_messages(value: Any) -> bool:
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
     first = value[0]
+    if is_calls(value):
+        return False
     if _kind_of_item(first) is not None:
         return True
     return "type" not in first or any(key in first for key in ROLE_KEYS) or _speaker(first) is not None
+
+
+def is_said(value: Any) -> bool:
+    """Whether a value is a list of messages of which each says who speaks, and what."""
+    return is_messages(value) and all(
+        isinstance(one, dict) and any(key in one for key in ROLE_KEYS) and content_key(one) is not None for one in value
+    )
+
+
+def is_calls(value: Any) -> bool:
+    """Whether a value is a list of tool calls: {name, arguments}, or OpenAI's form."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(one, dict)
+            and "role" not in one
+            and one.get("type") in (None, "function")
+            and ({"name", "arguments"} <= one.keys() or isinstance(one.get("function"), dict))
+            for one in value
+        )
+    )
 
 
 def text_of_parts(value: Any) -> Any:

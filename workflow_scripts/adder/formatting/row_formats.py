@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
-from adder.formatting.api_messages import OTHER_PARTS, is_messages, text_of_parts
+from adder.formatting.api_messages import OTHER_PARTS, is_calls, is_messages, is_said, text_of_parts
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
 from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, doubtful, is_undesired, learns, refuse_lists
@@ -268,7 +268,8 @@ def _history(row: Row) -> list[Message]:
             turns += read_messages(history, name)
             continue
         if not isinstance(history, list):
-            raise Rejected(f"{name} {HISTORY}", f"found {json_type(history)}")
+            made = f'; `prompt: "{{{name}}}\\n\\n{{…}}"` makes a text part of the prompt'
+            raise Rejected(f"{name} {HISTORY}", f"found {json_type(history)}{made}")
         for number, pair in enumerate(history, 1):
             if not isinstance(pair, list) or len(pair) != 2:
                 raise Rejected(f"{name} {HISTORY}", f"entry {number} is none")
@@ -285,6 +286,8 @@ def _replies(row: Row, column: str) -> list[Message]:
         return read_messages(value, column)
     if isinstance(value, list) and any(isinstance(part, dict) and part.get("type") in OTHER_PARTS for part in value):
         return read_messages([{"role": "assistant", "content": value}], column)
+    if is_calls(value):
+        return read_messages([{"role": "assistant", "content": "", "tool_calls": value}], column)
     return [_reply(row, column)]
 
 
@@ -395,7 +398,8 @@ def candidates(columns: Iterable[str], named: Iterable[str] = ()) -> list[Candid
     """The ways in which a row of these columns can be read. `named`: those that the user gave their names."""
     there = set(columns)
     forms = [form for form in ROW_FORMATS.values() if there.issuperset(form.known_by)]
-    meant = [form for form in forms if set(form.known_by) <= set(named)]
+    # What was said before may be named beside a question, too.
+    meant = [form for form in forms if set(form.known_by) <= set(named) and form.name not in HISTORIES]
     if meant:
         return [Candidate(meant[0], {name: name for name in meant[0].known_by})]
     own = [form for form in forms if form.name not in PAIRS and form.name not in LAST and there.isdisjoint(form.unless)]
@@ -550,8 +554,16 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
 
 
 def _refuse_unread_text(row: Row, form: RowFormat, asked: str, source: SourceFormat) -> None:
-    """Raise Rejected where nothing reads a text that is long, longer than what is asked: the row may be about it."""
+    """Raise Rejected where nothing reads a text that is long, longer than what is asked, or messages: the row may be
+    about them.
+    """
     for name in _unread(tuple(row), form.name):
+        if is_said(row[name]):
+            raise Rejected(
+                f"nothing reads the column {name[:40]}, messages that the row may go on from",
+                f"`columns: {{chat_history: {name[:40]}}}` has them stand before it, `row_format: {form.name}` leaves "
+                "them out",
+            )
         size = text_size(row[name])
         if size >= LONG_TEXT and size > len(asked):
             column = form.known_by[0]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adder.data.field_template import folded
+from adder.formatting.api_messages import is_said
 from adder.formatting.column_names import COMPANION
 from adder.formatting.marks import ROW_MARKS
 from adder.formatting.messages import BLANK, as_text
@@ -144,6 +145,10 @@ def document_text(value: Any, where: str) -> str:
     """A context as text: documents one after the other, each under its title."""
     if value in (*BLANK, {}) or (isinstance(value, str) and not value.strip()):
         return ""
+    if is_said(value):
+        raise Rejected(
+            "a context that is messages", f"`columns: {{chat_history: {where}}}` has them stand before the rest"
+        )
     if isinstance(value, list):
         return "\n\n".join(text for part in value if (text := document_text(part, where)))
     if isinstance(value, dict):
@@ -161,5 +166,7 @@ def _shows(prompt: str, letter: str) -> bool:
 
 def _holds_options(name: str, value: Any) -> bool:
     """Whether a column may be one of the options, or all of them."""
+    if is_said(value):
+        return False
     texts = isinstance(value, dict) or (isinstance(value, list) and not any(isinstance(one, float) for one in value))
     return texts or OPTION_NAME.fullmatch(folded(name)) is not None
