@@ -7,7 +7,7 @@ import pytest
 
 from adder.core.errors import UserError
 from data_stages import data, read, write_rows
-from spreadsheets import write_ods, write_xlsx
+from spreadsheets import write_ods, write_xls, write_xlsb, write_xlsx
 
 SHEET = [
     ["Question", " answer ", "stars", "seen", "day"],
@@ -23,10 +23,11 @@ ROWS = [
 
 def made(tmp_path, ending, sheets, **how):
     path = tmp_path / f"rows{ending}"
-    return write_ods(path, sheets) if ending == ".ods" else write_xlsx(path, sheets, **how)
+    write = {".ods": write_ods, ".xls": write_xls, ".xlsb": write_xlsb}.get(ending, write_xlsx)
+    return write(path, sheets, **how)
 
 
-@pytest.mark.parametrize("ending", [".xlsx", ".ods", ".xlsm"])
+@pytest.mark.parametrize("ending", [".xlsx", ".ods", ".xlsm", ".xls", ".xlsb"])
 def test_the_only_sheet_is_read_with_its_values(tmp_path, ending):
     sheet = [
         row if ending != ".ods" else [cell if cell != "Wie groß?\nSehr?" else "Wie groß?" for cell in row]
@@ -44,7 +45,7 @@ def test_the_only_sheet_is_read_with_its_values(tmp_path, ending):
     assert [row["Question"] for _, row in read(tmp_path / f"b{ending}.gz")] == [row["Question"] for row in expected]
 
 
-@pytest.mark.parametrize("ending", [".xlsx", ".ods"])
+@pytest.mark.parametrize("ending", [".xlsx", ".ods", ".xls", ".xlsb"])
 def test_one_of_several_sheets_must_be_named(tmp_path, ending):
     path = made(tmp_path, ending, {"a": SHEET, "b": SHEET[:2], "c": []})
     with pytest.raises(UserError, match=r"2 of its sheets hold anything; name one by `table:` \(a, b, c\)"):
@@ -56,7 +57,7 @@ def test_one_of_several_sheets_must_be_named(tmp_path, ending):
         read(made(tmp_path, ending, {"c": []}))
 
 
-@pytest.mark.parametrize("ending", [".xlsx", ".ods"])
+@pytest.mark.parametrize("ending", [".xlsx", ".ods", ".xls", ".xlsb"])
 def test_columns_without_a_name_and_tables_that_begin_elsewhere(tmp_path, ending):
     rows = [[None] * 4, [None, "question", None, "answer"], [None, "q", None, "a"], ["note", "q", None, "b"]]
     _, records, *_ = write_rows(tmp_path / "data", [{"path": str(made(tmp_path, ending, {"a": rows}))}])
@@ -65,9 +66,10 @@ def test_columns_without_a_name_and_tables_that_begin_elsewhere(tmp_path, ending
     assert records[1]["kind"] == "cells unlike the header" and "note; q" in records[1]["raw"]
 
 
-def test_merged_cells_have_their_value_in_each_row(tmp_path):
+@pytest.mark.parametrize("ending", [".xlsx", ".xls"])
+def test_merged_cells_have_their_value_in_each_row(tmp_path, ending):
     rows = [["context", "question", "answer"], ["c", "q1", "a1"], [None, "q2", "a2"], ["d", "q3", "a3"]]
-    path = write_xlsx(tmp_path / "a.xlsx", {"a": rows}, merged=["A2:A3"])
+    path = made(tmp_path, ending, {"a": rows}, merged=["A2:A3"])
     _, records, entries, *_ = write_rows(tmp_path / "data", [{"path": str(path)}])
     assert [row["context"] for row in data(records)] == ["c", "c", "d"]
     assert entries[0]["notes"] == ["cells that are merged have their value in each of their rows"]
