@@ -17,6 +17,7 @@ from adder.formatting.row_formats import (
     to_conversation,
     to_prompt,
 )
+from adder.formatting.row_notes import notes_of
 from format_stage import (
     call,
     format_of,
@@ -411,3 +412,34 @@ def test_instructions_beside_a_list_of_messages_are_the_system_message():
     assert messages_of(row) == [system("s"), user("q"), reply("a")]
     assert messages_of({**row, "instructions": None}) == [user("q"), reply("a")]
     assert messages_of({"instructions": "s", "input": "i", "output": "a"}) == [user("s\n\ni"), reply("a")]
+
+
+LOGGED = {
+    "id": 1,
+    "request": {"system": "s", "messages": [user("q")], "tools": [{"name": "f", "input_schema": {"type": "object"}}]},
+    "response": {"content": [{"type": "text", "text": "Wait. "}, {"type": "tool_use", "name": "f", "input": {"x": 1}}]},
+}
+TOLD = {"prompt": "request.messages", "completion": "response.content", "system": "request.system"}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_columns_may_stand_within_others(as_text):
+    row = {**LOGGED, "request": json.dumps(LOGGED["request"])} if as_text else LOGGED
+    found = read(row, columns={**TOLD, "tools": "request.tools"})
+    assert found["messages"] == [system("s"), user("q"), reply("Wait. ", tool_calls=[call("f", {"x": 1})])]
+    assert found["tools"] == [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    source = format_of(row, columns=TOLD)
+    assert {"request", "response"} <= source.own_columns()
+    whole = {"trace": {"messages": [user("q"), reply("a", odd=1)]}}
+    assert messages_of(whole, columns={"messages": "trace.messages"}) == [user("q"), reply("a")]
+    notes = list(notes_of(whole, format_of(whole, columns={"messages": "trace.messages"})))
+    assert notes == ["nothing reads the key 'odd' of messages"]
+
+
+def test_a_column_within_another_that_is_nowhere_is_refused():
+    with pytest.raises(UserError, match=r"`columns: {messages: reply.messages}` names a column that no row has"):
+        format_of(LOGGED, columns={"messages": "reply.messages"})
+    with pytest.raises(Rejected, match="messages is not a list: found nothing"):
+        read(LOGGED, columns={"messages": "request.turns"})
+    with pytest.raises(Rejected, match=r"messages stand in request.messages: `columns: {messages: request.messages}`"):
+        read(LOGGED)

@@ -61,6 +61,17 @@ def parse(template: str) -> FieldTemplate:
     return FieldTemplate(tuple(part for part in parts if part))
 
 
+def nested(name: str, columns: Collection[str]) -> Field | None:
+    """Where a name with dots, such as `request.messages`, points to within one of the columns; None for other names."""
+    if "." not in name or name in columns:
+        return None
+    try:
+        field = _bound(Field(name, name), columns)
+    except KeyError:
+        return None
+    return field if field.path else None
+
+
 def folded(name: str) -> str:
     """A column's name as names are compared."""
     return re.sub(r"[\s\-]+", "_", name.strip().lower())

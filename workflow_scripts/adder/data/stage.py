@@ -78,7 +78,8 @@ class Source(Section):
     row_format: str = "auto"
     """What a row is; `auto` goes by its columns. `preference` trains on the `chosen` reply; `text` on all of a text."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Names of the row format's columns in this source, where they differ: `{question: problem, answer: solution}`."""
+    """Names of the row format's columns in this source, where they differ: `{question: problem, answer: solution}`.
+    `request.messages` is a key within a column."""
     prompt: str | None = None
     """What is asked, made of columns in braces: `"{context}\\n\\n{question}"`; `{answers.text.0}` looks into a
     value."""

@@ -37,7 +37,7 @@ LEAVING_OUT = re.compile("(?<!un)mask|ignor|skip|exclud|omit|frozen|freez")
 # Names of columns that may judge a reply.
 JUDGING = re.compile(
     "(is_|was_|user_|human_)?(good|bad|correct|accept(ed|able)?|approved?|rejected|preferred|chosen|liked?|helpful|winner|won"
-    "|passed|ratings?|score|grade|reward|quality|review|outcome|status|evaluation|annotation|thumbs?_?up|thumbs?_?down|thumbs?|feedback|verdict|judge?ment|vote|upvoted?|label)(_by_\\w+)?"
+    "|passed|ratings?|score|grade|reward|quality|review|outcome|status|success(ful)?|succeeded|solved|resolved|evaluation|annotation|thumbs?_?up|thumbs?_?down|thumbs?|feedback|verdict|judge?ment|vote|upvoted?|label)(_by_\\w+)?"
 )
 _KNOWN = frozenset(MESSAGE_MARKS)
 

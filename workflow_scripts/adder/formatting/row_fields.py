@@ -11,7 +11,7 @@ from adder.core.errors import UserError
 from adder.data.field_template import Field, FieldTemplate, folded, parse
 from adder.data.records import Reading
 from adder.formatting.column_names import asked_columns, reply_columns
-from adder.formatting.messages import BLANK, as_text
+from adder.formatting.messages import BLANK, as_text, is_message
 from adder.formatting.rejected import Rejected, json_type
 from adder.formatting.task_columns import OPTIONS, document_text, options_text
 
@@ -74,12 +74,16 @@ class RowFields:
     def notes(self, row: Row) -> Iterator[str]:
         """What is to be known of how the templates take one row."""
         for name, template in self.templates.items():
-            values = [(field, _value(field, row)) for field in template.fields]
+            values = [(field, value_of(field, row)) for field in template.fields]
             yield from (
                 f"'{field.written}' in `{name}` is {json_type(value)}, written as JSON"
                 for field, value in values
                 if isinstance(value, bool | int | float)
-                or (isinstance(value, dict) and document_text(value, field.written).startswith("{"))
+                or (
+                    isinstance(value, dict)
+                    and not is_message(value)
+                    and document_text(value, field.written).startswith("{")
+                )
             )
             if len(values) > 1 or any(isinstance(part, str) for part in template.parts):
                 yield from (f"'{field.written}' in `{name}` is empty" for field, value in values if _is_blank(value))
@@ -137,7 +141,7 @@ def _bound(source: str, name: str, template: FieldTemplate, columns: Collection[
 def _filled(name: str, template: FieldTemplate, row: Row) -> Any:
     """A template's text; of a column alone its value as it is."""
     fields = template.fields
-    values = {field: _value(field, row) for field in fields}
+    values = {field: value_of(field, row) for field in fields}
     empty = [field for field, value in values.items() if _is_blank(value)]
     if len(template.parts) == 1 and fields and not empty:
         return values[fields[0]]
@@ -149,7 +153,8 @@ def _filled(name: str, template: FieldTemplate, row: Row) -> Any:
     return "".join(texts).strip() if empty else "".join(texts)
 
 
-def _value(field: Field, row: Row) -> Any:
+def value_of(field: Field, row: Row) -> Any:
+    """The value that a field stands for in a row, also within the JSON text of a cell; None where there is none."""
     value = row.get(field.column)
     for step in field.path:
         if isinstance(value, str):

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
+from adder.data.field_template import nested
 from adder.formatting.api_messages import OTHER_PARTS, is_calls, is_messages, is_said, text_of_parts
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
@@ -28,7 +30,7 @@ from adder.formatting.messages import (
     user,
 )
 from adder.formatting.rejected import Rejected, Undesired, json_type
-from adder.formatting.row_fields import RowFields
+from adder.formatting.row_fields import RowFields, value_of
 from adder.formatting.task_columns import (
     LONG_TEXT,
     TASK_COLUMNS,
@@ -338,11 +340,9 @@ class SourceFormat(NamedTuple):
 
     def own_columns(self) -> set[str]:
         """The actual names of the columns that the format reads."""
-        canonical = self.row_format.columns if self.row_format else ()
-        if self.fields is None:
-            return {self.actual(name) for name in canonical}
-        read = set(canonical) - self._replaced()
-        return {self.actual(name) for name in read} | self.fields.columns()
+        read = set(self.row_format.columns if self.row_format else ()) - self._replaced()
+        names = {self.actual(name) for name in read} | (self.fields.columns() if self.fields else set())
+        return names | {column for name in names if "." in name for column in accumulate(name.split("."), _with_dot)}
 
     def filled(self, row: Row) -> Row:
         """The row with what the templates make of it, and with our names for keys and roles of messages."""
@@ -351,7 +351,8 @@ class SourceFormat(NamedTuple):
             return row
         made = fields.made(row)
         used = fields.columns() - ({self.actual(name) for name in self._known_by()} if not fields.makes_pair else set())
-        row = _rename({name: value for name, value in row.items() if name not in used}, self.columns)
+        within = {c: value_of(field, row) for c, name in self.columns.items() if (field := nested(name, row))}
+        row = {**_rename({name: value for name, value in row.items() if name not in used}, self.columns), **within}
         replaced = self._replaced()
         kept = {name: value for name, value in row.items() if name not in replaced}
         if fields.message_keys or fields.roles:
@@ -431,7 +432,7 @@ def source_format(
     """
     there = sorted({column for columns_of_row in column_sets for column in columns_of_row})
     for canonical, actual in columns.items():
-        if column_sets and actual not in there:
+        if column_sets and actual not in there and nested(actual, there) is None:
             raise UserError(
                 f"{source}: `columns: {{{canonical}: {actual}}}` names a column that no row has. The columns there: "
                 f"{', '.join(there[:30]) or 'none'}"
@@ -632,10 +633,27 @@ def _with_system(messages: list[Message], row: Row, system_prompt: str | None) -
 
 
 def _rename(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with each `actual` column of {canonical: actual} under its canonical name."""
+    """The row with each `actual` column of {canonical: actual} under its canonical name, `a.b` being b within a."""
     actual = set(columns.values())
-    kept = {name: value for name, value in row.items() if name not in actual}
-    return kept | {canonical: row[name] for canonical, name in columns.items() if name in row}
+    renamed = {name: value for name, value in row.items() if name not in actual}
+    within = {canonical: field for canonical, name in columns.items() if (field := nested(name, row)) is not None}
+    for field in within.values():
+        renamed.pop(field.column, None)
+    found = {canonical: row[name] for canonical, name in columns.items() if name in row}
+    return renamed | found | {canonical: value_of(field, row) for canonical, field in within.items()}
+
+
+def _with_dot(before: str, name: str) -> str:
+    return f"{before}.{name}"
+
+
+def _places_of_messages(row: Row) -> list[str]:
+    """The columns that hold messages, and the keys within columns that do."""
+    found = [name for name, value in row.items() if is_said(value)]
+    within = [
+        (name, key) for name, value in row.items() if isinstance(value, dict) for key in value if is_said(value[key])
+    ]
+    return [*found, *(f"{name}.{key}" for name, key in within)]
 
 
 def _unrecognised(row: Row, source: SourceFormat) -> Rejected:
@@ -649,6 +667,11 @@ def _unrecognised(row: Row, source: SourceFormat) -> Rejected:
             f'`prompt:` and `completion:` make them of columns, such as `prompt: "{{{one}}}"` and '
             f'`completion: "{{{other}}}"`'
         )
+        for place in _places_of_messages(row)[:1]:
+            hint = (
+                f"messages stand in {place}: `columns: {{messages: {place}}}` reads them where a reply ends them, "
+                f"`columns: {{prompt: {place}, completion: …}}` where it stands elsewhere; {hint}"
+            )
         if "text" in row:
             hint += "; `row_format: text` trains on the text alone"
         if not all(column.isidentifier() for column in row):

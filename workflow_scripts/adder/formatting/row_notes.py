@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from adder.data.field_template import nested
 from adder.formatting import api_messages
 from adder.formatting.column_names import line_for
 from adder.formatting.marks import ROW_MARKS, SPANS, is_mark, verdict
 from adder.formatting.messages import BLANK, MESSAGE_KEYS, is_message
 from adder.formatting.rejected import json_type
+from adder.formatting.row_fields import value_of
 from adder.formatting.row_formats import TOOLS, ColumnSets, SourceFormat
 from adder.formatting.task_columns import TASK_COLUMNS
 
@@ -28,7 +30,8 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
         return
     fields = source.fields
     found: set[str] = set() if fields is None else set(fields.notes(row))
-    for name, value in row.items():
+    within = [(name, value_of(field, row)) for name in source.columns.values() if (field := nested(name, row))]
+    for name, value in (*row.items(), *within):
         if isinstance(value, str) or value is None:  # nearly all there are
             continue
         canonical = source.canonical(name)
