@@ -44,7 +44,16 @@ JSON = st.recursive(
 )
 FUNCTION = st.fixed_dictionaries({}, optional={"name": TEXT, "arguments": JSON, "parameters": JSON})
 CALL = st.one_of(FUNCTION, JSON, st.fixed_dictionaries({"function": FUNCTION}, optional={"id": ODD, "type": ODD}))
-PART = st.one_of(ODD, st.fixed_dictionaries({}, optional={"type": st.one_of(ODD, st.just("text")), "text": ODD}))
+PART_TYPE = st.sampled_from(["text", "thinking", "tool_use", "tool_result", "tool-call", "image", "output_text"])
+PART_KEYS = ["thinking", "name", "input", "content", "tool_use_id", "thought", "train", "functionCall", "toolUse"]
+PART_KEYS += ["functionResponse", "toolResult", "reasoningContent", "inlineData"]
+PART = st.one_of(
+    ODD,
+    st.fixed_dictionaries({}, optional={"type": ODD | PART_TYPE, "text": ODD}),
+    st.fixed_dictionaries({"type": PART_TYPE}, optional={"text": TEXT, **dict.fromkeys(PART_KEYS[:6], JSON)}),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(PART_KEYS, st.none() | JSON)),
+    st.builds(lambda kind, name: {kind: {"name": name, "input": {}}}, st.sampled_from(PART_KEYS[-6:]), TEXT),
+)
 GOOD = st.sampled_from(["a", "What is it?", "Ça va?"])  # most must be right, or no row gets past its first mistake
 CONTENT = st.one_of(GOOD, GOOD, GOOD, ODD, st.lists(PART, max_size=3))
 GOOD_ROLE = st.sampled_from(["user", "assistant"])
@@ -65,6 +74,21 @@ MESSAGE = st.one_of(
     ),
     st.fixed_dictionaries({"role": st.just("tool"), "content": CONTENT}, optional={"tool_call_id": GOOD | ODD}),
     st.fixed_dictionaries({}, optional={"role": ROLE, "from": ROLE, "function_call": CALL, "value": CONTENT}),
+    st.fixed_dictionaries({"role": GOOD_ROLE | ROLE, "parts": st.lists(PART, max_size=3)}, optional={"content": ODD}),
+    st.fixed_dictionaries(
+        {
+            "type": st.sampled_from(
+                ["message", "reasoning", "function_call", "function_call_output", "ai", "human", "x_call"]
+            )
+        },
+        optional={
+            **dict.fromkeys(("content", "summary", "data", "output", "arguments", "additional_kwargs"), CONTENT | JSON),
+            "call_id": ODD,
+            "name": TEXT,
+            "role": ROLE,
+            "tool_calls": st.lists(CALL, max_size=2),
+        },
+    ),
     ODD,
 )
 REPLY = st.fixed_dictionaries({"role": st.just("assistant"), "content": CONTENT}, optional=MARKS)
@@ -83,6 +107,10 @@ ROW = st.one_of(
     st.fixed_dictionaries({"question": CONTENT, "answer": CONTENT}, optional={"reasoning_content": ODD}),
     st.fixed_dictionaries({"chosen": MESSAGES | CONTENT}, optional={"rejected": ODD, "prompt": MESSAGES | CONTENT}),
     st.fixed_dictionaries({"text": CONTENT}, optional={"label": ODD}),
+    st.fixed_dictionaries({"contents": MESSAGES}, optional={"systemInstruction": MESSAGE, "tools": TOOLS}),
+    st.fixed_dictionaries({"input": MESSAGES, "output": MESSAGES}, optional={"instructions": ODD, "tools": TOOLS}),
+    st.fixed_dictionaries({"chat_history": MESSAGES}, optional={"message": CONTENT, "response": CONTENT}),
+    st.fixed_dictionaries({"messages": MESSAGES, "toolConfig": TOOLS | JSON}),
     st.dictionaries(TEXT, JSON, max_size=4),
 )
 READINGS = st.fixed_dictionaries(

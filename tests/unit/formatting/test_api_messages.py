@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from adder.core.errors import UserError
 from adder.formatting.api_messages import content_key, is_messages, plain, tools_of
 from adder.formatting.rejected import Rejected
 from adder.formatting.row_notes import notes_of
@@ -168,6 +169,19 @@ VERCEL = {
 }
 
 
+FORMS = {
+    "anthropic": anthropic("wet"),
+    "gemini": gemini(False),
+    "gemini-snake": gemini(True),
+    "responses": RESPONSES,
+    "bedrock": BEDROCK,
+    "cohere": COHERE,
+    "langchain": LANGCHAIN,
+    "vercel": VERCEL,
+}
+ODD = [None, "", "x", 0, True, 1.5, [], ["x"], {}, {"type": "text"}, [{"text": "y"}], [[]], "[{", "\ud800"]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -294,3 +308,35 @@ def test_lists_of_messages_are_told_from_content_parts():
 def test_tools_without_anything_around_them_stay_as_they_are():
     assert tools_of([TOOL]) == [TOOL] and tools_of("x") == "x" and tools_of([3]) == [3]
     assert tools_of({"functionCallingConfig": {}}) == []
+
+
+def _damaged(value):
+    """The value with each of its parts left out, and with each replaced by each of ODD."""
+    yield from ODD
+    items = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
+    for key, inner in items:
+        rest = [(other, one) for other, one in items if other != key]
+        yield dict(rest) if isinstance(value, dict) else [one for _, one in rest]
+        for damaged in _damaged(inner):
+            changed = {**dict(items), key: damaged}
+            yield changed if isinstance(value, dict) else list(changed.values())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_damage_at_any_place_is_read_or_refused(name):
+    rows = [row for row in _damaged(FORMS[name]) if isinstance(row, dict) and row]
+    assert len(rows) > 400
+    refused = 0
+    for row in rows:
+        try:
+            source = format_of(row)
+            found = read(row)
+            list(notes_of(row, source))
+        except (Rejected, UserError):
+            refused += 1
+            continue
+        assert all(isinstance(message["content"], str) for message in found["messages"])
+        assert all(isinstance(tool["function"]["name"], str) for tool in found.get("tools", []))
+    assert 0 < refused < len(rows)

@@ -38,7 +38,6 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(CALL_PARTS, "call"),
     **dict.fromkeys(RESULT_PARTS, "result"),
 }
-OTHER_PARTS = frozenset(kind for kind, what in KINDS.items() if what != "text")
 ROLE_KEYS = ("role", "from", "author")
 CONTENT_KEYS = ("content", "value", "parts", "message", "text")  # the first that is there
 ITEMS = ("message", "reasoning", "function_call", "function_call_output", "item_reference", "custom_tool_call")
@@ -130,6 +129,12 @@ def is_said(value: Any) -> bool:
     )
 
 
+def is_other_part(part: Any) -> bool:
+    """Whether a value is a typed part of a content, and no text."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return isinstance(kind, str) and KINDS.get(kind, "text") != "text"
+
+
 def is_calls(value: Any) -> bool:
     """Whether a value is a list of tool calls: {name, arguments}, or OpenAI's form."""
     return (
@@ -138,7 +143,7 @@ def is_calls(value: Any) -> bool:
         and all(
             isinstance(one, dict)
             and "role" not in one
-            and one.get("type") in (None, "function")
+            and (one.get("type") is None or one.get("type") == "function")
             and ({"name", "arguments"} <= one.keys() or isinstance(one.get("function"), dict))
             for one in value
         )

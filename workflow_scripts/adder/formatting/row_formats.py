@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
 from adder.data.field_template import nested
-from adder.formatting.api_messages import OTHER_PARTS, is_calls, is_messages, is_said, text_of_parts
+from adder.formatting.api_messages import is_calls, is_messages, is_other_part, is_said, text_of_parts
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
 from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, doubtful, is_undesired, learns, refuse_lists
@@ -286,7 +286,7 @@ def _replies(row: Row, column: str) -> list[Message]:
         value = [value]
     if isinstance(value, list) and is_messages(value):
         return read_messages(value, column)
-    if isinstance(value, list) and any(isinstance(part, dict) and part.get("type") in OTHER_PARTS for part in value):
+    if isinstance(value, list) and any(map(is_other_part, value)):
         return read_messages([{"role": "assistant", "content": value}], column)
     if is_calls(value):
         return read_messages([{"role": "assistant", "content": "", "tool_calls": value}], column)
