@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from adder.core import precision
+from adder.core.display.text import printable
 from adder.core.errors import UserError
 from adder.evaluation.model_loading import load_model
 from adder.evaluation.reply_text import ReplyReader
 from adder.serving.chat import Settings, open_chat, talk
 from adder.serving.run_models import RunModels
-from adder.serving.visible import visible
 from adder.tokenization.chat_template import ChatTemplate
 from tiny import save_tiny_model, tiny_tokenizer
 
@@ -62,11 +62,11 @@ def test_a_reply_is_the_greedy_one_to_the_conversation_so_far(models):
     chat = opened(models)
     system, first = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the parcel?"}
     wanted = greedy(models.tuned, [system, first], 12)
-    assert said(chat, "Where is the parcel?").startswith(visible(wanted))
+    assert said(chat, "Where is the parcel?").startswith(printable(wanted))
     answer = {"role": "assistant", "content": ReplyReader(chat.tokenizer).answer(wanted)}
     assert chat.speakers[0].messages == [system, first, answer]
     wanted = greedy(models.tuned, [system, first, answer, {"role": "user", "content": "And now?"}], 12)
-    assert said(chat, "And now?").startswith(visible(wanted))
+    assert said(chat, "And now?").startswith(printable(wanted))
 
 
 def test_both_are_asked_alike_and_keep_their_own_replies(models):

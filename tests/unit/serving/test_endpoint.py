@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
+from adder.core.display.text import printable
 from adder.core.errors import UserError
 from adder.serving import endpoint
-from adder.serving.visible import visible
 from tiny import save_tiny_model
 
 ADDER = [sys.executable, "-m", "adder.workflow.cli"]
@@ -44,7 +44,7 @@ def test_the_endpoint_replies_as_the_chat_does(port, tmp_path):
         server.terminate()
         server.wait(60)
     assert reply == "".join(parts)
-    assert chat.stdout == f"{visible(reply)} [cut at 10 tokens]\n"
+    assert chat.stdout == f"{printable(reply)} [cut at 10 tokens]\n"
 
 
 def wait_for(port, server):

@@ -17,12 +17,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from adder.core import hardware, precision
+from adder.core.display.text import printable
 from adder.core.errors import UserError
 from adder.evaluation.model_loading import eos_ids, load_model
 from adder.evaluation.reply_text import ReplyReader
 from adder.formatting.conversation import Message
 from adder.serving.run_models import RunModels
-from adder.serving.visible import visible
 from adder.tokenization.chat_template import ChatTemplate, UnusableRow
 
 Which = Literal["tuned", "base", "both"]
@@ -78,7 +78,7 @@ class PrintedReply(BaseStreamer):
         return self.reader.text(self.ids, self.stop_ids)
 
     def _print(self, text: str) -> None:
-        self.out.write(visible(text[self._printed :]))
+        self.out.write(printable(text[self._printed :]))
         self.out.flush()
         self._printed = max(self._printed, len(text))
 
@@ -209,7 +209,7 @@ class Chat:
         for speaker in self.speakers:
             if len(self.speakers) > 1:
                 self._tell(f"{speaker.name}:")
-            self._tell(visible(self._prompt([*speaker.messages, {"role": "user", "content": "…"}])))
+            self._tell(printable(self._prompt([*speaker.messages, {"role": "user", "content": "…"}])))
 
     def _tell(self, text: str) -> None:
         print(text, file=self.out, flush=True)

@@ -19,7 +19,7 @@ def test_one_run_has_its_sentence_and_its_paths(tmp_path):
     (tmp_path / "default" / "model.gguf").write_text("")
     lines = list(closing.closing_lines(["default"], tmp_path))
     assert lines[0] == ("", "It is better.")
-    assert [line.head for line in lines[1:]] == ["report", "model", "GGUF"]
+    assert [line.head for line in lines[1:]] == ["report", "model", "talk to it", "GGUF"]
     assert lines[1].text == str(tmp_path / "default" / "report.html")
 
 

@@ -61,6 +61,7 @@ def _paths(run: Finished) -> Iterator[ClosingLine]:
     yield ClosingLine("report", f"{run.folder / 'report.html'}")
     if (run.folder / "merged_model" / "config.json").exists():
         yield ClosingLine("model", f"{run.folder / 'merged_model'}/")
+        yield ClosingLine("talk to it", f"adder chat {run.folder} --both")
     if (run.folder / "model.gguf").exists():
         yield ClosingLine("GGUF", f"{run.folder / 'model.gguf'}")
 
