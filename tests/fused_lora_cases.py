@@ -3,11 +3,12 @@
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from adder.kernels import labelled_loss, packed_attention  # noqa: F401 (registers attention over packs)
 from adder.kernels.dropout import dropout_mask
+from adder.training import base_model
 from tiny import pack_rows, token_row
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,6 +57,21 @@ def family(name: str, dtype=torch.float32, **changes) -> transformers.PreTrained
                 parameter.add_(0.0 if name.startswith("Gemma") else 1.0)
     model.config.use_cache = False
     return model.to(dtype)
+
+
+def in_nf4(folder) -> transformers.PreTrainedModel:
+    """A model whose weights stay packed, as on a GPU."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config, attn_implementation="adder_segments"
+    )
+    base_model.keep_cpu_weights_intact(model)
+    return model
 
 
 def with_adapter(model, seed: int = 1, **changes) -> PeftModel:

@@ -1,7 +1,10 @@
 """Batches over workers: results in order, no more work taken on than is under way, errors passed on."""
 
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -49,3 +52,38 @@ def test_workers_are_as_many_as_the_work_and_the_threads_are_worth(monkeypatch):
     assert worker_count(0, 100, 4) == worker_count(1_000, 100, 1) == 1
     monkeypatch.setattr(sys, "platform", "darwin")
     assert worker_count(1_000, 100, 4) == 1
+
+
+PARENT = """
+import subprocess, sys
+from adder.core.parallel import die_with_parent
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], preexec_fn=die_with_parent)
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be asked for it")
+def test_a_child_does_not_outlive_its_parent():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for _ in range(600):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        if _is_zombie(child):
+            return
+        time.sleep(0.1)
+    raise AssertionError("it is still there")
+
+
+def _is_zombie(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().split(")")[1].split()[0] == "Z"
+    except OSError:
+        return True

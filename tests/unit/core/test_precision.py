@@ -2,7 +2,7 @@
 
 import pytest
 
-from adder.core import precision
+from adder.core import graphics_cards, precision
 
 
 def test_a_dtype_that_was_asked_for_is_taken():
@@ -26,9 +26,6 @@ def test_a_cpu_that_is_told_to_act_as_an_older_one_is_treated_as_such(monkeypatc
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
 def test_a_gpu_computes_in_bf16_from_ampere_on(monkeypatch, capability, dtype):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    monkeypatch.setattr(graphics_cards, "card", lambda: graphics_cards.Card(0, "A card", capability, 16 * 2**30))
     choice = precision.compute_dtype("cuda")
     assert choice.value == dtype and "A card" in choice.reason

@@ -2,6 +2,7 @@
 
 import pytest
 
+from adder.core import graphics_cards
 from adder.core.errors import UserError
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context, Memory, Runtime
@@ -21,8 +22,6 @@ def test_a_context_says_where_and_on_how_many_threads():
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(graphics_cards, "look", lambda: graphics_cards.Surroundings("2.13.0+cpu", None))
     with pytest.raises(UserError, match="runtime.device: 'cuda' was asked for"):
         _ = Context(Progress.silent(), Runtime(device="cuda")).device

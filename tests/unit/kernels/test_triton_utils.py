@@ -26,7 +26,7 @@ def test_references_do_the_work_of_a_family_that_is_switched_off(monkeypatch):
     families.turn_off("rope", "it was slow")
     assert not triton_utils.runs_kernels(torch.zeros(1), "rope")
     assert triton_utils.runs_kernels(torch.zeros(1), "rmsnorm")
-    families.turn_all_on()
+    families.forget()
     assert triton_utils.runs_kernels(torch.zeros(1), "rope")
 
 

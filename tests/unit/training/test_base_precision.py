@@ -20,6 +20,7 @@ from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
+from adder.kernels import families
 from adder.kernels.fused_lora import attach
 from adder.report import formatting
 from adder.report import run as report
@@ -28,7 +29,7 @@ from adder.training import base_model, base_precision, step_planner
 from adder.training.monitoring.preflight_warnings import warnings
 from adder.training.packed_dataset import PackedExamples
 from fp8_cases import SHAPE, cosine
-from fused_lora_cases import LENGTHS, batch_of, family, step, with_adapter
+from fused_lora_cases import LENGTHS, batch_of, family, in_nf4, step, with_adapter
 from report_fixture import write_stage_folders
 from tiny import save_tiny_model, write_training_inputs
 from training_stage import run_training, train_settings
@@ -209,6 +210,41 @@ def test_where_fp8_cannot_be_had_auto_does_without_and_the_setting_is_refused(
     assert choice.frozen_products.value == "bf16" and message in choice.frozen_products.reason
     with pytest.raises(UserError, match=f"train.frozen_products: 'fp8' needs.*{message}"):
         base_precision.attach_fused_lora(untrained(), dtype, "fp8", packs)
+
+
+@pytest.mark.parametrize(("free", "held"), [(10**9, True), (100_000, False)])
+def test_where_memory_is_short_nf4_weights_go_to_fp8_one_at_a_time(hopper, packs, monkeypatch, tmp_path, free, held):
+    model = with_adapter(in_nf4(save_tiny_model(tmp_path / "model", hidden_size=64)))
+    monkeypatch.setattr(base_precision.hardware, "free_memory", lambda device: free)
+    tolerate(monkeypatch, WIDE)
+    choices = base_precision.attach_fused_lora(model, "bfloat16", "auto", packs)
+    assert (choices.frozen_products.value, choices.lora_products.value) == ("fp8", "folded, fp8")
+    assert ("that are taken to fp8 one at a time" in choices.lora_products.reason) is not held
+    assert choices.lora_products.alternatives[0]["held"] is held
+
+
+@pytest.mark.parametrize("why", ["failed: RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED", "was off by 0.4"])
+def test_fp8_that_a_trial_speaks_against_is_not_taken(hopper, packs, monkeypatch, why):
+    monkeypatch.setattr(base_precision, "parity", never)
+    monkeypatch.setitem(families._known, "fp8", why)
+    choices = base_precision.attach_fused_lora(untrained(), "bfloat16", "auto", packs)
+    assert choices.frozen_products.value == "bf16" and why in choices.frozen_products.reason
+    with pytest.raises(UserError, match="train.frozen_products: 'fp8' needs kernels that can be trusted on this card"):
+        base_precision.attach_fused_lora(untrained(), "bfloat16", "fp8", packs)
+
+
+def test_a_card_below_hopper_has_fp8_where_a_trial_found_it_right(hopper, packs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setitem(families._known, "fp8", None)
+    tolerate(monkeypatch, WIDE)
+    assert base_precision.attach_fused_lora(untrained(), "bfloat16", "auto", packs).frozen_products.value == "fp8"
+
+
+@pytest.mark.parametrize("why", ["failed: OutOfResources", "took 3 ms where LoRA by PEFT took 1"])
+def test_lora_that_a_trial_speaks_against_folding_is_left_to_peft(hopper, packs, monkeypatch, why):
+    monkeypatch.setitem(families._known, "folded_lora", why)
+    choices = base_precision.attach_fused_lora(untrained(), "bfloat16", "bf16", packs)
+    assert choices.lora_products.value == "PEFT" and why in choices.lora_products.reason
 
 
 def test_a_continued_training_keeps_its_products(hopper, packs, monkeypatch):

@@ -1,5 +1,6 @@
 """The command `adder`: what it finds, what it refuses, what it leaves alone."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adder.core import file_lock
+from adder.core import file_lock, graphics_cards
 from adder.core.file_digests import FileDigests
 from adder.workflow import cli, run_folder
 
@@ -44,6 +45,22 @@ def test_check_tells_mistakes_as_the_workflow_does(folder, capsys, text, told):
     assert cli.main(["check", "my.yaml"]) == 1
     shown = capsys.readouterr()
     assert told in shown.err and shown.err.startswith("adder: ") and "Traceback" not in shown.err and not shown.out
+
+
+def test_machine_says_what_is_used_and_what_trials_found(folder, capsys, monkeypatch):
+    card = graphics_cards.Card(0, "NVIDIA GeForce RTX 3090", (8, 6), 24 * 2**30)
+    found = graphics_cards.Surroundings("2.13.0", "CUDA 12.8", (card,), driver="570.124.06", triton="3.8.0")
+    monkeypatch.setattr(graphics_cards, "look", lambda: found)
+    kept = folder / "results" / "kernel_trials"
+    kept.mkdir(parents=True)
+    verdict = {"family": "rope", "outcome": "wrong", "why": "was off by 0.5"}
+    content = {"machine": {"card": card.name}, "shapes": {"hidden": 2048, "dtype": "bfloat16"}, "verdict": verdict}
+    (kept / "rope-1.json").write_text(json.dumps(content))
+    assert cli.main(["machine"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "GPU 0: NVIDIA GeForce RTX 3090 (24 GiB, compute capability 8.6)"
+    assert any(line.startswith("fp8: not used: the card has no fp8 matmuls") for line in lines)
+    assert lines[-1] == "rope (hidden size 2,048, bfloat16): isn't used: a trial was off by 0.5"
 
 
 def test_one_stage_by_hand_writes_beside_the_results(folder, capsys):

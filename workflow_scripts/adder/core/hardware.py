@@ -5,21 +5,35 @@ import platform
 from pathlib import Path
 from typing import TypedDict
 
+from adder.core import graphics_cards
 from adder.core.errors import UserError
+
+# What a desktop's windows may take of a card's memory while something else computes on it.
+DISPLAY_BYTES = 2**30
 
 
 def device(wanted: str) -> str:
-    """Return "cuda" or "cpu"; `wanted` is runtime.device, where "auto" takes a GPU if there is one.
+    """Return "cuda" or "cpu"; `wanted` is runtime.device, where "auto" takes a GPU if there is one that can be used.
 
-    Raises UserError when a GPU is asked for and there is none.
+    Raises UserError when a GPU is asked for and none can be used, with the reason where one is known.
     """
-    import torch
+    if wanted == "cpu":
+        return wanted
+    found = graphics_cards.look()
+    if graphics_cards.usable(found):
+        return "cuda"
+    if wanted == "cuda":
+        why = graphics_cards.obstacle(found)
+        raise UserError(
+            "runtime.device: 'cuda' was asked for, but torch sees no CUDA device here that it can use"
+            f"{f' ({why})' if why else ''}; use 'auto' or 'cpu'"
+        )
+    return "cpu"
 
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("runtime.device: 'cuda' was asked for, but torch sees no CUDA device here; use 'auto' or 'cpu'")
-    return wanted
+
+def why_on_cpu() -> str | None:
+    """Why the CPU computes though there is, or might be, a GPU; None where there is no sign of one, or it is used."""
+    return graphics_cards.obstacle(graphics_cards.look())
 
 
 def available_cores() -> int:
@@ -67,6 +81,13 @@ def total_memory(device: str) -> int:
     import psutil
 
     return psutil.virtual_memory().total
+
+
+def display_margin() -> int:
+    """Bytes of the GPU that are left to its screen: windows that are opened while it computes take memory of it."""
+    import torch
+
+    return DISPLAY_BYTES if graphics_cards.drives_display(torch.cuda.current_device()) else 0
 
 
 def prepare_gpu() -> None:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from adder.core import graphics_cards
 from adder.core.choice import Choice
 
 
@@ -15,19 +16,20 @@ def compute_dtype(device: str, wanted: str = "auto") -> Choice:
     """
     if wanted != "auto":
         return Choice(wanted, "as set by train.compute_dtype")
-    import torch
-
     if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        name = torch.cuda.get_device_name()
-        if major >= 8:
-            return Choice("bfloat16", f"{name} (compute capability {major}.{minor}) computes in bf16")
-        return Choice(
-            "float16", f"{name} (compute capability {major}.{minor}) has no bf16; fp16 with a gradient scaler"
-        )
+        return dtype_of_card(graphics_cards.card())
     if cpu_has_bf16():
         return Choice("bfloat16", "this CPU has bf16 matrix instructions (AVX512-BF16 or AMX)")
     return Choice("float32", "this CPU has neither AVX512-BF16 nor AMX: bf16 would be emulated and slow")
+
+
+def dtype_of_card(card: graphics_cards.Card) -> Choice:
+    """As compute_dtype, for a card."""
+    major, minor = card.capability
+    about = f"{card.name} (compute capability {major}.{minor})"
+    if major >= 8:
+        return Choice("bfloat16", f"{about} computes in bf16")
+    return Choice("float16", f"{about} has no bf16; fp16 with a gradient scaler")
 
 
 def cpu_has_bf16() -> bool:

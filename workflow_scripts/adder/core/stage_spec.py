@@ -76,8 +76,14 @@ class Context:
 
     @cached_property
     def device(self) -> str:
-        """Where to compute, "cuda" or "cpu". Raises UserError where a GPU is asked for and there is none."""
-        return hardware.device(self.runtime.device)
+        """Where to compute, "cuda" or "cpu"; says why not on a GPU that is here, but can't be used.
+
+        Raises UserError where a GPU is asked for and none can be used.
+        """
+        device = hardware.device(self.runtime.device)
+        if device == "cpu" and self.runtime.device == "auto" and (why := hardware.why_on_cpu()):
+            self.progress.say(f"the CPU computes: {why}")
+        return device
 
     @cached_property
     def threads(self) -> int:

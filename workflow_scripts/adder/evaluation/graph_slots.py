@@ -21,6 +21,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from adder.evaluation.kv_cache_slots import KVCacheSlots, keys_and_values
+from adder.kernels import families
 from adder.kernels.decode_attention import attend_to_cache, store_token
 from adder.kernels.inference_layers import fused_for_inference
 from adder.kernels.row_argmax import row_argmax
@@ -74,7 +75,7 @@ def graph_slots(
 ) -> "GraphSlots | None":
     """The slots, if the model computes by them what it should; `stack` then holds what is to be undone."""
     probes = [list(text[:PROBE_TOKENS]) for text in texts[:count] if len(text) > PROBE_STEPS][:PROBES]
-    if not probes or model.dtype not in TOLERANCE:
+    if not probes or model.dtype not in TOLERANCE or families.why_off("decode_attention"):
         return None
     expected = usual_logits(model, probes)
     gap = relative(usual_logits(model, probes[:1]), expected[:1]).max()  # by other shapes, in another order of sums

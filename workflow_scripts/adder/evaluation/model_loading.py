@@ -8,6 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adder.core import hardware, text_model
 from adder.core.choice import Choice
+from adder.core.stage_spec import Context
+from adder.kernels.trials import decide as trials
+from adder.kernels.trials import shapes
 
 # Replies at once, beyond which nothing is gained: a CPU computes no faster, and a GPU's matmuls over so many rows take
 # longer than reading the weights.
@@ -20,6 +23,15 @@ def load_model(folder: Path, dtype: str, device: str) -> PreTrainedModel:
     options: dict[str, Any] = {"device_map": device} if device == "cuda" else {}  # straight from the file to the GPU
     model: Any = text_model.load(folder, dtype=getattr(torch, dtype), **options)
     return model.to(device).eval()
+
+
+def try_kernels(folder: Path, dtype: str, context: Context) -> Choice | None:
+    """Let this process use the kernels that a trial on its card found to be right; None on a CPU, which has none."""
+    if context.device == "cpu":
+        return None
+    sizes = shapes.of_config(text_model.read_config(folder), dtype)
+    device = f"cuda:{torch.cuda.current_device()}"
+    return trials.decide("inference", sizes, device, context.results / trials.FOLDER, context.progress.say)
 
 
 def choose_batch_size(

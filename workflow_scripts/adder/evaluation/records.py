@@ -49,6 +49,7 @@ class ScoresRecord(TypedDict):
     heldout: dict[str, Any]
     compute_dtype: ChoiceRecord
     lm_eval_version: str
+    kernels: NotRequired[ChoiceRecord]
     max_new_tokens: NotRequired[ChoiceRecord]
     batch_size: NotRequired[ChoiceRecord]
     generation: NotRequired[GenerationFacts]

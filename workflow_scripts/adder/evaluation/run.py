@@ -23,7 +23,7 @@ from adder.evaluation.heldout_loss import row_losses
 from adder.evaluation.heldout_rows import HeldoutRow, load_rows
 from adder.evaluation.json_fields import compare_fields, field_table
 from adder.evaluation.max_new_tokens import MaxNewTokens, choose_max_new_tokens
-from adder.evaluation.model_loading import choose_batch_size, eos_ids, load_model
+from adder.evaluation.model_loading import choose_batch_size, eos_ids, load_model, try_kernels
 from adder.evaluation.records import GenerationFacts, SampleRecord, ScoresRecord
 from adder.evaluation.reference_forms import parse_object
 from adder.evaluation.reply_text import ReplyReader
@@ -99,6 +99,7 @@ def run(settings: EvaluateSettings, inputs: EvaluateInputs, out: Path, context: 
     # Only the stage that fetches the base says where a model comes from.
     which = "base" if (inputs.model / "source.json").exists() else "tuned"
     progress.say(f"loading the {which} model on {device} in {dtype.value}")
+    kernels = try_kernels(inputs.model / "model", dtype.value, context)
     model = load_model(inputs.model / "model", dtype.value, device)
     architecture, parameters = type(model).__name__, model.num_parameters()
     details: TokenizeRecord = read_json(inputs.tokenize / "tokenize.json")
@@ -117,6 +118,8 @@ def run(settings: EvaluateSettings, inputs: EvaluateInputs, out: Path, context: 
         "compute_dtype": dtype.to_dict(),
         "lm_eval_version": version("lm_eval"),
     }
+    if kernels is not None:
+        scores["kernels"] = kernels.to_dict()
     if measured.plan is not None and measured.facts is not None:
         scores["max_new_tokens"] = measured.plan.limit.to_dict()
         scores["batch_size"] = measured.plan.batch_size.to_dict()

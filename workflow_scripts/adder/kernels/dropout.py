@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from adder.kernels.triton_utils import jit, next_power_of_2, runs_kernels, tl, triton
+from adder.kernels.triton_utils import jit, matmul_fp32, next_power_of_2, runs_kernels, tl, triton
 
 
 def dropout_mask(seed: int, rows: int, width: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -45,13 +45,54 @@ def keep_mask(row: tl.tensor, column: tl.tensor, seed: tl.tensor, threshold: tl.
     return _lowbias32_triton(row_hash + column.to(tl.uint32)) >= threshold.to(tl.uint32)
 
 
+# On cards whose matmuls Triton doesn't know torch multiplies what a kernel has dropped --------------------------------
+
+
+def dropped(x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
+    """mask · x / (1 - p) with dropout_mask's mask, contiguous, in x's dtype. x: (rows, width), strided."""
+    if not runs_kernels(x, "dropout_values"):
+        return dropped_reference(x, seed, p)
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    block = min(1024, next_power_of_2(width))
+    _dropped[(rows, triton.cdiv(width, block))](
+        x, x.stride(0), out, width, seed, drop_threshold(p), 1 / (1 - p), block, num_warps=4
+    )
+    return out
+
+
+def dropped_reference(x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
+    """As dropped."""
+    return (x.float() * dropout_mask(seed, *x.shape, p, x.device) / (1 - p)).to(x.dtype)
+
+
+def _dropout_matmul_by_torch(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, out: torch.Tensor) -> None:
+    if not runs_kernels(x, "dropout_values"):
+        return dropout_matmul_reference(x, a, seed, p, out)
+    torch.mm(dropped(x, seed, p), a.t(), out=out)
+
+
+def _dropout_matmul_grad_a_by_torch(grad: torch.Tensor, x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
+    if not runs_kernels(x, "dropout_values"):
+        return dropout_matmul_grad_a_reference(grad, x, seed, p)
+    return matmul_fp32(grad.t(), dropped(x, seed, p))
+
+
+def _add_dropout_matmul_grad_x_by_torch(
+    total: torch.Tensor, grad: torch.Tensor, a: torch.Tensor, seed: int, p: float
+) -> None:
+    if not runs_kernels(total, "dropout_values"):
+        return add_dropout_matmul_grad_x_reference(total, grad, a, seed, p)
+    total.add_(dropped(torch.mm(grad, a), seed, p))
+
+
 def dropout_matmul(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, out: torch.Tensor) -> None:
     """Write dropout(x) · aᵀ into `out`. x: (tokens, width) and out: (tokens, rank), strided; a: (rank, width).
 
     dropout(x) is mask · x / (1 - p), with dropout_mask's mask.
     """
     if not runs_kernels(x, "dropout"):
-        return dropout_matmul_reference(x, a, seed, p, out)
+        return _dropout_matmul_by_torch(x, a, seed, p, out)
     (rows, width), rank = x.shape, a.shape[0]
     _dropout_matmul[(triton.cdiv(rows, 64),)](
         x,
@@ -84,7 +125,7 @@ def dropout_matmul_grad_a(grad: torch.Tensor, x: torch.Tensor, seed: int, p: flo
     grad: gradient to dropout_matmul's output, (tokens, rank), and x: (tokens, width), both strided.
     """
     if not runs_kernels(x, "dropout"):
-        return dropout_matmul_grad_a_reference(grad, x, seed, p)
+        return _dropout_matmul_grad_a_by_torch(grad, x, seed, p)
     (rows, width), rank = x.shape, grad.shape[1]
     # Split K (here the rows) to fill the card with programs; their sums are added in a fixed order.
     rows_per_split = max(256, triton.cdiv(triton.cdiv(rows, 16), 64) * 64)
@@ -124,7 +165,7 @@ def add_dropout_matmul_grad_x(total: torch.Tensor, grad: torch.Tensor, a: torch.
     width), contiguous.
     """
     if not runs_kernels(total, "dropout"):
-        return add_dropout_matmul_grad_x_reference(total, grad, a, seed, p)
+        return _add_dropout_matmul_grad_x_by_torch(total, grad, a, seed, p)
     (rows, width), rank = total.shape, a.shape[0]
     _add_dropout_matmul_grad_x[(triton.cdiv(rows, 64), triton.cdiv(width, 128))](
         total,
@@ -151,6 +192,26 @@ def add_dropout_matmul_grad_x_reference(
     rows, width = total.shape
     mask = dropout_mask(seed, rows, width, p, total.device)
     total.copy_(total.float() + mask * (grad.float() @ a.float()) / (1 - p))
+
+
+@jit
+def _dropped(
+    X: tl.tensor,
+    x_stride: tl.tensor,
+    OUT: tl.tensor,
+    K: tl.tensor,
+    seed: tl.tensor,
+    threshold: tl.tensor,
+    scale: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < K
+    x = tl.load(X + row.to(tl.int64) * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    # A block of rows, of one: keep_mask takes both.
+    keep = keep_mask(row + tl.zeros([BLOCK], tl.int32), column, seed, threshold)
+    tl.store(OUT + row.to(tl.int64) * K + column, tl.where(keep, x * scale, 0.0), mask=inside)
 
 
 @jit

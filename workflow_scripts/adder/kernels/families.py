@@ -17,6 +17,7 @@ Family: TypeAlias = Literal[
     "swiglu_backward",
     "lm_head_loss",
     "dropout",
+    "dropout_values",
     "nf4",
     "folded_lora",
     "fp8",
@@ -24,19 +25,30 @@ Family: TypeAlias = Literal[
     "row_argmax",
 ]
 
-_off: dict[str, str] = {}
+# What is known of each family: None where it is right and pays, else why it isn't used.
+_known: dict[str, str | None] = {}
 
 
 def turn_off(family: str, why: str) -> None:
     """Do without a family's kernels from now on, since `why`: "it was off by 0.3", say."""
-    _off[family] = why
+    _known[family] = why
 
 
-def turn_all_on() -> None:
-    """Forget what was switched off."""
-    _off.clear()
+def trust(family: str) -> None:
+    """Note that a trial on this card found nothing against a family."""
+    _known[family] = None
+
+
+def forget() -> None:
+    """Forget what trials found; all families are used then."""
+    _known.clear()
+
+
+def is_tried(family: str) -> bool:
+    """Whether it is known if a family is right and pays on this card."""
+    return family in _known
 
 
 def why_off(family: str) -> str | None:
     """Why a family's kernels aren't used in this process; None where they are."""
-    return _off.get(family)
+    return _known.get(family)

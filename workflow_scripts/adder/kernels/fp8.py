@@ -9,6 +9,7 @@ scales back. LoRA is added in 16 bits. One value in e4m3, with three bits of man
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,53 @@ class RowwiseFp8:
         return self.values.float() * self.scales
 
 
+class Fp8Memory:
+    """Memory for the fp8 form of one weight at a time, which all layers share: 3 bytes a value of the largest.
+
+    `dtype`: of the weights that are quantised, 16 bits.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self.elements = self.rows = 0
+        self.values: torch.Tensor | None = None
+
+    def reserve(self, outputs: int, inputs: int) -> None:
+        """Make room for a weight (outputs, inputs), in both directions."""
+        self.elements, self.rows = max(self.elements, outputs * inputs), max(self.rows, outputs, inputs)
+
+    def quantised(self, weight: torch.Tensor, transposed: bool) -> RowwiseFp8:
+        """W (outputs, inputs), strided, or its transpose in fp8; it lasts until the next is asked for."""
+        if self.values is None or self.values.numel() < self.elements:
+            self.values = torch.empty(self.elements, dtype=torch.float8_e4m3fn, device=self.device)
+            self.scales = torch.empty(self.rows, 1, dtype=torch.float32, device=self.device)
+            self.turned = torch.empty(self.elements, dtype=self.dtype, device=self.device)
+        if transposed:
+            turned = self.turned[: weight.numel()].view(weight.shape[1], weight.shape[0])
+            weight = turned.copy_(weight.t())
+        rows, width = weight.shape
+        return quantise(weight, RowwiseFp8(self.values[: rows * width].view(rows, width), self.scales[:rows]))
+
+
+class UnpackedFp8Weight:
+    """As Fp8Weight, made anew for each matmul of a weight that is held otherwise, in NF4: nothing of it is kept."""
+
+    nbytes = 0
+
+    def __init__(self, unpacked: Callable[[], torch.Tensor], memory: Fp8Memory):
+        self.unpacked, self.memory = unpacked, memory
+
+    @property
+    def forward(self) -> RowwiseFp8:
+        """W in fp8, until the next weight is asked for."""
+        return self.memory.quantised(self.unpacked(), transposed=False)
+
+    @property
+    def backward(self) -> RowwiseFp8:
+        """Wᵀ in fp8, until the next weight is asked for."""
+        return self.memory.quantised(self.unpacked(), transposed=True)
+
+
 class Fp8Weight:
     """A frozen weight W (outputs, inputs) in fp8, as it is and transposed for backward: 2 bytes a value."""
 
@@ -64,12 +112,12 @@ def empty_fp8(rows: int, width: int, device: torch.device) -> RowwiseFp8:
     )
 
 
-def quantise(x: torch.Tensor) -> RowwiseFp8:
-    """Quantise a matrix (rows, width), strided, with a scale a row."""
+def quantise(x: torch.Tensor, out: RowwiseFp8 | None = None) -> RowwiseFp8:
+    """Quantise a matrix (rows, width), strided, with a scale a row; into `out` where that is given."""
     if not runs_kernels(x, "fp8"):
-        return quantise_reference(x)
+        return quantise_reference(x, out)
     rows, width = x.shape
-    result = empty_fp8(rows, width, x.device)
+    result = out or empty_fp8(rows, width, x.device)
     single_pass = width <= MAX_SINGLE_PASS_WIDTH
     block = next_power_of_2(width) if single_pass else 4096
     num_warps = 16 if block > 8192 else 8 if block > 2048 else 4
@@ -77,11 +125,16 @@ def quantise(x: torch.Tensor) -> RowwiseFp8:
     return result
 
 
-def quantise_reference(x: torch.Tensor) -> RowwiseFp8:
+def quantise_reference(x: torch.Tensor, out: RowwiseFp8 | None = None) -> RowwiseFp8:
     """As quantise."""
     x_fp32 = x.float()
     scales = x_fp32.abs().amax(-1, keepdim=True).clamp(min=MIN_AMAX) / FP8_MAX
-    return RowwiseFp8((x_fp32 / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales)
+    values = (x_fp32 / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    if out is None:
+        return RowwiseFp8(values, scales)
+    out.values.copy_(values)
+    out.scales.copy_(scales)
+    return out
 
 
 def quantise_and_matmul(x: torch.Tensor, amax: torch.Tensor, b: torch.Tensor) -> tuple[RowwiseFp8, torch.Tensor]:

@@ -10,7 +10,7 @@ example by example.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from adder.core.choice import Choice
 from adder.core.errors import UserError
-from adder.kernels import packed_attention_triton
+from adder.kernels import families, packed_attention_triton
+from adder.kernels.trials.shapes import head_size
 from adder.kernels.triton_utils import triton
 
 # transformers takes every name with "flash" in it for one of its own.
@@ -44,6 +45,9 @@ MAX_SHORT_TOKENS = 512
 # A kernel is used if its results and gradients on small packs are this close to fp32's, as relative norms: 16-bit
 # kernels come to 0.003 to 0.006, and attention that sees too much or too little is off by tenths.
 MAX_TRIAL_ERROR = 0.03
+# Examples' lengths in the packs that a kernel is tried on. Two, since FlexAttention is compiled for the first length
+# and again for a second one, which the planner would otherwise measure as a slow step.
+TRIAL_LENGTHS = ([150, 3, 260, 97], [150, 3, 260, 97, 300])
 
 
 def choose_attention(
@@ -76,21 +80,13 @@ def choose_attention(
 def _unsupported_by_model(name: str, config: PreTrainedConfig) -> str | None:
     """Why no machine computes such a model's attention by the kernel `name`; None if it can."""
     cap, dropout = getattr(config, "attn_logit_softcapping", None), getattr(config, "attention_dropout", 0)
-    size, value_size = _head_size(config), getattr(config, "v_head_dim", None)
+    size, value_size = head_size(config), getattr(config, "v_head_dim", None)
     if value_size and value_size != size:
         return f"the model's values are of size {value_size} and its queries of {size}, which this kernel can't"
-    return _unsupported(name, size, cap, dropout)
+    return unsupported(name, size, cap, dropout)
 
 
-def _head_size(config: PreTrainedConfig) -> int:
-    """Of queries and keys; latent attention (DeepSeek's) joins parts with and without positions."""
-    without, rotated = getattr(config, "qk_nope_head_dim", None), getattr(config, "qk_rope_head_dim", None)
-    if without and rotated:
-        return without + rotated
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _unsupported(name: str, head_size: int, cap: float | None, dropout: float) -> str | None:
+def unsupported(name: str, head_size: int, cap: float | None, dropout: float) -> str | None:
     """Why the kernel `name` can't compute such attention; None if it can."""
     if name == VARLEN and cap is not None:
         return "the model caps attention scores, which this kernel can't"
@@ -103,10 +99,10 @@ def _unsupported(name: str, head_size: int, cap: float | None, dropout: float) -
     return None
 
 
-def _fails_on_this_gpu(name: str, config: PreTrainedConfig, dtype: str) -> str | None:
-    """Why this machine's GPU doesn't run the kernel, or not rightly; None if it does.
+def lacks(name: str, dtype: str) -> str | None:
+    """What this machine, its card or the compute dtype lacks for the kernel `name`; None where nothing is missing.
 
-    FlexAttention is not tried below compute capability 8.0: there Triton may end the process, which no test survives.
+    No kernel is tried below compute capability 8.0: flash kernels don't run there, and Triton has given such cards up.
     """
     capability = torch.cuda.get_device_capability()
     if dtype not in {"bfloat16", "float16"}:
@@ -119,6 +115,17 @@ def _fails_on_this_gpu(name: str, config: PreTrainedConfig, dtype: str) -> str |
         return f"torch {torch.__version__} has none"
     if name == FA2 and _flash_attn() is None:
         return "flash-attn isn't installed"
+    return None
+
+
+def _fails_on_this_gpu(name: str, config: PreTrainedConfig, dtype: str) -> str | None:
+    """Why this machine's GPU doesn't run the kernel, or not rightly; None if it does.
+
+    What `kernels.trials` found, and where nothing was tried yet, what a trial in this process finds.
+    """
+    lacking = lacks(name, dtype)
+    if lacking is not None or families.is_tried(name):
+        return lacking or families.why_off(name)
     try:
         error = trial_error(name, config, getattr(torch, dtype), "cuda")
     except Exception as problem:  # compilers and kernels raise what they like
@@ -129,31 +136,52 @@ def _fails_on_this_gpu(name: str, config: PreTrainedConfig, dtype: str) -> str |
 def trial_error(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> float:
     """Relative error of a kernel's results and gradients (the worst of all norms) on small packs, against fp32.
 
-    Of the config: heads, their size, cap, and whether there is a window. Two lengths, with and without window, under
-    autocast as in training: FlexAttention is compiled for each of these and again for a second length, which the
-    planner would otherwise measure as a slow step. Leaves torch's global generator alone.
+    Of the config: heads, their size, cap, and whether there is a window. Leaves torch's global generator alone.
     """
-    heads, size, cap = config.num_attention_heads, _head_size(config), getattr(config, "attn_logit_softcapping", None)
+    heads, size, cap = config.num_attention_heads, head_size(config), getattr(config, "attn_logit_softcapping", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    generator = torch.Generator().manual_seed(0)
+    window = getattr(config, "sliding_window", None)
     errors: list[float] = []
+    for run in trial_packs(heads, kv_heads, size, cap, bool(window), dtype, device, TRIAL_LENGTHS):
+        found, exact = run(ATTENTION_FUNCTIONS[name], dtype), run(segment_attention, torch.float32)
+        errors += [((f.float() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)]
+    return max(errors)
+
+
+def trial_packs(
+    heads: int,
+    kv_heads: int,
+    size: int,
+    cap: float | None,
+    has_window: bool,
+    dtype: torch.dtype,
+    device: str,
+    packs: Iterable[list[int]],
+) -> Iterator[Callable[[Callable[..., Any], torch.dtype], list[torch.Tensor]]]:
+    """Small packs to try attention on: from a function and a dtype to its output and gradients.
+
+    packs: token counts of the examples in each. With and without a window, under autocast as in training.
+    """
+    generator = torch.Generator().manual_seed(0)
 
     def random(count: int, tokens: int) -> torch.Tensor:
         """(1, heads, tokens, head size)."""
         return torch.randn(1, count, tokens, size, generator=generator).to(device, dtype)
 
-    for lengths in ([150, 3, 260, 97], [150, 3, 260, 97, 300]):
+    for lengths in packs:
         cu_seq_lens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
         qkv = [random(count, sum(lengths)) for count in (heads, kv_heads, kv_heads)]
         # Scores of usual size are far below a cap of 50, and don't show it.
         qkv[0] = qkv[0] * (1 if cap is None else 4)
         gradient = random(heads, sum(lengths)).transpose(1, 2)
-        for window in (None, 100) if getattr(config, "sliding_window", None) else (None,):
-            options = {"cu_seq_lens_q": cu_seq_lens, "max_length_q": 300, "softcap": cap, "sliding_window": window}
-            found = _output_and_grads(ATTENTION_FUNCTIONS[name], dtype, qkv, gradient, options)
-            exact = _output_and_grads(segment_attention, torch.float32, qkv, gradient, options)
-            errors += [((f.float() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)]
-    return max(errors)
+        for window in (None, 100) if has_window else (None,):
+            options = {
+                "cu_seq_lens_q": cu_seq_lens,
+                "max_length_q": max(lengths),
+                "softcap": cap,
+                "sliding_window": window,
+            }
+            yield functools.partial(_output_and_grads, qkv=qkv, gradient=gradient, options=options)
 
 
 def _output_and_grads(
@@ -355,7 +383,7 @@ def _for_packs(
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """query, key and value in 16 bit on a CUDA device; see segment_attention."""
         other_values = value.shape[-1] != query.shape[-1]
-        if cu_seq_lens_q is None or other_values or _unsupported(name, query.shape[-1], softcap, dropout):
+        if cu_seq_lens_q is None or other_values or unsupported(name, query.shape[-1], softcap, dropout):
             own = {"cu_seq_lens_q": cu_seq_lens_q, "sliding_window": sliding_window, "softcap": softcap}
             return segment_attention(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **own, **kwargs

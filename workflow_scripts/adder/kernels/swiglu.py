@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adder.kernels.dropout import drop_threshold, dropout_mask, keep_mask
+from adder.kernels.dropout import drop_threshold, dropout_mask, dropped, keep_mask
 from adder.kernels.fp8 import (
     RowwiseFp8,
     empty_fp8,
@@ -24,7 +24,16 @@ from adder.kernels.fp8 import (
     scale_of_amax,
     store_row_as_fp8,
 )
-from adder.kernels.triton_utils import Tile, jit, next_power_of_2, num_warps_for, runs_kernels, tl, triton
+from adder.kernels.triton_utils import (
+    Tile,
+    jit,
+    matmul_fp32,
+    next_power_of_2,
+    num_warps_for,
+    runs_kernels,
+    tl,
+    triton,
+)
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 # Values of a row that one program can hold: 32 a thread.
@@ -219,7 +228,56 @@ def swiglu_backward(
     `deferred`: what gate_up lacks, as lora_swiglu_fp8 has it; nothing by default.
     """
     if not runs_kernels(gate_up, "swiglu_backward"):
-        return swiglu_backward_reference(gate_up, grad, activation, down, gate_low_rank, up_low_rank, dropout, deferred)
+        by_torch = deferred is None and runs_kernels(gate_up, "swiglu")
+        one = _swiglu_backward_by_torch if by_torch else swiglu_backward_reference
+        return one(gate_up, grad, activation, down, gate_low_rank, up_low_rank, dropout, deferred)
+    return _swiglu_backward_by_kernel(gate_up, grad, activation, down, gate_low_rank, up_low_rank, dropout, deferred)
+
+
+def swiglu_backward_alone(gate_up: torch.Tensor, grad: torch.Tensor, activation: str) -> tuple[torch.Tensor, LoraGrads]:
+    """As swiglu_backward without LoRA: no matmul, so that it belongs to the family of swiglu_into."""
+    if not runs_kernels(gate_up, "swiglu"):
+        return swiglu_backward_reference(gate_up, grad, activation)
+    return _swiglu_backward_by_kernel(gate_up, grad, activation, None, None, None, None, None)
+
+
+def _swiglu_backward_by_torch(
+    gate_up: torch.Tensor,
+    grad: torch.Tensor,
+    activation: str,
+    down: tuple[torch.Tensor, torch.Tensor] | None,
+    gate_low_rank: torch.Tensor | None,
+    up_low_rank: torch.Tensor | None,
+    dropout: tuple[int, float] | None,
+    deferred: DeferredLora | None,
+) -> tuple[torch.Tensor, LoraGrads]:
+    """As swiglu_backward, on cards whose matmuls Triton doesn't know: torch's, around a kernel without any."""
+    down_a_grad = None
+    if down is not None:
+        added = torch.mm(*down)
+        hidden = torch.empty(grad.shape, dtype=gate_up.dtype, device=gate_up.device)
+        swiglu_into(gate_up, activation, hidden)
+        if dropout is not None:
+            added, hidden = dropped(added, *dropout), dropped(hidden, *dropout)
+        grad = added.add_(grad)
+        down_a_grad = matmul_fp32(down[0].t(), hidden)
+    d_gate_up, _ = swiglu_backward_alone(gate_up, grad, activation)
+    d_gate, d_up = d_gate_up.chunk(2, -1)
+    gate_b_grad = matmul_fp32(d_gate.t(), gate_low_rank) if gate_low_rank is not None else None
+    up_b_grad = matmul_fp32(d_up.t(), up_low_rank) if up_low_rank is not None else None
+    return d_gate_up, LoraGrads(down_a_grad, gate_b_grad, up_b_grad, None)
+
+
+def _swiglu_backward_by_kernel(
+    gate_up: torch.Tensor,
+    grad: torch.Tensor,
+    activation: str,
+    down: tuple[torch.Tensor, torch.Tensor] | None,
+    gate_low_rank: torch.Tensor | None,
+    up_low_rank: torch.Tensor | None,
+    dropout: tuple[int, float] | None,
+    deferred: DeferredLora | None,
+) -> tuple[torch.Tensor, LoraGrads]:
     rows, width = grad.shape
     seed, p = dropout or (0, 0.0)
     d_down_low_rank, down_a = down or (None, None)

@@ -11,7 +11,9 @@ The other side of the comparison is PEFT's own layers, which read the base's own
 matmul, or 16-bit ones. So fp8 weights and 16-bit copies of NF4 weights, two bytes a number either way, are never held
 at once: with an 8B model NF4's 6 GB and 14 GB in fp8, or in 16 bits if fp8 isn't taken. In both steps all layers
 recompute, so that a step takes little more (by count some 6 GB for 8,192 tokens). Where fp8 weights would take too much
-of the free memory they aren't made, and where a step runs out of it fp8 isn't taken.
+of the free memory, as those of an 8B model do on a card of 24 GB, NF4 ones stay in NF4 and go to fp8 a layer at a time,
+in memory that all layers share (by count 0.6 GB), and others aren't made; where a step runs out of memory fp8 isn't
+taken.
 
 B is zero before training (by most initialisations), and with it the gradient of A, so it is B's that are compared.
 Both are made of the same activations and gradients of outputs: nothing that fp8 changes is missing from B's.
@@ -31,7 +33,9 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.labels import IGNORE_INDEX
 from adder.core.rng import undisturbed
+from adder.kernels import families
 from adder.kernels.fused_lora import attach as fused_lora
+from adder.kernels.fused_lora.weights import is_4bit
 from adder.kernels.labelled_loss import mean_loss
 from adder.kernels.triton_utils import triton
 from adder.training.base_model import bare_model
@@ -103,14 +107,21 @@ def attach_fused_lora(
     still can be had. The precision has the figures of the comparison as alternatives. The model's parameters and all
     random numbers stay as they were. Raises UserError where fp8 is set and can't be had.
     """
-    missing = lacks(model, dtype, fused_lora.HELD_SHARE if wanted == "auto" else FP8_SHARE)
+    share = fused_lora.HELD_SHARE if wanted == "auto" else FP8_SHARE
+    missing = lacks(model, dtype, share)
+    hold = fp8_bytes(model) <= share * hardware.free_memory("cuda")
     if wanted == "fp8" and missing:
         raise UserError(f"train.frozen_products: 'fp8' needs {missing}; use 'bf16' or 'auto'")
     choice = None if missing else kept
     against = _reason_against(model, wanted, missing)
     if choice is None and against:
         choice = Choice("bf16", against)
-    fused = fused_lora.attach_where_it_pays(model, dtype, choice.value if choice else "fp8")
+    in_16_bits = choice is not None and choice.value == "bf16"
+    fused = (
+        fused_lora.attach_where_it_pays(model, dtype, "bf16")
+        if in_16_bits
+        else fused_lora.attach_where_it_pays(model, dtype, "fp8", hold)
+    )
     if choice is None:
         choice = _tried(model, wanted, packs, fused)
         if choice.value == "bf16":
@@ -126,19 +137,34 @@ def lacks(model: PeftModel, dtype: str, share: float) -> str | None:
     `dtype`: of the other matmuls. `share`: of the free memory that the weights in fp8 may take.
     """
     major, minor = torch.cuda.get_device_capability()
-    if major < 9:
-        return f"a GPU of compute capability 9.0 or later (Hopper); this one has {major}.{minor}"
+    if major < 9 and not families.is_tried("fp8"):
+        return f"a GPU of compute capability 9.0 or later (Hopper), or a trial; this one has {major}.{minor}"
     if dtype != "bfloat16":
         return f"train.compute_dtype: bfloat16, not {dtype}"
     if triton is None:
         return "Triton, which is not installed here"
-    layers = [m for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
-    bases = [layer.get_base_layer() for layer in layers]
-    needed = 2 * sum(base.in_features * base.out_features for base in bases if isinstance(base, torch.nn.Linear))
-    free = hardware.free_memory("cuda")
-    if needed > share * free:
+    if why := families.why_off("fp8"):
+        return f"kernels that can be trusted on this card, and of these it is said: {why}"
+    needed, free = fp8_bytes(model), hardware.free_memory("cuda")
+    if needed > share * free and not _all_4bit(model):
         return f"{needed / 2**30:.1f} GiB for the weights, at most {share:.0%} of the {free / 2**30:.1f} free"
     return None
+
+
+def _bases(model: PeftModel) -> list[torch.nn.Linear]:
+    """The linear layers that have LoRA."""
+    layers = [m.get_base_layer() for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
+    return [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+
+
+def fp8_bytes(model: PeftModel) -> int:
+    """What the weights under LoRA take in fp8, in both directions."""
+    return 2 * sum(base.in_features * base.out_features for base in _bases(model))
+
+
+def _all_4bit(model: PeftModel) -> bool:
+    """Whether these weights are all in 4 bits, and can be taken to fp8 one at a time."""
+    return all(is_4bit(base) for base in _bases(model))
 
 
 def _reason_against(model: PeftModel, wanted: str, missing: str | None) -> str | None:

@@ -19,6 +19,8 @@ from adder.core import hardware, precision, text_model
 from adder.core.choice import ChoiceRecord
 from adder.core.files import write_json
 from adder.core.stage_spec import Context
+from adder.kernels.trials import decide as trials
+from adder.kernels.trials import shapes
 from adder.training import base_model, isolation_check, lora
 from adder.training.packed_dataset import PackedExamples
 from adder.training.stage import IsolationSettings, TrainSettings
@@ -61,6 +63,9 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     tried = few.get_text_config().num_hidden_layers if few else layers
     context.progress.say(f"trying packs on {tried} of the model's {layers} layers, on {device} in {dtype}")
     set_seed(train.seed)
+    if device == "cuda":  # what training will ask as well, and then finds answered
+        sizes = shapes.of_config(whole, dtype)
+        trials.decide("full", sizes, f"cuda:{torch.cuda.current_device()}", context.results / trials.FOLDER, _quiet)
     model, base = base_model.load(weights, settings.method, dtype, device, config=few)
     trained = model
     if settings.method != "full":
@@ -74,6 +79,10 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     record: IsolationRecord = {"attention": attention.to_dict(), "layers": tried, "of": layers}
     write_json(out / "check.json", record)
     return record
+
+
+def _quiet(text: str) -> None:
+    """Training says it."""
 
 
 def _names_no_layer(settings: IsolationSettings) -> bool:

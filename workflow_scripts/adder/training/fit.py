@@ -24,13 +24,16 @@ from transformers import (
 )
 from trl.trainer.sft_config import SFTConfig
 
-from adder.core import hardware, precision
+from adder.core import graphics_cards, hardware, precision, text_model
 from adder.core.choice import Choice, ChoiceRecord
 from adder.core.files import write_json, write_jsonl
 from adder.core.progress import Progress
 from adder.core.rng import undisturbed
 from adder.core.stage_spec import Runtime
+from adder.kernels import card_support
 from adder.kernels.fused_lora import attach as fused_lora
+from adder.kernels.trials import decide as trials
+from adder.kernels.trials import shapes
 from adder.tokenization.token_table import TokenTable
 from adder.training import base_model, base_precision, isolation_check, lora, preflight, step_planner
 from adder.training.base_model import BaseChoices
@@ -89,12 +92,16 @@ class TrainingPlan:
     sharding: Choice | None = None
     matmuls: MatmulChoices | None = None
     lora_pairs: Choice | None = None
+    kernels: Choice | None = None
+    machine: Choice | None = None
 
     def named(self) -> dict[str, Choice]:
         """The choices that were made, by name."""
         found = {
             **self.step.named(),
             "compute_dtype": self.compute_dtype,
+            "machine": self.machine,
+            "kernels": self.kernels,
             "attention": self.base.attention,
             "nf4_weights": self.base.nf4_weights,
             "nf4_values": self.base.nf4_values,
@@ -144,6 +151,7 @@ def fit(job: TrainJob, progress: Progress) -> None:
     set_seed(settings.seed)
     sharding = _choose_sharding(job)
     sharded = sharding is not None and sharding.value == "fsdp"
+    kernels = _try_kernels(job, weights, dtype, sharded, progress)
     model, base = base_model.load(weights, settings.method, dtype, job.device, sharded)
     earlier = collectives.call_on_main(_earlier_start, job.checkpoints)
     matmuls, pairs = None, None
@@ -170,7 +178,7 @@ def fit(job: TrainJob, progress: Progress) -> None:
     step = replace(step, frozen_products=matmuls.frozen_products if matmuls else step.frozen_products)
     collectives.call_on_main(step_planner.save_choices, step, job.checkpoints)
     step_planner.apply_checkpointing(model, step.plan.checkpointing)
-    plan = TrainingPlan(compute_dtype, base, step, sharding, matmuls, pairs)
+    plan = TrainingPlan(compute_dtype, base, step, sharding, matmuls, pairs, kernels, _machine(job))
 
     trainer, doctor, facts = _build_trainer(job, model, packs, plan, earlier, progress)
     try:
@@ -197,6 +205,37 @@ def load_packs(inputs: TrainInputs, settings: TrainSettings) -> PackedExamples:
 
 
 # The model ------------------------------------------------------------------------------------------------------------
+
+
+def _machine(job: TrainJob) -> Choice:
+    """What computes, and why not more, as `adder machine` says it."""
+    found = graphics_cards.look()
+    if job.device == "cpu":
+        why = [card_support.cpu_sentence()]
+        if job.runtime.device != "auto":
+            why.append(f"runtime.device is {job.runtime.device}")
+        elif against := graphics_cards.obstacle(found):
+            why.append(against)
+        return Choice("CPU", "; ".join(why))
+    return Choice(str(graphics_cards.card(torch.cuda.current_device())), "; ".join(card_support.sentences(found)))
+
+
+def _try_kernels(job: TrainJob, weights: Path, dtype: str, sharded: bool, progress: Progress) -> Choice | None:
+    """Let this process use the kernels that a trial found to be right on its card; None on a CPU, which has none."""
+    if job.device == "cpu":
+        return None
+    settings = job.settings
+    wants_fp8 = settings.frozen_products != "bf16" and not sharded
+    qlora = settings.method == "qlora"
+    lora = {"rank": settings.lora_r, "dropout": settings.lora_dropout, "four_bit": qlora, "fp8": wants_fp8}
+    config = text_model.read_config(weights)
+    sizes = shapes.of_config(config, dtype, **(lora if settings.method != "full" else {}))
+    purpose = "full" if settings.method == "full" else "lora"
+    device, folder = f"cuda:{torch.cuda.current_device()}", job.results / trials.FOLDER
+    choice = collectives.call_on_main(trials.decide, purpose, sizes, device, folder, progress.say)
+    if not collectives.is_main():  # whose card may be another
+        trials.decide(purpose, sizes, device, folder, progress.say)
+    return choice
 
 
 def _choose_sharding(job: TrainJob) -> Choice | None:
@@ -275,7 +314,10 @@ def _plan_step(
     levels = step_planner.supported_checkpointing(model, job.device)
     if sharded:
         return step_planner.choose_step_untried(job.settings, job.step_packs, levels, processes)
-    trials = step_planner.Trials(model, packs.seq_lengths, dtype, job.device)
+    least = None
+    if job.device == "cuda":  # of cards that may differ
+        least = int(-collectives.all_reduce_max(-hardware.total_memory("cuda")))
+    trials = step_planner.Trials(model, packs.seq_lengths, dtype, job.device, least)
     collectives.call_on_main(trials.warm_up)
     return collectives.call_on_main(
         step_planner.choose_step,

@@ -389,10 +389,19 @@ def apply_checkpointing(model: PreTrainedModel | PeftModel, level: str) -> None:
 class Trials:
     """Tries plans for a model: call with a StepPlan, get a Trial. The model and all random numbers stay as they were.
 
-    `seq_lengths`: token counts of the examples in each pack. `dtype`: of the matmuls.
+    `seq_lengths`: token counts of the examples in each pack. `dtype`: of the matmuls. `least_memory`: bytes of the
+    smallest card that the plan is for, where that isn't this one.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, seq_lengths: Packs, dtype: str, device: str):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        seq_lengths: Packs,
+        dtype: str,
+        device: str,
+        least_memory: int | None = None,
+    ):
+        self.least_memory = least_memory
         self.model, self.dtype, self.device = model, dtype, device
         self.packs = sorted(seq_lengths, key=sum, reverse=True)
         self.bare = bare_model(model)
@@ -410,7 +419,9 @@ class Trials:
     def _measure(self, plan: StepPlan, lengths: list[int]) -> Trial:
         """Run steps and see how much memory and time they take."""
         free = hardware.free_memory("cuda") + torch.cuda.memory_reserved()
-        room = int(free - HEADROOM["cuda"] * hardware.total_memory("cuda")) - self.later
+        total = hardware.total_memory("cuda")
+        kept_free = HEADROOM["cuda"] * total + hardware.display_margin() + total - (self.least_memory or total)
+        room = int(free - kept_free) - self.later
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         with _as_before(self.model, plan.checkpointing), fused_head(self.bare):

@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     takes_files(check, layers)
     check.add_argument("--quiet", action="store_true", help="say nothing where nothing is wrong")
     check.add_argument("--read", action="store_true", help="only read the files: no setting is looked at")
+    machine = command("machine", _machine, "Say which GPU and machine this is, what is used of it, and why not more")
+    machine.add_argument(
+        "--results", type=Path, default=Path("results"), help="whose trials to read (default: results)"
+    )
     removal = command("prune", _prune, "List the stage folders that no run needs, and remove them")
     takes_files(removal, "configurations whose runs need what is kept")
     removal.add_argument("--yes", action="store_true", help="remove without asking")
@@ -99,6 +103,19 @@ def _check(parsed: argparse.Namespace) -> None:
         results = Path(settings.runtime.results)
         done = [name for name, stage in stages.items() if (results / stage.folder / "stage.json").exists()]
         print(f"{run}: {len(stages)} stages, of which finished: {', '.join(done) or 'none'}")
+
+
+def _machine(parsed: argparse.Namespace) -> None:
+    from adder.core import graphics_cards  # torch takes seconds, and the other commands need none of it
+    from adder.kernels import card_support
+    from adder.kernels.trials import decide, kept
+
+    found = graphics_cards.look()
+    print("\n".join(card_support.sentences(found)))
+    for card in graphics_cards.alike(graphics_cards.usable(found)):
+        for line in kept.told(parsed.results / decide.FOLDER, card.name):
+            print(line)
+        break
 
 
 def _prune(parsed: argparse.Namespace) -> None:

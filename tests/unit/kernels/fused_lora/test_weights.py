@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from adder.kernels.fused_lora import attach
 from adder.training import base_model
@@ -14,6 +13,7 @@ from fused_lora_cases import (
     batch_of,
     errors,
     family,
+    in_nf4,
     on_gpu,
     step,
     step_loss,
@@ -66,24 +66,31 @@ def test_fused_weights_follow_whatever_changes_them():
         attach.attach(model)
 
 
+def test_nf4_weights_taken_to_fp8_one_at_a_time_compute_what_held_ones_do(tmp_path):
+    """Loss and gradients to the bit, in memory of the largest group's size that all layers share."""
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160}
+    folder = save_tiny_model(tmp_path / "model", **shape)
+    model, batch = with_adapter(in_nf4(folder)), batch_of(9, 23)
+    results = {}
+    for hold in (True, False):
+        report = attach.attach(model, hold=hold, precision="fp8")
+        assert report["fp8"] == 8 and report["held"] is hold and (report["held_bytes"] > 0) is hold
+        results[hold] = step(model, batch)
+    assert results[True][0] == results[False][0]
+    assert worst_error(results[True][1], results[False][1]) == 0
+    memories = {id(group.fp8.memory): group.fp8.memory for group in attach._groups(model)}
+    assert [memory.values.numel() for memory in memories.values()] == [2 * 160 * 64]  # of gate and up
+    attach.attach(model)
+    exact = step(model, batch)
+    assert 1e-4 < worst_error(results[False][1], exact[1]) < 0.3
+
+
 @pytest.mark.parametrize("hold", [True, False])
 def test_nf4_values_are_those_of_bitsandbytes(tmp_path, hold):
     folder = save_tiny_model(tmp_path / "model", hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
     model, _ = base_model.load(folder, "qlora", "float32", "cpu")
     assert not base_model.four_bit_layers(model)  # on a CPU they are held dequantised already
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=config, attn_implementation="adder_segments"
-    )
-    base_model.keep_cpu_weights_intact(model)
-    model = with_adapter(model)
+    model = with_adapter(in_nf4(folder))
     batch = batch_of(9, 23)
     expected_loss, expected = step(model, batch)
     report = attach.attach(model, hold=hold)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adder.core import graphics_cards
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json
@@ -166,6 +167,12 @@ def test_what_one_of_the_processes_ended_with_is_how_the_training_ends(
         launcher.fit_in_processes(job(tmp_path, inputs, 2), Progress.silent())
 
 
+def cards(*names: str) -> tuple[graphics_cards.Card, ...]:
+    kinds = {"H200": ((9, 0), 141), "3090": ((8, 6), 24), "1080": ((6, 1), 8)}
+    of = [(index, name, *kinds[name]) for index, name in enumerate(names)]
+    return tuple(graphics_cards.Card(index, name, capability, size * 2**30) for index, name, capability, size in of)
+
+
 @pytest.mark.parametrize(
     ("wanted", "packs", "number", "why"),
     [
@@ -176,17 +183,39 @@ def test_what_one_of_the_processes_ended_with_is_how_the_training_ends(
     ],
 )
 def test_every_gpu_that_there_are_packs_for_is_used(monkeypatch, wanted, packs, number, why):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(graphics_cards, "visible_cards", lambda: cards("H200", "H200", "H200", "H200"))
     choice = launcher.choose_process_count(wanted, "cuda", packs)
     assert choice.value == number and why in choice.reason
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(graphics_cards, "visible_cards", lambda: cards("H200", "H200", "H200", "H200"))
     with pytest.raises(UserError, match="runtime.gpus: 8 were asked for, and torch sees 4 here"):
         launcher.choose_process_count(8, "cuda", 16)
     with pytest.raises(UserError, match="runtime.gpus: 2 were asked for, but training runs on the CPU"):
         launcher.choose_process_count(2, "cpu", 16)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "number", "chosen", "why"),
+    [
+        (("3090", "3090", "1080"), "auto", 2, [0, 1], "2 of the 3 GPUs here, of one kind (3090"),
+        (("1080", "3090", "3090"), "auto", 2, [1, 2], "and 1080 (8 GiB, compute capability 6.1) would be that"),
+        (("3090", "1080"), "auto", 1, [0], "1 of the 2 GPUs here"),
+        (("3090", "3090", "1080"), 3, 3, [0, 1, 2], "of several kinds"),
+    ],
+)
+def test_of_unequal_gpus_those_of_one_kind_train(monkeypatch, names, wanted, number, chosen, why):
+    monkeypatch.setattr(graphics_cards, "visible_cards", lambda: cards(*names))
+    choice = launcher.choose_process_count(wanted, "cuda", 16)
+    assert choice.value == number and why in choice.reason
+    assert launcher.chosen_cards(number, cards(*names)) == chosen
+
+
+def test_chosen_cards_are_named_as_they_were():
+    assert launcher.visible_devices([1, 2], None) == "1,2"
+    assert launcher.visible_devices([1, 2], "GPU-a, GPU-b,GPU-c") == "GPU-b,GPU-c"
+    assert launcher.visible_devices([0, 2], "3,5,7") == "3,7"
 
 
 # On two GPUs ----------------------------------------------------------------------------------------------------------

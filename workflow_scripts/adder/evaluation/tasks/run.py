@@ -24,7 +24,7 @@ from adder.core.errors import UserError
 from adder.core.files import files_in, read_json, write_json, write_jsonl
 from adder.core.intervals import Estimate
 from adder.core.stage_spec import Context
-from adder.evaluation.model_loading import load_model
+from adder.evaluation.model_loading import load_model, try_kernels
 from adder.evaluation.tasks.lm_eval_model import TaskModel
 from adder.evaluation.tasks.records import SubtaskScore, TaskSample, TaskScoresRecord
 from adder.evaluation.tasks.stage import TaskSettings
@@ -83,6 +83,7 @@ def _evaluate(settings: TaskSettings, inputs: TaskInputs, out: Path, context: Co
         progress.say("warning: the model has no chat template, so the questions are asked as plain text")
     dtype = precision.compute_dtype(device)
     progress.say(f"loading the model on {device} in {dtype.value}")
+    try_kernels(inputs.model / "model", dtype.value, context)
     loaded = load_model(inputs.model / "model", dtype.value, device)
     model = TaskModel(loaded, tokenizer, details["end_of_turn"], details["reply_ends"], as_chat, progress)
     start = time.perf_counter()

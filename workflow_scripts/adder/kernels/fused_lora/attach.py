@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 
 from adder.core import hardware
 from adder.core.choice import Choice
-from adder.kernels import fp8
+from adder.kernels import families, fp8
 from adder.kernels.fused_lora.layer_probes import (
     GATE_UP,
     PROBE_TOKENS,
@@ -71,9 +71,9 @@ def attach(model: PeftModel, hold: bool | None = None, precision: str = "bf16") 
     """Replace the forward of every LoRA layer of `model` that fits, and of what surrounds it; return what was done.
 
     `hold`: keep the 16-bit values of NF4 weights in memory; by default where they take at most HELD_SHARE of what is
-    free. `precision`: "fp8" holds frozen weights in fp8 instead, both directions; "bf16" leaves them in the model's own
-    16 bits. Each replacement has been compared with what it replaces, on random input and with 16-bit matmuls; what
-    disagrees stays as it was.
+    free. `precision`: "fp8" holds frozen weights in fp8 instead, both directions, or without `hold` takes NF4 ones to
+    fp8 one after another, in memory that all share; "bf16" leaves them in the model's own 16 bits. Each replacement has
+    been compared with what it replaces, on random input and with 16-bit matmuls; what disagrees stays as it was.
     """
     detach(model)
     base: AnyModule = model.get_base_model()
@@ -82,7 +82,7 @@ def attach(model: PeftModel, hold: bool | None = None, precision: str = "bf16") 
     device = next(base.parameters()).device
     elements = sum(m.in_features * m.out_features for m in _four_bit(layers))
     if precision == "fp8":
-        hold = True
+        hold = hold is not False
     elif hold is None:
         hold = elements * dtype.itemsize <= HELD_SHARE * hardware.free_memory(device.type)
     fuser = _Fuser(dtype, None if hold else Workspace(dtype, device), precision == "fp8")
@@ -144,16 +144,22 @@ def suspended(model: PeftModel) -> Iterator[None]:
             group.suspended = False
 
 
-def attach_where_it_pays(model: PeftModel, dtype: str, precision: str = "bf16") -> Choice[str, FusionSummary]:
-    """Attach on a GPU with fast 16-bit matmuls (Ampere or later); return the choice, with `attach`'s result.
+def attach_where_it_pays(
+    model: PeftModel, dtype: str, precision: str = "bf16", hold: bool | None = None
+) -> Choice[str, FusionSummary]:
+    """Attach on a GPU where a trial found that it pays; return the choice, with `attach`'s result.
 
-    `precision`: as attach's; "fp8" only where it can be had.
+    `precision`, `hold`: as attach's; "fp8" only where it can be had. Where nothing was tried, a GPU of compute
+    capability 8.0 with Triton is taken to be good for it.
     """
-    if torch.cuda.get_device_capability() < (8, 0) or dtype not in {"bfloat16", "float16"}:
-        return Choice("PEFT", f"fused LoRA needs a GPU of compute capability 8.0 and 16-bit matmuls, not {dtype}")
-    if triton is None:
-        return Choice("PEFT", "fused LoRA needs Triton, which is not installed here")
-    done = attach(model, precision=precision)
+    if dtype not in {"bfloat16", "float16"}:
+        return Choice("PEFT", f"fused LoRA needs 16-bit matmuls, not {dtype}")
+    if why := families.why_off("folded_lora"):
+        return Choice("PEFT", f"LoRA isn't fused: a trial on this card {why}")
+    tried = families.is_tried("folded_lora")
+    if not tried and (triton is None or torch.cuda.get_device_capability() < (8, 0)):
+        return Choice("PEFT", "fused LoRA needs a GPU of compute capability 8.0 and Triton, or a trial")
+    done = attach(model, hold, precision)
     if not done["decoder_layers"] + done["mlps"] + done["products"]:
         why = ", ".join(f"{reason} ({count}×)" for reason, count in done["reasons"].items())
         return Choice("PEFT", f"LoRA can be fused into no layer of this model: {why}", [done])
@@ -164,7 +170,8 @@ def attach_where_it_pays(model: PeftModel, dtype: str, precision: str = "bf16") 
 def _sentence(done: FusionSummary) -> str:
     left = f"; {done['left_to_peft']} LoRA layers are left to PEFT" if done["left_to_peft"] else ""
     values = {None: "", True: ", NF4 values dequantised once", False: ", NF4 values dequantised in each matmul"}
-    how = f", {done['fp8']} of their matmuls in fp8" if done["fp8"] else values[done["held"]]
+    shared = ", of NF4 weights that are taken to fp8 one at a time" if done["held"] is False else ""
+    how = f", {done['fp8']} of their matmuls in fp8{shared}" if done["fp8"] else values[done["held"]]
     return (
         f"LoRA is fused into the base's matmuls: {done['decoder_layers']} decoder layers, {done['mlps']} MLPs and "
         f"{done['products']} other groups of linear layers{how}{left}"
@@ -211,6 +218,11 @@ class _Fuser:
         except CannotFuse as reason:
             self.reasons[str(reason)] += 1
             return
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # of kernels and libraries, which raise what they like
+            self.reasons[f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"] += 1
+            return
         self.done.append(item)
         if self.in_fp8:  # only now: what was compared above has 16-bit matmuls' exactness
             for group in item.groups:
@@ -239,7 +251,12 @@ class _Fuser:
         with torch.no_grad():
             expected = mlp(x)
             fused = FusedMLP(mlp, *self._groups(*lists))
-            self._compare(fused, {"output": expected}, {"output": mlp(x)})
+            try:
+                found = mlp(x)
+            except Exception:
+                fused.detach()
+                raise
+            self._compare(fused, {"output": expected}, {"output": found})
         return fused
 
     def _layer(self, layer: AnyModule, rotary: AnyModule) -> FusedDecoderLayer:

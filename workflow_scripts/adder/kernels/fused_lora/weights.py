@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from adder.kernels import fp8
 from adder.kernels.dropout import add_dropout_matmul_grad_x, dropout_matmul, dropout_matmul_grad_a
 from adder.kernels.nf4 import dequantise_into
+from adder.kernels.triton_utils import matmul_fp32
 
 # A module of a model of any family, by PEFT or not: which attributes it has is only known when it is looked at.
 AnyModule: TypeAlias = Any
@@ -123,6 +124,7 @@ class Workspace:
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device, self.elements = dtype, device, 0
         self.memory: torch.Tensor | None = None
+        self.fp8 = fp8.Fp8Memory(dtype, device)
 
     def reserve(self, elements: int) -> None:
         """Make room for at least this many elements."""
@@ -160,7 +162,7 @@ class LinearGroup:
         self.bias = self._bias(device)
         self.workspace = workspace if all(is_4bit(part.base) for part in parts) else None
         self.synced_state: list[Any] | None = None
-        self.fp8: fp8.Fp8Weight | None = None
+        self.fp8: fp8.Fp8Weight | fp8.UnpackedFp8Weight | None = None
         self.suspended = False  # while it is, PEFT's own layers compute
         self.held: torch.Tensor | None = None
         if self.workspace is None:
@@ -188,9 +190,16 @@ class LinearGroup:
         return 0 if self.held is None else self.outputs * self.stride * self.dtype.itemsize
 
     def use_fp8(self) -> bool:
-        """Hold W in fp8 in place of 16 bit; return False, and do nothing, where the sizes don't suit fp8 matmuls."""
+        """Hold W in fp8 in place of 16 bit; return False, and do nothing, where the sizes don't suit fp8 matmuls.
+
+        NF4 weights that are unpacked in each matmul stay NF4, and go to fp8 in memory that all groups share.
+        """
         if self.inputs % fp8.SIZE_MULTIPLE or self.outputs % fp8.SIZE_MULTIPLE:
             return False
+        if self.workspace is not None:
+            self.workspace.fp8.reserve(self.outputs, self.inputs)
+            self.fp8 = fp8.UnpackedFp8Weight(self._unpacked, self.workspace.fp8)
+            return True
         self.fp8 = fp8.Fp8Weight(self.weight_matrix()[:, : self.inputs])
         if self.held is not None:
             self.release()
@@ -250,10 +259,19 @@ class LinearGroup:
         """[W | s·B], (outputs, width), strided; in a workspace it lasts until the next group's."""
         if self.held is not None:
             return self.held
+        matrix = self._unpacked_with_room()
+        matrix[:, self.inputs :].copy_(self.b)
+        return matrix
+
+    def _unpacked(self) -> torch.Tensor:
+        """W, (outputs, inputs), strided, in the workspace."""
+        return self._unpacked_with_room()[:, : self.inputs]
+
+    def _unpacked_with_room(self) -> torch.Tensor:
+        """[W | ?] in the workspace."""
         assert self.workspace is not None, "weights are either held or dequantised into a workspace"
         matrix = self.workspace.take(self.outputs, self.stride)[:, : self.width]
         self._fill(matrix)
-        matrix[:, self.inputs :].copy_(self.b)
         return matrix
 
     def buffer(self, tokens: int) -> torch.Tensor:
@@ -372,7 +390,7 @@ class LinearGroup:
     ) -> list[torch.Tensor | None]:
         """Gradient of each part's A, fp32. d_low_rank: gradient to x·Aᵀ, (tokens, rank)."""
         if seeds is None:
-            joint = _matmul_fp32(d_low_rank.t(), x) if self.rank else None
+            joint = matmul_fp32(d_low_rank.t(), x) if self.rank else None
             return [joint[part.ranks] if joint is not None and part.layers else None for part in self.parts]
         return [
             dropout_matmul_grad_a(d_low_rank[:, part.ranks], x, seed, drop) if part.layers else None
@@ -382,7 +400,7 @@ class LinearGroup:
     def b_grads(self, grad: torch.Tensor, low_rank: torch.Tensor) -> list[torch.Tensor | None]:
         """Gradient of each part's s·B, fp32. grad: of the outputs; low_rank: x·Aᵀ."""
         # One matmul for all, of whose blocks those on the diagonal count: reading `grad` is what takes the time.
-        joint = _matmul_fp32(grad.t(), low_rank) if self.rank else None
+        joint = matmul_fp32(grad.t(), low_rank) if self.rank else None
         return [joint[part.rows, part.ranks] if joint is not None and part.layers else None for part in self.parts]
 
     def parameter_grads(
@@ -413,10 +431,3 @@ def is_4bit(base: AnyModule) -> bool:
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a · b in fp32, from 16-bit matrices on a GPU without rounding the sums."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

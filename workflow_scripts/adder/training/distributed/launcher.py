@@ -8,7 +8,6 @@ a traceback of the launcher's, and to leave no rank behind where this process is
 run Snakemake's script of the stage again in every rank, since it imports the main module.
 """
 
-import ctypes
 import json
 import os
 import pickle
@@ -30,9 +29,11 @@ from typing import Literal, TypedDict
 import torch
 from accelerate.utils import check_cuda_p2p_ib_support
 
+from adder.core import graphics_cards
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import atomic_write, read_json, write_json
+from adder.core.parallel import die_with_parent
 from adder.core.progress import Progress
 from adder.training.fit import TrainJob, fit
 from adder.training.step_planner import MemoryRanOut
@@ -60,14 +61,36 @@ def choose_process_count(wanted: Literal["auto"] | int, device: str, step_packs:
         if wanted not in ("auto", 1):
             raise UserError(f"runtime.gpus: {wanted} were asked for, but training runs on the CPU here; use 'auto'")
         return Choice(1, "on a CPU one process uses all cores")
-    visible = torch.cuda.device_count()
+    cards = graphics_cards.visible_cards()
+    visible, kind = len(cards), graphics_cards.alike(cards)
     if wanted != "auto" and wanted > visible:
         raise UserError(f"runtime.gpus: {wanted} were asked for, and torch sees {visible} here; use 'auto' or less")
-    count = visible if wanted == "auto" else wanted
+    count = len(kind) if wanted == "auto" else wanted
     why = f"{'each' if count > 1 else 'one'} of the {visible} GPUs here" if visible > 1 else "one GPU is here"
+    if len(kind) < visible:
+        others = ", ".join(str(card) for card in cards if card not in kind)
+        if count <= len(kind):
+            why = (
+                f"{count} of the {visible} GPUs here, of one kind ({kind[0]}); a step waits for its slowest card, and "
+            )
+            why += f"{others} would be that"
+        else:
+            why += f", of several kinds ({kind[0]}; {others}): a step waits for the slowest, and has to fit into each"
     if count > step_packs:
         return Choice(step_packs, f"{why}, but an optimizer step has no more packs (train.effective_batch_size)")
     return Choice(count, why if wanted == "auto" else f"{why}, as set by runtime.gpus")
+
+
+def chosen_cards(count: int, cards: tuple[graphics_cards.Card, ...]) -> list[int]:
+    """Numbers of the cards that so many processes train on: of one kind, as long as these are enough."""
+    kind = graphics_cards.alike(cards)
+    return [card.index for card in (kind if count <= len(kind) else cards)[:count]]
+
+
+def visible_devices(chosen: list[int], visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES with which just the `chosen` of the cards are seen; `visible`: what it is now, if set."""
+    names = [name.strip() for name in visible.split(",")] if visible else []
+    return ",".join(names[index] if names else str(index) for index in chosen)
 
 
 def fit_in_processes(job: TrainJob, progress: Progress) -> None:
@@ -97,7 +120,10 @@ def _run(folder: Path, processes: int, threads: int, progress: Progress) -> bool
     command += ["--nproc-per-node", str(processes), "--module", "adder.training.distributed.launcher", str(folder)]
     with _noting_sigterm() as received:
         torchrun = subprocess.Popen(
-            command, env=_environment(max(1, threads // processes)), start_new_session=True, preexec_fn=_before_torchrun
+            command,
+            env=_environment(max(1, threads // processes), processes),
+            start_new_session=True,
+            preexec_fn=_before_torchrun,
         )
         shown, informed, failed = 0, set[int](), None
         try:
@@ -110,13 +136,13 @@ def _run(folder: Path, processes: int, threads: int, progress: Progress) -> bool
                 time.sleep(POLL)
         finally:
             if torchrun.poll() is None:
-                torchrun.kill()  # and with it the processes that it started: see _die_with_parent
+                torchrun.kill()  # and with it the processes that it started: see die_with_parent
                 torchrun.wait()
             _show(folder, shown, progress)
     return bool(received)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, processes: int) -> dict[str, str]:
     """That of the processes: the package can be imported, and torchrun leaves SIGTERM to us."""
     package = str(Path(__file__).parents[3])
     environment = os.environ | {
@@ -126,6 +152,10 @@ def _environment(threads: int) -> dict[str, str]:
     }
     if torch.cuda.is_available() and not check_cuda_p2p_ib_support():  # else accelerate refuses cards such as RTX 4090
         environment |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+    cards = graphics_cards.visible_cards()
+    chosen = chosen_cards(processes, cards)
+    if chosen != list(range(processes)) and cards:
+        environment[graphics_cards.VISIBLE] = visible_devices(chosen, os.environ.get(graphics_cards.VISIBLE))
     return environment
 
 
@@ -172,12 +202,7 @@ def _age(path: Path) -> int:
 def _before_torchrun() -> None:
     """In torchrun's process, before its program: deaf to SIGTERM, and not to outlive this process."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _die_with_parent()
-
-
-def _die_with_parent() -> None:
-    """Let Linux kill this process when the one that started it ends (prctl's PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    die_with_parent()
 
 
 # In each of the processes ---------------------------------------------------------------------------------------------
@@ -202,7 +227,7 @@ class ProgressFile(Progress):
 
 def work(folder: Path) -> None:
     """Train as one of the ranks that torchrun started, and leave word of how it ended."""
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until training listens
     rank = int(os.environ["RANK"])
     _leave(folder / f"process-{rank}.json", os.getpid())
