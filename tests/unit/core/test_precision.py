@@ -2,7 +2,8 @@
 
 import pytest
 
-from adder.core import graphics_cards, precision
+from adder.core import precision
+from adder.core.machine import graphics_cards
 
 
 def test_a_dtype_that_was_asked_for_is_taken():

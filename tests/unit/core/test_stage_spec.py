@@ -2,8 +2,8 @@
 
 import pytest
 
-from adder.core import graphics_cards
 from adder.core.errors import UserError
+from adder.core.machine import graphics_cards
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context, Memory, Runtime
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from adder.core.graphics_cards import Card, Surroundings
+from adder.core.machine.graphics_cards import Card, Surroundings
 from adder.kernels import card_support
 
 GIB = 2**30

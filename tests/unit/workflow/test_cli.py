@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from adder.core import file_lock, graphics_cards
+from adder.core import file_lock
 from adder.core.file_digests import FileDigests
+from adder.core.machine import graphics_cards
 from adder.workflow import cli, run_folder
 
 CONFIG = "model: {source: a/b}\ndata: {sources: [{builtin: tickets, rows: 9}]}\n"

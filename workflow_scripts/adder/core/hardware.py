@@ -5,8 +5,8 @@ import platform
 from pathlib import Path
 from typing import TypedDict
 
-from adder.core import graphics_cards
 from adder.core.errors import UserError
+from adder.core.machine import graphics_cards
 
 # What a desktop's windows may take of a card's memory while something else computes on it.
 DISPLAY_BYTES = 2**30

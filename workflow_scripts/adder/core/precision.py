@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from adder.core import graphics_cards
 from adder.core.choice import Choice
+from adder.core.machine import graphics_cards
 
 
 def compute_dtype(device: str, wanted: str = "auto") -> Choice:

@@ -3,8 +3,9 @@
 What is known before any trial. Which kernels a card then runs is found out with a model's own sizes (`trials`).
 """
 
-from adder.core import graphics_cards, precision
-from adder.core.graphics_cards import Card, Surroundings
+from adder.core import precision
+from adder.core.machine import graphics_cards
+from adder.core.machine.graphics_cards import Card, Surroundings
 
 # From here on there are flash kernels and Triton's matmuls; fp8 matmuls; and what this project was run on.
 MATMULS, FP8, RUN = (8, 0), (8, 9), (9, 0)

@@ -24,9 +24,10 @@ from transformers import (
 )
 from trl.trainer.sft_config import SFTConfig
 
-from adder.core import graphics_cards, hardware, precision, text_model
+from adder.core import hardware, precision, text_model
 from adder.core.choice import Choice, ChoiceRecord
 from adder.core.files import write_json, write_jsonl
+from adder.core.machine import graphics_cards
 from adder.core.progress import Progress
 from adder.core.rng import undisturbed
 from adder.core.stage_spec import Runtime

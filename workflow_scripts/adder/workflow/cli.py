@@ -106,7 +106,7 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _machine(parsed: argparse.Namespace) -> None:
-    from adder.core import graphics_cards  # torch takes seconds, and the other commands need none of it
+    from adder.core.machine import graphics_cards  # torch takes seconds, and the other commands need none of it
     from adder.kernels import card_support
     from adder.kernels.trials import decide, kept
 

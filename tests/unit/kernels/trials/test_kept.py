@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from adder.core import graphics_cards
+from adder.core.machine import graphics_cards
 from adder.kernels.trials import kept
 from adder.kernels.trials.trial import Verdict
 from kernel_families import SHAPES, families

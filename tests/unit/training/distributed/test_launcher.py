@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adder.core import graphics_cards
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json, read_jsonl, write_json
+from adder.core.machine import graphics_cards
 from adder.core.progress import Progress
 from adder.core.stage_spec import Runtime
 from adder.training.checkpoints import newest_whole

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
 
-from adder.core import graphics_cards
 from adder.core.files import atomic_write, read_json, write_json
+from adder.core.machine import graphics_cards
 from adder.kernels.trials.shapes import ModelShapes
 from adder.kernels.trials.trial import KernelFamily, Verdict
 

@@ -29,10 +29,10 @@ from typing import Literal, TypedDict
 import torch
 from accelerate.utils import check_cuda_p2p_ib_support
 
-from adder.core import graphics_cards
 from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import atomic_write, read_json, write_json
+from adder.core.machine import graphics_cards
 from adder.core.parallel import die_with_parent
 from adder.core.progress import Progress
 from adder.training.fit import TrainJob, fit

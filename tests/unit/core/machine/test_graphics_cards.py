@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adder.core import graphics_cards, hardware
+from adder.core import hardware
 from adder.core.errors import UserError
-from adder.core.graphics_cards import Card, Surroundings
+from adder.core.machine import graphics_cards
+from adder.core.machine.graphics_cards import Card, Surroundings
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context, Runtime
 
