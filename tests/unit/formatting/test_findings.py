@@ -1,5 +1,7 @@
 """Which rows are dropped or reported, what each matches, and what the card shows of it."""
 
+import unicodedata
+
 import pytest
 
 from format_stage import (
@@ -170,6 +172,21 @@ def test_heldout_rows_with_one_word_changed_do_not_stay_in_training(tmp_path, si
     overlap = formatted.card["quality"]["overlap"]
     assert overlap["found"] == overlap["dropped"] == 20
     assert ("near-duplicates of whole rows" in overlap["looked_for"]) == (signed == "report")
+
+
+def test_heldout_rows_written_in_another_way_do_not_stay_in_training(tmp_path):
+    """In full width, with its marks apart, with soft hyphens: the same text for whoever reads it."""
+
+    def wide(text):
+        return "".join(chr(ord(letter) + 0xFEE0) if "!" <= letter <= "~" else letter for letter in text)
+
+    ways = [wide, lambda text: unicodedata.normalize("NFD", text), lambda text: text.replace("ö", "ö\u00ad")]
+    texts = [f"Wie viele {thing} hört man in {place}?" for thing, place in zip(THINGS, PLACES, strict=True)]
+    rows = [("heldout", qa(text, f"{n} davon")) for n, text in enumerate(texts)]
+    rows += [("train", qa(way(text), f"Gut {n} {k}")) for n, text in enumerate(texts[:9]) for k, way in enumerate(ways)]
+    rows += [("train", order(n)) for n in range(100)]
+    formatted = format_rows(tmp_path, rows, overlap="drop", near_duplicates="off")
+    assert {row["row"] for row in formatted.leaked} == set(range(11, 38))
 
 
 def test_rows_that_differ_in_what_they_ask_stay(tmp_path):

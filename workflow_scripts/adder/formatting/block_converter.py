@@ -25,6 +25,7 @@ from adder.formatting.rejected import Rejected, Undesired
 from adder.formatting.row_formats import MEDIA, ColumnSets, SourceFormat, to_conversation, to_prompt
 from adder.formatting.row_notes import MOST_NOTES, notes_of
 from adder.formatting.similarity.minhash import Signatures, Signer
+from adder.formatting.similarity.words import folded
 
 BLOCK = 2 << 20  # bytes of rows.jsonl that one worker takes at once
 TRAIN, HELDOUT, TEST, UNDECIDED = range(4)
@@ -383,9 +384,9 @@ def prompt_text(conversation: Conversation, with_system: bool = False) -> str:
 
 
 def normalise(text: str) -> bytes:
-    """The text without case and with single spaces, as UTF-8: `" ".join(text.casefold().split())`."""
+    """The text folded (see `words.folded`) and with single spaces, as UTF-8."""
     if not text.isascii():
-        return " ".join(text.casefold().split()).encode()
+        return " ".join(folded(text).split()).encode()
     plain = text.encode().translate(FOLDED).strip()  # several times faster than to make a string of each word
     while b"  " in plain:
         plain = plain.replace(b"  ", b" ")

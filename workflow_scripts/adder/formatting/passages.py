@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adder.formatting.conversation import Conversation
+from adder.formatting.similarity.words import folded
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -24,7 +25,7 @@ def passages_of(conversation: Conversation) -> bytes:
     texts = [message["content"] for message in conversation.get("messages", ()) if message["role"] == "user"]
     lines = [line for text in texts if len(text) >= LINE for line in text.splitlines() if len(line) >= LINE]
     lines = sorted(set(lines), key=lambda line: (-len(line), line))[:LINES]
-    hashes = [blake2b(" ".join(line.casefold().split()).encode(), digest_size=8).digest() for line in lines]
+    hashes = [blake2b(" ".join(folded(line).split()).encode(), digest_size=8).digest() for line in lines]
     return b"".join([*hashes, *[NONE] * (LINES - len(hashes))])
 
 

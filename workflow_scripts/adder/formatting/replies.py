@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adder.formatting.conversation import Conversation
+from adder.formatting.similarity.words import folded
 
 Hashes = npt.NDArray[np.uint64]
 ANSWERED = np.uint64(1)  # the lowest bit of a reply's key: it stands in its own prompt
@@ -27,7 +28,7 @@ def reply_key(conversation: Conversation) -> bytes:
     which tells whether the reply stands in its own prompt; zeros for an empty one.
     """
     reply = reply_text(conversation)
-    text = " ".join(reply.casefold().split()).encode()
+    text = " ".join(folded(reply).split()).encode()
     if not text:
         return bytes(8)
     key = bytearray(blake2b(text, digest_size=8).digest())

@@ -3,11 +3,12 @@
 import re
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adder.formatting.similarity import words
-from adder.formatting.similarity.words import prompt_words
+from adder.formatting.similarity.words import folded, prompt_words
 from format_stage import (
     numbered,
 )
@@ -18,6 +19,23 @@ def test_words_have_no_case_and_no_punctuation_in_any_script():
     assert prompt_words("東京は hot") == ["東", "京", "は", "hot"]
     assert prompt_words("हिन्दी में, नमस्ते।") == ["हिन्दी", "में", "नमस्ते"]  # vowel signs belong to their word
     assert prompt_words("… — 🙂\n") == prompt_words("") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("\uff37\uff48\uff41\uff54\u3000\uff12\uff0b\uff12\uff1f", "what 2+2?"),
+        ("Cafe\u0301 Gru\u0308\u00dfe", "caf\u00e9 gr\u00fcsse"),
+        ("co\u00adop\u200berate\ufeff", "cooperate"),
+        ("ｶﾞｲﾄﾞ", "ガイド"),
+    ],
+)
+def test_one_text_in_several_ways_of_writing_is_one(text, same):
+    assert folded(text) == same and prompt_words(text) == prompt_words(same)
+
+
+def test_what_means_something_else_stays_another():
+    assert len({folded(text) for text in ("5²", "52", "5₂", "⑤2")}) == 4
 
 
 def test_in_ascii_a_word_is_what_regular_expressions_call_one():

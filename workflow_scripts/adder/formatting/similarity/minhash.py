@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adder.formatting.similarity import words
-from adder.formatting.similarity.words import PLACES, hash_sequences, hash_words
+from adder.formatting.similarity.words import PLACES, folded, hash_sequences, hash_words
 
 Hashes = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
@@ -140,7 +140,7 @@ def _shingles(texts: Sequence[str]) -> tuple[Hashes, Integers]:
 
 
 def _hash_short(text: str, hashed: Hashes) -> int:
-    data = hashed.tobytes() or " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
+    data = hashed.tobytes() or " ".join(folded(text).split()).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 

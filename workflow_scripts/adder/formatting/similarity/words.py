@@ -1,11 +1,12 @@
 """Words of texts and sequences of them, hashed: what near-duplicates and overlap are found by.
 
-A word is a run of letters, digits and marks without case; in scripts that write no spaces (Han, kana, Thai, ...) each
+A word is a run of letters, digits and marks, `folded`; in scripts that write no spaces (Han, kana, Thai, ...) each
 character is one. Words are hashed for a whole batch of texts at once with numpy: a Python object a word would cost more
 than all the rest. Two different sequences have the same 64-bit hash with a chance of about 1e-5 in a comparison of five
 million prompts with twenty thousand, so equal hashes count as equal words.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -25,26 +26,40 @@ UNSPACED = (
     (0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
     (0xF900, 0xFAFF), (0x20000, 0x323AF),
 )  # fmt: skip
+# Soft hyphens, joiners, marks of direction and of the order of bytes: they only say how other characters are set.
+UNSEEN = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
+WIDE = re.compile("[\u3000\uff01-\uffee]+")  # full-width Latin, half-width kana
 BETWEEN, LETTER, ALONE = 0, 1, 2  # a character's kind: between words, part of one, or a word by itself
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
 # One odd multiplier a place of a sequence, so that order counts.
 PLACES = np.random.default_rng(1).integers(0, 2**63, LONGEST, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
+def folded(text: str) -> str:
+    """A text without case, each character in its usual width and with its marks (NFC), without such as nobody sees.
+
+    x² stays another than x2, for which NFKC of the whole would take it.
+    """
+    if text.isascii():
+        return text.casefold()
+    plain = WIDE.sub(lambda found: unicodedata.normalize("NFKC", found[0]), UNSEEN.sub("", text))
+    return unicodedata.normalize("NFC", plain).casefold()
+
+
 def prompt_words(text: str) -> list[str]:
-    """The words of a text, casefolded, as they are hashed."""
-    folded = text.casefold()
-    starts, ends, _ = _spans(_codes(folded))
-    return [folded[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    """The words of a text, folded, as they are hashed."""
+    plain = folded(text)
+    starts, ends, _ = _spans(_codes(plain))
+    return [plain[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
 def hash_words(texts: Sequence[str]) -> tuple[Hashes, Integers]:
     """Hashes of all words of all texts, uint64 (words,), and where each text's begin and end, int64 (texts + 1,)."""
     hashes, counts = [np.empty(0, np.uint64)], [np.zeros(1, np.int64)]
     for block in _blocks(texts):
-        folded = [text.casefold() for text in block]
-        ends = np.cumsum([len(text) + 1 for text in folded])
-        codes = _codes("\n".join(folded))
+        plain = [folded(text) for text in block]
+        ends = np.cumsum([len(text) + 1 for text in plain])
+        codes = _codes("\n".join(plain))
         starts, _, inside = _spans(codes)
         hashes.append(_hash_spans(codes, starts, inside))
         counts.append(np.diff(np.searchsorted(starts, ends), prepend=0))

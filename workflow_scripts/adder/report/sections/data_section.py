@@ -227,7 +227,7 @@ def findings(card: Card) -> list[Finding]:
         Finding(
             "Duplicates",
             f"{card['duplicates']:,} rows dropped.",
-            "Rows whose conversations are equal but for case and spacing; the first of them stays.",
+            "Rows whose conversations are equal but for case, spacing and width; the first of them stays.",
             duplicates,
         ),
         _finding("Near-duplicates", near, "Not looked for.", nearly),
