@@ -93,3 +93,13 @@ def test_head_loss_on_a_gpu(dtype):
     assert torch.cuda.max_memory_allocated() - before < 2 * 2 * lm_head_loss.CHUNK_LOGITS + 2**26
     assert off(losses.detach(), exact) < 1.3 * off(usual, exact) + 1e-4
     assert off(hidden.grad, exact_grad) < 1.3 * off(usual_grad, exact_grad) + 1e-3
+
+
+def test_the_reference_takes_a_few_rows_at_a_time(monkeypatch):
+    logits, target = torch.randn(7, 11), torch.randint(11, (7,))
+    whole = logits.clone()
+    expected = lm_head_loss.cross_entropy_in_place_reference(whole, target)
+    monkeypatch.setattr(lm_head_loss, "REFERENCE_LOGITS", 25)  # two rows
+    assert torch.equal(lm_head_loss.cross_entropy_in_place_reference(logits, target), expected)
+    assert torch.equal(logits, whole)
+    assert lm_head_loss.cross_entropy_in_place_reference(torch.empty(0, 11), target[:0]).shape == (0,)

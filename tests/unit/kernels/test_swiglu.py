@@ -120,3 +120,27 @@ def test_forward_and_backward_have_the_same_hidden_values(dtype, activation, ran
     assert (difference <= 2 * torch.finfo(dtype).eps * hidden.float().abs()).all()
     assert (difference > 0).float().mean() < 0.02
     assert_same_fp8(found, fp8.quantise_reference(hidden))
+
+
+@pytest.mark.parametrize("dropout", [None, (7, 0.3)])
+@pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
+def test_where_triton_has_no_matmuls_torch_multiplies_around_the_activation(monkeypatch, activation, dropout):
+    """As on a T4: the same gradients, from matmuls of torch's own and a kernel without any."""
+
+    def alone(gate_up, grad, activation, down, gate, up, dropout, deferred):
+        assert down is gate is up is dropout is deferred is None
+        return swiglu.swiglu_backward_reference(gate_up, grad, activation)
+
+    monkeypatch.setattr(swiglu, "runs_kernels", lambda tensor, family: family == "swiglu")
+    monkeypatch.setattr(swiglu, "_swiglu_backward_by_kernel", alone)
+    monkeypatch.setattr(swiglu, "swiglu_into", swiglu.swiglu_into_reference)
+    gate_up, grad, rank = torch.randn(40, 48), torch.randn(40, 30)[:, :24], 5
+    down = (torch.randn(40, rank), torch.randn(rank, 24))
+    low_ranks = (torch.randn(40, rank), None)
+    for given in (down, None):
+        arguments = (gate_up, grad, activation, given, *low_ranks, dropout if given else None)
+        found, grads = swiglu.swiglu_backward(*arguments)
+        expected, exact = swiglu.swiglu_backward_reference(*arguments)
+        assert off(found, expected) < 1e-6 and off(grads.gate_b, exact.gate_b) < 1e-6
+        assert grads.up_b is None and (grads.down_a is None) == (given is None)
+        assert given is None or off(grads.down_a, exact.down_a) < 1e-6

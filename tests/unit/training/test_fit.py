@@ -1,17 +1,20 @@
 """One start of a training: what it refuses, what it says of a base that NF4 can't hold, and its plan."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
+from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.core.progress import Progress
+from adder.training import fit
 from adder.training.monitoring.preflight_warnings import warnings
 from tiny import save_tiny_model, write_training_inputs
-from training_stage import run_training, small_settings, train_small
+from training_stage import run_training, small_settings, train_settings, train_small
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +54,39 @@ def test_a_base_whose_loss_is_no_number_is_not_trained(tmp_path):
     broken = write_training_inputs(tmp_path / "inputs", folder)
     with pytest.raises(UserError, match="preflight: the loss of the untrained model on the first pack is nan"):
         train_small(broken, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "purpose", "training"),
+    [
+        ({}, "lora", {"rank": 16, "dropout": 0.05, "four_bit": True, "fp8": True}),
+        ({"method": "lora", "frozen_products": "bf16", "lora_r": 8}, "lora", {"rank": 8, "four_bit": False}),
+        ({"method": "full"}, "full", {"rank": 0, "dropout": 0.0, "four_bit": False, "fp8": False}),
+    ],
+)
+def test_kernels_are_tried_with_what_is_trained(monkeypatch, tmp_path, tiny_model_dir, changes, purpose, training):
+    """With the model's own sizes, and before it is loaded; on a CPU there is nothing to try."""
+    asked = []
+
+    def decide(*arguments):
+        asked.append(arguments)
+        return Choice("all", "each was tried")
+
+    monkeypatch.setattr(fit.trials, "decide", decide)
+    monkeypatch.setattr(fit.torch.cuda, "current_device", lambda: 0)
+    settings, progress = train_settings(**changes), Progress.silent()
+    job = SimpleNamespace(settings=settings, device="cuda", results=tmp_path)
+    assert fit._try_kernels(job, tiny_model_dir, "bfloat16", False, progress).value == "all"
+    ((found, sizes, device, folder, _),) = asked
+    assert (found, device, folder) == (purpose, "cuda:0", tmp_path / "kernel_trials")
+    assert (sizes.hidden, sizes.dtype) == (AutoConfig.from_pretrained(tiny_model_dir).hidden_size, "bfloat16")
+    assert {name: getattr(sizes, name) for name in training} == training
+    job.device = "cpu"
+    assert fit._try_kernels(job, tiny_model_dir, "float32", False, progress) is None
+
+
+def test_the_plan_says_what_computes(inputs, tmp_path):
+    train_small(inputs, tmp_path / "out")
+    plan = read_json(tmp_path / "out" / "plan.json")
+    assert plan["machine"]["value"] == "CPU" and plan["machine"]["reason"].startswith("the CPU computes, in ")
+    assert "kernels" not in plan
