@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import re
 
 import pytest
@@ -333,3 +334,20 @@ def test_the_figures_stand_before_the_settings(tmp_path):
     made(of_rates(tmp_path, (0.6, 0.95, 0.4)), tmp_path / "out")
     table = (tmp_path / "out" / "compare.html").read_text().partition("<thead>")[2]
     assert table.index("against its base") < table.index(">doctor<") < table.index(">learning_rate<")
+
+
+@pytest.mark.parametrize("against", ["nothing", "doubts", "guard"])
+def test_better_than_its_base_is_green_only_where_nothing_stands_against_it(tmp_path, against):
+    runs = of_rates(tmp_path, (0.6, 0.95, 0.4))
+    verdict = json.loads((runs["middle"]["report"] / "metrics.json").read_text())["verdict"]
+    assert verdict["verdict"] == "better"
+    if against == "doubts":
+        change_metrics(runs["middle"], verdict={**verdict, "doubts": ["the doctor warns of overfitting"]})
+    if against == "guard":
+        change_metrics(runs["middle"], guard={"passed": False, "failed": ["gsm8k"]})
+    made(runs, tmp_path / "out")
+    html = (tmp_path / "out" / "compare.html").read_text()
+    own = next(row for row in html.split("<tr ") if ">middle</a>" in row)
+    assert re.search(r'<span class="mark (\w+)" title="[^"]*">better<', own)[1] == (
+        "good" if against == "nothing" else "unsure"
+    )

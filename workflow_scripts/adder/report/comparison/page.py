@@ -179,10 +179,17 @@ def _shown_run(found: Comparison, place: int, one: RankedRun, low: float, high: 
         "price_value": one.cost.price,
         "steps": one.steps,
         "base": verdict["verdict"],
+        "base_tone": base_tone(one),
         "sentence": verdict["sentence"],
         "base_by": "" if verdict["metric"] == main else SCORES[verdict["metric"]].label.lower(),
         "findings": findings(one),
     }
+
+
+def base_tone(one: RankedRun) -> str:
+    """The colour of what a run's report says of it against its base: green only where nothing stands against that."""
+    against = one.verdict["doubts"] or (one.guard and not one.guard["passed"])
+    return {"better": "unsure" if against else "good", "worse": "bad"}.get(one.verdict["verdict"], "unsure")
 
 
 def status(found: Comparison, one: RankedRun) -> tuple[str, str]:
