@@ -41,7 +41,7 @@ class Progress:
         self.on_terminal = self.stream.isatty()
         self._last_time = 0.0
         self._line_open = False
-        self._status_file, self._status, self._status_time = status, StageStatus(), 0.0
+        self._status_file, self._status, self._status_time = status, StageStatus(began=time.time()), 0.0
         self._keep_status()
 
     @classmethod

@@ -28,17 +28,19 @@ def outlook(tmp_path: Path) -> Outlook:
 
 def test_it_gets_less_as_stages_run_and_finish(outlook):
     whole = outlook.left({}, 1000.0)
-    running = outlook.left({"train": (1000.0, StageStatus())}, 1010.0)
+    running = outlook.left({"train": StageStatus(began=1000.0)}, 1010.0)
     assert running.seconds == pytest.approx(whole.seconds - 10) and not whole.is_learnt
+    waiting = outlook.left({"train": StageStatus()}, 1010.0)
+    assert waiting.seconds == pytest.approx(whole.seconds), "a job in a cluster's queue has done nothing yet"
     outlook.finished("train")
     assert outlook.left({}, 1020.0).seconds < AROUND + 5
 
 
 def test_a_stage_that_can_tell_is_believed_and_its_word_ages(outlook):
-    told = {"train": (1000.0, StageStatus(left=300.0, at=1050.0))}
+    told = {"train": StageStatus(1000.0, left=300.0, at=1050.0)}
     early, late = outlook.left(told, 1050.0), outlook.left(told, 1150.0)
     assert early.seconds - late.seconds == pytest.approx(100) and early.is_learnt
 
 
 def test_a_stage_that_takes_longer_than_thought_is_never_over_before_it_is(outlook):
-    assert outlook.left({"train": (1000.0, StageStatus())}, 9000.0).seconds > 100
+    assert outlook.left({"train": StageStatus(began=1000.0)}, 9000.0).seconds > 100

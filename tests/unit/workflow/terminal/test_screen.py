@@ -46,6 +46,13 @@ def test_long_text_is_broken_below_itself_and_the_changing_line_is_cut(terminal)
     assert width(terminal.getvalue().rpartition(CLEAR)[2]) < 40
 
 
+def test_text_with_little_room_beside_its_lead_stands_below(terminal):
+    Screen(terminal, colour=False).line("word " * 12, hanging=25, lead="  x a long name     3:20  ")
+    rows = terminal.getvalue().splitlines()
+    assert rows[0] == "  x a long name     3:20" and all(row.startswith("      word") for row in rows[1:])
+    assert max(map(width, rows)) < 40
+
+
 def test_no_escape_sequence_where_there_is_no_terminal():
     file = io.StringIO()
     screen = Screen(file)

@@ -19,10 +19,13 @@ SHOWN_BY_PLUGIN = "ADDER_TERMINAL"
 
 @dataclass
 class StageStatus:
-    """text: the latest line of progress. left: seconds that the stage says it still needs, at the time `at` (of the
-    clock). notices: warnings and advice. error: why it ended.
+    """What a job says.
+
+    began: when the job did, by the clock; 0 where it hasn't. text: its latest line of progress. left: seconds that it
+    says it still needs, at the time `at`. notices: warnings, advice and notes. error: why it ended.
     """
 
+    began: float = 0.0
     text: str = ""
     left: float | None = None
     at: float = 0.0
@@ -47,7 +50,9 @@ def write_status(file: Path, status: StageStatus) -> None:
     except OSError:
         with contextlib.suppress(OSError), file.open("r+b") as taken:
             room = file.stat().st_size
-            short = StageStatus(text=status.text[:300], at=status.at, error=(status.error or "")[:1000] or None)
+            short = StageStatus(
+                began=status.began, text=status.text[:300], at=status.at, error=(status.error or "")[:1000] or None
+            )
             taken.write((text if len(text) <= room else _written(short))[:room].ljust(room))
 
 

@@ -47,8 +47,8 @@ class Outlook:
         if record is not None:
             self.times.note(record)
 
-    def left(self, running: Mapping[str, tuple[float, StageStatus]], now: float | None = None) -> Left:
-        """What is left. running: {folder: (when it began, what it says)} of the stages that run."""
+    def left(self, running: Mapping[str, StageStatus], now: float | None = None) -> Left:
+        """What is left. running: {folder: what it says} of the stages that run, or wait for a cluster."""
         now = time.time() if now is None else now
         seconds: dict[str, float] = {}
         learnt = 0.0
@@ -57,7 +57,7 @@ class Outlook:
                 continue
             estimate, is_learnt = self._estimate(folder)
             if folder in running:
-                seconds[folder], told = _of_running(estimate, *running[folder], now)
+                seconds[folder], told = _of_running(estimate, running[folder], now)
                 is_learnt = is_learnt or told
             else:
                 seconds[folder] = estimate + AROUND
@@ -87,9 +87,9 @@ class Outlook:
         return self.records.get(folder)
 
 
-def _of_running(estimate: float, began: float, status: StageStatus, now: float) -> tuple[float, bool]:
+def _of_running(estimate: float, status: StageStatus, now: float) -> tuple[float, bool]:
     """Seconds that a running stage has left, and whether it says so itself."""
     if status.left is not None:
         return max(status.left - (now - status.at), 1.0), True
-    taken = now - began
+    taken = now - (status.began or now)
     return max(estimate + AROUND - taken, LATE * taken), False

@@ -10,6 +10,7 @@ from adder.core.display.text import printable, shortened, width
 CLEAR = "\r\033[K"
 COLOURS = {"good": "\033[32m", "bad": "\033[31m", "warning": "\033[33m", "faint": "\033[2m", "strong": "\033[1m"}
 RESET = "\033[0m"
+LEAST_ROOM, INDENTED = 30, 6  # columns for a text beside its lead, or else below it
 NARROWEST = 20  # columns; less is taken for no answer
 
 
@@ -47,13 +48,20 @@ class Screen:
 
     def line(self, text: str = "", hanging: int = 0, lead: str = "", colour: str | None = None) -> None:
         """Write a line that stays: `lead` as it is (printable, at most `hanging` columns wide) and then `text`, which
-        is broken to the terminal's width with its further lines indented by `hanging`.
+        is broken to the terminal's width with its further lines indented by `hanging`. Where that leaves little room it
+        stands below. Paths stay in one piece.
         """
         columns = self.columns
+        below = columns is not None and columns - hanging < LEAST_ROOM
+        if below and text:
+            self.line(lead=lead.rstrip())
+            lead, hanging = "", INDENTED
         rows: list[str] = []
         for part in printable(text).split("\n"):
             room = max((columns or 0) - 1 - hanging, NARROWEST)
-            rows += textwrap.wrap(part, room, break_on_hyphens=False) or [""] if columns else [part]
+            rows += (
+                textwrap.wrap(part, room, break_on_hyphens=False, break_long_words=False) or [""] if columns else [part]
+            )
         led = lead + " " * (hanging - width(lead))
         shown = [self.coloured(row, colour) if colour else row for row in rows]
         whole = ("\n" + " " * hanging).join(shown)

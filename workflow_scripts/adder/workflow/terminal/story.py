@@ -254,14 +254,18 @@ class Story:
     def _live(self, now: float) -> str:
         job = next(reversed(self.running.values()))
         statuses = {one.folder: self._status(one) for one in self.running.values() if one.folder is not None}
+        status = self._status(job)
         more = f" and {len(self.running) - 1} more" if len(self.running) > 1 else ""
-        text = f"{job.label}{more}, {duration(now - job.began)}"
-        if told := one_line(self._status(job).text):
+        known = plan.current()
+        if known is not None and known.at_once > 1 and not status.began:
+            text = f"{job.label}{more}: waiting for the cluster"
+        else:
+            text = f"{job.label}{more}, {duration(now - (status.began or job.began))}"
+        if told := one_line(status.text):
             text += f": {told}"
         if self.outlook is None:
             return f"  {text}"
-        began = {one.folder: one.began for one in self.running.values() if one.folder is not None}
-        left = self.outlook.left({folder: (began[folder], statuses[folder]) for folder in began}, now)
+        left = self.outlook.left(statuses, now)
         share = (now - self.began) / max(now - self.began + left.seconds, 1e-9)
         head = f"{100 * share:3.0f} %"
         if left.is_learnt or now - self.began >= TOO_EARLY:
