@@ -1,5 +1,6 @@
 """Digests are of the content, and of large files no more often than needed."""
 
+import errno
 import json
 import os
 import shutil
@@ -198,3 +199,14 @@ def test_a_memory_that_cannot_be_read_costs_no_more_than_time(tmp_path):
 def test_a_file_that_is_not_there_is_named_with_its_setting(digests):
     with pytest.raises(UserError, match=r"tokenize.chat_template: there is no file 'gone.jinja' \(looked for /"):
         digests.of_named("gone.jinja", "tokenize.chat_template")
+
+
+def test_a_file_that_may_not_be_read_is_named_with_why(tmp_path, digests, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(file_digests, "digest_file", refuse)
+    with pytest.raises(UserError, match=r"rows\.jsonl: Permission denied; give yourself the right to it"):
+        digests.of(tmp_path / "rows.jsonl")

@@ -1,5 +1,6 @@
 """The command `adder`: what it finds, what it refuses, what it leaves alone."""
 
+import errno
 import json
 import os
 import re
@@ -143,3 +144,15 @@ def test_verify_tells_what_is_not_as_it_was_made(folder, capsys):
     (folder / "default" / "report.html").write_text("another page")
     assert cli.main(["verify", "default"]) == 1
     assert "  - report.html: other content" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_sentence_and_names_reach_no_terminal_raw(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", "results/\x1b[2J\u202e")
+
+    monkeypatch.setattr(cli.stage_graph, "runs_of", refuse)
+    (tmp_path / "my.yaml").write_text("model: {source: x}\n")
+    assert cli.main(["check", "my.yaml"]) == 1
+    assert capsys.readouterr().err.startswith("adder: results/\\x1b[2J\\u202e: Permission denied; ")

@@ -12,7 +12,7 @@ from typing import Any
 
 from adder.core import file_lock
 from adder.core.display.text import printable
-from adder.core.errors import UserError
+from adder.core.errors import UserError, system_errors_told
 from adder.core.file_digests import FileDigests
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: the command line's) name; return its exit status."""
     parsed = _parser().parse_args(arguments)
     try:
-        parsed.command(parsed)
+        with system_errors_told():
+            parsed.command(parsed)
     except UserError as error:
         print(printable(f"adder: {error}"), file=sys.stderr)
         return 1
