@@ -62,7 +62,6 @@ class LogHandler(LogHandlerBase):
             LogEvent.JOB_FINISHED: lambda record: self.story.job_done(record.job_id),
             LogEvent.JOB_ERROR: lambda record: self.story.job_failed(record.jobid, str(record.rule_msg or "")),
             LogEvent.ERROR: lambda record: self._error(record.getMessage()),
-            LogEvent.PROGRESS: lambda record: self.story.count(record.done, record.total),
             None: self._message,
         }
         if threading.current_thread() is threading.main_thread() and (

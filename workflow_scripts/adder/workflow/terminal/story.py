@@ -58,10 +58,9 @@ class Story:
     began: float = field(default_factory=time.time)
     jobs: dict[int, Job] = field(default_factory=dict)
     running: dict[int, Job] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, Job] = field(default_factory=dict)
     untold: list[str] = field(default_factory=list)
-    done: int = 0
-    total: int = 0
+    noticed: set[str] = field(default_factory=set)
     nothing_to_do: bool = False
     stopped: bool = False
     outlook: Outlook | None = None
@@ -78,7 +77,8 @@ class Story:
         if self.is_plan:
             if output and number not in self.jobs:
                 self.jobs[number] = Job(one_line(label), folder, log, time.time(), True)
-                self._stage_line("planned", self.jobs[number], None, snakemake_text.reason(reason))
+                if self.stages:
+                    self._stage_line("planned", self.jobs[number], None, snakemake_text.reason(reason))
             return
         if log is not None:  # what an earlier job there has said isn't of this one
             with contextlib.suppress(OSError):
@@ -106,7 +106,7 @@ class Story:
                 return
             if job.label in self.failed:
                 return
-            self.failed.append(job.label)
+            self.failed[job.label] = job
             self._notices(job)
             self._stage_line("failed", job, time.time() - job.began, self._reason(job, why))
             self.untold.clear()
@@ -122,10 +122,6 @@ class Story:
         """Snakemake warns."""
         if self.stages:
             self._problem(text, "notice")
-
-    def count(self, done: int, total: int) -> None:
-        """So many jobs are done."""
-        self.done, self.total = done, total
 
     def say(self, text: str) -> None:
         """Show a sentence."""
@@ -203,6 +199,9 @@ class Story:
 
     def _notices(self, job: Job) -> None:
         for text in self._status(job).notices:
+            if text in self.noticed:  # of another run of a sweep
+                continue
+            self.noticed.add(text)
             self._problem(text.removeprefix("warning: "), "notice")
 
     def _problem(self, text: str, mark: str) -> None:
@@ -229,7 +228,8 @@ class Story:
     def _failures(self, known: "plan.Plan | None") -> None:
         if known is None or not self.closing:
             return
-        left = len(known.jobs) - self.done - len(self.failed)
+        over = {job.folder for job in self.jobs.values()} - {job.folder for job in self.running.values()}
+        left = len(set(known.jobs) - over)
         waiting = f"; {left:,} stages that need it were not run" if left > 0 else ""
         self.screen.line(f"Failed: {', '.join(self.failed)}{waiting}. Once that is mended, the same command goes on.")
         if len(known.runs) > 1:
