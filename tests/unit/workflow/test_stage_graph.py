@@ -9,7 +9,7 @@ from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
 from adder.workflow import library_versions
 from adder.workflow.settings import load, merged, resolved
-from adder.workflow.stage_graph import Stage, refuse_impossible, stages_of_run
+from adder.workflow.stage_graph import Stage, parameter_count, refuse_impossible, stages_of_run
 from adder.workflow.stages import SPECS
 
 STAGES = [
@@ -233,3 +233,15 @@ def test_what_is_no_causal_language_model_is_refused_before_anything_runs(projec
     run, stages = load(config)["default"], stages_of(project, config)
     with pytest.raises(UserError, match=r"model is BertForMaskedLM; Adder trains causal language models.*run default"):
         refuse_impossible("default", run, stages, project, project)
+
+
+@pytest.mark.parametrize("content", ["", '{"parameters": ', "null\n", "[]", "{}"])
+def test_a_damaged_record_of_the_model_tells_no_parameters(tmp_path, content):
+    stage = Stage(SPECS["model"], SPECS["model"].settings.model_construct(), {})
+    folder = tmp_path / stage.folder
+    assert parameter_count({"model": stage}, tmp_path) is None
+    folder.mkdir(parents=True)
+    (folder / "source.json").write_text(content)
+    assert parameter_count({"model": stage}, tmp_path) is None
+    (folder / "source.json").write_text('{"parameters": 7}')
+    assert parameter_count({"model": stage}, tmp_path) == 7

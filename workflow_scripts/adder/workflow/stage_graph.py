@@ -185,9 +185,13 @@ def known_model(settings: Settings, stages: dict[str, Stage], results: Path, roo
 
 
 def parameter_count(stages: dict[str, Stage], results: Path) -> int | None:
-    """Parameter count of a run's base model, once that was fetched."""
-    source = results / stages["model"].folder / "source.json"
-    return read_json(source)["parameters"] if source.is_file() else None
+    """Parameter count of a run's base model, once that was fetched; None too where its record is damaged, whose stage
+    is then made anew.
+    """
+    try:
+        return int(read_json(results / stages["model"].folder / "source.json")["parameters"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def task_name(task: EvaluationTask) -> str:
