@@ -18,6 +18,7 @@ ELSEWHERE = {
     "snakemake --lint": "make lint",
     "snakemake --sdm conda …": "conda isn't a requirement",
     "adder stage train my.yaml": "tests/unit/workflow/test_cli.py",
+    "adder watch my.yaml": "tests/unit/workflow/test_watch.py",
     "adder serve results/default --port 8000": "tests/unit/serving/test_endpoint.py",
 }
 

@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("stage-by-hand"), help="where to write (default: %(default)s)")
     whole = command("verify", _verify, "Hold a run's folder against its record of what is in it")
     whole.add_argument("folder", type=Path, help="the folder, such as results/default")
+    live = command("watch", _watch, "Show runs as they go on a page that renews itself, results/live.html")
+    takes_files(live, layers)
+    live.add_argument("--port", type=int, help="serve the page on this machine too; 0 for any free port")
+    live.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="(default: %(default)g)")
+    live.add_argument("--once", action="store_true", help="write it once")
     chat = command("chat", _chat, "Talk to a run's model at the terminal")
     takes_model(chat)
     chat.add_argument("--both", action="store_true", help="ask base and tuned model alike")
@@ -205,6 +210,17 @@ def _verify(parsed: argparse.Namespace) -> None:
     if problems := run_folder.verify(parsed.folder):
         raise UserError(f"{parsed.folder} is not as it was made:\n" + "\n".join(f"  - {line}" for line in problems))
     print(f"{parsed.folder}: every file is as it was made")
+
+
+def _watch(parsed: argparse.Namespace) -> None:
+    from adder.workflow import watch  # with plots
+
+    if parsed.every <= 0:
+        raise UserError("--every: must be above 0 seconds")
+    graphs = stage_graph.runs_of(_layered(parsed.files), _tell)
+    results = Path(next(iter(graphs.values())).settings.runtime.results)
+    stages = {run: graph.stages for run, graph in graphs.items()}
+    watch.watch(stages, results, parsed.every, parsed.port, print, parsed.once)
 
 
 def _chat(parsed: argparse.Namespace) -> None:
