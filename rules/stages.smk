@@ -2,11 +2,22 @@
 # is results/stages/<stage>/<key>, where the key stands for its settings and those of all stages above it.
 
 
+def stage_of(spec, wildcards):
+    """The stage that a rule is asked for by its key."""
+    folder = f"stages/{spec.name}/{wildcards.key}"
+    if folder not in STAGES:
+        raise WorkflowError(
+            f"{RESULTS}/{folder} is of no run of the configuration as it is now: another was asked for, or it was edited "
+            "since this workflow began; start it again"
+        )
+    return STAGES[folder]
+
+
 def parents(spec):
     """Input function: the records of a stage's parents, by the name under which it reads them, and the request."""
 
     def records(wildcards):
-        stage = STAGES[f"stages/{spec.name}/{wildcards.key}"]
+        stage = stage_of(spec, wildcards)
         above = {parent: f"{RESULTS}/{above.folder}/stage.json" for parent, above in stage.parents.items()}
         return {**above, "request": f"{RESULTS}/cache/requests/{requests.stage_request(stage)}.json"}
 
@@ -15,7 +26,7 @@ def parents(spec):
 
 def parameters(spec):
     """Parameter function: what decides a stage's result, as text in which the order of the YAML's keys has no part."""
-    return lambda wildcards: STAGES[f"stages/{spec.name}/{wildcards.key}"].parameters()
+    return lambda wildcards: stage_of(spec, wildcards).parameters()
 
 
 def memory(spec):

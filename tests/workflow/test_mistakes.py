@@ -51,6 +51,13 @@ def test_a_missing_data_file_is_named_with_the_configuration(untouched):
     assert line.startswith("adder: config/config.yaml: data.sources.0.path: no file matches 'nix.jsonl'")
 
 
+def test_a_stage_of_another_configuration_is_named_as_such(untouched):
+    """As a cluster's job finds it, where somebody edits the configuration while the workflow runs."""
+    untouched.configure()
+    (line,) = told(untouched, "-n", "results/stages/train/0123456789ab/stage.json")
+    assert "results/stages/train/0123456789ab is of no run of the configuration as it is now" in line
+
+
 def test_a_default_configuration_that_is_not_yaml_or_not_there(untouched):
     untouched.configure().write_text("model: {source: x\ndata: [")
     (line,) = told(untouched)
