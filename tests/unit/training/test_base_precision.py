@@ -20,7 +20,7 @@ from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
-from adder.kernels import families
+from adder.kernels import families, fp8
 from adder.kernels.fused_lora import attach
 from adder.report import formatting
 from adder.report import run as report
@@ -265,6 +265,18 @@ def test_a_comparison_that_runs_out_of_memory_leaves_16_bits(hopper, packs, monk
     assert "not enough memory" in choices.frozen_products.reason
     choice = base_precision.attach_fused_lora(untrained(), "bfloat16", "fp8", packs).frozen_products
     assert choice.value == "fp8" and "not enough memory" in said_of(choice)[0]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "fp8"])
+@pytest.mark.parametrize("where", ["quantise", "matmul"])
+def test_fp8_that_fails_at_the_models_own_sizes_leaves_16_bits(hopper, packs, monkeypatch, wanted, where):
+    def fails(*_):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(fp8, where, fails)
+    choices = base_precision.attach_fused_lora(untrained(), "bfloat16", wanted, packs)
+    assert (choices.frozen_products.value, choices.lora_products.value) == ("bf16", "folded")
+    assert "RuntimeError: CUDA error: CUBLAS_STATUS_NOT_SUPPORTED" in choices.frozen_products.reason
 
 
 def test_sizes_that_fp8_cannot_multiply_stay_in_16_bits(hopper, packs):

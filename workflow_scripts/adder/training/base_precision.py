@@ -37,6 +37,7 @@ from adder.kernels import families
 from adder.kernels.fused_lora import attach as fused_lora
 from adder.kernels.fused_lora.weights import is_4bit
 from adder.kernels.labelled_loss import mean_loss
+from adder.kernels.trials.trial import in_words
 from adder.kernels.triton_utils import triton
 from adder.training.base_model import bare_model
 from adder.training.packed_dataset import PackedExamples
@@ -117,11 +118,7 @@ def attach_fused_lora(
     if choice is None and against:
         choice = Choice("bf16", against)
     in_16_bits = choice is not None and choice.value == "bf16"
-    fused = (
-        fused_lora.attach_where_it_pays(model, dtype, "bf16")
-        if in_16_bits
-        else fused_lora.attach_where_it_pays(model, dtype, "fp8", hold)
-    )
+    fused = fused_lora.attach_where_it_pays(model, dtype, "bf16") if in_16_bits else _attach_fp8(model, dtype, hold)
     if choice is None:
         choice = _tried(model, wanted, packs, fused)
         if choice.value == "bf16":
@@ -129,6 +126,15 @@ def attach_fused_lora(
             torch.cuda.empty_cache()  # what fp8 held is free for 16-bit values
             fused = fused_lora.attach_where_it_pays(model, dtype, "bf16")
     return MatmulChoices(choice, fused)
+
+
+def _attach_fp8(model: PeftModel, dtype: str, hold: bool) -> Choice:
+    """Fused in fp8; PEFT's own layers, with what was raised, where making the weights fails."""
+    try:
+        return fused_lora.attach_where_it_pays(model, dtype, "fp8", hold)
+    except Exception as problem:  # of kernels and drivers, which raise what they like
+        fused_lora.detach(model)
+        return Choice("PEFT", in_words(problem))
 
 
 def lacks(model: PeftModel, dtype: str, share: float) -> str | None:
@@ -189,6 +195,10 @@ def _tried(model: PeftModel, wanted: str, packs: PackedExamples, fused: Choice) 
     except torch.OutOfMemoryError:
         why = "there was not enough memory to compare it with bf16"
         return Choice("fp8", f"as set; {why}") if wanted == "fp8" else Choice("bf16", f"fp8 isn't taken: {why}")
+    except UserError:
+        raise
+    except Exception as problem:  # of kernels and libraries, at sizes that no trial had
+        return Choice("bf16", f"fp8 isn't taken, since a step in it failed: {in_words(problem)}")
     within = found.within
     if wanted == "fp8":
         verdict = "as set" if within else "as set, though it changes more than auto would allow"

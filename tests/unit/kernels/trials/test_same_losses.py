@@ -69,6 +69,7 @@ def make_up(monkeypatch, kind: str) -> None:
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch):
     monkeypatch.setattr(declared, "ROWS", 40)
+    monkeypatch.setattr(declared, "MANY", 40)
     monkeypatch.setattr(declared, "FEW", 24)
     families.forget()
     yield

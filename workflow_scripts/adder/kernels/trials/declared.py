@@ -30,6 +30,7 @@ from adder.kernels.trials.trial import Case, KernelFamily
 from adder.kernels.triton_utils import INTERPRETED, triton
 
 ROWS = 2048  # tokens of a case: enough to fill a card, as packs do
+MANY = 8192  # where speed alone decides, as it does of fp8: some kernels there fill a card later
 FEW = 256  # where a row is as wide as a vocabulary, or a matrix is read for few rows
 TIMED_PACK = [90] * 24  # examples' lengths in the pack that attention is timed on
 GAP = 128  # elements that rows lie further apart than they are long, where kernels take strided ones
@@ -53,7 +54,7 @@ def families(purpose: Purpose) -> list[KernelFamily]:
     names = {
         "lora": (*_ATTENTION, *ELEMENTWISE, "lm_head_loss", *matmuls),
         "full": _ATTENTION,
-        "inference": (*ELEMENTWISE, "decode_attention", "row_argmax"),
+        "inference": (*ELEMENTWISE, "lm_head_loss", "decode_attention", "row_argmax"),
     }
     return [FAMILIES[name] for name in names[purpose]]
 
@@ -111,6 +112,7 @@ def _attention(name: str, shapes: ModelShapes, device: str) -> Iterator[Case]:
                 functools.partial(run, apart, torch.float32),
                 functools.partial(run, apart, dtype),
                 timed=lengths is TIMED_PACK,
+                launched=True,
             )
 
 
@@ -370,7 +372,8 @@ def _folded_lora(shapes: ModelShapes, device: str, in_fp8: bool = False) -> Iter
     gate_up_group, down_group = _group([gate, up], make.dtype), _group([down], make.dtype)
     norm = FrozenRMSNorm(SimpleNamespace(weight=make.normal(shapes.hidden)), EPS, plus_one=False)
     parameters = [*gate.parameters(), *up.parameters(), *down.parameters()]
-    x, grad = make.normal(ROWS, shapes.hidden), make.normal(ROWS, shapes.hidden)
+    rows = MANY if in_fp8 else ROWS
+    x, grad = make.normal(rows, shapes.hidden), make.normal(rows, shapes.hidden)
 
     def with_gradients(function: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
         with torch.enable_grad():

@@ -19,13 +19,17 @@ from adder.kernels.trials.shapes import ModelShapes
 SLOWER = 1.25
 # Timings of each side, the best of which counts, and how often a case is run in one, up to so many seconds.
 TIMINGS, RUNS, LONG = 3, 4, 0.02
+# A GPU waits so many of its cycles, some 2 ms, before what is timed, while the host launches all of it: in training,
+# too, the host is ahead, and it is the GPU's time that counts.
+WAITED_CYCLES = 4_000_000
 
 
 class Case(NamedTuple):
     """One use of a family's kernels. `kernel` and `reference` give the same tensors, by kernels and by plain PyTorch.
 
     replaced: what computes where the kernels don't, if that is not `reference`. timed: whether that is compared.
-    tolerance: of this case, where it isn't the family's.
+    tolerance: of this case, where it isn't the family's. launched: time from the first launch on, since it is launching
+    that takes the time where examples are attended to one by one.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Case(NamedTuple):
     replaced: Callable[[], object] | None = None
     timed: bool = True
     tolerance: float | None = None
+    launched: bool = False
 
 
 def nothing_lacks(shapes: ModelShapes) -> str | None:
@@ -119,7 +124,7 @@ def try_family(family: KernelFamily, shapes: ModelShapes, device: str) -> Verdic
             if case.tolerance is None:
                 worst = max(worst, error)
             if case.timed:
-                both = timed(case.kernel, case.replaced or case.reference, device)
+                both = timed(case.kernel, case.replaced or case.reference, device, case.launched)
                 seconds, replaced_seconds = seconds + both[0], replaced_seconds + both[1]
     except torch.OutOfMemoryError:
         return Verdict(family.name, "no memory", "couldn't be tried: there was not enough free memory on the card")
@@ -151,21 +156,44 @@ def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tenso
     return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
 
-def timed(kernel: Callable[[], object], replaced: Callable[[], object], device: str) -> tuple[float, float]:
-    """Seconds of one run of each, the best of several timings that take turns. Both have run before."""
-    best = [math.inf, math.inf]
-    runs = [RUNS, RUNS]
+def timed(
+    kernel: Callable[[], object], replaced: Callable[[], object], device: str, launched: bool = False
+) -> tuple[float, float]:
+    """Seconds of one run of each, the best of several timings that take turns. Both have run before.
+
+    `launched`: as a Case has it.
+    """
+    best, runs = [math.inf, math.inf], [RUNS, RUNS]
+    one = _seconds if device == "cpu" or launched else _gpu_seconds
     for _ in range(TIMINGS):
         for side, run in enumerate((kernel, replaced)):
-            _synchronise(device)
-            start = time.perf_counter()
-            for _ in range(runs[side]):
-                run()
-            _synchronise(device)
-            best[side] = min(best[side], (time.perf_counter() - start) / runs[side])
+            best[side] = min(best[side], one(run, runs[side], device))
             if best[side] > LONG:
                 runs[side] = 1
     return best[0], best[1]
+
+
+def _seconds(run: Callable[[], object], times: int, device: str) -> float:
+    """Seconds of a run, launching included."""
+    _synchronise(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    _synchronise(device)
+    return (time.perf_counter() - start) / times
+
+
+def _gpu_seconds(run: Callable[[], object], times: int, device: str) -> float:
+    """Seconds of a run on the GPU alone, as far as launching keeps ahead of it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _synchronise(device)
+    torch.cuda._sleep(WAITED_CYCLES)
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    _synchronise(device)
+    return start.elapsed_time(end) / 1e3 / times
 
 
 def _synchronise(device: str) -> None:
