@@ -35,7 +35,9 @@ def test_a_whole_run_fits_on_a_screen_with_verdict_and_paths_last(project, colum
         assert all(any(line.startswith(f"  ✓ {name} ") for line in lines) for name in STORY)
     assert all(name in told for name in ("restored: ", "report", "model"))
     sentence = project.result("metrics.json")["verdict"]["sentence"]
-    assert sentence[:30] in " ".join(told.split()) and lines[-1].split() == ["model", "results/default/merged_model/"]
+    assert sentence[:30] in " ".join(told.split()) and any(
+        line.split() == ["model", "results/default/merged_model/"] for line in lines[-4:]
+    )
     assert "\r\033[K" in terminal.raw and "\033[" not in told
 
 
@@ -44,7 +46,7 @@ def test_a_file_gets_the_same_lines_without_the_live_one(project):
     done = project.python(*command("merged_model")[1:])
     assert done.returncode == 0 and "\033" not in done.stdout and "\r" not in done.stdout
     assert "  ✓ report " in done.stdout and "the verdict: " in done.stdout
-    assert done.stdout.splitlines()[-2:][0].split() == ["report", "results/default/report.html"]
+    assert ["report", "results/default/report.html"] in [line.split() for line in done.stdout.splitlines()[-5:]]
 
 
 def test_nothing_to_do_says_where_everything_is(project):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,3 +272,13 @@ def test_conversations_that_a_template_rewrites_are_split_and_counted(tmp_path):
     assert texts == ["<think>\nho\n</think>\n\nB.<|im_end|>", "<think>\nhm\n</think>\n\nA.<|im_end|>"]
     said = " ".join(details["warnings"])
     assert "2 conversations became several examples (6 in all)" in said and "1 held-out replies carry no loss" in said
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_with_the_token(stage_inputs, tmp_path):
+    model = tmp_path / "model" / "model"
+    shutil.copytree(stage_inputs.model / "model", model)
+    config = read_json(model / "config.json")
+    (tmp_path / "out").mkdir()
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
+    with pytest.raises(UserError, match=r"its tokenizer writes '.+' as token \d+, and its embedding has rows for 20"):
+        run(SETTINGS, replace(stage_inputs, model=tmp_path / "model"), tmp_path / "out", CONTEXT)

@@ -78,6 +78,7 @@ class Split:
     shown: list[Shown]
     folds_reasoning: bool  # see ChatTemplate
     unwritten: set[str]  # see PromptContents.unwritten_of_tools
+    largest: int  # id of a token
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
         _tokenize_split(labeller, inputs.format / f"{name}.parquet", out / f"{name}.arrow", earlier, meaning, context)
         for name in ("train", "heldout")
     )
+    _refuse_unknown_tokens(model, tokenizer, max(train.largest, heldout.largest))
     if not train.counts["examples"]:
         raise UserError(
             f"no training conversation could be tokenised; {_most_frequent(train.reasons)}. If that is "
@@ -161,6 +163,19 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     return {"counts": record["counts"], "rejected": record["rejected_count"], "end_of_turn": stop["token"]}
 
 
+def _refuse_unknown_tokens(model: Path, tokenizer: PreTrainedTokenizerFast, largest: int) -> None:
+    """Raise UserError where the data have a token beyond the model's embedding (`largest`: id)."""
+    file = model / "config.json"
+    config = read_json(file) if file.exists() else {}
+    rows = config.get("text_config", config).get("vocab_size")
+    if isinstance(rows, int) and largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{model}: its tokenizer writes {token!r} as token {largest:,}, and its embedding has rows for {rows:,} "
+            "tokens; take the tokenizer that belongs to the model, or a model whose embedding was resized to it"
+        )
+
+
 def _refuse_unusable(split: Split, which: str, limit: float) -> None:
     """Raise UserError where more than the share `limit` of a split's conversations can't be used."""
     rejected = split.reasons.total()
@@ -187,6 +202,7 @@ def _tokenize_split(
     ends: Counter[int] = Counter()
     replies, folds_reasoning = [np.zeros(0, np.int32)], False
     unwritten: set[str] = set()
+    largest = -1
     rejected: list[RejectedConversation] = []
     shown: list[Shown] = []
     pieces = _blocks(source, context)
@@ -210,6 +226,7 @@ def _tokenize_split(
                 writer.write_batch(_record_batch(rows, block))
                 counts["examples"] += len(batch.rows)
                 counts["tokens"] += len(batch.ids)
+                largest = max(largest, int(batch.ids.max(initial=-1)))
                 counts["labelled"] += int(block.labelled.sum())
                 replies.append(batch.replies.astype(np.int32))
                 ends.update(_last_tokens(batch))
@@ -220,7 +237,9 @@ def _tokenize_split(
     if kept:
         kept.close()
     usable = len(table) - reasons.total()
-    return Split(usable, counts, np.concatenate(replies), ends, reasons, rejected, shown, folds_reasoning, unwritten)
+    return Split(
+        usable, counts, np.concatenate(replies), ends, reasons, rejected, shown, folds_reasoning, unwritten, largest
+    )
 
 
 def _blocks(source: Path, context: Context) -> list[Piece]:
