@@ -6,6 +6,7 @@ min_version("9.0")
 
 
 include: "rules/common.smk"
+include: "rules/slurm.smk"
 include: "rules/stages.smk"
 include: "rules/run_inputs.smk"
 include: "rules/run.smk"

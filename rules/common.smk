@@ -2,6 +2,9 @@
 # (adder/workflow/stage_graph.py); here it only becomes Snakemake's inputs and parameters.
 
 import contextlib
+import errno
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,7 +24,8 @@ from adder.core.errors import UserError, system_errors_told
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import read_json
 from adder.core.display.text import printable
-from adder.workflow import config_file, library_versions, requests, run_folder, stage_graph, unfinished_runs
+from adder.workflow import config_file, library_versions, requests, run_folder, slurm_job, slurm_queue, stage_graph
+from adder.workflow import unfinished_runs
 from adder.workflow import settings as adder_settings
 from adder.workflow.code_digest import closure
 from adder.workflow.stages import SPECS
@@ -99,7 +103,7 @@ if workflow.is_main_process:
 RUN_OF = {stage.folder: run for run, stages in RUNS.items() for stage in stages.values()}
 # Runs that may be refused in the end, because a task's score fell too far.
 GUARDED = [run for run, settings in SETTINGS.items() if any(t.max_drop is not None for t in settings.evaluate.tasks)]
-# Stages that compute take all cores that they are given, so that two of them never share a GPU or the cores.
+# More than any machine has: Snakemake scales it down to the cores that it is given.
 ALL_CORES = 1024
 
 
@@ -120,6 +124,8 @@ def prepare():
         LOCK.append(file_lock.take(PLACE, "another Snakemake"))
     at_once = 1 if workflow.local_exec else workflow.nodes
     terminal_plan.begin([path for job in workflow.dag.needrun_jobs() for path in job.output], at_once)
+    if workflow.executor_plugin.name == "slurm":
+        prepare_slurm()
     if RUNTIME.upgrades == "say":
         records = [(stage.spec, PLACE / folder / "stage.json") for folder, stage in STAGES.items()]
         for sentence in library_versions.other_versions(records):

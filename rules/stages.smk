@@ -30,13 +30,29 @@ def parameters(spec):
 
 
 def memory(spec):
-    """Resource function: MB of main memory, by the size of the base model once that is known."""
+    """Resource function: MB of main memory, by the size of the base model. Before the model is there, none are known;
+    Snakemake asks again when the job can start."""
 
-    def megabytes(wildcards):
+    def megabytes(wildcards, input):
         run = RUN_OF[f"stages/{spec.name}/{wildcards.key}"]
-        return spec.memory.megabytes(stage_graph.parameter_count(RUNS[run], PLACE))
+        count = stage_graph.parameter_count(RUNS[run], PLACE) if spec.memory.bytes_per_parameter else 0
+        if count is None:
+            raise FileNotFoundError(errno.ENOENT, "the model isn't fetched yet", input[0])
+        return spec.megabytes(RUNTIME, count)
 
     return megabytes
+
+
+def cores(spec):
+    """Threads function: on this machine a stage that computes has all, so that no two share a GPU or the cores."""
+    return lambda wildcards: (spec.threads or ALL_CORES) if workflow.local_exec else spec.cores(RUNTIME)
+
+
+def gpus(spec):
+    """The resources of stages that use GPUs."""
+    number = spec.gpus(RUNTIME)
+    # A training has the GPUs of one node.
+    return {"gpu": number, "nodes": 1} if number else {}
 
 
 def code_of(module):
@@ -62,8 +78,9 @@ for spec in SPECS.values():
         localrule: spec.local
         conda:
             "../envs/adder.yaml"
-        threads: spec.threads or ALL_CORES
+        threads: cores(spec)
         resources:
+            **gpus(spec),
             runtime=spec.minutes,
             mem_mb=memory(spec),
         params:

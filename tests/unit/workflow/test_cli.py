@@ -100,7 +100,7 @@ def prune(tmp_path):
     return run
 
 
-def test_prune_refuses_while_a_snakemake_writes_or_a_job_that_outlived_one(tmp_path, prune):
+def test_prune_refuses_while_a_snakemake_writes_or_a_job_that_outlived_one(tmp_path, prune, monkeypatch):
     unneeded = tmp_path / "results" / "stages" / "format" / ("0" * 12)
     unneeded.mkdir(parents=True)
     me = rf"\(process {os.getpid()} on .+\)"
@@ -116,6 +116,8 @@ def test_prune_refuses_while_a_snakemake_writes_or_a_job_that_outlived_one(tmp_p
     assert unneeded.exists()
     left = unneeded.with_name(".killed.lock")
     left.write_text("another process (process 1 on somewhere)")
+    os.utime(left, (0, 0))
+    monkeypatch.setattr(file_lock, "WATCHED", 0.0)
     assert prune("--yes")[0] == 0 and not unneeded.exists() and not left.exists()
 
 

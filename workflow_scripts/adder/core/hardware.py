@@ -37,8 +37,10 @@ def why_on_cpu() -> str | None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use (affinity, which Slurm sets, not the machine's total)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: by affinity, and by what its Slurm job asked for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(asked)) if asked.isdigit() else cores
 
 
 def use_threads(wanted: str | int) -> int:

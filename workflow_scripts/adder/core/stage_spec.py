@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from adder.core import hardware
 from adder.core.file_digests import FileDigests
 from adder.core.progress import Progress
 from adder.core.section import Auto, Section
+
+CLUSTER_CORES = 8  # that a cluster is asked for by a stage that uses all cores it is given
 
 
 class Runtime(Section):
@@ -102,12 +104,10 @@ class Memory:
 
     base_mb: int
     bytes_per_parameter: float = 0.0
-    # What is assumed of a model whose size isn't known before it is fetched.
-    unknown: ClassVar[float] = 8e9
 
-    def megabytes(self, parameter_count: int | None) -> int:
-        """MB to ask for, given the base model's parameter count (None: not known yet)."""
-        return self.base_mb + round(self.bytes_per_parameter * (parameter_count or self.unknown) / 1e6)
+    def megabytes(self, parameter_count: int, processes: int = 1) -> int:
+        """MB to ask for, given the base model's parameter count and how many `processes` load it."""
+        return self.base_mb + round(self.bytes_per_parameter * parameter_count * processes / 1e6)
 
 
 def figures(found: Mapping[str, Any]) -> str:
@@ -144,7 +144,8 @@ class StageSpec:
     shows: what the report reads of it: {name: file}.
     priority: a stage of a higher one goes first where several could.
     local: runs where Snakemake runs, such as what needs the network.
-    gpu, threads (None: all cores), minutes, memory: what it asks a cluster for.
+    gpu, threads (None: all cores), minutes, memory: what it asks a cluster for; several_gpus: as many as
+        runtime.gpus says.
     """
 
     name: str
@@ -165,6 +166,23 @@ class StageSpec:
     priority: int = 0
     local: bool = False
     gpu: bool = False
+    several_gpus: bool = False
     threads: int | None = 1
     minutes: int = 60
     memory: Memory = field(default_factory=lambda: Memory(base_mb=2000))
+
+    def cores(self, runtime: Runtime) -> int:
+        """CPUs to ask a cluster for."""
+        if self.threads is not None:
+            return self.threads
+        return CLUSTER_CORES if runtime.threads == "auto" else runtime.threads
+
+    def gpus(self, runtime: Runtime) -> int:
+        """GPUs to ask a cluster for."""
+        if not self.gpu or runtime.device == "cpu":
+            return 0
+        return runtime.gpus if self.several_gpus and runtime.gpus != "auto" else 1
+
+    def megabytes(self, runtime: Runtime, parameter_count: int) -> int:
+        """MB of main memory to ask a cluster for: each GPU has a process, which first loads the model."""
+        return self.memory.megabytes(parameter_count, max(1, self.gpus(runtime)))

@@ -43,6 +43,7 @@ MERGE = StageSpec(
         "format": ("heldout.parquet",),
     },
     shows={"merge": "proof.json"},
+    gpu=True,
     threads=None,
     minutes=120,
     memory=Memory(base_mb=8000, bytes_per_parameter=6.0),

@@ -208,6 +208,7 @@ TRAIN = StageSpec(
     continued="checkpoint-*/seal.json",
     shows={"train": "train.json", "plan": "plan.json", "curve": "metrics.jsonl", "sampled": "samples.jsonl"},
     gpu=True,
+    several_gpus=True,
     threads=None,
     minutes=1440,
     memory=Memory(base_mb=8000, bytes_per_parameter=2.0),

@@ -25,7 +25,7 @@ def documents(root: Path) -> dict[Path, str]:
     profile = (root / PROFILE).read_text(encoding="utf-8").partition(PROFILE_MARK)[0]
     return {
         root / "config" / "schema.json": settings_docs.schema(),
-        root / PROFILE: profile + PROFILE_MARK + stage_docs.cluster_resources(),
+        root / PROFILE: profile + PROFILE_MARK + stage_docs.cluster_partitions(),
         **{root / page: _page(root, page) for page, _ in TABLES},
     }
 

@@ -1,9 +1,7 @@
 """What the stages' declarations say of them, for the documentation and for a cluster's profile."""
 
-from adder.core.stage_spec import StageSpec
+from adder.core.stage_spec import CLUSTER_CORES, StageSpec
 from adder.workflow.stages import SPECS
-
-CLUSTER_CORES = 8  # of a stage that uses all cores it is given
 
 
 def table() -> str:
@@ -14,15 +12,9 @@ def table() -> str:
     return "| stage | rule | its work | reads | asks for |\n|---|---|---|---|---|\n" + "\n".join(rows)
 
 
-def cluster_resources() -> str:
-    """What the stages ask a cluster for beyond their rules' own: cores, a GPU and its partition."""
-    threads = "".join(
-        f"  {spec.rule}: {CLUSTER_CORES}\n" for spec in SPECS.values() if spec.threads is None and not spec.local
-    )
-    gpu = "".join(
-        f"  {spec.rule}:\n    slurm_partition: \"'gpu'\"\n    gpu: 1\n" for spec in SPECS.values() if spec.gpu
-    )
-    return f"set-threads:\n{threads}set-resources:\n{gpu}"
+def cluster_partitions() -> str:
+    """Which rules go to the partition with GPUs, of which the profile says above what it is called."""
+    return "".join(f"  {spec.rule}: *with_gpus\n" for spec in SPECS.values() if spec.gpu)
 
 
 def _reads(spec: StageSpec) -> str:
@@ -35,6 +27,6 @@ def _needs(spec: StageSpec) -> str:
     memory = f"{spec.memory.base_mb / 1000:g} GB"
     if spec.memory.bytes_per_parameter:
         memory += f" and {spec.memory.bytes_per_parameter:g} bytes a parameter"
-    cores = "all cores" if spec.threads is None else f"{spec.threads} core"
-    where = "runs where Snakemake does" if spec.local else "a GPU" if spec.gpu else ""
+    cores = f"{CLUSTER_CORES} cores" if spec.threads is None else f"{spec.threads} core"
+    where = "runs where Snakemake does" if spec.local else "GPUs" if spec.several_gpus else "a GPU" if spec.gpu else ""
     return ", ".join(filter(None, [cores, memory, f"{spec.minutes} min", where]))

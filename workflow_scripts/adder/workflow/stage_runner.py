@@ -35,7 +35,7 @@ from adder.core.progress import Progress
 from adder.core.secrets import scrubbed, variables_in
 from adder.core.stage_record import OutputFile, StageMeaning, StageRecord
 from adder.core.stage_spec import Context, Earlier, Runtime, StageSpec
-from adder.workflow import attempt_times
+from adder.workflow import attempt_times, slurm_job
 from adder.workflow.code_digest import code_digest
 from adder.workflow.library_versions import recorded_versions
 from adder.workflow.stage_graph import reads
@@ -100,6 +100,8 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
     # that takes most of the time. So short a spin costs nothing alone (benchmarks/loaded_machine.py).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     secrets = variables_in(parameters["settings"])
+    began = time.time()
+    _listen_to_slurm()
     with _output_to(job.log, secrets) as terminal:
         progress = Progress(name, terminal, status_file(job.log))
 
@@ -115,9 +117,11 @@ def execute(name: str, parameters: dict[str, Any], runtime: dict[str, Any] | Non
         except UserError as error:
             _tell_log(f"UserError: {error}\n")
             progress.fail(scrubbed(str(error), secrets))
+            _put_back(job, began, progress)
             sys.exit(1)
         except KeyboardInterrupt as error:
             progress.fail(f"interrupted; the same command {str(error) or 'goes on with this stage'}", lead="")
+            _put_back(job, began, progress)
             sys.exit(130)
         except Exception as error:
             _tell_log(traceback.format_exc())
@@ -142,6 +146,35 @@ def _interrupt_once() -> None:
         signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):
         signal.signal(signal.SIGINT, interrupt)
+
+
+def _listen_to_slurm() -> None:
+    """End as by Ctrl-C when Slurm says that time is up; a training listens for itself once it has begun."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if "SLURM_JOB_ID" in os.environ and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+def _put_back(job: Job, began: float, progress: Progress) -> None:
+    """Put a Slurm job whose time limit has ended it back into the queue, where it then goes on.
+
+    began: seconds since the epoch. Not where it left no checkpoint since then: it would never come to an end.
+    """
+    if not slurm_job.time_is_up():
+        return
+    pattern = f"checkpoints/*/{job.spec.continued}"
+    if job.spec.continued and any(path.stat().st_mtime >= began for path in job.results.glob(pattern)):
+        if slurm_job.put_back():
+            progress.say("the job's time limit is near: it went back into the queue, and goes on from there by itself")
+            return
+        progress.say("the job's time limit is near, and this Slurm puts no job back: start the same command again")
+        return
+    progress.say(
+        f"the job's time limit was too short: ask for more, by --set-resources {job.spec.rule}:runtime=MINUTES"
+    )
 
 
 def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
