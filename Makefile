@@ -17,9 +17,11 @@ PYTHONS = $(foreach minor,11 12 13,$(shell python3.$(minor) -c 'print("3.$(minor
 
 # Any of these serves the tests of the pages.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+# A Slurm for tests/slurm, as Debian has it.
+SLURM := slurm-wlm munge slurmdbd mariadb-server
 APT := DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
 
-.PHONY: merged_model report all test pytest test-avx2 test-all-pythons browser lint settings docs prune lock clean
+.PHONY: merged_model report all test pytest test-avx2 test-all-pythons browser slurm lint settings docs prune lock clean
 
 # The workflow checks the settings; Snakemake reads a file that is named before that, and says less of what is wrong.
 merged_model report all: $(VENV)/.ready
@@ -48,7 +50,7 @@ test: lint pytest
 # Measures how much of the package the tests run; tests/conftest.py says it at the end, .cache/coverage.json has the
 # lines. Left out is what torch compiles: there the measuring is in its way on Python 3.11. What runs in processes that
 # tests start isn't counted.
-pytest: $(VENV)/.ready-dev browser
+pytest: $(VENV)/.ready-dev browser slurm
 	@mkdir -p .cache
 	$(BIN)/python -m slipcover --source $(PACKAGE) --omit $(PACKAGE)/kernels/packed_attention.py \
 		--json --out .cache/coverage.json -m pytest --numprocesses $(WORKERS) --dist loadfile $(TESTS)
@@ -71,6 +73,16 @@ browser:
 		echo "Installing Chromium for the tests of the pages, once"; \
 		{ $(APT) install -y --no-install-recommends chromium || \
 		  { $(APT) update && $(APT) install -y --no-install-recommends chromium; }; } > /dev/null 2>&1 || \
+		echo "It can't be had here: those tests will be skipped"; \
+	fi
+
+# Likewise. The tests start it by themselves and end it; until then nothing of it runs.
+slurm:
+	@PATH=$$PATH:/usr/sbin; command -v slurmdbd > /dev/null && command -v mariadbd > /dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "Installing Slurm for the tests of the cluster, once"; \
+		{ $(APT) install -y --no-install-recommends $(SLURM) || \
+		  { $(APT) update && $(APT) install -y --no-install-recommends $(SLURM); }; } > /dev/null 2>&1 || \
 		echo "It can't be had here: those tests will be skipped"; \
 	fi
 

@@ -1,7 +1,8 @@
 """A real Slurm on this machine: a controller, accounting, and nodes in name that all run here.
 
 Debian's packages as they are, started by hand as root, each with files and ports of its own. Only the configuration
-must be the system's, in /etc/slurm: Snakemake's plugin takes SLURM_CONF out of its jobs' environment.
+must be the system's, in /etc/slurm: Snakemake's plugin takes SLURM_CONF out of its jobs' environment. A node has a
+host's name and processes of its own, in namespaces of the kernel, so that no node sees whether another's process lives.
 """
 
 import contextlib
@@ -21,7 +22,19 @@ SYSTEM = Path("/etc/slurm")
 MADE_HERE = "# Made by Adder's tests, which remove it.\n"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "sbatch", "sacctmgr")
 # In the environment of all that is started, so that nothing of it is left.
-MARK, NODE_MARK = "ADDER_TEST_SLURM", "ADDER_TEST_SLURM_NODE"
+MARK = "ADDER_TEST_SLURM"
+# Runs a program as on a host of its own, which is gone with all of its processes when this one is killed.
+AS_A_HOST = (
+    "unshare",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+    "--uts",
+    "sh",
+    "-c",
+    'hostname "$0" && exec "$@"',
+)
 NODES = ("node1", "node2")
 # More than this machine may have: nodes are what their configuration says.
 CPUS, MEMORY_MB, GPUS = 32, 64_000, 2
@@ -36,6 +49,8 @@ def missing() -> str | None:
         return f"Debian's slurm-wlm, munge, slurmdbd and mariadb-server aren't installed here: no {', '.join(absent)}"
     if any(_of_others(SYSTEM / name) for name in ("slurm.conf", "gres.conf")):
         return f"this machine has a Slurm of its own in {SYSTEM}"
+    if subprocess.run([*AS_A_HOST, NODES[0], "true"], capture_output=True, check=False).returncode:
+        return "root may make no namespaces here, in which nodes are hosts of their own"
     return None
 
 
@@ -55,7 +70,7 @@ class Cluster:
         host = platform.node()
         SYSTEM.mkdir(exist_ok=True)
         nodes = "".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={next(ports)} CPUs={CPUS} "
+            f"NodeName={node} NodeAddr=127.0.0.1 Port={next(ports)} CPUs={CPUS} "
             f"RealMemory={MEMORY_MB} Gres=gpu:{GPUS} State=UNKNOWN\n"
             for node in NODES
         )
@@ -93,14 +108,15 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Start a node, for the first time or again."""
-        self._begin("slurmd", "-D", "-N", node, name=node, **{NODE_MARK: node})
+        slurmd = _program("slurmd")
+        assert slurmd is not None
+        self._begin(*AS_A_HOST, node, slurmd, "-D", "-N", node, name=node)
 
     def lose_node(self, node: str) -> None:
         """Kill a node with all that runs on it, as a loss of power does, and let the controller know."""
-        self.daemons.pop(node).kill()
-        for process in _marked(NODE_MARK, node):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        lost = self.daemons.pop(node)
+        lost.kill()
+        lost.wait()
         self.command("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
 
     def bring_node_back(self, node: str) -> None:

@@ -50,7 +50,7 @@ class QueuedJob:
 
     def __str__(self) -> str:
         where = f"runs on {self.node}" if self.runs else self.state.lower().replace("_", " ")
-        if self.state == "PENDING":
+        if self.state == "PENDING" and self.reason != "None":
             where += f": {self.reason}"
         return f"Slurm job {self.id} ({self.comment.removeprefix('rule_').replace('_wildcards_', ' ')}, {where})"
 
