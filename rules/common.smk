@@ -120,12 +120,18 @@ def prepare():
     """
     if not workflow.is_main_process:
         return
-    with told_in_one_sentence():
-        LOCK.append(file_lock.take(PLACE, "another Snakemake"))
+    on_slurm = workflow.executor_plugin.name == "slurm"
+    try:
+        with told_in_one_sentence():
+            LOCK.append(file_lock.take(PLACE, "another Snakemake"))
+        if on_slurm:
+            prepare_slurm()
+    except SystemExit:
+        if on_slurm:
+            workflow.scheduler._executor.shutdown()  # whose threads would complain, after the sentence
+        raise
     at_once = 1 if workflow.local_exec else workflow.nodes
     terminal_plan.begin([path for job in workflow.dag.needrun_jobs() for path in job.output], at_once)
-    if workflow.executor_plugin.name == "slurm":
-        prepare_slurm()
     if RUNTIME.upgrades == "say":
         records = [(stage.spec, PLACE / folder / "stage.json") for folder, stage in STAGES.items()]
         for sentence in library_versions.other_versions(records):

@@ -7,6 +7,7 @@ def prepare_slurm():
     executor = workflow.scheduler._executor
     settings = workflow.executor_settings
     name, prefix = slurm_queue.run_name(PLACE, (file for spec in SPECS.values() for file in closure(spec.run)))
+    end_at_once(executor, settings.init_seconds_before_status_checks)
     with told_in_one_sentence():
         refuse_impossible_jobs(executor)
         running = slurm_queue.left_behind(name, prefix)
@@ -24,7 +25,6 @@ def prepare_slurm():
         interval=settings.init_seconds_before_status_checks,
     )
     watch.start()
-    end_at_once(executor, watch)
 
 
 def refuse_impossible_jobs(executor):
@@ -72,7 +72,7 @@ def take_over(executor, running):
     executor.run_job = run_job
 
 
-def end_at_once(executor, watch):
+def end_at_once(executor, interval):
     """On SIGTERM as on Ctrl-C: cancel the jobs and end. By itself Snakemake waits for them, for hours in a queue, and
     the executor for the end of its pause between two looks."""
 
@@ -83,12 +83,5 @@ def end_at_once(executor, watch):
     executor.cancel_jobs = lambda active: slurm_queue.cancel_all(executor.run_uuid)
 
     executor.sleep = lambda: slurm_queue.pause(
-        min(executor.next_seconds_between_status_checks, 3 * watch.interval), lambda: executor.wait
+        min(executor.next_seconds_between_status_checks, 3 * interval), lambda: executor.wait
     )
-    shutdown = executor.shutdown
-
-    def stop():
-        shutdown()
-        watch.ended.set()
-
-    executor.shutdown = stop

@@ -140,8 +140,8 @@ class Cluster:
         """End all of it, and leave nothing."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired, OSError):
             self.command("scancel", "--user=root")
-        for daemon in reversed(self.daemons.values()):
-            daemon.terminate()
+        for name, daemon in reversed(self.daemons.items()):
+            daemon.kill() if name in NODES else daemon.terminate()
         for daemon in self.daemons.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(timeout=10)

@@ -28,7 +28,7 @@ LONG = {"train": {"epochs": 300, "learning_rate": 2e-3}}
     ("wrong", "told"),
     [
         ({"account": "nobody"}, r"account nobody, .*nobody appears to be invalid. Available accounts: .*lab"),
-        ({"partition": "short"}, r"partition short, .*the partition gives a job 20 minutes at most"),
+        ({"partition": "short"}, r".*partition short, .*the partition gives a job 20 minutes at most"),
     ],
 )
 def test_what_slurm_cant_take_is_one_sentence_before_downloads(project, wrong, told):

@@ -4,6 +4,7 @@ Only Slurm's own commands are called. How Snakemake's executor is held to it is 
 """
 
 import asyncio
+import contextlib
 import hashlib
 import re
 import subprocess
@@ -188,20 +189,18 @@ class Watch:
     speakers: tuple[str, ...]
     tell: Callable[[str], object]
     interval: float
-    ended: threading.Event = field(default_factory=threading.Event)
     _told: dict[str, str] = field(default_factory=dict)
     _read: dict[Path, int] = field(default_factory=dict)
 
     def start(self) -> None:
-        """Watch, in a thread of its own, until `ended` is set."""
+        """Watch, in a thread of its own, for as long as this process lives."""
         threading.Thread(target=self._watch, daemon=True, name="watch of Slurm's queue").start()
 
     def _watch(self) -> None:
-        while not self.ended.wait(self.interval):
-            try:
+        while True:
+            time.sleep(self.interval)
+            with contextlib.suppress(UserError):  # the controller is busy; Snakemake itself tells what lasts
                 self.look()
-            except UserError:  # the controller is busy; Snakemake itself tells what lasts
-                continue
 
     def look(self) -> None:
         """Tell what has changed since the last look."""
