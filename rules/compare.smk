@@ -9,7 +9,8 @@ rule compare_runs:
     input:
         [f"{RESULTS}/{stages['report'].folder}/stage.json" for stages in RUNS.values()],
         request=f"{RESULTS}/cache/requests/.compare.json",
-        code=code_of("adder.report.comparison.page"),
+        # An edit to one of them makes the page anew; of stages, their requests tell that.
+        code=[str(path) for path in closure("adder.report.comparison.page")],
     output:
         page=report(
             f"{RESULTS}/compare.html",

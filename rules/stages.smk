@@ -55,11 +55,6 @@ def gpus(spec):
     return {"gpu": number, "nodes": 1} if number else {}
 
 
-def code_of(module):
-    """The files of the package that a module is made of: an edit to one of them runs the stage anew."""
-    return [str(path) for path in closure(module)]
-
-
 for spec in SPECS.values():
 
     rule:
@@ -67,7 +62,6 @@ for spec in SPECS.values():
             spec.rule
         input:
             unpack(parents(spec)),
-            code=code_of(spec.run),
         output:
             record=f"{RESULTS}/stages/{spec.name}/{{key}}/stage.json",
         log:

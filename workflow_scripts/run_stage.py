@@ -10,8 +10,6 @@ interrupted = signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + 
 
 from adder.workflow.stage_runner import execute  # noqa: E402 - what is above is for the time that this takes
 
-# Inputs that aren't stages.
-BESIDE = ("code", "request")
 record = Path(snakemake.output.record)
 signal.signal(signal.SIGINT, interrupted)
 execute(
@@ -19,7 +17,7 @@ execute(
     json.loads(snakemake.params.stage),
     # Read from the configuration, not from params: what concerns the machine is no reason to run anything.
     runtime=snakemake.config.get("runtime"),
-    inputs={parent: Path(path).parent for parent, path in snakemake.input.items() if parent not in BESIDE},
+    inputs={parent: Path(path).parent for parent, path in snakemake.input.items() if parent != "request"},
     results=record.parents[3],
     key=snakemake.wildcards.key,
     log=Path(snakemake.log[0]),

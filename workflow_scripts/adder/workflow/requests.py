@@ -8,7 +8,8 @@ than what the rule made wherever that must be made anew.
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 from adder.core.file_digests import FileDigests
@@ -56,6 +57,7 @@ def ask_for_stages(results: Path, stages: Iterable[Stage], digests: FileDigests)
     """
     said: list[str] = []
     records: dict[str, StageRecord | None] = {}
+    code = cache(code_digest)  # one for thousands of stages
     for stage in stages:
         folder = results / stage.folder
         record = records[stage.folder] = read_record(folder)
@@ -64,7 +66,7 @@ def ask_for_stages(results: Path, stages: Iterable[Stage], digests: FileDigests)
             said.append(f"{problem}; the stage {stage.name} is made anew")
         others = other_by_now(record, digests) if record is not None else []
         said += [f"{file}: changed since it was read; the stage {stage.name} is made anew" for file in others]
-        is_made = problem is None and not others and (record is None or _is_of(record, stage, records))
+        is_made = problem is None and not others and (record is None or _is_of(record, stage, records, code))
         ask(request_file(results, stage_request(stage)), stage.key, None if is_made else folder / RECORD)
     return said
 
@@ -77,12 +79,14 @@ def damage(folder: Path, record: StageRecord | None, digests: FileDigests) -> st
     return f"{folder / broken[0]}: not as the stage wrote it" if broken else None
 
 
-def _is_of(record: StageRecord, stage: Stage, records: Mapping[str, StageRecord | None]) -> bool:
+def _is_of(
+    record: StageRecord, stage: Stage, records: Mapping[str, StageRecord | None], code: Callable[[str], str]
+) -> bool:
     """Whether a finished stage was made by this code of what its parents are now.
 
     Of parents that aren't finished nothing is known; they come before it in any case.
     """
-    if record["code"] != code_digest(stage.spec.run):
+    if record["code"] != code(stage.spec.run):
         return False
     above = {name: records.get(parent.folder) for name, parent in stage.parents.items()}
     return all(
