@@ -38,7 +38,7 @@ class Started:
         until(lambda: there() or self.process.poll() is not None, lambda: f"{what}:\n{self.shown}")
         assert there(), f"it ended before {what}:\n{self.shown}"
 
-    def ends(self, status: int, seconds: float = 300.0) -> str:
+    def ends(self, status: int, seconds: float = 900.0) -> str:
         """Wait for its end; what it has shown."""
         try:
             assert self.process.wait(timeout=seconds) == status, self.shown
@@ -106,7 +106,7 @@ class SlurmProject(Project):
                 started.kill()
 
 
-def until(there: Callable[[], object], what: Callable[[], str], seconds: float = 240.0) -> None:
+def until(there: Callable[[], object], what: Callable[[], str], seconds: float = 900.0) -> None:
     """Wait until something is there. Raises AssertionError, which says what wasn't, after so many seconds."""
     deadline = time.monotonic() + seconds
     while not there():

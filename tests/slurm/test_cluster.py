@@ -20,6 +20,8 @@ from adder.workflow.stages import SPECS
 from slurm_cluster import ACCOUNT, NODES
 from slurm_project import SlurmProject, Started, until
 
+# The first of them waits for a whole run.
+pytestmark = pytest.mark.timeout(1800)
 # Long enough to be disturbed; how long that is differs from machine to machine, and none of it is slept.
 LONG = {"train": {"epochs": 300, "learning_rate": 2e-3}}
 
@@ -34,7 +36,7 @@ LONG = {"train": {"epochs": 300, "learning_rate": 2e-3}}
 def test_what_slurm_cant_take_is_one_sentence_before_downloads(project, wrong, told):
     project.write_profile(**wrong)
     try:
-        shown = project.start().ends(1, seconds=60).strip()
+        shown = project.start().ends(1, seconds=120).strip()
     finally:
         project.write_profile()
     assert re.match(rf"adder: Slurm can't take \w+ \({told}", shown.splitlines()[-1]), shown
@@ -138,7 +140,7 @@ def _minutes(text: str) -> int:
 def test_gpus_and_cpus_are_those_of_runtime(project, story):
     """More than a node here has, which is said at once."""
     config = {**LONG, "runtime": {"gpus": 4, "threads": 6}}
-    shown = project.start("--forcerun", "train_adapter", config=config).ends(1, seconds=60)
+    shown = project.start("--forcerun", "train_adapter", config=config).ends(1, seconds=120)
     told = r"can't take train_adapter \(.* 6 CPUs, 4 GPUs, 8000 MB, 1440 minutes\): Requested node configuration is not"
     assert re.search(told, shown), shown
 
@@ -195,7 +197,7 @@ def test_scancel_ends_the_run_with_a_checkpoint_and_no_new_job(project, story):
 def test_ctrl_c_and_sigterm_end_snakemake_and_its_jobs(project, story, number):
     started = _training(project)
     os.kill(started.process.pid, number)
-    shown = started.ends(1, seconds=60)
+    shown = started.ends(1, seconds=120)
     assert "Traceback" not in shown
     until(lambda: not project.cluster.jobs(), lambda: "end of the job")
     assert not (project.folder / "results" / ".lock").exists() and project.checkpoints()
