@@ -21,6 +21,12 @@ BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 SLURM := slurm-wlm munge slurmdbd mariadb-server
 APT := DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
 
+# Snakemake ends in a traceback under a user without a name (containers, many clusters) or without a home to write to.
+export LOGNAME := $(or $(LOGNAME),$(shell id -un 2> /dev/null || echo user-$$(id -u)))
+ifneq ($(shell mkdir -p "$$HOME" 2> /dev/null && test -w "$$HOME" && echo yes),yes)
+export HOME := $(CURDIR)/.cache/home
+endif
+
 .PHONY: merged_model report all test pytest test-avx2 test-all-pythons browser slurm lint settings docs prune lock clean
 
 # The workflow checks the settings; Snakemake reads a file that is named before that, and says less of what is wrong.

@@ -122,8 +122,15 @@ class Cluster:
     def bring_node_back(self, node: str) -> None:
         """The node after lose_node, ready for jobs."""
         self.start_node(node)
-        self.command("scontrol", "update", f"nodename={node}", "state=idle")
-        self._until(lambda: "idle" in self.command("sinfo", "-h", "-n", node, "-o", "%T"), node)
+        self._until(lambda: self._is_back(node), node)
+
+    def _is_back(self, node: str) -> bool:
+        state = self.command("sinfo", "-h", "-n", node, "-p", "cpu", "-o", "%T").strip()
+        if state == "idle":
+            return True
+        with contextlib.suppress(AssertionError):  # it isn't known to be down yet, or no longer
+            self.command("scontrol", "update", f"nodename={node}", "state=resume")
+        return False
 
     def command(self, *arguments: str) -> str:
         """What a command of Slurm's says. Raises AssertionError where it fails."""
@@ -135,6 +142,24 @@ class Cluster:
         """Jobs that wait or run: id, state, reason, node, and the rule and wildcards that they are for."""
         rows = self.command("squeue", "-h", "-o", "%i|%T|%r|%N|%k").splitlines()
         return [dict(zip(("id", "state", "reason", "node", "comment"), row.split("|"), strict=True)) for row in rows]
+
+    @contextlib.contextmanager
+    def paused(self, job: str) -> Iterator[None]:
+        """Have the stage of a running job stand still, for as long as other things take, on machines of any speed."""
+        stages = [
+            process
+            for process in _marked("SLURM_JOB_ID", job)
+            if b".snakemake/scripts/" in Path(f"/proc/{process}/cmdline").read_bytes()
+        ]
+        assert stages, f"no process of job {job}"
+        for process in stages:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in stages:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
 
     def stop(self) -> None:
         """End all of it, and leave nothing."""
