@@ -39,7 +39,7 @@ def test_what_slurm_refuses_is_one_sentence(slurm):
     with pytest.raises(UserError) as told:
         slurm_queue.refuse_impossible("sbatch -p gpu --mem <TBD>", WANTED)
     assert str(told.value) == (
-        "Slurm can't take train_adapter (account lab, partition gpu, 8 CPUs, 1 GPUs, 60 minutes): Batch job submission "
+        "Slurm can't take train_adapter (account lab, partition gpu, 8 CPUs, 1 GPU, 60 minutes): Batch job submission "
         "failed: Invalid qos specification; set what your cluster has in the profile, or for this rule by "
         "--set-resources train_adapter:…"
     )

@@ -131,8 +131,8 @@ class Wanted:
         parts = (
             (self.account, f"account {self.account}"),
             (self.partition, f"partition {self.partition}"),
-            (self.cpus, f"{self.cpus} CPUs"),
-            (self.gpus, f"{self.gpus} GPUs"),
+            (self.cpus, f"{self.cpus} CPU{'s' * (self.cpus > 1)}"),
+            (self.gpus, f"{self.gpus} GPU{'s' * (self.gpus > 1)}"),
             (self.mb, f"{self.mb} MB"),
             (self.minutes, f"{self.minutes} minutes"),
         )
