@@ -12,6 +12,7 @@ def prepare_slurm():
         refuse_impossible_jobs(executor)
         running = slurm_queue.left_behind(name, prefix)
     executor.run_uuid = name
+    executor._failed_nodes = slurm_queue.NodeNames(executor._failed_nodes)
     # sbatch passes it on to jobs: without it only KillWait's 30 seconds are left to write a checkpoint.
     os.environ.setdefault("SBATCH_SIGNAL", f"TERM@{slurm_job.WARNING}")
     if not slurm_queue.accounting_works():

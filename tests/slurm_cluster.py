@@ -122,15 +122,8 @@ class Cluster:
     def bring_node_back(self, node: str) -> None:
         """The node after lose_node, ready for jobs."""
         self.start_node(node)
-        self._until(lambda: self._is_back(node), node)
-
-    def _is_back(self, node: str) -> bool:
-        state = self.command("sinfo", "-h", "-n", node, "-p", "cpu", "-o", "%T").strip()
-        if state == "idle":
-            return True
-        with contextlib.suppress(AssertionError):  # it isn't known to be down yet, or no longer
-            self.command("scontrol", "update", f"nodename={node}", "state=resume")
-        return False
+        # It comes back by registering. An update of its state before that would only delay it.
+        self._until(lambda: self.command("sinfo", "-h", "-n", node, "-p", "cpu", "-o", "%T").strip() == "idle", node)
 
     def command(self, *arguments: str) -> str:
         """What a command of Slurm's says. Raises AssertionError where it fails."""
@@ -187,7 +180,7 @@ class Cluster:
         )
 
     def _until(self, there: Callable[[], bool], name: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not there():
             dead = name in self.daemons and self.daemons[name].poll() is not None
             assert not dead and time.monotonic() < deadline, f"{name} didn't come up:\n{self._logs()}"

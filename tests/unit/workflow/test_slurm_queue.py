@@ -152,3 +152,10 @@ def test_a_pause_ends_when_it_is_no_longer_wanted():
     asyncio.run(slurm_queue.pause(60.0, lambda: asked.append(1) or len(asked) < 3))
     assert len(asked) == 3
     asyncio.run(slurm_queue.pause(0.0, lambda: True))
+
+
+def test_what_is_no_node_is_not_excluded():
+    nodes = slurm_queue.NodeNames({"node1"})
+    for name in ("None assigned", "node[2-4],gpu-7.example", "", "Unknown reason"):
+        nodes.add(name)
+    assert nodes == {"node1", "node[2-4],gpu-7.example"}

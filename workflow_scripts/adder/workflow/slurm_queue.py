@@ -169,6 +169,19 @@ def _longest_minutes(partition: str) -> float | None:
     return max(known) if known and len(known) == len(limits) else None
 
 
+class NodeNames(set[str]):
+    """Nodes that were lost, to be excluded from then on.
+
+    Snakemake's plugin also adds what `sacct` says of a job that is back in the queue, "None assigned", with which sbatch
+    would take no job any more.
+    """
+
+    def add(self, element: str) -> None:
+        """Add a node, or a list of them as Slurm writes it."""
+        if re.fullmatch(r"[\w.,\[\]-]+", element):
+            super().add(element)
+
+
 def accounting_works() -> bool:
     """Whether `sacct` answers, which the state of a finished job is taken from."""
     try:
