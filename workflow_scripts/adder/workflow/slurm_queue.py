@@ -172,8 +172,8 @@ def _longest_minutes(partition: str) -> float | None:
 class NodeNames(set[str]):
     """Nodes that were lost, to be excluded from then on.
 
-    Snakemake's plugin also adds what `sacct` says of a job that is back in the queue, "None assigned", with which sbatch
-    would take no job any more.
+    Snakemake's plugin also adds what `sacct` says of a job that is back in the queue, "None assigned". With that among
+    them, sbatch takes no job any more.
     """
 
     def add(self, element: str) -> None:
