@@ -30,4 +30,4 @@ def test_make_gives_snakemake_a_name_and_a_home(environment, tmp_path):
     whole = {**environment, "COMMAND": " ".join(SNAKEMAKE)}
     done = subprocess.run([*NAMELESS, *command], cwd=tmp_path, env=whole, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "train_adapter" in done.stdout + done.stderr and (tmp_path / ".cache" / "home").is_dir()
+    assert "jobs would run" in done.stdout and (tmp_path / ".cache" / "home").is_dir()
