@@ -61,6 +61,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 16},
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 16},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128,
+        "laurel_rank": 4,
+        "sliding_window": 16,
+    },
     "phi": {},
     "phimoe": EXPERTS,
     "llama4_text": {**EXPERTS, "intermediate_size_mlp": 48},
@@ -157,9 +167,9 @@ def tiny_architecture(
 
 # What the check before training settles for each, by why; docs/models.md has it as a table.
 AT_ONCE = (
-    "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 phimoe llama4_text smollm3 olmo2 "
-    "olmoe granite cohere cohere2 glm4 seed_oss gpt_neox gpt_neox_japanese gpt2 gpt_bigcode gptj gpt_neo opt "
-    "deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3"
+    "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text gemma3n_text phi phi3 phimoe llama4_text "
+    "smollm3 olmo2 olmoe granite cohere cohere2 glm4 seed_oss gpt_neox gpt_neox_japanese gpt2 gpt_bigcode gptj gpt_neo "
+    "opt deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3"
 ).split()
 ONE_AT_A_TIME = {
     "its layers don't pass on where an example begins": "stablelm nemotron".split(),

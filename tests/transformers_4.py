@@ -55,6 +55,24 @@ print(json.dumps({"version": transformers.__version__, "found": found}))
 """
 
 
+# Makes tiny random models as transformers 4 publishes them: names of tensors and config.json are its own.
+MAKE = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+for folder, settings in json.load(sys.stdin).items():
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = kind.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.to(torch.bfloat16).save_pretrained(folder)
+"""
+
+
 @functools.cache
 def library() -> Path | None:
     """The folder with transformers 4, installed into .cache once; None where the package index can't be reached."""
@@ -68,6 +86,15 @@ def library() -> Path | None:
                 return None
             (folder / "whole").touch()
     return folder
+
+
+def make(models: dict[Path, dict[str, Any]], path: Path) -> None:
+    """Let transformers 4, in `path`, save a tiny model of each configuration into its folder."""
+    asked = json.dumps({str(folder): settings for folder, settings in models.items()})
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(path)}
+    done = subprocess.run([sys.executable, "-c", MAKE], input=asked, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
 
 
 def read(folders: list[Path], path: Path | None = None, positions: int = 200) -> dict[str, Any]:

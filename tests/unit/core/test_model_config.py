@@ -14,6 +14,8 @@ def test_context_length_is_found_under_its_various_names(tmp_path):
         ({"max_position_embeddings": 8192}, 8192),
         ({"n_positions": 1024}, 1024),
         ({"text_config": {"max_position_embeddings": 32768}}, 32768),
+        ({"max_seq_len": 2048}, 2048),  # MPT
+        ({"context_length": 1024}, 1024),  # RWKV
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert context_length(tmp_path) == expected

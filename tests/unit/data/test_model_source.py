@@ -65,6 +65,10 @@ def broken_config(folder):
     (folder / "config.json").write_text("{")
 
 
+def another_size(folder):
+    edit(folder / "config.json", intermediate_size=96)
+
+
 def cut_short(folder):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-10])
 
@@ -88,6 +92,7 @@ def shard_missing(folder):
         (no_tokenizer, "has no tokenizer"),
         (no_config, r"has no config\.json"),
         (broken_config, r"config\.json of .* can't be read"),
+        (another_size, r"mlp.*_proj.weight of shape \[.*128.*\], and its config.json makes it \[.*96.*\]"),
         (cut_short, r"model\.safetensors is no whole safetensors file"),
         (shard_missing, r"lacks model-00002-of-00002\.safetensors"),
     ],

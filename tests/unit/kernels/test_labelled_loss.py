@@ -58,6 +58,30 @@ def test_the_mean_loss_is_the_models_own_whatever_its_head(name, plain):
     assert found.item() == pytest.approx(own.item(), rel=1e-5)
 
 
+def test_whether_a_head_is_plain_is_tried_and_not_read_off_a_name():
+    """A scale that a configuration names and the model doesn't apply, and one under a name that nobody knows."""
+    unused = family("Llama")
+    unused.config.logit_scale = 0.5
+    assert labelled_loss.has_plain_head(unused)
+    scaled, own = family("Llama"), type(family("Llama")).forward
+
+    def forward(self, *args, **options):
+        output = own(self, *args, **options)
+        output.logits = output.logits / 1.5
+        return output
+
+    scaled.forward = forward.__get__(scaled)
+    before = scaled.training
+    assert not labelled_loss.has_plain_head(scaled) and scaled.training is before
+
+
+def test_a_residual_stream_in_fp32_goes_through_a_head_in_16_bits():
+    model = family("Llama").to(torch.bfloat16)
+    model.model.norm.register_forward_hook(lambda module, inputs, output: output.float())
+    with torch.no_grad():
+        assert torch.isfinite(labelled_loss.labelled_losses(model, **batch())).all()
+
+
 def test_models_with_plain_heads_train_by_labelled_losses_on_a_cpu():
     assert labelled_loss.supports_training(family("Llama"))
     assert not labelled_loss.supports_training(family("Gemma2"))

@@ -50,9 +50,9 @@ def published_by_4(folder: Path, **config) -> Path:
     return folder
 
 
-def merged(folder: Path, base: Path, chat_template: str | None = None, pad: str | None = None) -> Path:
+def merged(folder: Path, base: Path, chat_template: str | None = None, pad: str | None = None, **lora) -> Path:
     """The merged model of the base, with the tokenizer as the tokenize stage writes it."""
-    inputs = make_inputs(folder / "in", base, size=0.05)
+    inputs = make_inputs(folder / "in", base, size=0.05, **lora)
     shutil.rmtree(inputs["tokenize"] / "tokenizer")
     tokenizer = load_tokenizer(base)
     choose_template(tokenizer, chat_template)
@@ -125,6 +125,78 @@ def test_another_template_and_pad_token_are_all_that_changes(models):
     assert now == was | changed and list(now) == list(was)
     assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert AutoTokenizer.from_pretrained(folder).pad_token == "<|im_end|>"
+
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+TOWER |= {"image_size": 28, "patch_size": 14}
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Other shapes than Llama's: norms of queries, two kinds of position embedding, joined matrices, experts, a tower.
+OTHERS = {
+    "qwen3": SHAPE,
+    "mistral": {**SHAPE, "sliding_window": 16},
+    "phi3": {**{name: value for name, value in SHAPE.items() if name != "head_dim"}, "sliding_window": 16},
+    "gemma3_text": {**SHAPE, "sliding_window": 16, "query_pre_attn_scalar": 8, "rope_theta": 1e5},
+    "qwen3_moe": {**SHAPE, **MOE},
+    "mixtral": {**SHAPE, **MOE},
+    "gpt_oss": {**SHAPE, **MOE, "sliding_window": 16},
+    "gemma3": {"text_config": {**SHAPE, "sliding_window": 16}, "vision_config": TOWER, "mm_tokens_per_image": 4},
+    "qwen2_5_vl": {
+        "text_config": {**SHAPE, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}},
+        "vision_config": {
+            "hidden_size": 32,
+            "depth": 1,
+            "num_heads": 4,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+        },
+    },
+}
+TARGETS = {"phi3": "qkv_proj|down_proj", "gemma3": "q_proj|down_proj", "qwen2_5_vl": "q_proj|down_proj"}
+
+
+def settings_of(name: str, vocabulary: dict[str, int]) -> dict:
+    own = OTHERS[name]
+    if "text_config" in own:
+        return {"model_type": name, **own, "text_config": {**own["text_config"], **vocabulary}, **vocabulary}
+    return {"model_type": name, **own, **vocabulary}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Bases that transformers 4 made, and their merged models, as both generations read them."""
+    library = transformers_4.library()
+    if library is None:
+        pytest.skip("transformers 4 can't be installed here: the package index is out of reach")
+    folder = tmp_path_factory.mktemp("others")
+    tokenizer = published_by_4(folder / "tokenizer")
+    known = load_tokenizer(tokenizer)
+    vocabulary = {"vocab_size": len(known), "eos_token_id": known.eos_token_id, "pad_token_id": known.pad_token_id}
+    bases = {name: folder / f"base {name}" for name in OTHERS}
+    transformers_4.make({path: settings_of(name, vocabulary) for name, path in bases.items()}, library)
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "reply_of_fresh_process", reply_by_dtype("float32"))
+        for name, base in bases.items():
+            for path in tokenizer.iterdir():
+                if path.name.startswith(("tokenizer", "special", "vocab", "merges")):
+                    shutil.copyfile(path, base / path.name)
+            layers = TARGETS.get(name, "q_proj|o_proj")
+            wanted = rf"(?!.*(vision|visual)).*({layers})"
+            made[name] = merged(folder / f"merged {name}", base, target_modules=wanted)
+    folders = [*bases.values(), *made.values()]
+    return bases, made, transformers_4.read(folders), transformers_4.read(folders, library)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_shapes_are_read_alike_by_both_generations(others, name):
+    bases, made, own, old = others
+    found = [reading["found"][str(made[name])] for reading in (own, old)]
+    assert transformers_4.differences(*found) == []
+    before = old["found"][str(bases[name])]
+    assert before["tokens"] == found[1]["tokens"]
+    assert any("logits" in one for one in transformers_4.differences(before, found[1]))  # the adapter is in it
 
 
 def test_nothing_of_how_it_was_loaded_is_left(models):

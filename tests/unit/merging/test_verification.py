@@ -1,20 +1,29 @@
 """The proof holds whatever the memory: by layers as in one piece, in a fresh process, and with near-ties told apart."""
 
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from adder.core import hardware
 from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.core.labels import IGNORE_INDEX
 from adder.core.progress import Progress
-from adder.core.safetensors_layout import parameter_count
+from adder.core.safetensors_layout import parameter_count, stored_tensors
 from adder.core.stage_spec import Context, Runtime
-from adder.merging import verification
+from adder.merging import run as merging
+from adder.merging import streamed_merge, verification, weight_deltas
+from adder.training import base_model, lora
 from architectures import tiny_architecture
 from merge_fixture import make_inputs, reply_by_dtype, run
 from tiny import save_tiny_model, token_row, write_tokens
+from training_stage import train_settings
 
 
 def rows_of(inputs):
@@ -173,10 +182,121 @@ def test_a_few_flipped_routers_pass_and_a_shift_of_all_positions_does_not():
     flipped, wrong = (verification.differences(pairs, [(x, pairs[0][1])], pairs) for x in (few, shifted))
     assert flipped["kl"] > 1e-3 < wrong["kl"]
     assert flipped["kl_median"] == 0 and wrong["kl_median"] > 1e-3
-    worse = {**flipped, "heldout_loss": {"merged": 2.1, "adapter": 2.0}}
-    same = {**flipped, "heldout_loss": {"merged": 2.001, "adapter": 2.0}}
-    passed = [verification.only_routers_flip(found, 1e-3) for found in (same, worse, {**same, "kl_median": 2e-3})]
-    assert passed == [True, False, False]
+    assert flipped["applied"] is None  # base and adapter are one here
+    worse = {**flipped, "applied": 1.0, "heldout_loss": {"merged": 2.1, "adapter": 2.0}}
+    same = {**worse, "heldout_loss": {"merged": 2.001, "adapter": 2.0}}
+    others = (same, worse, {**same, "kl_median": 2e-3}, {**same, "applied": 0.9}, {**same, "applied": None})
+    passed = [verification.only_routers_flip(found, 1e-3) for found in others]
+    assert passed == [True, False, False, False, False]
+
+
+def test_how_much_of_the_adapter_is_applied_is_told_whatever_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    bare, change, noise = (torch.randn(200, 50, generator=generator) * size for size in (1, 0.05, 0.05))
+    target = torch.arange(200) % 50
+
+    def found(share, noise):
+        merged = bare + share * change + noise + 3.0  # a constant changes no prediction
+        return verification.differences([(bare + change, target)], [(merged, target)], [(bare, target)])
+
+    for share in (0.5, 0.9, 1.0, 2.0):
+        assert found(share, 0)["applied"] == pytest.approx(share, abs=1e-4)
+        assert verification.is_misapplied(found(share, 0)) == (share != 1.0)
+    assert found(0.5, 0)["kl"] < 1e-3  # which the tolerance alone would let pass
+    assert not verification.is_misapplied(found(1.0, noise)) and verification.is_misapplied(found(0.5, noise))
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A mixture of experts with a little adapter: base and adapter on disk, deltas, logits of both."""
+
+    folder: Path
+    deltas: dict
+    expected: list
+    plain: list
+
+    def merged(self, name, deltas):
+        out = self.folder / name
+        if not out.exists():
+            out.mkdir()
+            streamed_merge.merge_weights(self.folder / "base", deltas, out, CONTEXT)
+            shutil.copyfile(self.folder / "base" / "config.json", out / "config.json")
+        return out
+
+    def passes(self, out):
+        """Whether the proof by predictions lets it pass."""
+        loaded = verification.load(out, torch.float32, "whole", "cpu")
+        found = verification.differences(self.expected, verification.logits_of(loaded, labelled()), self.plain)
+        near = found["kl"] <= verification.TOLERANCE or verification.only_routers_flip(found, verification.TOLERANCE)
+        return near and not verification.is_misapplied(found)
+
+
+CONTEXT = Context(Progress.silent(), Runtime(threads=1))
+
+
+def labelled():
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(3, 120, (40,), generator=generator).tolist() for _ in range(16)]
+    return [{"id": "x", "input_ids": row, "labels": [IGNORE_INDEX, *row[1:]]} for row in rows]
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "deepseek_v3", "llama"])
+def adapted_moe(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_architecture(request.param).to(torch.bfloat16).save_pretrained(folder / "base")
+    model, _ = base_model.load(folder / "base", "lora", "float32", "cpu", packs=False)
+    model = lora.add_adapter(model, train_settings(method="lora", lora_r=4))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.01
+    model.save_pretrained(str(folder / "adapter"))
+    expected = list(verification.logits_of(verification.Loaded(model.eval(), False), labelled()))
+    base = verification.load(folder / "base", torch.float32, "whole", "cpu")
+    plain = list(verification.logits_of(base, labelled()))
+    deltas = merging._on_disk(weight_deltas.read_adapter(folder / "adapter"), folder / "base", folder / "adapter")
+    return Adapted(folder, deltas, expected, plain)
+
+
+def test_a_right_merge_passes_though_routers_flip(adapted_moe):
+    out = adapted_moe.merged("right", adapted_moe.deltas)
+    assert adapted_moe.passes(out)
+    streamed_merge.check_weights(adapted_moe.folder / "base", out, adapted_moe.deltas, CONTEXT)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 2.0])
+def test_a_wrong_scale_never_passes_for_flipped_routers(adapted_moe, factor):
+    """Not even where it is wrong in reading the adapter, which the comparison of bytes can't see."""
+    scaled = {name: replace(delta, scale=factor * delta.scale) for name, delta in adapted_moe.deltas.items()}
+    assert not adapted_moe.passes(adapted_moe.merged(f"times {factor}", scaled))
+
+
+@pytest.mark.parametrize("left_out", ["one weight", "a layer"])
+def test_what_is_left_out_never_passes(adapted_moe, left_out):
+    first = next(iter(adapted_moe.deltas))
+    gone = {name for name in adapted_moe.deltas if (name == first if left_out == "one weight" else ".1." in name)}
+    fewer = {name: delta for name, delta in adapted_moe.deltas.items() if name not in gone}
+    assert 0 < len(fewer) < len(adapted_moe.deltas)
+    assert not adapted_moe.passes(adapted_moe.merged(left_out, fewer))
+
+
+@pytest.mark.parametrize("kind", ["expert", "router"])
+def test_experts_and_routers_that_are_not_the_bases_never_pass(adapted_moe, kind):
+    """No pair adapts them, so every byte is compared: an expert without its values, two experts' routes swapped."""
+    names = [n for n in stored_tensors(adapted_moe.folder / "base") if re.search(r"\.(gate|router)\.weight$", n)]
+    if not names:
+        pytest.skip("no mixture of experts")
+    out = adapted_moe.folder / kind
+    shutil.copytree(adapted_moe.merged("right", adapted_moe.deltas), out)
+    tensors = load_file(out / "model.safetensors")
+    if kind == "router":
+        tensors[names[0]] = tensors[names[0]][[1, 0, 2, 3]].contiguous()
+    else:
+        name = next(n for n in tensors if ".experts." in n)
+        tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="isn't its base's, though nothing adapts it"):
+        streamed_merge.check_weights(adapted_moe.folder / "base", out, adapted_moe.deltas, CONTEXT)
 
 
 def test_rows_are_spread_and_cut_to_the_labels_asked_for(tmp_path):
@@ -198,8 +318,6 @@ def test_the_proof_on_a_gpu(tmp_path, monkeypatch, loading):
     out = tmp_path / "out"
     out.mkdir()
     rows = rows_of(inputs)
-    from adder.merging import streamed_merge, weight_deltas
-
     context = Context(Progress.silent(), Runtime(device="cuda", threads=1))
     streamed_merge.merge_weights(
         inputs["model"] / "model", weight_deltas.read_adapter(inputs["train"] / "adapter"), out, context

@@ -8,9 +8,11 @@ from adder.core.labels import IGNORE_INDEX
 from lengths_stage import examples_of, pack, pieces_of
 
 
-def test_a_model_that_does_not_give_its_context_is_refused(tmp_path):
-    with pytest.raises(UserError, match="config.json' doesn't give|config.json doesn't give"):
+def test_a_model_that_does_not_give_its_context_wants_a_length_set(tmp_path):
+    with pytest.raises(UserError, match="names no context length.* set the number of tokens"):
         pack(tmp_path, [20] * 10, context=None)
+    made = pack(tmp_path, [20] * 10, context=None, max_seq_length=64, name="set")
+    assert made.record["max_seq_length"]["value"] == 64 and made.record["examples"] == 10
 
 
 def test_packs_hold_every_example_with_its_first_label_masked(tmp_path):

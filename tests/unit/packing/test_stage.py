@@ -29,3 +29,11 @@ def test_a_length_above_the_models_context_is_refused_before_any_job_runs(tmp_pa
     LENGTHS.refuse(settings(max_seq_length=2048), tmp_path)
     with pytest.raises(UserError, match="4096 is above the model's context, 2048 tokens"):
         LENGTHS.refuse(settings(max_seq_length=4096), tmp_path)
+
+
+def test_a_model_without_a_context_wants_a_length_set_before_any_job_runs(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 64}))
+    assert LENGTHS.refuse is not None
+    with pytest.raises(UserError, match=r"lengths.max_seq_length: the model's config.json names no context length"):
+        LENGTHS.refuse(settings(), tmp_path)
+    LENGTHS.refuse(settings(max_seq_length=2048), tmp_path)

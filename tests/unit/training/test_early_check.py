@@ -47,8 +47,8 @@ def test_all_layers_where_the_last_is_of_a_kind_of_its_own():
     assert first_of_each_kind(config("qwen3_next", 4, layer_types=kinds)) is None
 
 
-def settings(**changes) -> IsolationSettings:
-    own = Train.model_validate(changes).model_dump()
+def settings(merge_base="auto", **changes) -> IsolationSettings:
+    own = Train.model_validate(changes).model_dump() | {"merge_base": merge_base}
     return IsolationSettings(**{name: own[name] for name in IsolationSettings.model_fields if name in own})
 
 
@@ -102,6 +102,41 @@ def test_names_that_do_not_fit_the_model_are_refused_then_too(tmp_path):
     inputs = write_training_inputs(tmp_path / "inputs", save_tiny_model(tmp_path / "model"), packs=2)
     with pytest.raises(UserError, match=r"train.target_modules: \['nonesuch'\] does not fit this model"):
         check(inputs, tmp_path / "out", target_modules=["nonesuch"])
+
+
+def test_what_can_be_trained_and_not_generated_from_is_refused_before_it_is_trained(tmp_path):
+    """Layers of a convolution alone, of which transformers' generate finds no length."""
+    inputs = write_training_inputs(tmp_path / "inputs", saved(tmp_path / "model", "lfm3", 2), packs=2)
+    with pytest.raises(UserError, match="Lfm3ForCausalLM can't write replies here: its code fails in generating with"):
+        check(inputs, tmp_path / "out", method="lora")
+
+
+def test_layers_that_only_all_together_generate_are_not_refused(tmp_path, monkeypatch):
+    inputs = write_training_inputs(
+        tmp_path / "inputs", save_tiny_model(tmp_path / "model", num_hidden_layers=3), packs=2
+    )
+    found = early_check.reply_problem
+    monkeypatch.setattr(
+        early_check,
+        "reply_problem",
+        lambda model, *rest: "no" if model.config.num_hidden_layers == 1 else found(model, *rest),
+    )
+    assert check(inputs, tmp_path / "out", method="lora")["layers"] == 1
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_refused_by_name(tmp_path):
+    """As where somebody added a template's tokens to a tokenizer alone."""
+    folder = save_tiny_model(tmp_path / "model", vocab_size=250)
+    inputs = write_training_inputs(tmp_path / "inputs", folder, packs=2)
+    with pytest.raises(UserError, match=r"hold the token '.*' \(id \d+\), and the model has embeddings for 250 tokens"):
+        check(inputs, tmp_path / "out", method="lora")
+
+
+def test_a_base_that_cannot_be_dequantised_is_refused_before_the_training(tmp_path):
+    """Llama 4's experts, which are stored joined."""
+    inputs = write_training_inputs(tmp_path / "inputs", saved(tmp_path / "model", "llama4_text", 2), packs=2)
+    with pytest.raises(UserError, match=r"merge.base: .*experts.*can't be dequantised; leave merge.base at auto or"):
+        check(inputs, tmp_path / "out", method="qlora", merge_base="dequantized")
 
 
 def test_an_adapter_to_go_on_from_is_tried_with_all_layers(tmp_path):

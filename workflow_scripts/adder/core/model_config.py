@@ -11,7 +11,11 @@ from adder.core.errors import UserError
 from adder.core.files import read_json
 
 # What configurations call the number of positions that a model was made for.
-NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+NAMES = (
+    *("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx"),
+    *("max_seq_len", "max_seq_length", "context_length"),
+)
+
 
 # Heads of transformers' classes for something else than writing on: ForMaskedLM, ForSequenceClassification, …
 OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration|\w*2Text)[A-Z]\w*$")
@@ -37,7 +41,11 @@ def refuse_other_than_causal(config: Mapping[str, Any], source: str) -> None:
 
 def context_length(model: Path) -> int | None:
     """Positions that the model in this directory was made for; None where its config.json does not tell."""
-    config = read_json(model / "config.json")
+    return context_of(read_json(model / "config.json"))
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """The same of what config.json holds."""
     for part in (config, config.get("text_config") or {}):
         for name in NAMES:
             if isinstance(part.get(name), int):

@@ -4,7 +4,7 @@ Checkpoints of models that also see or hear are trained on text: what else they 
 disk are often others than in memory; transformers itself says which belong together.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from transformers import (
 
 # Not public in transformers, but what from_pretrained itself finds parameters by.
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from adder.core.errors import UserError
-from adder.core.safetensors_layout import stored_tensors
+from adder.core.safetensors_layout import Stored, stored_tensors
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -76,14 +76,8 @@ def places_in_memory(model: PreTrainedModel, stored: Iterable[str]) -> dict[str,
 
     Left out are tensors that the model doesn't take, and those of which several are joined into one, or one split.
     """
-    renamings, converters = _transforms(model)
     own = _meta_state(model)
-    found: dict[str, str] = {}
-    for name in stored:
-        place, joined = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-        if joined is None and place in own:
-            found[name] = place
-    return found
+    return {name: place for name, place, joined in _destinations(model, stored) if not joined and place in own}
 
 
 def places_on_disk(model: PreTrainedModel, folder: Path) -> dict[str, str]:
@@ -100,15 +94,37 @@ def places_on_disk(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 
 def lacking(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
     """Names of the model's parameters for which the tensors on disk have nothing."""
-    renamings, converters = _transforms(model)
     own = _meta_state(model)
-    found = {rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0] for name in stored}
+    found = {place for _, place, _ in _destinations(model, stored)}
     # One tensor may be split into several.
-    found |= {target for converter in converters for target in _split_targets(converter, found, own)}
+    found |= {target for converter in _transforms(model)[1] for target in _split_targets(converter, found, own)}
     for name, partner in tied(model).items():
         if name in found or partner in found:
             found |= {name, partner}
     return sorted(name for name, _ in model.named_parameters() if name not in found)
+
+
+def misshapen(model: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[str, tuple[int, ...]] | None:
+    """A tensor on disk that the model holds in another shape: its name, and the model's shape. None where none is."""
+    own = _meta_state(model)
+    for name, place in places_in_memory(model, stored).items():
+        if tuple(own[place].shape) != stored[name].shape:
+            return name, tuple(own[place].shape)
+    return None
+
+
+def _destinations(model: PreTrainedModel, stored: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """Of each tensor's name on disk the parameter that from_pretrained puts it into, and whether with others or split.
+
+    In from_pretrained's order, which some renamings depend on; what a renaming makes unknown keeps its name, as there.
+    """
+    renamings, converters = _transforms(model)
+    own = _meta_state(model)
+    for name in sorted(stored, key=dot_natural_key):
+        place, joined = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if place not in own and name in own:
+            place, joined = rename_source_key(name, [], [], model.base_model_prefix, own)
+        yield name, place, joined is not None
 
 
 def _split_targets(converter: WeightConverter, found: set[str], own: dict[str, Any]) -> set[str]:

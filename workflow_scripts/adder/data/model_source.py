@@ -99,7 +99,15 @@ def refuse_other_models(folder: Path, source: str) -> None:
         model = text_model.without_weights(folder)
     except UserError as error:
         raise UserError(f"model.source: {source}: {str(error).removeprefix('model.source: ')}") from None
-    missing = text_model.lacking(model, stored_tensors(folder))
+    stored = stored_tensors(folder)
+    odd = text_model.misshapen(model, stored)
+    if odd:
+        name, shape = odd
+        raise UserError(
+            f"model.source: {source} has {name} of shape {list(stored[name].shape)}, and its config.json makes it "
+            f"{list(shape)}: weights and config.json don't belong together"
+        )
+    missing = text_model.lacking(model, stored)
     if missing:
         raise UserError(
             f"model.source: {source} is no whole {type(model).__name__}: its files have nothing for {missing[0]}"

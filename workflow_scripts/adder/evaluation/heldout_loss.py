@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from adder.core.labels import IGNORE_INDEX
 from adder.core.progress import Progress
+from adder.evaluation.model_loading import context_length
 from adder.kernels.labelled_loss import has_plain_head, labelled_logits, labelled_losses
 
 LOSS_TOKENS = 4096  # positions of one batch, padding included
@@ -23,7 +24,7 @@ class LabelledRow(Protocol):
 @torch.inference_mode()
 def row_losses(model: PreTrainedModel, rows: Sequence[LabelledRow], progress: Progress) -> list[torch.Tensor]:
     """Loss in nats at each labelled position of each row, fp64 on the CPU; a row longer than the context is cut."""
-    context = model.config.get_text_config().max_position_embeddings
+    context = context_length(model)
     order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].input_ids), index))
     losses: list[torch.Tensor] = [torch.zeros(0)] * len(rows)
     done = 0

@@ -6,7 +6,7 @@ from typing import Any, Literal, Never
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adder.core import hardware, text_model
+from adder.core import hardware, model_config, text_model
 from adder.core.choice import Choice
 from adder.core.stage_spec import Context
 from adder.kernels.trials import decide as trials
@@ -15,6 +15,8 @@ from adder.kernels.trials import shapes
 # Replies at once, beyond which nothing is gained: a CPU computes no faster, and a GPU's matmuls over so many rows take
 # longer than reading the weights.
 LARGEST_BATCH = {"cpu": 128, "cuda": 512}
+# Positions of a model whose configuration names no number of them, as recurrent ones: more than anything here has.
+UNBOUNDED = 2**20
 CACHE_SHARE = 0.5  # of the free memory that the KV cache of one batch may take
 
 
@@ -34,6 +36,12 @@ def try_kernels(folder: Path, dtype: str, context: Context) -> Choice | None:
     return trials.decide("inference", sizes, device, context.results / trials.FOLDER, context.progress.say)
 
 
+def context_length(model: PreTrainedModel) -> int:
+    """Positions that a model takes: those of its configuration; of one that names none, more than anything has."""
+    config = model.config.get_text_config()
+    return getattr(config, model_config.NAMES[0], None) or model_config.context_of(config.to_dict()) or UNBOUNDED
+
+
 def choose_batch_size(
     wanted: Literal["auto"] | int, model: PreTrainedModel, rows: int, tokens: int
 ) -> Choice[int, Never]:
@@ -41,8 +49,9 @@ def choose_batch_size(
     if wanted != "auto":
         return Choice(wanted, "as set")
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    all_heads = getattr(config, "num_attention_heads", None) or 1  # recurrent models may have none
+    heads = getattr(config, "num_key_value_heads", None) or all_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // all_heads
     per_reply = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
     fit = int(CACHE_SHARE * hardware.free_memory(model.device.type)) // per_reply
     largest = LARGEST_BATCH[model.device.type]

@@ -23,7 +23,7 @@ from adder.evaluation.heldout_loss import row_losses
 from adder.evaluation.heldout_rows import HeldoutRow, load_rows
 from adder.evaluation.json_fields import compare_fields, field_table
 from adder.evaluation.max_new_tokens import MaxNewTokens, choose_max_new_tokens
-from adder.evaluation.model_loading import choose_batch_size, eos_ids, load_model, try_kernels
+from adder.evaluation.model_loading import choose_batch_size, context_length, eos_ids, load_model, try_kernels
 from adder.evaluation.records import GenerationFacts, SampleRecord, ScoresRecord
 from adder.evaluation.reference_forms import parse_object
 from adder.evaluation.reply_text import ReplyReader
@@ -226,7 +226,7 @@ def plan_replies(
     progress: Progress,
 ) -> ReplyPlan:
     """Choose how the replies to the rows `asked` are written, and warn of prompts that are odd."""
-    context = model.config.get_text_config().max_position_embeddings
+    context = context_length(model)
     limit = choose_max_new_tokens(settings.max_new_tokens, details["reply_tokens"]["train"], context)
     if differ := sum(not row.is_as_trained() for row in asked):
         progress.say(f"warning: {differ} of {len(asked)} prompts aren't those that training used, token for token")

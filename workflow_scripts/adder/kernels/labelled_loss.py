@@ -3,19 +3,61 @@
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
 from adder.core.labels import IGNORE_INDEX
+from adder.core.rng import undisturbed
 from adder.kernels import lm_head_loss
 
 # Positions whose logits are computed at once: bounds the memory of the logits to this many rows of the vocabulary.
 CHUNK_POSITIONS = 1024
+_plain: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are just the LM head's output (Gemma caps them, Cohere and Granite scale them)."""
+    """Whether logits are just the LM head's output (Gemma caps them, Cohere and Granite scale them).
+
+    Tried once with two tokens: configurations name scales that some models don't apply, and not all that others do.
+    """
+    if model not in _plain:
+        tried = _tries_plain(model)
+        _plain[model] = not _names_scale(model) if tried is None else tried
+    return _plain[model]
+
+
+def _tries_plain(model: PreTrainedModel) -> bool | None:
+    """Whether the model's own forward gives head(layers' output); None where it can't be tried so."""
+    head = _lm_head(model)
+    if getattr(model, "sharded_losses", None) is not None or any(p.is_meta for p in model.parameters()):
+        return None
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    modes = {module: module.training for module in model.modules()}
+    ids = torch.tensor([[0, 1]], device=model.device)
+    try:
+        model.eval()
+        with undisturbed(), torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+            hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+    except Exception:  # a model may want more than tokens
+        return None
+    finally:
+        hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if len(seen) != 1 or logits.shape != seen[0][1].shape or hidden.shape != seen[0][0].shape:
+        return False
+    read, written = seen[0]
+    # To the bit: a cap of 30 hardly changes the small logits that two tokens may have. Layers may round otherwise.
+    same = torch.equal(logits.float(), written.float())
+    return same and torch.allclose(hidden.float(), read.float(), rtol=1e-2, atol=1e-5)
+
+
+def _names_scale(model: PreTrainedModel) -> bool:
+    """Whether the configuration has a scale or cap of logits, under the names that are known."""
     config = model.config.get_text_config()
     names = (
         "final_logit_softcapping",
@@ -25,7 +67,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         "output_multiplier",
         "lm_head_multiplier",
     )
-    return all(getattr(config, name, None) is None for name in names)
+    return any(getattr(config, name, None) is not None for name in names)
 
 
 def supports_training(model: PreTrainedModel) -> bool:
@@ -67,6 +109,7 @@ def unsharded_losses(model: PreTrainedModel, labels: torch.Tensor, **inputs: Any
     mask = target != IGNORE_INDEX
     hidden, target = hidden[:, :-1][mask], target[mask]
     head = _lm_head(model)
+    hidden = hidden.to(head.weight.dtype)  # some compute the residual stream in fp32, and their own forward does so
     if lm_head_loss.can_fuse(head, hidden):
         return lm_head_loss.frozen_lm_head_losses(hidden, head.weight, head.bias, target)
     parts = [

@@ -5,19 +5,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers import PreTrainedModel
 
-from adder.core import intervals, precision, text_model
+from adder.core import intervals, precision
 from adder.core.choice import Choice
-from adder.core.errors import UserError
 from adder.core.safetensors_layout import DTYPES, shard_files, stored_tensors
 from adder.core.stage_spec import Context
 from adder.merging import candidate_weights
@@ -83,28 +79,11 @@ def on_dequantised(base: Path, deltas: Deltas, compute: torch.dtype, device: str
     """The same deltas after NF4 and back, of every weight that training on NF4 quantises."""
     stored = stored_tensors(base)
     both = dict(deltas)
-    for name, transposed in quantised_weights(base).items():
-        if name not in stored or stored[name].dtype not in DTYPES:
-            raise UserError(f"merge.base: {base} has no {name} in 16 or 32 bits of its own, so it can't be dequantised")
+    for name, transposed in base_model.dequantisable_weights(base).items():
         tensor = stored[name]
         dtype = DTYPES[tensor.dtype]
         both[name] = DequantisedWeight(tensor.shape, dtype, compute, transposed, device, deltas.get(name))
     return both
-
-
-def quantised_weights(base: Path) -> dict[str, bool]:
-    """Names of the weights that transformers quantises in this model, and whether each is stored (in, out)."""
-    from bitsandbytes.nn.modules import Linear4bit
-
-    model = text_model.without_weights(base)
-    places = text_model.places_on_disk(model, base)
-    skipped = base_model.unquantised_modules(model)
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped))
-    quantizer.preprocess_model(model, device_map=None)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
-    # transformers notes in `source_cls` what a layer was before.
-    kinds = {f"{name}.weight": cast(type, layer.source_cls) for name, layer in layers.items()}
-    return {places.get(name, name): issubclass(kind, Conv1D) for name, kind in kinds.items()}
 
 
 def held_out(tokens: Path) -> list[TokenRow]:
@@ -138,7 +117,7 @@ def measure(
     """
     device, progress = context.device, context.progress
     compute: torch.dtype = getattr(torch, precision.compute_dtype(device).value)
-    quantised = quantised_weights(base)
+    quantised = base_model.quantised_weights(base)
     loading = choose_loading(base, compute, device).value
     if loading == "whole":
         progress.line("which base: loading it")

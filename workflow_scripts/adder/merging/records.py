@@ -72,7 +72,8 @@ class LogitDifferences(TypedDict):
 
     max_difference and mean_difference are absolute, of logits; kl is the mean KL divergence from base + adapter in nats
     a token, kl_median that of the median position, base_kl the mean one of the bare base; top_token_agreement is a
-    share.
+    share. applied: how much of what the adapter changes in the logits the merged model has, at the median position: 1
+    where all of it is there, None where the adapter changes nothing.
     """
 
     positions: int
@@ -82,6 +83,7 @@ class LogitDifferences(TypedDict):
     kl: float
     kl_median: float
     base_kl: float
+    applied: float | None
     heldout_loss: HeldoutLosses
 
 
@@ -132,6 +134,7 @@ class MergeProof(WeightCheck):
     kl: NotRequired[float]
     kl_median: NotRequired[float]
     base_kl: NotRequired[float]
+    applied: NotRequired[float | None]
     heldout_loss: NotRequired[HeldoutLosses]
     loading: NotRequired[LoadingRecord]
 

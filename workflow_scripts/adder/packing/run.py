@@ -27,7 +27,7 @@ from adder.packing.max_seq_length import choose_max_seq_length
 from adder.packing.pack_or_pad import choose_packing
 from adder.packing.pieces import Pieces, count_lost, cut, describe_truncation, sample
 from adder.packing.records import Histogram, LengthsRecord
-from adder.packing.stage import LengthsSettings
+from adder.packing.stage import NO_CONTEXT, LengthsSettings
 from adder.tokenization.token_table import TokenTable
 
 HISTOGRAM_BINS = 40
@@ -66,7 +66,9 @@ def run(settings: LengthsSettings, inputs: LengthsInputs, out: Path, context: Co
     model = inputs.model / "model"
     most = context_length(model)
     if most is None:
-        raise UserError(f"{model / 'config.json'} doesn't give the model's context length")
+        if settings.max_seq_length == "auto":
+            raise UserError(NO_CONTEXT)
+        most = settings.max_seq_length
     cutting = settings.truncate != "drop"
     count = partial(count_lost, table, rows, truncate=settings.truncate) if cutting else None
     limit = choose_max_seq_length(lengths, labelled, most, settings, read_json(model / "config.json"), count)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from adder.core.errors import UserError
+from adder.core.files import read_json
 from adder.core.model_config import context_length
 from adder.core.section import Auto, Section
 from adder.core.stage_spec import Memory, StageSpec
@@ -42,8 +43,17 @@ class LengthsSettings(PackingChoices):
     """How many of the training examples are drawn; see `train`."""
 
 
+NO_CONTEXT = (
+    "lengths.max_seq_length: the model's config.json names no context length, as those of recurrent models don't; set "
+    "the number of tokens that an example may have"
+)
+
+
 def _refuse(settings: LengthsSettings, model: Path) -> None:
     context, wanted = context_length(model), settings.max_seq_length
+    named = read_json(model / "config.json").get("model_type")  # one that names no architecture is refused elsewhere
+    if named and context is None and wanted == "auto":
+        raise UserError(NO_CONTEXT)
     if context and wanted != "auto" and wanted > context:
         raise UserError(f"lengths.max_seq_length: {wanted} is above the model's context, {context} tokens")
 

@@ -63,6 +63,12 @@ class TokenTable:
         """Labels of one row."""
         return self._list("labels", row)
 
+    def largest_id(self) -> int:
+        """The largest token id of all rows; -1 where there is none."""
+        found = [self._lists("input_ids", batch) for batch in range(len(self._batches))]
+        ids = [values[offsets[0] : offsets[-1]] for values, offsets in found]
+        return max((int(own.max()) for own in ids if len(own)), default=-1)
+
     def loss_batches(self) -> Iterator[tuple[int, npt.NDArray[np.bool_], npt.NDArray[np.int64]]]:
         """The rows in batches: the first row's number, which tokens carry loss (bool (tokens,), all rows' one after the
         other), and where each row begins among them (int64 (rows + 1,)).

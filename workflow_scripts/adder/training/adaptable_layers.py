@@ -44,8 +44,11 @@ def adaptable(model: PreTrainedModel) -> list[str]:
 
 
 def targets(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """What PEFT is to be told so that it takes `names` and no other linear layer: last parts where those are enough."""
-    others = {name.rpartition(".")[2] for name in linear_layers(model).keys() - set(names)}
+    """What PEFT is to be told so that it takes `names` and no other module: last parts where those are enough.
+
+    A last part may be a number, which decoder layers have as well.
+    """
+    others = {name.rpartition(".")[2] for name in dict(model.named_modules()).keys() - set(names)}
     return sorted({name if name.rpartition(".")[2] in others else name.rpartition(".")[2] for name in names})
 
 

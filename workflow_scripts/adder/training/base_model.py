@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
@@ -14,12 +14,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from adder.core import hardware, text_model
 from adder.core.choice import Choice
 from adder.core.errors import UserError
-from adder.core.safetensors_layout import stored_tensors
+from adder.core.safetensors_layout import DTYPES, stored_tensors
 from adder.kernels import packed_attention
 from adder.training import adaptable_layers
 
@@ -121,6 +123,33 @@ def _load_packed(folder: Path, compute: torch.dtype, options: dict[str, Any], wh
     for layer in layers:
         layer.compute_dtype, layer.compute_type_is_set = compute, True
     return model
+
+
+def quantised_weights(folder: Path) -> dict[str, bool]:
+    """Names on disk of the weights that transformers quantises in this model, and whether each is stored (in, out)."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    model = text_model.without_weights(folder)
+    places = text_model.places_on_disk(model, folder)
+    skipped = unquantised_modules(model)
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped))
+    quantizer.preprocess_model(model, device_map=None)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    # transformers notes in `source_cls` what a layer was before.
+    kinds = {f"{name}.weight": cast(type, layer.source_cls) for name, layer in layers.items()}
+    return {places.get(name, name): issubclass(kind, Conv1D) for name, kind in kinds.items()}
+
+
+def dequantisable_weights(folder: Path) -> dict[str, bool]:
+    """The same, for a merge into their dequantised values. Raises UserError where one has no tensor of its own."""
+    stored, found = stored_tensors(folder), quantised_weights(folder)
+    for name in found:
+        if name not in stored or stored[name].dtype not in DTYPES:
+            raise UserError(
+                f"merge.base: {folder} has no {name} in 16 or 32 bits of its own, so it can't be dequantised; leave "
+                "merge.base at auto or original"
+            )
+    return found
 
 
 def unquantised_modules(model: PreTrainedModel) -> list[str]:

@@ -11,20 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
-from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, set_seed
 
 from adder.core import hardware, precision, text_model
 from adder.core.choice import ChoiceRecord
+from adder.core.errors import UserError
 from adder.core.files import write_json
+from adder.core.rng import undisturbed
 from adder.core.stage_spec import Context
 from adder.kernels.trials import decide as trials
 from adder.kernels.trials import shapes
+from adder.tokenization.token_table import TokenTable
 from adder.training import base_model, isolation_check, lora
 from adder.training.packed_dataset import PackedExamples
 from adder.training.stage import IsolationSettings, TrainSettings
 
+PROMPT = 8  # tokens that a reply is tried behind
 # How layers call their own place, in which alike ones differ.
 PLACES = ("layer_idx", "layer_id", "layer_number", "idx", "index", "block_idx", "layer_index")
 Kind = tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...]
@@ -54,10 +61,13 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     if device == "cuda":
         hardware.prepare_gpu()
     dtype: str = precision.compute_dtype(device, settings.compute_dtype).value
-    train = TrainSettings(reshuffle=False, **settings.model_dump())
+    train = TrainSettings(reshuffle=False, **settings.model_dump(exclude={"merge_base"}))
     folder, packed, adapter = (inputs.model / name for name in ("model", "packed", "adapter"))
     weights = packed if settings.method == "qlora" and packed.is_dir() else folder
+    if settings.method == "qlora" and weights is folder and settings.merge_base == "dequantized":
+        base_model.dequantisable_weights(folder)  # refused now rather than after the training
     whole = text_model.read_config(weights)
+    _refuse_unknown_tokens(TokenTable(inputs.tokenize / "train.arrow"), whole, folder)
     layers = whole.get_text_config().num_hidden_layers
     few = first_of_each_kind(whole) if _names_no_layer(settings) and not adapter.is_dir() else None
     tried = few.get_text_config().num_hidden_layers if few else layers
@@ -71,6 +81,12 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     if settings.method != "full":
         trained = lora.add_adapter(model, train, adapter if adapter.is_dir() else None)
     packs = PackedExamples(inputs.tokenize / "train.arrow", inputs.lengths / "packs.parquet", 0, False)
+    prompt = packs.pack(0)["input_ids"][:PROMPT]
+    wordless = reply_problem(trained, prompt, dtype)
+    if wordless and few:  # it may be for want of the other layers
+        wordless = reply_problem(base_model.load(weights, settings.method, dtype, device)[0], prompt, dtype)
+    if wordless:
+        raise UserError(f"model.source: {type(model).__name__} can't write replies here: {wordless}")
     attention = isolation_check.choose_isolation(
         trained, packs.pack(0), dtype, base.attention, longest=packs.longest_example()
     )
@@ -83,6 +99,39 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
 
 def _quiet(text: str) -> None:
     """Training says it."""
+
+
+def _refuse_unknown_tokens(table: TokenTable, config: PreTrainedConfig, folder: Path) -> None:
+    """UserError for a token id that the model has no embedding for: the tokenizer knows more tokens than the model."""
+    largest, known = table.largest_id(), config.get_text_config().vocab_size
+    if largest >= known:
+        token = AutoTokenizer.from_pretrained(folder, local_files_only=True).convert_ids_to_tokens(largest)
+        raise UserError(
+            f"model.source: the training examples hold the token {token!r} (id {largest}), and the model has "
+            f"embeddings for {known:,} tokens only: its tokenizer was given more. Use the model's own tokenizer and "
+            "chat template, or a model whose embeddings were resized"
+        )
+
+
+def reply_problem(model: PreTrainedModel | PeftModel, prompt: NDArray[np.int64], dtype: str) -> str | None:
+    """Why a few tokens can't be generated, which evaluation and the proof of the merge need; None where they can.
+
+    Architectures whose layers keep no keys, or whose code for it is broken, train well and fail then.
+    """
+    bare = base_model.bare_model(model)
+    own = "sdpa" if getattr(bare, "_supports_sdpa", False) else "eager"
+    ids = torch.tensor(prompt, device=bare.device)[None]
+    autocast = torch.autocast(bare.device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    write: Any = bare.generate
+    try:
+        with undisturbed(), isolation_check.evaluating(model), isolation_check.attention_by(bare, own), autocast:
+            write(ids, attention_mask=torch.ones_like(ids), **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # models fail in any way that they like
+        return f"its code fails in generating with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 def _names_no_layer(settings: IsolationSettings) -> bool:

@@ -160,9 +160,9 @@ def problem_beyond_window(model: PreTrainedModel | PeftModel, longest: NDArray[n
         return None
     piece = longest[: window + PIECE_TOKENS]
     autocast = torch.autocast(bare.device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    with undisturbed(), _evaluating(model), autocast, torch.no_grad():
+    with undisturbed(), evaluating(model), autocast, torch.no_grad():
         packed = _losses_and_gradient(bare, [piece[:SHORTEST], piece], [])[0][1]
-        with _attention(bare, "eager"), _unfused(model):
+        with attention_by(bare, "eager"), _unfused(model):
             eager = _own_losses(bare, torch.from_numpy(piece)).cpu()
     apart = (packed - eager)[window:].abs().mean().item()
     if not torch.isfinite(eager).all() or apart <= tolerances(dtype).mean_loss:
@@ -224,7 +224,7 @@ def measure(model: PreTrainedModel | PeftModel, pack: Pack, dtype: str, with_gra
     changed = [with_other_tail(piece) for piece in pieces]
     weights = compared_parameters(model) if with_gradients else []
     autocast = torch.autocast(bare.device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    with undisturbed(), _evaluating(model), autocast:
+    with undisturbed(), evaluating(model), autocast:
         packed, packed_gradient = _losses_and_gradient(bare, pieces, weights)
         hidden, _ = _losses_and_gradient(bare, changed, [])
         by_itself = [_losses_and_gradient(bare, [piece], weights) for piece in pieces]
@@ -234,7 +234,7 @@ def measure(model: PreTrainedModel | PeftModel, pack: Pack, dtype: str, with_gra
         if change.max() != 0:
             ahead = [_losses_and_gradient(bare, [piece], [])[0][0] for piece in changed]
             later = _differences(_heads(ahead, pieces), _heads(alone, pieces)).max().item()
-        with _attention(bare, "eager"), _unfused(model), torch.no_grad():
+        with attention_by(bare, "eager"), _unfused(model), torch.no_grad():
             eager = _own_losses(bare, torch.from_numpy(pieces[0]))
     return Differences(
         unseen=change.max().item(),
@@ -319,7 +319,7 @@ def _unfused(model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Without dropout; then the modes are as before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -343,7 +343,7 @@ def set_attention(bare: PreTrainedModel, name: str) -> None:
 
 
 @contextmanager
-def _attention(bare: PreTrainedModel, name: str) -> Iterator[None]:
+def attention_by(bare: PreTrainedModel, name: str) -> Iterator[None]:
     """Attention by `name` inside, then as before."""
     configs = {id(m.config): m.config for m in bare.modules() if isinstance(m, PreTrainedModel)}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}

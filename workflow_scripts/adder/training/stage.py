@@ -236,11 +236,14 @@ class IsolationSettings(Section):
     """Precision of the matrix products; see `train`."""
     adapter: str | None = None
     """The adapter to go on from; see `model`."""
+    merge_base: Literal["auto", "original", "dequantized"] = "auto"
+    """Which weights are merged into; see `merge`."""
 
 
 def _isolation_identity(settings: IsolationSettings, where: str, digests: FileDigests) -> dict[str, object]:
     """Rank and scale change nothing of what is tried; an adapter to go on from must have just these."""
     own = {"adapter"} if settings.adapter else {"adapter", "lora_r", "lora_alpha"}
+    own |= set() if settings.merge_base == "dequantized" else {"merge_base"}  # the only one that a model may refuse
     return settings.model_dump(mode="json", exclude=own)
 
 
@@ -250,7 +253,7 @@ ISOLATION = StageSpec(
     run="adder.training.early_check",
     settings=IsolationSettings,
     section="train",
-    takes={"adapter": "model.adapter"},
+    takes={"adapter": "model.adapter", "merge_base": "merge.base"},
     identity=_isolation_identity,
     message="Trying packs on the model, before anything long runs",
     result=lambda found: f"attention in packs: {str(found['attention']['value']).replace('_', ' ')}",

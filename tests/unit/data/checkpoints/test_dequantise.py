@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from adder.core.errors import UserError
 from adder.core.files import read_json
@@ -27,6 +27,7 @@ from quantised_checkpoints import (
 )
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+MXFP8 = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
@@ -66,6 +67,16 @@ def fp8_with_one_scale(weight):
     scale = weight.abs().max() / 448
     numbers = (weight / scale).to(torch.float8_e4m3fn)
     return {"weight": numbers, "weight_scale_inv": scale, "activation_scale": torch.ones(())}, numbers.float() * scale
+
+
+def mxfp8(weight):
+    """E4M3 numbers, and a byte for 32 of a row, which is the scale's exponent and 127 (OCP MX, version 1.0)."""
+    blocks = weight.unflatten(1, (-1, 32))
+    exponents = (blocks.abs().amax(2).clamp(min=1e-30).log2().floor() - 8).clamp(-127, 127)
+    scales = exponents.exp2()[..., None]
+    numbers = (blocks / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
+    values = (numbers.float() * scales).flatten(1)
+    return {"weight": numbers.flatten(1), "weight_scale_inv": (exponents + 127).to(torch.uint8)}, values
 
 
 def gptq(weight):
@@ -108,6 +119,18 @@ def test_values_are_those_that_were_packed(tmp_path, plain, settings, pack):
         # AWQ's and GPTQ's values are sums of products in another order than ours.
         torch.testing.assert_close(found[name], values, rtol=1e-2 if pack in (awq, gptq) else 0, atol=0)
     assert loads_as(tmp_path / "out", found)
+
+
+def test_mxfp8_is_what_transformers_makes_of_it(tmp_path):
+    plain = tiny_model(tmp_path / "plain", intermediate_size=96)
+    expected = repacked(plain, tmp_path / "packed", MXFP8, mxfp8)
+    found = dequantised(tmp_path / "packed", tmp_path / "out")
+    assert same(found, expected) and loads_as(tmp_path / "out", expected)
+    config = FineGrainedFP8Config(weight_block_size=(1, 32), scale_fmt="ue8m0", dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.bfloat16, quantization_config=config
+    ).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in theirs.items())
 
 
 def test_fp8_is_what_transformers_makes_of_it(tmp_path):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from adder.core import hardware
 from adder.core.progress import Progress
 from adder.evaluation import speculative_decoding
-from adder.evaluation.model_loading import choose_batch_size, eos_ids
+from adder.evaluation.model_loading import choose_batch_size, context_length, eos_ids
 from adder.evaluation.token_observer import TokenObserver
 from adder.tokenization.chat_template import ChatTemplate, UnusableRow
 from adder.tokenization.records import Token
@@ -48,7 +48,7 @@ class TaskModel(HFLM):
             pretrained=model,
             backend="causal",
             tokenizer=tokenizer,
-            max_length=model.config.get_text_config().max_position_embeddings,
+            max_length=context_length(model),
             # A chat template writes each control token that is needed; plain text gets what the tokenizer adds.
             add_bos_token=False if as_chat else None,
         )
