@@ -139,7 +139,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_shared_experts": 1,
     },
     "mpt": {},
-    "lfm3": {},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "granitemoe_swa": EXPERTS,
     "mimo_v2_flash": EXPERTS,
     "gpt_oss": {**EXPERTS, "sliding_window": 16},

@@ -2,6 +2,7 @@
 
     PYTHONPATH=workflow_scripts:tests python tests/model_matrix.py            # all of them, and the table
     PYTHONPATH=workflow_scripts:tests python tests/model_matrix.py llama gpt2 # only print these
+    PYTHONPATH=workflow_scripts:tests python tests/model_matrix.py --write llama gpt2 # and their lines of the table
 
 A cell is `right` where the stage ran and what it says of itself held (the proof, the loss of the model read back), the
 beginning of a refusal where Adder refused, `fails` where something broke without a word, and `–` where an earlier stage
@@ -93,6 +94,7 @@ def _short(text: str) -> str:
     text = " ".join(text.split())
     text = re.sub(r"^(model|train|merge|export|evaluate)\.\w+: ", "", text)
     text = re.sub(r"/\S+", "…", text)
+    text = re.sub(r"(its architecture) is \w+", r"\1", text)  # which the line names
     text = re.sub(r"(?<![A-Za-z\d.])\d+(\.\d+)?(e-?\d+)?( %|%)?", "N", text)  # but m1, Qwen3
     return text.partition(";")[0].replace("|", "/")[:160]
 
@@ -211,12 +213,13 @@ def documented() -> dict[str, Row]:
 def main() -> None:
     """Try those on the command line, or all and write their table."""
     verification.reply_of_fresh_process = reply_here
-    rows: dict[str, Row] = {}
-    for name in sys.argv[1:] or ARCHITECTURES:
+    names = [name for name in sys.argv[1:] if name != "--write"]
+    rows: dict[str, Row] = documented() if names else {}
+    for name in names or ARCHITECTURES:
         with tempfile.TemporaryDirectory() as folder:
             rows[name] = row(name, Path(folder))
         print(name, rows[name], flush=True)
-    if not sys.argv[1:]:
+    if not names or "--write" in sys.argv:
         before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
         DOCS.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 

@@ -60,8 +60,8 @@ def check(inputs, out, **changes) -> dict:
     return read_json(out / "check.json")
 
 
-def saved(folder, name, layers=4):
-    model = tiny_architecture(name, num_hidden_layers=layers)
+def saved(folder, name, layers=4, **changes):
+    model = tiny_architecture(name, num_hidden_layers=layers, **changes)
     model.resize_token_embeddings(len(tiny_tokenizer()))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -106,7 +106,9 @@ def test_names_that_do_not_fit_the_model_are_refused_then_too(tmp_path):
 
 def test_what_can_be_trained_and_not_generated_from_is_refused_before_it_is_trained(tmp_path):
     """Layers of a convolution alone, of which transformers' generate finds no length."""
-    inputs = write_training_inputs(tmp_path / "inputs", saved(tmp_path / "model", "lfm3", 2), packs=2)
+    inputs = write_training_inputs(
+        tmp_path / "inputs", saved(tmp_path / "model", "lfm3", 2, layer_types=["conv"] * 2), packs=2
+    )
     with pytest.raises(UserError, match="Lfm3ForCausalLM can't write replies here: its code fails in generating with"):
         check(inputs, tmp_path / "out", method="lora")
 
