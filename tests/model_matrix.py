@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from adder.core import text_model
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
@@ -155,7 +155,8 @@ def _merge(method: Literal["qlora", "lora"], inputs: dict[str, Path], trained: P
 def _read_back(merged: Path, inputs: dict[str, Path]) -> None:
     """transformers loads what was written, all of it, and its held-out loss is that of the proof."""
     how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(merged / "model", **how)
+    kind = text_model.auto_class(text_model.read_config(merged / "model"))
+    loaded: Any = kind.from_pretrained(merged / "model", **how)
     model, told = loaded
     missing = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in told[key]]
     assert not missing, f"{missing[0]} is missing, unexpected or of another shape"

@@ -11,6 +11,7 @@ import torch
 from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.training import base_model, lora
+from architectures import tiny_architecture
 from gradient_cases import collate, gradients_of, relative_error
 from merge_fixture import make_inputs, reply_in_this_process  # noqa: F401 (a fixture)
 from merge_fixture import run as merge
@@ -84,6 +85,25 @@ def quantised(folder: Path, dtype: str = "float32"):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     return model
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "reason"),
+    [
+        ("llama", None, ""),
+        ("mixtral", 0.5, "holds its experts in tensors of three dimensions, such as model.layers.0.mlp.experts"),
+        ("falcon", 0.0, "is the weight of a FalconLinear, and bitsandbytes quantises torch's own linear layers only"),
+        ("mamba", 0.7, "has its weight read directly by MambaMixer"),
+        ("gpt2", None, ""),
+    ],
+)
+def test_what_nf4_leaves_as_it_is_is_said_with_its_share(tmp_path, name, share, reason):
+    tiny_architecture(name).to(torch.bfloat16).save_pretrained(tmp_path)
+    _, choices = base_model.load(tmp_path, "qlora", "float32", "cpu")
+    left = choices.nf4_weights
+    assert (left is None) == (share is None)
+    if left is not None:
+        assert int(left.value.partition("%")[0]) <= 100 * share and reason in left.reason
 
 
 def test_an_evaluation_leaves_the_gradients_as_they_were(tiny_model_dir):

@@ -1,6 +1,6 @@
 """Loading the base model for training: in 16 or 32 bit, or quantised to NF4."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,24 +240,46 @@ def nf4_state(layer: "Linear4bit") -> Any:
     return layer.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue] - of a Params4bit
 
 
-def left_unquantised(model: torch.nn.Module, dtype: str) -> Choice | None:
+def left_unquantised(model: PreTrainedModel, dtype: str) -> Choice | None:
     """How much of the model is in NF4, in percent, where NF4 misses more than LEFT_SHARE of it; else None.
 
-    bitsandbytes quantises linear layers. Of a mixture of experts transformers may hold all experts of a layer in one
-    tensor of three dimensions, which is none: such a model takes several times the memory that one expects of NF4.
+    bitsandbytes quantises torch's own linear layers. Of a mixture of experts transformers may hold all experts of a
+    layer in one tensor of three dimensions, some architectures have linear layers of their own kind, and some read a
+    layer's weight by themselves: such a model takes several times the memory that one expects of NF4. Counted is what
+    reads text, without embeddings and LM head.
     """
-    packed = sum(layer.in_features * layer.out_features for layer in four_bit_layers(model).values())
-    joined = {name: p for name, p in model.named_parameters() if p.dim() >= 3 and p.is_floating_point()}
-    left = sum(parameter.numel() for parameter in joined.values())
-    if left <= LEFT_SHARE * (packed + left):
+    layers = four_bit_layers(model)
+    packed = sum(layer.in_features * layer.out_features for layer in layers.values())
+    modules = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] + [model.get_output_embeddings()]
+    others = {id(p) for module in (*layers.values(), *modules) if module is not None for p in module.parameters()}
+    text = text_model.text_modules(model)
+    parameters = {name: p for name, p in model.named_parameters() if not text or name.startswith(f"{text}.")}
+    left = {n: p for n, p in parameters.items() if p.dim() >= 2 and p.is_floating_point() and id(p) not in others}
+    count = sum(parameter.numel() for parameter in left.values())
+    if count <= LEFT_SHARE * (packed + count):
         return None
-    size = sum(parameter.numel() * parameter.element_size() for parameter in joined.values())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in left.values())
     reason = (
-        f"of the numbers in the layers' matrices {left / (packed + left):.0%} stay in {dtype} ({size / 1e9:.3g} GB, "
-        f"{size / left * 2:.0f} times what NF4 would take): this model holds its experts in tensors of three "
-        f"dimensions, such as {next(iter(joined))}, and bitsandbytes quantises linear layers only"
+        f"of the numbers in the layers' matrices {count / (packed + count):.0%} stay in {dtype} ({size / 1e9:.3g} GB, "
+        f"{size / count * 2:.0f} times what NF4 would take): {_why_unquantised(model, left)}"
     )
-    return Choice(f"{packed / (packed + left):.0%} of the matrices", reason)
+    return Choice(f"{packed / (packed + count):.0%} of the matrices", reason)
+
+
+def _why_unquantised(model: PreTrainedModel, left: Mapping[str, torch.nn.Parameter]) -> str:
+    """In words, by the largest of the parameters that NF4 leaves as they are."""
+    name = max(left, key=lambda one: left[one].numel())
+    module = name.rpartition(".")[0]
+    reason = adaptable_layers.unadaptable(model).get(module)
+    if reason:
+        return f"{module} {reason}"
+    if left[name].dim() >= 3:
+        return (
+            f"this model holds its experts in tensors of three dimensions, such as {name}, and bitsandbytes quantises "
+            "linear layers only"
+        )
+    kind = type(model.get_submodule(module)).__name__
+    return f"{name} is the weight of a {kind}, and bitsandbytes quantises torch's own linear layers only"
 
 
 def choose_nf4_values(model: PreTrainedModel, dtype: torch.dtype, device: str) -> Choice:
