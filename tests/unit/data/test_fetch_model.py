@@ -1,6 +1,7 @@
 """The stage "model" as a whole: the same bytes for the same model, loadable, and what is said of it."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from adder.core.progress import Progress
 from adder.workflow.code_digest import PACKAGE, closure
 from data_stages import write_model
 from quantised_checkpoints import by_bitsandbytes, tiny_model
+from tiny import save_tiny_model
 
 
 def test_directory_is_taken_as_it_is_and_loads(tiny_model_dir, tmp_path):
@@ -61,6 +63,16 @@ def test_embedded_model(embedded_model_dir):
     assert tokenizer("<|im_start|>hi").input_ids[0] == tokenizer.bos_token_id != tokenizer("hi").input_ids[0]
     # SmolLM2 reads numbers digit by digit; GGUF's metadata says so only by the pre-tokenizer's name.
     assert tokenizer.tokenize("48213") == list("48213")
+
+
+def test_what_the_model_has_no_use_for_is_said_with_its_count(tmp_path):
+    """Layers behind those that config.json counts."""
+    folder = save_tiny_model(tmp_path / "source", num_hidden_layers=3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    stream = io.StringIO()
+    write_model(tmp_path / "out", folder, Progress("model", stream))
+    assert "9 tensors of its files, such as model.layers.2.input_layernorm.weight, are no part" in stream.getvalue()
 
 
 def test_progress_says_what_is_done(tiny_gguf, tmp_path):

@@ -104,6 +104,12 @@ def lacking(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
     return sorted(name for name, _ in model.named_parameters() if name not in found)
 
 
+def unused(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+    """Names of the tensors on disk that from_pretrained leaves aside, since the model has no parameter for them."""
+    own = _meta_state(model)
+    return [name for name, place, _ in _destinations(model, stored) if place not in own]
+
+
 def misshapen(model: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[str, tuple[int, ...]] | None:
     """A tensor on disk that the model holds in another shape: its name, and the model's shape. None where none is."""
     own = _meta_state(model)

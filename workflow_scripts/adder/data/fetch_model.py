@@ -25,7 +25,7 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
     origin = model_source.fetch(settings, folder, context.progress, digests.link)
     model_source.refuse_unusable(folder, settings.source)
     quantised = _dequantise(settings.source, out, context, digests)
-    model_source.refuse_other_models(folder, settings.source)
+    unused = model_source.refuse_other_models(folder, settings.source)
     adapter = None
     if settings.adapter is not None:
         adapter = earlier_adapter.fetch(settings, out / "adapter", context.progress)
@@ -43,6 +43,11 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
     record: ModelRecord = {**summary, "files": dict(zip(names, digests.of_all(files), strict=True))}
     write_json(out / "source.json", record)
     context.progress.say(f"{settings.source}: {summary['parameters'] / 1e6:,.1f} M parameters")
+    if unused:
+        context.progress.say(
+            f"{len(unused)} tensors of its files, such as {unused[0]}, are no part of the language model that "
+            "transformers makes of its config.json: they are not trained, and stay as they are"
+        )
     return summary
 
 

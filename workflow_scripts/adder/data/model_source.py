@@ -84,8 +84,11 @@ def refuse_unusable(folder: Path, source: str) -> None:
             raise UserError(f"model.source: {source} lacks {missing[0]}, which its model.safetensors.index.json names")
 
 
-def refuse_other_models(folder: Path, source: str) -> None:
-    """UserError where transformers has no causal language model for the directory, or its files lack a part of one."""
+def refuse_other_models(folder: Path, source: str) -> list[str]:
+    """UserError where transformers has no causal language model for the directory, or its files lack a part of one.
+
+    Returns the names of the tensors in its files that the model has no use for.
+    """
     from transformers.utils import logging
 
     from adder.core import text_model
@@ -113,6 +116,7 @@ def refuse_other_models(folder: Path, source: str) -> None:
             f"model.source: {source} is no whole {type(model).__name__}: its files have nothing for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
+    return text_model.unused(model, stored)
 
 
 def count_parameters(folder: Path) -> int:
