@@ -15,6 +15,7 @@ ROUTERS = {
     "phimoe": ["router"],
     "llama4_text": ["router"],
     "qwen3_next": ["shared_expert_gate"],
+    "gemma3n_text": ["modality_router", "per_layer_input_gate"],
     "zaya": ["down_proj", "fc1", "fc2", "out_proj"],
 }
 # Kernels of state-space models are given these weights; a pair beside them would be left out.

@@ -37,8 +37,8 @@ def adapted(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     model = tiny_architecture(name, dtype, device, **changes)
     linear = [k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     # No pairs on routers and, with PEFT, on a mamba mixer's output; GPT-2 has no torch.nn.Linear.
-    left = {"lm_head", "embed_out", "out_proj", "router", "gate"}
-    wanted = sorted({*linear} - left) or ["c_attn"]
+    left = {"lm_head", "embed_out", "out_proj", "router", "gate", "modality_router"}
+    wanted = sorted(name for name in {*linear} - left if not name.isdigit()) or ["c_attn"]
     model = get_peft_model(model, LoraConfig(r=4, target_modules=wanted, task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(1)
     for key, parameter in model.named_parameters():
