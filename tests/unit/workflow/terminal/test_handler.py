@@ -135,6 +135,7 @@ def test_the_first_interrupt_ends_snakemake_without_a_traceback(made):
 
 def test_a_dry_run_lists_what_would_run_and_why(made):
     handler, written = made(dryrun=True)
+    handler.emit(record(LogEvent.WORKFLOW_STARTED, "Workflow has started!"))
     begin(handler)
     begin(handler)
     handler.emit(
@@ -143,3 +144,13 @@ def test_a_dry_run_lists_what_would_run_and_why(made):
     handler.close()
     line, total = written.getvalue().splitlines()
     assert line.split(maxsplit=2) == ["·", "Aligning", "it is asked for anew"] and total.startswith("1 job would run")
+
+
+def test_what_is_no_run_says_what_snakemake_says(made):
+    handler, written = made()
+    handler.emit(record(None, "Building DAG of jobs..."))
+    handler.emit(record(None, "Unlocked working directory."))
+    handler.emit(record(LogEvent.WORKFLOW_STARTED, "Workflow has started!"))
+    handler.emit(record(None, "Using shell: /bin/bash"))
+    handler.close()
+    assert written.getvalue() == "Unlocked working directory.\n"

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from logging import WARNING, LogRecord
+from logging import INFO, WARNING, LogRecord
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +27,8 @@ from adder.workflow.terminal.screen import Screen
 from adder.workflow.terminal.snakemake_text import configuration_mistake
 from adder.workflow.terminal.story import Story
 
+# What Snakemake says at every start.
+NOISE = ("Assuming unrestricted shared filesystem", "Building DAG of jobs", "host: ")
 REFRESH = 0.5  # seconds
 AGAIN = "the same command goes on from here"
 
@@ -48,6 +50,7 @@ class LogHandler(LogHandlerBase):
         self.plain = asked or any((wanted.verbose, wanted.debug_dag, wanted.printshellcmds))
         self.over = threading.Event()
         self.drawing: threading.Thread | None = None
+        self.executes = False
         if self.plain:
             return
         os.environ[SHOWN_BY_PLUGIN] = "1"
@@ -62,6 +65,7 @@ class LogHandler(LogHandlerBase):
             LogEvent.JOB_FINISHED: lambda record: self.story.job_done(record.job_id),
             LogEvent.JOB_ERROR: lambda record: self.story.job_failed(record.jobid, str(record.rule_msg or "")),
             LogEvent.ERROR: lambda record: self._error(record.getMessage()),
+            LogEvent.WORKFLOW_STARTED: self._run_begins,
             None: self._message,
         }
         if threading.current_thread() is threading.main_thread() and (
@@ -138,6 +142,9 @@ class LogHandler(LogHandlerBase):
             self.drawing = threading.Thread(target=self._draw, daemon=True)
             self.drawing.start()
 
+    def _run_begins(self, record: LogRecord) -> None:
+        self.executes = True
+
     def _error(self, text: str) -> None:
         unread = plan.current() is None and "load_configfile" in text
         self.story.error((configuration_mistake(sys.argv[1:]) if unread else None) or text)
@@ -148,6 +155,8 @@ class LogHandler(LogHandlerBase):
             self.story.nothing_to_do = True
         elif text.startswith("Terminating processes on user request") or text.startswith("Will exit after finishing"):
             self.story.stopped = True
+        elif record.levelno == INFO and not self.executes and not text.startswith(NOISE):
+            self.story.say(text)  # of what isn't a run, such as --lint, --report and --unlock
         elif record.levelno >= WARNING:
             self.story.warning(text) if record.levelno == WARNING else self.story.error(text)
 
