@@ -253,6 +253,8 @@ class Story:
 
     def _live(self, now: float) -> str:
         job = next(reversed(self.running.values()))
+        if self.stopped:
+            return f"  stopping {job.label}"
         statuses = {one.folder: self._status(one) for one in self.running.values() if one.folder is not None}
         status = self._status(job)
         more = f" and {len(self.running) - 1} more" if len(self.running) > 1 else ""
