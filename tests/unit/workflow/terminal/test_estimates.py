@@ -97,3 +97,11 @@ def test_stages_one_after_the_other_and_at_once():
     assert together(left, parents, 1) == 35
     assert together(left, parents, 8) == 25
     assert together(left, parents, 2) == 25 and together({}, {}, 2) == 0
+
+
+def test_of_a_training_only_the_steps_grow_with_the_tokens():
+    times = earlier()
+    read = {"model": {"out": "model-x"}, "tokenize": {"out": "tokenize-x"}}
+    times.add(record("train", 70.0, {"tokens_per_second": 100.0}, read, {"epochs": 1}, name="fast"))
+    assert times.estimate("train", {"epochs": 1}, ABOVE) == (70.0, True)
+    assert times.estimate("train", {"epochs": 6}, ABOVE) == (60 + 6 * 10, True)

@@ -138,7 +138,7 @@ class Times:
             if kind(stage, earlier) == own:
                 found = units(stage, record["settings"], earlier)
                 ratio = wanted / found if wanted and found else 1.0
-                fixed = min(MEASURED.get(own, UNKNOWN_STAGE)[1], record["seconds"])
+                fixed = _beside(record, own, earlier)
                 return fixed + (record["seconds"] - fixed) * ratio, True
         return _measured(own, units(stage, settings, above)) * self.factor(stage), False
 
@@ -157,6 +157,18 @@ class Times:
             return 1.0
         taken, expected = (sum(column) for column in zip(*self.ratios.values(), strict=True))
         return taken / expected
+
+
+def _beside(record: StageRecord, own: str, above: Summaries) -> float:
+    """Seconds that a stage took beside its work: of a training all but its steps, of others what they mostly take."""
+    speed = record["summary"].get("tokens_per_second")
+    try:
+        tokens = above["tokenize"]["counts"]["train"]["tokens"] * record["settings"]["epochs"]
+        if speed:
+            return max(record["seconds"] - tokens / speed, 0.0)
+    except (KeyError, TypeError):
+        pass
+    return min(MEASURED.get(own, UNKNOWN_STAGE)[1], record["seconds"])
 
 
 def _measured(kind: str, units: float | None) -> float:
