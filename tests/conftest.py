@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import shutil
+import sys
 from pathlib import Path
 
 # Nothing in the tests may reach for a hub. One thread: tiny models gain nothing from more and wait for them where
@@ -13,6 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from filelock import FileLock
+
+import examples
+
+examples.register_profiles()
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +33,15 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Begin each test with the same random numbers, whatever ran before it in its process."""
+    random.seed(0)
+    for module, seed in (("numpy.random", "seed"), ("torch", "manual_seed")):
+        if module in sys.modules:
+            getattr(sys.modules[module], seed)(0)
 
 
 def pytest_terminal_summary(terminalreporter):

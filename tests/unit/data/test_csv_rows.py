@@ -3,11 +3,12 @@
 import csv
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adder.core.errors import UserError
 from data_stages import data, read, write_rows
+from examples import examples
 
 ROWS = [{"question": f"Wie viel, {n}?", "answer": f"{n},5 | so"} for n in range(300)]
 
@@ -112,7 +113,7 @@ def test_a_doubtful_header_is_said(tmp_path):
     assert 'the first line ("What is it?", "tree") is taken as the names of columns; if it is a row, name' in shown
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     cells=st.lists(st.tuples(*[st.text(st.characters(exclude_categories=["Cs"]), min_size=1)] * 3), min_size=1),
     delimiter=st.sampled_from(",;\t|"),

@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adder.core.errors import UserError
 from adder.data import json_stream
 from data_stages import GREETINGS, JSON, read
+from examples import examples
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_layouts_of_a_json_file(tmp_path, value, expected):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 50])
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_a_json_file_read_in_pieces_is_the_same_as_read_whole(tmp_path_factory, chunk, data):
     rows_ = data.draw(st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=3), max_size=5))

@@ -7,11 +7,12 @@ from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adder.data import compression, raw_rows
 from data_stages import JSON, read, write_rows
+from examples import examples
 
 
 def test_parquet_rows_with_dates_and_nulls_reach_rows_jsonl(tmp_path):
@@ -94,7 +95,7 @@ def test_a_sample_is_the_same_each_time_where_columns_cant_be_read(tmp_path):
     assert one == other and len(one) == 5
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(lines=st.lists(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)), max_size=8))
 def test_random_bytes_as_json_lines_are_all_accounted_for(tmp_path_factory, lines):
     tmp_path = tmp_path_factory.mktemp("random")
@@ -111,7 +112,7 @@ def is_inner_nan(value):
     return isinstance(value, dict | list) and bool(re.search(r"NaN|Infinity", json.dumps(value)))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(values=st.lists(JSON, max_size=6))
 def test_random_json_values_come_back_as_they_were(tmp_path_factory, values):
     tmp_path = tmp_path_factory.mktemp("values")

@@ -6,11 +6,12 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adder.core.errors import UserError
 from adder.formatting.heldout_split import asked, choose_heldout, copies_of
+from examples import examples
 from format_stage import (
     QUESTIONS,
     format_rows,
@@ -33,7 +34,7 @@ def test_a_larger_share_only_adds_to_the_held_out_rows(tmp_path):
     assert small.prompts("heldout") < large.prompts("heldout")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.lists(st.integers(0, 60).map(str), min_size=4, max_size=30),
     st.integers(0, 60).map(str),

@@ -3,7 +3,7 @@
 import json
 
 import orjson
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adder.core.errors import UserError
@@ -18,13 +18,14 @@ from adder.formatting.rejected import Rejected
 from adder.formatting.row_formats import ROW_FORMATS, SourceFormat, to_conversation
 from adder.formatting.run import FormatInputs, run
 from broken_rows import GOOD, LINE, MESSAGE, READINGS, REPLY, ROW, TOOLS, accounted_for
+from examples import examples
 from format_stage import format_settings, write_reading
 
 SETTINGS = format_settings(system_prompt="Be kind.", near_duplicates="drop", overlap="drop", share=0.5)
 CONTEXT = Context(Progress.silent(), Runtime(threads=1))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example])
+@examples(150)
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from(["train", "heldout", "test"]), st.sampled_from(["a", "b", "own", "own"]), ROW),
@@ -63,7 +64,7 @@ def test_random_broken_rows_never_crash_and_never_vanish(tmp_path_factory, rows,
 USER = st.fixed_dictionaries({"role": st.just("user"), "content": GOOD})
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(1500)
 @given(first=USER, between=st.lists(MESSAGE, max_size=3), last=REPLY, tools=st.none() | TOOLS)
 def test_messages_are_read_whole_or_rejected(first, between, last, tools):
     """Whatever is accepted is what the next stages are promised."""
@@ -91,7 +92,7 @@ def test_messages_are_read_whole_or_rejected(first, between, last, tools):
     assert any("train" not in message for message in read["messages"] if message["role"] == "assistant")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example])
+@examples(60)
 @given(lines=st.lists(LINE, max_size=8))
 def test_garbage_in_a_file_goes_through_both_stages(tmp_path_factory, lines):
     """From the raw bytes on: a line is a row or an unreadable one, or the file is refused as a whole."""

@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adder.core.errors import UserError
 from adder.packing.max_seq_length import choose_max_seq_length, ladder
 from adder.packing.pack_or_pad import choose_packing
 from adder.packing.stage import LengthsSettings
+from examples import examples
 
 ARTICLE = np.array([180, 95, 310, 150, 220, 60, 400, 130, 275, 200])
 
@@ -84,7 +85,7 @@ def test_a_length_asked_for_is_taken_or_refused_with_both_numbers():
         choose(ARTICLE, context=2048, max_seq_length=4096)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(100, 2000), st.integers(1, 32))
 def test_any_lengths_give_a_length_within_the_context_and_a_reason(lengths, context, effective_batch):
     choice = choose(lengths, context=context, effective_batch_size=effective_batch)

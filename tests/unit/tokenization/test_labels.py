@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, given
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -30,11 +30,12 @@ from conversation_cases import (
     holds_control_token,
     usable,
 )
+from examples import examples
 from template_matrix import runs
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen_think"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, HealthCheck.function_scoped_fixture)
 @given(messages=conversations())
 def test_labelled_tokens_are_the_replies_and_their_ends_of_turn(labellers, name, messages):
     labeller, family = labellers[name], FAMILIES[name]
@@ -54,7 +55,7 @@ def test_labelled_tokens_are_the_replies_and_their_ends_of_turn(labellers, name,
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40, HealthCheck.function_scoped_fixture)
 @given(messages=conversations())
 def test_tokens_before_a_reply_are_the_prompt_that_generation_is_given(labellers, name, messages):
     labeller = labellers[name]
@@ -174,7 +175,7 @@ def test_the_embedded_models_tokenizer(embedded_model_dir):
     assert choose_template(tokenizer, None) == "own"
     labeller = Labeller(tokenizer)
 
-    @settings(max_examples=80, deadline=None)
+    @examples(80)
     @given(conversations())
     def check(messages):
         assume(usable(labeller, messages))

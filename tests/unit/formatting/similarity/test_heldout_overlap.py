@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adder.formatting.similarity.heldout_overlap import HeldoutIndex, overlap_method
 from adder.formatting.similarity.words import prompt_words
+from examples import examples
 from format_stage import (
     SENTENCE,
     numbered,
@@ -88,7 +89,7 @@ def test_nothing_held_out_and_no_texts():
     assert HeldoutIndex([SENTENCE], 0.5).overlaps([]) == []
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     st.lists(prompts, max_size=2), st.lists(prompts, max_size=4), st.integers(0, 20), st.sampled_from([0.1, 0.5, 0.9])
 )

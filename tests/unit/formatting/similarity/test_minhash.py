@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adder.formatting.similarity import minhash
@@ -17,6 +17,7 @@ from adder.formatting.similarity.minhash import (
     near_duplicate_method,
     near_duplicates,
 )
+from examples import examples
 from format_stage import (
     SENTENCE,
     numbered,
@@ -115,7 +116,7 @@ def test_bands_leave_the_recall_that_is_promised(similarity):
         assert 1 - (1 - similarity**rows) ** bands >= minhash.RECALL
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.permutations(range(24)))
 def test_the_order_of_rows_does_not_matter_to_what_belongs_together(order):
     # Eight groups of three near-copies: whichever comes first is kept, the other two go.
