@@ -40,6 +40,7 @@ from adder.tokenization.records import (
     TokenizedExample,
     TokenizeRecord,
 )
+from adder.tokenization.remedies import remedy
 from adder.tokenization.stage import TokenizeSettings
 from adder.tokenization.token_table import SCHEMA
 
@@ -119,10 +120,7 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     )
     _refuse_unknown_tokens(model, tokenizer, max(train.largest, heldout.largest))
     if not train.counts["examples"]:
-        raise UserError(
-            f"no training conversation could be tokenised; {_most_frequent(train.reasons)}. If that is "
-            "the template's fault, set tokenize.chat_template to a Jinja file that suits the model and the data"
-        )
+        raise UserError(f"no training conversation could be tokenised; {_most_frequent(train.reasons)}")
     _refuse_unusable(train, "training", settings.max_rejected)
     _refuse_unusable(heldout, "held-out", settings.max_rejected)
     reply = next((row for row in train.shown if row.has_reply), train.shown[0])
@@ -184,8 +182,7 @@ def _refuse_unusable(split: Split, which: str, limit: float) -> None:
         raise UserError(
             f"{rejected:,} of {total:,} {which} conversations ({rejected / total:.1%}) can't be used with this model's "
             f"chat template and tokenizer, more than tokenize.max_rejected allows ({limit:.1%}); most often, "
-            f"{_most_frequent(split.reasons)}. Set tokenize.chat_template to a template that has a place for what the "
-            "data hold, mend the rows, or raise tokenize.max_rejected"
+            f"{_most_frequent(split.reasons)}; or raise tokenize.max_rejected"
         )
 
 
@@ -405,7 +402,7 @@ def _most_frequent(reasons: Counter[str]) -> str:
     if not reasons:
         return "there is none"
     (reason, count), *_ = reasons.most_common(1)
-    return f"{count:,} of them: {reason}"
+    return f"{count:,} of them: {reason}. What helps: {remedy(reason)}"
 
 
 def _example(tokenizer: PreTrainedTokenizerFast, row: Shown) -> TokenizedExample:
