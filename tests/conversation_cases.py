@@ -28,6 +28,120 @@ def conversations(draw):
     return conversation(*draw(st.lists(TEXT, min_size=2 * turns, max_size=2 * turns)), system=draw(st.none() | TEXT))
 
 
+# White space of all kinds, contents that look like marks, the neighbours of the surrogates, no text at all.
+ODD = [
+    "", " ", "\n", "\t\v\f\r", "\u00a0", "\u2028x\u2029", "\u3000x\u3000", "\x1cx\x1f", "\x85", "\ufeffx",
+    "\ud7ff\ue000", "\ufffd", "\x00", "<think>\na\n</think>\n\nb", "<think></think>b", "</think>", "<think>",
+    '"', '{"a": [1, "b"]}', "\\", "is four", "1 is", "None", "find_kestrel", "<tool_call>", "{{ x }}", "'s",
+    "[THINK]x[/THINK]",
+]  # fmt: skip
+ODD_TEXT = st.one_of(st.sampled_from(["a", "Yes.", "is four", "é"]), TEXT, st.sampled_from(ODD))
+ODD_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats(allow_nan=False, width=16) | ODD_TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(ODD_TEXT, inner, max_size=2),
+    max_leaves=4,
+)
+ARGUMENTS = st.dictionaries(st.one_of(st.sampled_from(["city", "days"]), ODD_TEXT), ODD_VALUES, max_size=3)
+
+
+@st.composite
+def tool_lists(draw):
+    """Definitions of one to three tools, with and without descriptions and arguments."""
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        function = {"name": draw(st.sampled_from(["get_weather", "find_kestrel", "a", "é"]))}
+        if draw(st.integers(0, 3)):
+            function["description"] = draw(ODD_TEXT)
+        if draw(st.integers(0, 3)):
+            properties = draw(
+                st.dictionaries(
+                    st.sampled_from(["city", "days", "a"]),
+                    st.fixed_dictionaries({"type": st.just("string")}, optional={"description": ODD_TEXT}),
+                    max_size=2,
+                )
+            )
+            function["parameters"] = {"type": "object", "properties": properties, "required": [*properties][:1]}
+        found.append({"type": "function", "function": function})
+    return found
+
+
+def _layouts(draw):
+    """Roles of a conversation's messages, each with what else the message has."""
+    roles = st.sampled_from(["user", "assistant", "system", "tool"])
+    usual = st.sampled_from(
+        [
+            ["user", "assistant"], ["system", "user", "assistant"], ["user", "assistant", "user", "assistant"],
+            ["user", "assistant", "tool", "assistant"], ["user", "assistant", "tool", "tool", "assistant"],
+            ["system", "user", "assistant", "tool", "assistant", "user", "assistant"], ["user", "assistant", "user"],
+        ]
+    )  # fmt: skip
+    found = []
+    names = draw(st.one_of(usual, usual, st.lists(roles, min_size=1, max_size=5)))
+    for number, role in enumerate(names):
+        more = set()
+        if role == "assistant":
+            following = names[number + 1 : number + 3]
+            calls = following.count("tool") if following[:1] == ["tool"] else draw(st.sampled_from([0] * 9 + [1, 2]))
+            more |= {f"{calls} calls"} if calls else set()
+            more |= {name for name in ("reasoning", "empty") if draw(st.integers(0, 4)) == 0}
+            more |= {name for name in ("untrained", "marked", "trained") if draw(st.integers(0, 7)) == 0}
+        found.append((role, more))
+    return found
+
+
+def _filled(draw, layout):
+    """A conversation of a layout."""
+    messages, calls = [], []
+    for role, more in layout:
+        message = {"role": role, "content": draw(ODD_TEXT)}
+        if role == "tool":
+            made = calls.pop(0) if calls else None
+            if made:
+                message |= {"tool_call_id": made["id"], "name": made["function"]["name"]}
+        count = next((int(name[0]) for name in more if name.endswith("calls")), 0)
+        if count:
+            calls = [call(draw(ODD_TEXT), number=number) for number in range(1, count + 1)]
+            for made in calls:
+                made["function"] = {
+                    "name": draw(st.sampled_from(["get_weather", "a"])), "arguments": draw(ARGUMENTS),
+                }  # fmt: skip
+            message["tool_calls"] = calls
+            calls = [*calls]
+            if "empty" in more:
+                message["content"] = ""
+        if "reasoning" in more:
+            message["reasoning_content"] = draw(ODD_TEXT)
+        if "untrained" in more:
+            message["train"] = False
+        elif "trained" in more:
+            message["train"] = True
+        if "marked" in more and message["content"]:
+            ends = sorted(draw(st.lists(st.integers(0, len(message["content"])), min_size=2, max_size=2, unique=True)))
+            message["unlearnt"] = [tuple(ends)]
+        messages.append(message)
+    return messages
+
+
+@st.composite
+def odd_batches(draw, *control):
+    """Conversations of a few layouts with all that a message may have, the same layout several times; `control`: texts
+    of control tokens, some of which stand in contents."""
+    found = []
+    for _ in range(draw(st.integers(1, 2))):
+        layout = _layouts(draw)
+        tools = draw(st.lists(tool_lists(), max_size=2))
+        for _ in range(draw(st.integers(2, 4))):
+            talk = {"messages": _filled(draw, layout)}
+            if tools:
+                talk["tools"] = draw(st.sampled_from(tools))
+            if control and draw(st.integers(0, 9)) == 0:
+                one = draw(st.sampled_from(talk["messages"]))
+                kept = {name for name in ("content", "reasoning_content", "name", "tool_call_id") if name in one}
+                one[draw(st.sampled_from(sorted(kept)))] += draw(st.sampled_from(control))
+            found.append(talk)
+    return found
+
+
 def expected_replies(family: Family, messages: list[Message]) -> list[str]:
     """What must carry loss, reply by reply, as the template writes it."""
     replies = [message["content"] for message in messages if message["role"] == "assistant"]

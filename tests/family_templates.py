@@ -89,6 +89,29 @@ COMMAND_A = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|START_OF_TURN_TOKEN|>assistant: ' }}{%- endif %}"""
 
+# Turns between ordinary words; only what ends a reply is a control token.
+MISTRAL_V01 = """\
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set first = messages[0]['content'] + '\\n\\n' %}{%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- ' [INST] ' + (first if loop.first and first else '') + message['content'] + ' [/INST]' }}
+    {%- elif message['role'] == 'assistant' %}{{- ' ' + message['content'] + eos_token }}
+    {%- else %}{{- raise_exception('no role ' + message['role']) }}{%- endif %}
+{%- endfor %}"""
+
+# The same, on lines of their own, and no newline behind the last reply.
+OLMO_2 = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>\\n' + message['content'] }}
+    {%- if message['role'] == 'assistant' %}{{- eos_token }}{%- endif %}
+    {{- '' if loop.last and message['role'] == 'assistant' else '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
+
 # The next turn's opener stands behind every finished conversation.
 OPENS_ALWAYS = """\
 {%- for message in messages %}{{- '<|' + message.role + '|>' + message.content + '<|end|>' }}{%- endfor %}
@@ -104,7 +127,11 @@ DROPS_SYSTEM = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
+# What looks like control tokens in a template, and is ordinary text in the vocabularies of its family.
+WORDS = {MISTRAL_V01: {"[INST]", "[/INST]"}, OLMO_2: {"<|assistant|>"}}
 OWN = {
+    "Mistral 7B v0.1": MISTRAL_V01,
+    "OLMo 2": OLMO_2,
     "Mistral 7B v0.3, Mistral Nemo": MISTRAL_V03,
     "Hermes 2 Pro, Hermes 3": HERMES,
     "DeepSeek V3.1": DEEPSEEK_V31,

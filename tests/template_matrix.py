@@ -27,6 +27,7 @@ from tiny import tiny_tokenizer
 CONTROL = re.compile(
     r"<\|[^'\"{}\s|]*?\|>|<｜[^｜'\"]*｜>|<[a-z_]*_(?:of_)?turn>|<\|turn>|<turn\|>|<end_of_utterance>|<\|?tool_\w+\|?>"
     r"|<\|?channel\|?>|\[gMASK\]|<sop>|\[/?[A-Z][A-Z_]+\]|</?s>|<bos>|<eos>|<end_of_turn>|<\|[A-Z]+_[A-Z_]+\|>|\[\|[a-z_]+\|\]|<step>"
+    r"|<seed:[be]os>|<SPECIAL_\d+>|\]~[!b]\[?\]?|\[e~\["
 )
 NOT_CONTROL = {"<tool_call>", "<tool_response>", "<tool_code>", "<tool_name>"}  # ordinary words of their vocabularies
 TOOLS = [
@@ -163,10 +164,14 @@ class Outcome:
     examples: int = 1
 
 
-def tokenizer_for(source: str, more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with the control tokens that a template names."""
-    tokenizer = tiny_tokenizer(source)
-    names = {*CONTROL.findall(source), *more} - {"<|im_end|>", "<|im_start|>", "<|endoftext|>", *NOT_CONTROL}
+def tokenizer_for(
+    source: str, more: Sequence[str] = (), base: PreTrainedTokenizerFast | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer, the tiny one if none is given, with the control tokens that a template names."""
+    tokenizer = base or tiny_tokenizer()
+    tokenizer.chat_template = source
+    words = NOT_CONTROL | family_templates.WORDS.get(source, set())
+    names = {*CONTROL.findall(source), *more} - {"<|im_end|>", "<|im_start|>", "<|endoftext|>", *words}
     tokenizer.add_special_tokens({"extra_special_tokens": sorted(name for name in names if len(name) > 2)})
     tokenizer.bos_token = "<|endoftext|>"
     if "eos_token" in source:

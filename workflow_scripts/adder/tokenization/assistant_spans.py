@@ -63,7 +63,7 @@ class AssistantSpanFinder:
         which it leaves something out, that has no reply to train on, that holds text which would be read as a control
         token, or whose replies can't be found for sure.
         """
-        self._refuse_control_tokens(messages, tools)
+        self.refuse_control_tokens(messages, tools)
         wanted, masked = self.choose_turns(messages)
         text = self.template.render(messages, tools=tools)
         if wanted[0] == 0:  # a conversation's first message answers no prompt: it is context
@@ -126,7 +126,8 @@ class AssistantSpanFinder:
             raise UnusableRow(f"nothing to train on: {which} marked train: false")
         return wanted, [turn for turn in turns if turn not in wanted] if self.loss_on == "all" else []
 
-    def _refuse_control_tokens(self, messages: list[Message], tools: Tools | None) -> None:
+    def refuse_control_tokens(self, messages: list[Message], tools: Tools | None) -> None:
+        """Raise UnusableRow where a text of a conversation holds a control token."""
         # A typed "<|im_end|>" would end the turn. Generation reads it that way as well, so there is no right encoding.
         for number, message in enumerate(messages, 1):
             self.control.refuse_in(message["content"], f"message {number} ({message['role']})")

@@ -23,12 +23,14 @@ class ControlTokens:
         """Where the control tokens of a text stand, in order."""
         return [match.span() for match in self.pattern.finditer(text)]
 
+    def is_in(self, text: str) -> bool:
+        """Whether a text holds a control token."""
+        return any(beginning in text for beginning in self._beginnings) and self.pattern.search(text) is not None
+
     def refuse_in(self, text: str, who: str) -> None:
         """Raise UnusableRow if a text that someone wrote holds a control token."""
-        if any(beginning in text for beginning in self._beginnings):
-            found = self.pattern.search(text)
-            if found:
-                raise UnusableRow(
-                    f"{who} holds {found[0]}, which the tokenizer reads as a control token",
-                    "a text holds what the tokenizer reads as a control token",
-                )
+        if self.is_in(text):
+            raise UnusableRow(
+                f"{who} holds {self.pattern.findall(text)[0]}, which the tokenizer reads as a control token",
+                "a text holds what the tokenizer reads as a control token",
+            )

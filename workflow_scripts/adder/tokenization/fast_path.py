@@ -1,72 +1,64 @@
 """The fast path to a conversation's labels, for templates that write contents between fixed texts, as nearly all do.
 
 Conversations of one layout (the same roles in the same order) are then the same fixed pieces around other contents. The
-pieces and the replies' places in them are learnt from the first conversation of a layout, on the slow path. Each
-further one is rendered once and compared with its contents put between the pieces: if the texts are equal, so are the
-replies' places, and no generation prompt has to be rendered. In the ids, control tokens are landmarks: as the contents
-hold none, the k-th one of the text is the k-th one of the ids, and a reply begins so many tokens behind one and ends
-with another. No offsets are needed, which makes the tokenizer itself quicker.
+pieces and the replies' places in them are learnt from the first conversation of a layout, on the slow path (see
+`layouts.py`). Each further one is rendered once and compared with its contents put between the pieces: if the texts are
+equal, so are the replies' places, and no generation prompt has to be rendered. In the ids, control tokens are
+landmarks: as the contents hold none, the k-th one of the text is the k-th one of the ids, and a reply begins so many
+tokens behind one and ends with another. No offsets are needed, which makes the tokenizer itself quicker; and what
+stands before the first question, such as tools, is encoded once for all conversations that begin with it.
 
 Whatever differs from that by a single character or token is left to the slow path, `AssistantSpanFinder`.
 """
 
 import json
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 import numpy as np
 import numpy.typing as npt
+import orjson
 from transformers import PreTrainedTokenizerFast
 
 from adder.formatting.conversation import Conversation, Message
 from adder.tokenization.assistant_spans import AssistantSpanFinder, Rendered
 from adder.tokenization.chat_template import Span, UnusableRow
+from adder.tokenization.layouts import (
+    Key,
+    Layout,
+    LayoutLearner,
+    Tokens,
+    Tools,
+    begins_visibly,
+    filled,
+    key_of,
+    match,
+    texts_of,
+)
+from adder.tokenization.message_texts import is_written, strings
+from adder.tokenization.reply_targets import missing
 
 Integers = npt.NDArray[np.int64]
-Tokens = npt.NDArray[np.int32]
-Key = tuple[str | None, ...]  # roles; None makes a conversation unfit
-Trim = Callable[[str], str]
 
 ATTEMPTS = 3  # conversations of a layout to learn from before it is left to the slow path for good
-PAD = " \n"  # white space around a marker shows whether the template trims contents
+MARK = re.compile("think|channel", re.IGNORECASE)  # of a block of reasoning
+MOST_LAYOUTS = 10_000
+SHORT = 8  # messages and tools: longer layouts may never come again, and are learnt when they do
+MOST_HEADS = 1000  # beginnings of conversations whose tokens are kept
+MOST_TOOLS = 10_000  # lists of tools of which it is known whether they hold control tokens
 
 
-@dataclass(frozen=True)
-class Reply:
-    """Where a reply stands among the control tokens of the text."""
-
-    opener: int  # number of the control token before it
-    tail: Tokens  # int32, ids between that one and the reply: the end of the generation prompt
-    closer: int  # number of the control token that ends it
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """What the conversations of one layout have in common."""
-
-    head: str  # the text before the last control token of the first piece, such as a system turn of the template's own
-    head_ids: list[int]
-    parts: list[str]  # fixed pieces at even places; contents go to the odd ones
-    order: list[int]  # which text (see _texts) goes to which odd place
-    trims: list[Trim] | None  # what the template does to each text
-    size: int  # how many messages it is made of
-    added: str  # what ends the last part, and the template doesn't write there
-    control_ids: Tokens  # int32, the control tokens of the text
-    replies: list[Reply]
-    trained: list[int]  # texts of the replies
-    answers: list[int]  # texts of all replies, those that aren't trained on included
-    visible: list[int]  # texts that must begin with a visible ASCII character
-
-
-@dataclass(frozen=True)
+@dataclass
 class Spliced:
     """A conversation, or a beginning of it that is an example of its own, put together from its layout's pieces."""
 
-    text: str  # without the head
+    head_ids: list[int]  # tokens of what stands before the text
+    text: str
     layout: Layout
     replies: str  # contents of the replies, to look for characters that have no tokens
+    left_out: int = 0  # how many replies of the conversation carry no loss because it isn't split
 
 
 class FastPath:
@@ -75,61 +67,173 @@ class FastPath:
     def __init__(self, finder: AssistantSpanFinder, tokenizer: PreTrainedTokenizerFast) -> None:
         self.finder = finder
         self.backend = tokenizer.backend_tokenizer
-        self.added = tokenizer.added_tokens_decoder
-        self.unknown, self.bos = tokenizer.unk_token_id, tokenizer.bos_token_id
         self.ids = finder.control.ids
         self.is_control = np.zeros(1 + max([self.backend.get_vocab_size(), *self.ids.values()]), dtype=bool)
         self.is_control[list(self.ids.values())] = True
-        self.usable = finder.template.takes_text and self._normalises_locally() and self._finds_control_tokens()
+        self.usable = self._normalises_locally() and self._finds_control_tokens()
+        self._learner = LayoutLearner(finder, tokenizer)
         self._layouts: dict[Key, list[Layout] | int] = {}  # of each example; a number: failed attempts to learn them
+        self._heads: dict[str, list[int]] = {}  # of beginnings, met twice; none where it can't be encoded by itself
+        self._met: set[str] = set()
+        self._tools: dict[bytes, bool] = {}  # whether they hold no control token
 
     def splice(self, conversation: Conversation, split: bool = True) -> list[Spliced] | None:
-        """A conversation's examples put together from their pieces, or None where only the slow path will do.
+        """A conversation's examples put together from their pieces, or None where more is to be looked at.
 
         split: as of Labeller.label_batch.
         """
-        if not self.usable or len(conversation) != 1 or "messages" not in conversation:
+        layouts = self._layouts_of(conversation) if self.usable else None
+        if layouts is None or any(len(layout.replies) < len(layout.spans) for layout in layouts):
             return None
-        messages = conversation["messages"]
+        found = [self._splice(conversation, layout) for layout in layouts]
+        whole = [one for one in found if one is not None]
+        if len(whole) < len(found):
+            return None
+        if split:
+            return whole
+        whole[0].left_out = sum(len(layout.replies) for layout in layouts[1:])
+        return whole[:1]
+
+    def find(self, conversation: Conversation) -> list[Rendered] | None:
+        """What AssistantSpanFinder.find would give, or None where it is to be asked.
+
+        For replies whose tokens can't be told without offsets: they begin with white space or a
+        mark, or behind no control token. Raises UnusableRow for texts that hold control tokens.
+        """
+        found = list[Rendered]()
+        layouts = self._layouts_of(conversation) or ()
+        if layouts:
+            self.finder.refuse_control_tokens(conversation.get("messages", []), conversation.get("tools"))
+        for layout in layouts:
+            written = self._written(conversation, layout)
+            if written is None:
+                return None
+            text, contents, gaps, _ = written
+            if len(self.finder.control.spans(text + layout.added)) != len(layout.control_ids):
+                return None
+            spans = [(start.at(contents, gaps), end.at(contents, gaps)) for start, end in layout.spans]
+            composed, whole = layout.composed is not None, not found
+            found.append(Rendered(text + layout.added, spans, [], whole, composed, [], layout.size, layout.turns))
+        return found or None
+
+    def _layouts_of(self, conversation: Conversation) -> list[Layout] | None:
+        """The layouts of a conversation's examples, learnt if need be; None if it has none."""
+        messages, tools = conversation.get("messages", []), conversation.get("tools")
         if not messages or messages[0]["role"] == "assistant":
             return None  # the slow path counts replies that answer no prompt
-        key = tuple([message["role"] if len(message) == 2 else _marked_role(message) for message in messages])
+        if tools and not self._are_plain(tools):
+            return None
+        key = key_of(conversation)
         layouts = self._layouts.get(key, 0)
-        if isinstance(layouts, int):
-            layouts = self._try_to_learn(key, messages, layouts)
-            if layouts is None:
-                return None
-        found = [self._splice(messages, layout) for layout in (layouts if split else layouts[:1])]
-        whole = [one for one in found if one is not None]
-        return whole if len(whole) == len(found) else None
+        return self._try_to_learn(key, messages, tools, layouts) if isinstance(layouts, int) else layouts
 
-    def left_out(self, conversation: Conversation) -> int:
-        """How many replies of a conversation that was spliced carry no loss where it isn't split."""
-        messages = conversation.get("messages", [])
-        layouts = self._layouts[tuple([m["role"] if len(m) == 2 else _marked_role(m) for m in messages])]
-        return 0 if isinstance(layouts, int) else sum(len(layout.replies) for layout in layouts[1:])
+    def _splice(self, conversation: Conversation, layout: Layout) -> Spliced | None:
+        written = self._written(conversation, layout)
+        if written is None:
+            return None
+        text, contents, gaps, said = written
+        if not all(begins_visibly(contents[number]) for number in layout.visible):
+            return None
+        if not all(begins_visibly(text[slice(*gaps[number])]) for number in layout.visible_gaps):
+            return None
+        cut = layout.head.at(contents, gaps)
+        head = self._head_ids(text, cut)
+        text += layout.added
+        replies = [contents[number] for number in layout.trained]
+        return Spliced(head, text[cut:] if head else text, layout, "".join(replies + said))
 
-    def _splice(self, messages: list[Message], layout: Layout) -> Spliced | None:
-        messages = messages[: layout.size]
-        contents = _texts(messages)
+    def _written(
+        self, conversation: Conversation, layout: Layout
+    ) -> tuple[str, list[str], list[Span], list[str]] | None:
+        """A conversation's text, its contents, gaps, and replies with calls; None where the layout isn't its own."""
+        messages, tools = conversation.get("messages", [])[: layout.size], conversation.get("tools")
+        contents = texts_of(messages)
         if layout.trims:
             contents = [trim(content) for trim, content in zip(layout.trims, contents, strict=True)]
-        parts = layout.parts.copy()
-        parts[1::2] = [contents[number] for number in layout.order]
-        text = "".join(parts)
-        template = self.finder.template
         try:
-            if template.render_taken([template.taken(message) for message in messages]) + layout.added != text:
-                return None
+            text = self._write(messages, tools, layout, contents)
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError):
             return None
-        for number in layout.visible:
-            if not "!" <= contents[number][:1] <= "~":
+        gaps = match(layout.runs, text, contents)
+        if gaps is None or not all(contents[number].strip() for number in layout.answers):
+            return None
+        said = self._look_at_the_rest(messages, tools, layout, text, gaps) if gaps or layout.unwritten else []
+        return None if said is None else (text, contents, gaps, said)
+
+    def _write(self, messages: list[Message], tools: Tools | None, layout: Layout, contents: list[str]) -> str:
+        """The conversation's text; raises whatever the template does, and ValueError where it isn't sure."""
+        template, composed = self.finder.template.of(tools), layout.composed
+        taken = [template.taken(message) for message in messages]
+        text = template.render_taken(taken, tools=tools)
+        if composed is None:
+            return text
+        own = [trim(content) for trim, content in zip(composed.trims, texts_of(messages), strict=True)]
+        gaps = match(composed.written, text, own)
+        if gaps is None:
+            raise ValueError
+        # What ReplyTargets looks for in texts.
+        if any(MARK.search(content) or content.strip() in composed.fixed for content in own):
+            raise ValueError
+        tail = filled(composed.tail, contents, [text[slice(*gap)] for gap in gaps])
+        return template.render_taken(taken[:-1], True, tools) + tail
+
+    def _look_at_the_rest(
+        self, messages: list[Message], tools: Tools | None, layout: Layout, text: str, gaps: list[Span]
+    ) -> list[str] | None:
+        """The replies with calls, where all that isn't between pieces is as the slow path would have it; else None."""
+        is_control = self.finder.control.is_in
+        own = texts_of(messages)
+        if any(is_control(own[number]) for number in layout.unwritten):
+            return None
+        if any(is_control(message.get("name", "")) for message in messages if len(message) > 2):
+            return None
+        replies = list[str]()
+        for call in layout.calls:
+            message, said = messages[call.message], text[gaps[call.first][0] : gaps[call.last][1]]
+            parts = message.get("tool_calls"), message["content"], message.get("reasoning_content")
+            if any(is_control(part) for one in parts for part in strings(one)):
                 return None
-        for number in layout.answers:
-            if not contents[number].strip():
+            if not is_written(message["content"].split("</think>")[-1], said):
                 return None
-        return Spliced(text[len(layout.head) :], layout, "".join([contents[number] for number in layout.trained]))
+            if call.trained:
+                if missing(message, said):
+                    return None
+                replies.append(said)
+        try:
+            self.finder.contents.check_layout(messages[: layout.turns[-1]], tools)
+        except UnusableRow:
+            return None
+        return replies
+
+    def _are_plain(self, tools: Tools) -> bool:
+        """Whether no text of the tools holds a control token."""
+        try:
+            key = orjson.dumps(tools)
+        except TypeError:  # whole numbers of more than 64 bits
+            return False
+        if key not in self._tools:
+            if len(self._tools) > MOST_TOOLS:
+                self._tools.clear()
+            self._tools[key] = not any(map(self.finder.control.is_in, strings(tools)))
+        return self._tools[key]
+
+    def _head_ids(self, text: str, cut: int) -> list[int]:
+        """The tokens of the text before `cut`, which need not be encoded again; none if it wasn't met before."""
+        head = text[:cut]
+        if head in self._heads or not cut:
+            return self._heads.get(head, [])
+        if head not in self._met:
+            if len(self._met) >= MOST_HEADS:
+                self._met.clear()
+            self._met.add(head)
+            return []
+        if len(self._heads) >= MOST_HEADS:
+            self._heads.clear()
+        first, rest, whole = (
+            self.backend.encode(part, add_special_tokens=False).ids for part in (head, text[cut:], text)
+        )
+        self._heads[head] = first if first + rest == whole else []
+        return self._heads[head]
 
     def locate(
         self, ids: Tokens, lengths: Integers, layouts: list[Layout]
@@ -167,12 +271,17 @@ class FastPath:
         kept = np.repeat(sure, counts)
         return sure, counts[sure], starts[kept], ends[kept]
 
-    def _try_to_learn(self, key: Key, messages: list[Message], failed: int) -> list[Layout] | None:
+    def _try_to_learn(self, key: Key, messages: list[Message], tools: Tools | None, failed: int) -> list[Layout] | None:
         if failed >= ATTEMPTS or None in key:
             return None
+        if len(self._layouts) >= MOST_LAYOUTS:
+            self._layouts.clear()
+        if len(key) > SHORT and key not in self._layouts:
+            self._layouts[key] = 0
+            return None
         try:
-            found = self.finder.find(messages)
-            learnt = [self._learn(messages[: one.messages], one) for one in found]
+            found = self.finder.find(messages, tools)
+            learnt = [self._learner.learn(messages[: one.messages], tools, one) for one in found]
         except UnusableRow:
             return None
         layouts = [layout for layout in learnt if layout is not None]
@@ -183,132 +292,8 @@ class FastPath:
         self._layouts[key] = layouts
         return layouts
 
-    def _learn(self, messages: list[Message], rendered: Rendered) -> Layout | None:
-        """The layout of a conversation whose replies the slow path has found; None if it has none that is simple."""
-        pieces, order, trims = self._pieces(messages)
-        if pieces is None or rendered.masked or rendered.composed:
-            return None
-        contents = [trim(content) for trim, content in zip(trims, _texts(messages), strict=True)]
-        parts = [""] * (2 * len(pieces) - 1)
-        parts[::2], parts[1::2] = pieces, [contents[number] for number in order]
-        written = "".join(parts)
-        if not rendered.text.startswith(written):
-            return None
-        added = rendered.text[len(written) :]
-        parts[-1] += added
-        fixed: list[Span] = []
-        position = 0
-        for piece, part in enumerate(parts):
-            if piece % 2 == 0:
-                fixed.append((position, position + len(part)))
-            position += len(part)
-        controls = [
-            (start + match.start(), start + match.end(), self.ids[match[0]])
-            for start, end in fixed
-            for match in self.finder.control.pattern.finditer(rendered.text[start:end])
-        ]
-        if [index for _, _, index in controls[:2]] == [self.bos] * 2:
-            return None  # written twice, which the slow path refuses
-        replies, visible = [], []
-        for span in rendered.spans:
-            found = self._place(rendered.text, span, fixed, controls)
-            if found is None:
-                return None
-            reply, piece = found
-            replies.append(reply)
-            if piece is not None:
-                visible.append(order[piece])
-        places = _places(messages)
-        trained = [place for turn in rendered.turns for place in places[turn]]
-        if not {*trained} <= {*order}:
-            return None
-        answers = [
-            place
-            for message, own in zip(messages, places, strict=True)
-            for place in own
-            if message["role"] == "assistant"
-        ]
-        first = max((start for start, end, _ in controls if end <= fixed[0][1]), default=0)
-        head, head_ids = self._head(rendered.text, first)
-        control_ids = np.array([index for _, _, index in controls], dtype=np.int32)
-        plain = all(trim is str for trim in trims)
-        return Layout(
-            head,
-            head_ids,
-            parts,
-            order,
-            None if plain else trims,
-            len(messages),
-            added,
-            control_ids,
-            replies,
-            trained,
-            answers,
-            visible,
-        )
-
-    def _pieces(self, messages: list[Message]) -> tuple[list[str] | None, list[int], list[Trim]]:
-        """Fixed pieces of a conversation's text, the order of its texts between them, and how each is trimmed."""
-        places = _places(messages)
-        markers = [f"CONTENT{number}CONTENT" for number in range(sum(map(len, places)))]
-        padded = [PAD + marker + PAD[::-1] for marker in markers]
-        marked: list[Message] = []
-        for message, own in zip(messages, places, strict=True):
-            changed: Message = {**message, "content": padded[own[-1]]}
-            if len(own) > 1:
-                changed["reasoning_content"] = padded[own[0]]
-            marked.append(changed)
-        text = self.finder.template.render(marked)
-        dropped = {own[0] for own in places if len(own) > 1}  # reasoning of what is past may be
-        counts = [text.count(marker) for marker in markers]
-        if any(count > 1 or (count == 0 and number not in dropped) for number, count in enumerate(counts)):
-            return None, [], []
-        written = [number for number, count in enumerate(counts) if count]
-        order = sorted(written, key=lambda number: text.index(markers[number]))
-        trims: list[Trim] = [str] * len(markers)
-        pieces = []
-        for number in order:
-            piece, text = text.split(markers[number])
-            left, right = piece.endswith(PAD), text.startswith(PAD[::-1])
-            trims[number] = {(1, 1): str, (0, 0): str.strip, (0, 1): str.lstrip, (1, 0): str.rstrip}[left, right]
-            pieces.append(piece.removesuffix(PAD) if left else piece)
-            text = text.removeprefix(PAD[::-1]) if right else text
-        return [*pieces, text], order, trims
-
-    def _head(self, text: str, end: int) -> tuple[str, list[int]]:
-        """What need not be encoded again: a text is encoded the same whatever stands before its control token."""
-        head, rest, whole = (
-            self.backend.encode(part, add_special_tokens=False).ids for part in (text[:end], text[end:], text)
-        )
-        return (text[:end], head) if head + rest == whole else ("", [])
-
-    def _place(
-        self, text: str, span: Span, fixed: list[Span], controls: list[tuple[int, int, int]]
-    ) -> tuple[Reply, int | None] | None:
-        """A reply's place among the control tokens, and the odd place whose content must begin visibly, if any."""
-        start, end = span
-        opener = sum(control[1] <= start for control in controls) - 1
-        closer = sum(control[1] <= end for control in controls) - 1
-        if opener < 0 or closer <= opener or controls[closer][1] != end:
-            return None
-        opens, opened, index = controls[opener]
-        piece = next((number for number, (a, b) in enumerate(fixed) if a <= opens and start <= b), None)
-        if piece is None:
-            return None  # a content stands between: its tokens would have to be known
-        ids = self.backend.encode(text[opens:start], add_special_tokens=False).ids
-        if ids[:1] != [index] or self.unknown in ids:
-            return None
-        reply = Reply(opener, np.array(ids[1:], dtype=np.int32), closer)
-        # The first character must neither join with the prompt's last ones nor be swallowed by the token before.
-        token = self.added.get(index)
-        if opened == start and token is not None and not token.rstrip:
-            return reply, None
-        if start < fixed[piece][1]:  # the same in all conversations; `locate` looks at the tokens before it
-            return (reply, None) if len(reply.tail) or "!" <= text[start] <= "~" else None
-        return reply, piece
-
     def _normalises_locally(self) -> bool:
-        """Whether a prompt's end is normalised alike whatever visible ASCII character follows it."""
+        """Whether a prompt's end in ASCII is normalised alike whatever visible character follows it."""
         normalizer = self.backend.normalizer
         return normalizer is None or _is_local(json.loads(normalizer.__getstate__()))
 
@@ -319,33 +304,6 @@ class FastPath:
                 return False
         beginnings = {token[:size] for token in self.ids for size in range(1, len(token))}
         return not any(token[size:] in beginnings for token in self.ids for size in range(1, len(token)))
-
-
-def _marked_role(message: Message) -> str | None:
-    """Role of a message that isn't trained on or that holds reasoning; None for one with anything else."""
-    if len(message) == 3 and message.get("train") is False:
-        return f"{message['role']} untrained"
-    return f"{message['role']} thinking" if len(message) == 3 and message.get("reasoning_content") else None
-
-
-def _texts(messages: list[Message]) -> list[str]:
-    """All texts of messages: of each its reasoning, if it has some, and its content."""
-    texts = []
-    for message in messages:
-        if "reasoning_content" in message:
-            texts.append(message["reasoning_content"])
-        texts.append(message["content"])
-    return texts
-
-
-def _places(messages: list[Message]) -> list[list[int]]:
-    """Numbers of each message's texts among _texts."""
-    places, done = [], 0
-    for message in messages:
-        size = 2 if "reasoning_content" in message else 1
-        places.append(list(range(done, done + size)))
-        done += size
-    return places
 
 
 def _is_local(normalizer: dict[str, Any]) -> bool:

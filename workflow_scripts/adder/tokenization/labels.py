@@ -150,7 +150,8 @@ class Labeller:
             return _joined([])
         encodings = self.backend.encode_batch_fast([spliced.text for _, spliced in found], add_special_tokens=False)
         pairs = zip(found, encodings, strict=True)
-        ids, lengths = _flat([spliced.layout.head_ids + encoding.ids for (_, spliced), encoding in pairs])
+        ids, lengths = _flat([spliced.head_ids + encoding.ids for (_, spliced), encoding in pairs])
+        left_out = np.array([spliced.left_out for _, spliced in found])
         sure, counts, starts, ends = self.fast_path.locate(ids, lengths, [spliced.layout for _, spliced in found])
         rows = np.array([row for row, _ in found], dtype=np.int64)
         if not sure.all():
@@ -158,9 +159,9 @@ class Labeller:
             kept = np.repeat(whole[sure], counts)
             starts, ends, counts = starts[kept], ends[kept], counts[whole[sure]]
             ids = ids[np.repeat(whole, lengths)]
-            rows, lengths = rows[whole], lengths[whole]
+            rows, lengths, left_out = rows[whole], lengths[whole], left_out[whole]
         self.split += int((np.bincount(rows) > 1).sum()) if len(rows) else 0
-        self._unmatched += 0 if split else sum(self.fast_path.left_out(conversations[row]) for row in rows.tolist())
+        self._unmatched += int(left_out.sum())
         if self.loss_on == "all":
             labels = ids
         else:
@@ -185,7 +186,9 @@ class Labeller:
                 if text is not None:
                     examples[row] = [self._label_text(row, text)]
                     continue
-                found = self.finder.find(conversation.get("messages", []), conversation.get("tools"))
+                found = self.fast_path.find(conversation) if self.fast_path is not None else None
+                if found is None:
+                    found = self.finder.find(conversation.get("messages", []), conversation.get("tools"))
                 rendered += [(row, one) for one in (found if split else found[:1])]
                 self._unmatched += 0 if split else sum(len(one.spans) for one in found[1:])
             except UnusableRow as reason:

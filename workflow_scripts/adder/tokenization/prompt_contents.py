@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
+
 from adder.formatting.conversation import Message
 from adder.tokenization.chat_template import ChatTemplate, UnusableRow
 from adder.tokenization.message_texts import is_written
@@ -25,6 +27,7 @@ class PromptContents:
         self.template = template
         self.unwritten_of_tools: set[str] = set()  # what of tool definitions is left out: "descriptions", ...
         self._known: dict[tuple[object, ...], str] = {}  # layout -> what is wrong with it, "" for nothing
+        self._marked: dict[bytes, tuple[Tools, str]] = {}  # tools -> see _mark
 
     def forget(self) -> None:
         """Have `unwritten_of_tools` tell of what is met from here on."""
@@ -44,16 +47,33 @@ class PromptContents:
                     f"the chat template leaves out or rewrites message {number} ({role})",
                     f"the chat template leaves out or rewrites a message ({role})",
                 )
-        layout = tuple([_layout(message) for message in messages])
-        key = layout, json.dumps(tools, sort_keys=True, default=str) if tools else ""
+        self.check_layout(messages, tools)
+
+    def check_layout(self, messages: list[Message], tools: Tools | None) -> None:
+        """Raise UnusableRow if something is left out of the prompt for a reply to such messages with such tools."""
+        marked, shape = self._mark(tools) if tools else ([], "")
+        key = tuple([_layout(message) for message in messages]), shape
         if key not in self._known:
             if len(self._known) > MOST_KNOWN:
                 self._known.clear()
-            self._known[key] = self._complaint(messages, tools)
+            self._known[key] = self._complaint(messages, marked)
         if self._known[key]:
             raise UnusableRow(self._known[key])
 
-    def _complaint(self, messages: list[Message], tools: Tools | None) -> str:
+    def _mark(self, tools: Tools) -> tuple[Tools, str]:
+        """The tools with names and descriptions that occur nowhere else, and the same as a text."""
+        try:
+            key = orjson.dumps(tools)
+        except TypeError:  # whole numbers of more than 64 bits
+            key = json.dumps(tools).encode()
+        if key not in self._marked:
+            if len(self._marked) > MOST_KNOWN:
+                self._marked.clear()
+            marked = [_marked_tool(tool, number) for number, tool in enumerate(tools)]
+            self._marked[key] = marked, json.dumps(marked)
+        return self._marked[key]
+
+    def _complaint(self, messages: list[Message], marked_tools: Tools) -> str:
         """What of a layout doesn't reach the prompt of its last reply, as a reason; empty if all does."""
         marked: list[Message] = []
         for number, message in enumerate(messages):
@@ -61,7 +81,6 @@ class PromptContents:
             if message["content"].strip():
                 changed["content"] = f"CONTENT{number}CONTENT"
             marked.append(changed)
-        marked_tools = [_marked_tool(tool, number) for number, tool in enumerate(tools or [])]
         try:
             prompt = self.template.render(marked, prompt=True, tools=marked_tools or None)
         except UnusableRow:

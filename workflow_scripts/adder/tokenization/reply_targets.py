@@ -112,12 +112,12 @@ class ReplyTargets:
                 self._check_blocks(messages, tools, len(prompt), len(written))
         else:
             reply, composed = self._behind_prompt(messages, tools, prompt, written), True
-        missing = _missing(message, reply)
-        if missing and (OPENED.search(prompt) or "</think>" in self.template.of(tools).source):
+        lacking = missing(message, reply)
+        if lacking and (OPENED.search(prompt) or "</think>" in self.template.of(tools).source):
             reply, composed = self._compose(messages, tools, prompt), True
-            missing = _missing(message, reply)
-        if missing:
-            raise UnusableRow(f"the chat template {missing}")
+            lacking = missing(message, reply)
+        if lacking:
+            raise UnusableRow(f"the chat template {lacking}")
         return Target(prompt, reply, rest, composed)
 
     # Where a turn ends
@@ -203,24 +203,26 @@ class ReplyTargets:
 
         Returns what the prompt has behind the place where the finished conversation has the reply, and the reply.
         """
-        head = self._head(messages, tools)
-        place = self._align(prompt, head)
-        if place is None or not written.startswith(head):
+        head = self._head(messages, tools, written)
+        place = self._align(prompt, head) if head is not None else None
+        if head is None or place is None:
             raise self._other_prompt(prompt, written)
         said = messages[-2]["content"].strip() if len(messages) > 1 else ""
         if said and said in head[place[1] :]:
             raise self._other_prompt(prompt, written)
         return prompt[place[0] :], written[place[1] :]
 
-    def _head(self, messages: list[Message], tools: Tools | None) -> str:
-        """What a finished conversation has before anything of its last reply."""
+    def _head(self, messages: list[Message], tools: Tools | None, written: str) -> str | None:
+        """What a finished conversation (`written`) has before anything of its last reply; None if that isn't sure."""
         texts = []
         for marker in (unused_marker(name, messages) for name in MARKERS):
             changed = with_content(messages[-1], marker)
             if "reasoning_content" in changed:
                 changed["reasoning_content"] = marker
             texts.append(self.template.render([*messages[:-1], changed], tools=tools))
-        return texts[0][: common_prefix(*texts)]
+        head = texts[0][: common_prefix(*texts)]
+        shared = common_prefix(head, written)  # less where a call without arguments is begun otherwise
+        return None if self.control.spans(head[shared:]) else head[:shared]
 
     def _align(self, prompt: str, head: str) -> Span | None:
         """Where prompt and head (see _head) have the same ending, with a control token in it: lengths of both.
@@ -306,10 +308,10 @@ class ReplyTargets:
             raise UnusableRow("the chat template's generation blocks leave out some of a reply")
 
 
-def _missing(message: Message, reply: str) -> str:
+def missing(message: Message, reply: str) -> str:
     """What of a message the text of its reply lacks, as the end of a sentence; empty if nothing."""
     content = message["content"].strip()
-    if message.get("reasoning_content", "").strip() not in reply:
+    if message.get("reasoning_content", "").strip() not in _without_last(content, reply):
         return DROPPED_REASONING
     if content not in reply:
         inner, answer = reasoning_and_answer(message)
@@ -326,6 +328,12 @@ def _missing(message: Message, reply: str) -> str:
     if not all(is_written(text, reply) for call in calls for text in strings(call["function"]["arguments"])):
         return "rewrites the arguments of a tool call"
     return ""
+
+
+def _without_last(content: str, text: str) -> str:
+    """A text without the last place where it has a content: what else is looked for may stand in that as well."""
+    before, _, behind = text.rpartition(content) if content else (text, "", "")
+    return before + behind
 
 
 def _kind(message: Message) -> tuple[object, ...]:
