@@ -30,12 +30,22 @@ def check_keys(text: bytes, value: dict[str, Any]) -> None:
         return
 
 
-def _keys(value: dict[str, Any] | list[Any]) -> int:
+def _keys(value: dict[str, Any]) -> int:
     """How many keys all objects in a value have."""
-    count, inner = 0, value
-    if isinstance(value, dict):
-        count, inner = len(value), value.values()
-    for one in inner:
-        if isinstance(one, dict | list):
+    count = len(value)
+    for one in value.values():
+        if type(one) is dict:
             count += _keys(one)
+        elif type(one) is list:
+            count += _keys_in_list(one)
+    return count
+
+
+def _keys_in_list(values: list[Any]) -> int:
+    count = 0
+    for one in values:
+        if type(one) is dict:
+            count += _keys(one)
+        elif type(one) is list:
+            count += _keys_in_list(one)
     return count

@@ -115,7 +115,7 @@ def _shown(name: str) -> str:
 
 def _of_messages(messages: list[Any]) -> Iterator[str]:
     for message in messages:
-        if not isinstance(message, dict):
+        if not isinstance(message, dict) or (len(message) == 2 and api_messages.is_plain(message)):
             continue
         key = api_messages.content_key(message)
         content = None if key is None else message[key]
