@@ -443,3 +443,30 @@ def test_a_column_within_another_that_is_nowhere_is_refused():
         read(LOGGED, columns={"messages": "request.turns"})
     with pytest.raises(Rejected, match=r"messages stand in request.messages: `columns: {messages: request.messages}`"):
         read(LOGGED)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_path", "a/b.PNG"), ("img", {"bytes": None, "path": "a.jpg"}), ("Audio File", ["a.wav"]),
+        ("video_url", "https://h/v.mp4"), ("photo", "data:image/png;base64,xx"), ("images", "x"),
+    ],
+)  # fmt: skip
+def test_rows_about_an_image_or_a_sound_are_refused_whatever_its_column_is_called(name, value):
+    row = {"question": "What is it?", "answer": "a car", name: value}
+    with pytest.raises(Rejected, match=f"images, audio and video are not read: the column '{name}'"):
+        read(row)
+    if name != "images":
+        assert messages_of(row, "question_answer")[-1] == reply("a car")
+    assert messages_of({**row, name: None})[-1] == reply("a car")
+
+
+@pytest.mark.parametrize(("name", "value"), [("photo", "a red car"), ("image_id", 3), ("url", "https://h/a.png")])
+def test_words_about_an_image_and_addresses_are_none(name, value):
+    assert messages_of({"question": "What is it?", "answer": "a car", name: value})[-1] == reply("a car")
+
+
+def test_a_large_table_that_nothing_reads_is_asked_about():
+    table = {"header": ["a"], "rows": [["x" * 50]] * 6}
+    with pytest.raises(Rejected, match="nothing reads the column sheet, a long text"):
+        read({"question": "What is it?", "answer": "a car", "sheet": table})

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from adder.formatting.row_notes import column_notes, listed, notes_of
-from format_stage import format_of, format_rows, qa, reply, user
+from adder.formatting.row_notes import column_notes, listed, notes_of, notes_of_calls
+from format_stage import call, format_of, format_rows, qa, read, reply, result, user
 
 
 def test_columns_that_nothing_reads_are_named_with_their_rows():
@@ -59,3 +59,18 @@ def test_each_note_is_in_the_card_once_with_its_count(tmp_path):
 
 def test_a_line_names_a_dozen_columns_and_how_many_more():
     assert listed({f"c{n}": 1 for n in range(14)}).endswith("c11 (1 rows), 2 more")
+
+
+def test_calls_of_tools_that_are_nowhere_and_without_results_are_noted():
+    def noted(messages, **more):
+        return notes_of_calls(read({"messages": [user("q"), *messages], **more}))
+
+    calls = reply("", tool_calls=[call("f", {})])
+    whole = [calls, result("r"), reply("a")]
+    assert noted(whole, tools=[{"name": "f"}]) == noted([calls], tools=[{"name": "f"}]) == noted([reply("a")]) == []
+    assert noted(whole, tools=[{"name": "g"}]) == ["the tool 'f' is called, which the row's tools don't define"]
+    assert noted(whole) == ["tools are called, and no column defines any"]
+    unanswered = ["a tool call has no result before the next turn"]
+    assert noted([calls, user("r"), reply("a")], tools=[{"name": "f"}]) == unanswered
+    two = reply("", tool_calls=[call("f", {}), call("f", {"x": 1})])
+    assert noted([two, result("r"), reply("a")], tools=[{"name": "f"}]) == unanswered

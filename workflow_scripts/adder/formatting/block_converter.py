@@ -23,9 +23,10 @@ from adder.formatting.messages import why_not_json
 from adder.formatting.records import Reject
 from adder.formatting.rejected import Rejected, Undesired
 from adder.formatting.row_formats import MEDIA, ColumnSets, SourceFormat, to_conversation, to_prompt
-from adder.formatting.row_notes import MOST_NOTES, notes_of
+from adder.formatting.row_notes import MOST_NOTES, notes_of, notes_of_calls
 from adder.formatting.similarity.minhash import Signatures, Signer
 from adder.formatting.similarity.words import folded
+from adder.formatting.task_columns import is_media_name
 
 BLOCK = 2 << 20  # bytes of rows.jsonl that one worker takes at once
 TRAIN, HELDOUT, TEST, UNDECIDED = range(4)
@@ -180,7 +181,7 @@ class _Converter:
             rows.add(conversation, encoded)
             rows.numbers.append(record["row"])
             data = record["data"]
-            for note in notes_of(data, source):
+            for note in (*notes_of(data, source), *notes_of_calls(conversation)):
                 if len(notes) < MOST_NOTES or note in notes:
                     notes[note] += 1
             if rules.value_column:
@@ -215,7 +216,8 @@ class _Converter:
         if not isinstance(data, dict):
             raise Rejected("unreadable row", "not an object with named columns")
         if "unfit" in record:
-            needed = {*source.own_columns(), *MEDIA, self.rules.value_column}
+            media = () if source.named else filter(is_media_name, record["unfit"])
+            needed = {*source.own_columns(), *MEDIA, *media, self.rules.value_column}
             _refuse_unfit(record["unfit"], needed)
         if record["split"] == "test":
             conversation = to_prompt(data, source)

@@ -35,6 +35,8 @@ from adder.formatting.task_columns import (
     LONG_TEXT,
     TASK_COLUMNS,
     check_options,
+    is_media,
+    is_media_name,
     prompt_of,
     refuse_hidden_options,
     text_size,
@@ -55,6 +57,7 @@ MEDIA = {"images", "image", "audios", "audio", "videos", "video"}
 PROMPTS = ("question", "instruction", "prompt", "messages", "conversations", "contents", "chat_history")
 HISTORIES = ("history", "chat_history")
 HISTORY = "is not a list of [instruction, output] pairs or of messages"
+NO_MEDIA = "images, audio and video are not read"
 PAIRS = {name for name, _, _ in ASKS.values()}  # formats of a prompt and its reply, which have many names
 LAST = ("conversation", "contents", "chat_history", "text")  # looked for where there is no such pair
 # Columns that are read as something else than text.
@@ -527,10 +530,7 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     for column in form.known_by:
         if column not in row and column not in form.unneeded:
             raise _unrecognised(row, source)
-    if not MEDIA.isdisjoint(row):
-        column = next((column for column in sorted(MEDIA) if row.get(column)), None)
-        if column:
-            raise Rejected("images, audio and video are not read", f"the column '{column}'")
+    _refuse_media(row, source)
     read = form.read(row)
     if isinstance(read, str):
         return {"text": read}
@@ -552,6 +552,23 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     given = None if row.keys().isdisjoint(_BESIDE) else next((row[name] for name in TOOLS if row.get(name)), None)
     tools = read_tools(given) if given else None
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def _refuse_media(row: Row, source: SourceFormat) -> None:
+    """Raise Rejected for a row with an image, audio or video, unless its format was named and the column is no usual
+    one: whoever named it saw which columns nothing reads.
+    """
+    for name in _media_names(tuple(row)):
+        if name in MEDIA and row[name]:
+            raise Rejected(NO_MEDIA, f"the column '{name}'")
+        if not source.named and source.name != "text" and is_media(row[name]):
+            named = f"; `row_format: {source.name}` leaves it out"
+            raise Rejected(NO_MEDIA, f"the column '{name[:40]}'{named}")
+
+
+@lru_cache(1024)
+def _media_names(columns: tuple[str, ...]) -> list[str]:
+    return [name for name in columns if name in MEDIA or is_media_name(name)]
 
 
 def _refuse_unread_text(row: Row, form: RowFormat, asked: str, source: SourceFormat) -> None:

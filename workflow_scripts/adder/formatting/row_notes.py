@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 from adder.data.field_template import nested
 from adder.formatting import api_messages
 from adder.formatting.column_names import line_for
+from adder.formatting.conversation import Conversation, Message
 from adder.formatting.marks import ROW_MARKS, SPANS, is_mark, verdict
 from adder.formatting.messages import BLANK, MESSAGE_KEYS, is_message
 from adder.formatting.rejected import json_type
@@ -49,6 +51,31 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
         if row[key] not in BLANK and verdict(row, key) is None and not (fields and key in fields.columns()):
             found.add(f"the column '{key}' is neither true nor false, so nothing reads it")
     yield from found
+
+
+def notes_of_calls(conversation: Conversation) -> list[str]:
+    """What is to be known of a conversation's tool calls: of tools that aren't there, and without their results."""
+    messages = conversation.get("messages", [])
+    called = [(place, message["tool_calls"]) for place, message in enumerate(messages) if "tool_calls" in message]
+    if not called:
+        return []
+    found: list[str] = []
+    tools = {tool["function"]["name"] for tool in conversation.get("tools", [])}
+    names = {call["function"]["name"] for _, calls in called for call in calls}
+    if not tools:
+        found.append("tools are called, and no column defines any")
+    elif names - tools:
+        found.append(f"the tool '{_shown(min(names - tools))}' is called, which the row's tools don't define")
+    for place, calls in called:
+        results = [message["role"] for message in takewhile(_is_result, messages[place + 1 :])]
+        if len(results) < len(calls) and place + 1 < len(messages):
+            found.append("a tool call has no result before the next turn")
+            break
+    return found
+
+
+def _is_result(message: Message) -> bool:
+    return message["role"] == "tool"
 
 
 def unread_columns(source: SourceFormat, column_sets: ColumnSets, also_read: Iterable[str]) -> dict[str, int]:

@@ -29,6 +29,10 @@ OPTION_NAME = re.compile(
     r"[a-j]|(op|opt|option|choice|answer|ans|ending|distractor|incorrect|wrong|candidate|alternative)s?_?([a-j]|\d+)?(_.*)?"
 )
 OPTION_NUMBER = re.compile(r"(?:op|opt|option|choice|ans|ending|candidate|alternative)_?(\d+) \1")
+MEDIA_NAME = re.compile(r"(.*_)?(image|img|picture|photo|screenshot|audio|speech|video|frame)s?(_.*)?")
+MEDIA_FILE = re.compile(
+    r"(?i)data:(image|audio|video)/.*|\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|wav|mp3|flac|ogg|m4a|mp4|avi|mov|webm)"
+)
 LONG_TEXT = 200  # characters of a text that a row may be about
 LONGEST_LABEL = 10  # characters of such a reply, spaces around it included
 NO_OPTIONS = "the reply names an option that the prompt doesn't show"
@@ -101,10 +105,26 @@ def unread_names(columns: Iterable[str], read: Iterable[str]) -> list[str]:
     return [name for name in columns if name not in known and COMPANION.fullmatch(folded(name)) is None]
 
 
+def is_media_name(name: str) -> bool:
+    """Whether a column may hold an image, audio or video by its name."""
+    return MEDIA_NAME.fullmatch(folded(name)) is not None
+
+
+def is_media(value: Any) -> bool:
+    """Whether a value is a file's name or content that is an image, audio or video; `datasets` has {bytes, path}."""
+    if isinstance(value, list):
+        return any(map(is_media, value))
+    if isinstance(value, dict):
+        return not value.keys().isdisjoint(("bytes", "path", "url", "array")) and any(value.values())
+    return isinstance(value, str) and MEDIA_FILE.fullmatch(value) is not None
+
+
 def text_size(value: Any) -> int:
-    """Characters of a text, or of the texts in a list."""
+    """Characters of a text, or of the texts in a list or an object."""
     if isinstance(value, str):
         return len(value)
+    if isinstance(value, dict):
+        return sum(map(text_size, value.values()))
     return sum(map(text_size, value)) if isinstance(value, list) else 0
 
 
