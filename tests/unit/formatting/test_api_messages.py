@@ -1,10 +1,14 @@
 """Messages as other APIs take them become those of OpenAI's chat completions, or are refused with what was found."""
 
 import json
+from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from adder.core.errors import UserError
+from adder.data.columnar import parquet_rows
 from adder.formatting.api_messages import content_key, is_messages, plain, tools_of
 from adder.formatting.rejected import Rejected
 from adder.formatting.row_notes import notes_of
@@ -340,3 +344,23 @@ def test_damage_at_any_place_is_read_or_refused(name):
         assert all(isinstance(message["content"], str) for message in found["messages"])
         assert all(isinstance(tool["function"]["name"], str) for tool in found.get("tools", []))
     assert 0 < refused < len(rows)
+
+
+def _with_equal_types(row):
+    """The row as a table can hold it: each content a list, and no object without keys."""
+    messages = [
+        {**one, "content": [{"type": "text", "text": one["content"]}]} if isinstance(one.get("content"), str) else one
+        for one in row.get("messages", [])
+    ]
+    return {**row, **({"messages": messages} if messages else {})}
+
+
+@pytest.mark.parametrize("name", ["anthropic", "gemini", "gemini-snake", "responses", "cohere", "vercel"])
+def test_nulls_that_a_table_fills_into_parts_change_nothing(tmp_path, name):
+    row = json.loads(
+        json.dumps(_with_equal_types(FORMS[name])).replace(', "n": null', "").replace(', \\"n\\": null', "")
+    )
+    if name == "vercel":  # whose results are an object
+        row["messages"][3]["content"][0]["output"] = "wet"
+    pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / "a.parquet")
+    assert [read(one) for one in parquet_rows(tmp_path / "a.parquet", Counter())] == [read(row)] * 2
