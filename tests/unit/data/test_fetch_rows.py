@@ -16,10 +16,11 @@ from adder.core.file_digests import FileDigests
 from adder.core.files import digest_file
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context, NoInputs, Runtime
-from adder.data import fetch_rows
+from adder.data import fetch_rows, raw_rows
 from adder.data.stage import DATA, RowSettings, Source
 from adder.workflow import stage_runner
 from data_stages import SUM_LINES, write_rows
+from earlier_results import context_beside, digests
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -227,3 +228,40 @@ def test_files_that_are_read_twice_and_those_for_tests_are_named(tmp_path):
     assert [name for name, found in notes.items() if "the same file is read" in str(found)] == ["train.jsonl 3"]
     _, _, entries, *_ = write_rows(tmp_path / "alone", [{"path": f"{tmp_path}/my-test.v2.jsonl"}])
     assert "notes" not in entries[0]
+
+
+def test_ranges_of_a_large_file_that_an_earlier_run_read_are_taken_from_it(tmp_path, monkeypatch):
+    """Appended, changed and removed rows: the bytes are those of a run from nothing."""
+    monkeypatch.setattr(fetch_rows, "RANGE", 4000)
+    lines = [json.dumps({"question": f"What is {n}?", "answer": f"{n}"}) for n in range(1000)]
+    lines[500] = "{broken"
+    rows, small = tmp_path / "rows.jsonl", tmp_path / "small.jsonl"
+    small.write_text('{"question": "q", "answer": "a"}\n')
+    settings = RowSettings(sources=[Source(path=str(small)), Source(path=str(rows))])
+    read: list[int] = []
+    json_line = raw_rows.json_line
+
+    def run(out, *earlier):
+        read.clear()
+        out.mkdir()
+        fetch_rows.run(settings, NoInputs(), out, context_beside(*earlier))
+        return digests(out)
+
+    monkeypatch.setattr(raw_rows, "json_line", lambda line, number: read.append(number) or json_line(line, number))
+    changes = {
+        "first": lines,
+        "appended": [*lines, lines[0].replace("What", "Where")],
+        "changed": [*lines[:700], lines[700].replace("What", "When"), *lines[701:]],
+        "removed": lines[1:],
+    }
+    for name, changed in changes.items():
+        rows.write_text("\n".join(changed) + "\n")
+        beside = run(tmp_path / name, *([] if name == "first" else [tmp_path / "first"]))
+        taken = len(read)
+        assert run(tmp_path / f"{name} from nothing") == beside
+        assert len(read) == len(changed)
+        assert taken == len(changed) if name in ("first", "removed") else 0 < taken < 200
+    rows.write_text("\n".join(lines) + "\n")
+    settings = RowSettings(sources=[Source(path=str(rows))])
+    run(tmp_path / "alone", tmp_path / "first")
+    assert not read  # what stands before it doesn't matter

@@ -1,7 +1,7 @@
 """What earlier runs of a stage made of blocks of rows, to be taken over where the same would come out.
 
-In the stage's folder: `blocks.bin`, the bytes of one block after the other, and `blocks.json`, its Index. They go when
-the folder is pruned.
+In the stage's folder: `blocks.bin`, the bytes of one block after the other, and `blocks.json`, its Index, unless the
+stage has other names for them. They go when the folder is pruned.
 """
 
 import json
@@ -44,8 +44,11 @@ class KeptBlock(NamedTuple):
 class EarlierBlocks:
     """The blocks in the folders of earlier results, as far as these were made by the same code and libraries."""
 
-    def __init__(self, earlier: Earlier, code: str, *libraries: str) -> None:
-        """code: the module that, with all that it imports, makes the blocks."""
+    def __init__(
+        self, earlier: Earlier, code: str, *libraries: str, payload: str = PAYLOAD, index: str = INDEX
+    ) -> None:
+        """code: the module that, with all that it imports, makes the blocks. payload, index: names of the files."""
+        self._names = payload, index
         self.made_by = row_blocks.meaning(earlier.code(code), row_blocks.versions(*libraries))
         self._made: dict[tuple[str, str], tuple[BinaryIO, Entry]] = {}
         self._told: dict[str, Any] = {}
@@ -54,8 +57,9 @@ class EarlierBlocks:
 
     def _look_into(self, folder: Path) -> None:
         try:
-            file = (folder / PAYLOAD).open("rb")  # stays readable when the folder is pruned meanwhile
-            index: Index = json.loads((folder / INDEX).read_bytes())
+            payload, index_name = self._names
+            file = (folder / payload).open("rb")  # stays readable when the folder is pruned meanwhile
+            index: Index = json.loads((folder / index_name).read_bytes())
         except OSError:
             return
         if index["made_by"] != self.made_by:
@@ -96,6 +100,10 @@ class BlockIndex:
             borders.append(borders[-1] + size)
         self._end = borders[-1]
         self._index["blocks"].append({"key": key, "meaning": meaning, "borders": borders, "told": told})
+
+    def skip(self, size: int) -> None:
+        """Pass over so many bytes of the payload, which no later run takes over."""
+        self._end += size
 
     def write(self, path: Path) -> None:
         """Write it; equal blocks give equal bytes."""

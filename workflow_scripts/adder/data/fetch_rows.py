@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from adder.core import opened_files, parallel
 from adder.core.files import write_json
+from adder.core.kept_blocks import BlockIndex, EarlierBlocks
 from adder.core.stage_spec import Context, NoInputs
 from adder.data import raw_rows, readers, sources
 from adder.data.compression import bare_name
@@ -17,6 +18,7 @@ from adder.data.converter import imported_files
 from adder.data.records import Reading, RowSummary, SourceRecord, Split
 from adder.data.stage import RowSettings, Source
 
+ROWS, RANGES = "rows.jsonl", "ranges.json"
 PROGRESS_EVERY = 10_000  # rows
 RANGE = 1 << 20  # bytes of a file that a process reads at once
 READERS = 4  # processes at most: writing is for one
@@ -26,7 +28,8 @@ WRITE_BUFFER = 1 << 20  # bytes
 
 def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) -> RowSummary:
     """Write every source's rows to `out/rows.jsonl` (a RowRecord a line), one SourceRecord a file to
-    `out/sources.json`, and to `out/reading.json` the Reading of each file by its name.
+    `out/sources.json`, and to `out/reading.json` the Reading of each file by its name. `out/ranges.json` tells later
+    runs which lines of rows.jsonl are of which bytes of a large file of JSON lines.
 
     Raises UserError for a source that can't be found, fetched, trusted or read.
     """
@@ -46,12 +49,18 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
     records: list[SourceRecord] = []
     readings: dict[str, Reading] = {}
     also_read: dict[str, str] = {}
-    with (out / "rows.jsonl").open("wb", buffering=WRITE_BUFFER) as lines:
+    earlier, index = None, None
+    if context.earlier:
+        earlier = EarlierBlocks(context.earlier, raw_rows.__name__, "orjson", payload=ROWS, index=RANGES)
+        index = BlockIndex(earlier.made_by)
+    with (out / ROWS).open("wb", buffering=WRITE_BUFFER) as lines:
         for split, source, files in fetched:
             named = [(next(names), file) for file in files]
             with _noting_what_is_opened(source, files, also_read, context):
-                records += _write_source(lines, split, source, named, context)
+                records += _write_source(lines, split, source, named, earlier, index, context)
             readings |= {name: _reading(source, split) for name, _ in named}
+    if index:
+        index.write(out / RANGES)
     write_json(out / "sources.json", records)
     write_json(out / "reading.json", readings)
     summary: RowSummary = {
@@ -98,14 +107,24 @@ def _note_files(fetched: list[tuple[Split | None, Source, list[sources.File]]]) 
 
 
 def _write_source(
-    lines: BinaryIO, split: Split | None, source: Source, named: list[tuple[str, sources.File]], context: Context
+    lines: BinaryIO,
+    split: Split | None,
+    source: Source,
+    named: list[tuple[str, sources.File]],
+    earlier: EarlierBlocks | None,
+    index: BlockIndex | None,
+    context: Context,
 ) -> list[SourceRecord]:
     """Append one source's rows to the open rows.jsonl; return each file's entry of sources.json."""
     progress = context.progress
     rows_of: Counter[str] = Counter()
     unreadable_of: Counter[str] = Counter()
-    for name, encoded in _encoded(split, source, named, context.threads):
+    for name, encoded in _encoded(split, source, named, earlier, context.threads):
         lines.write(encoded.lines)
+        if index and encoded.kept_as:
+            index.add(*encoded.kept_as, [len(encoded.lines)], [encoded.rows, encoded.unreadable])
+        elif index:
+            index.skip(len(encoded.lines))
         rows_of[name] += encoded.rows
         unreadable_of[name] += encoded.unreadable
         if encoded.rows > 1 or rows_of[name] % PROGRESS_EVERY == 0:
@@ -120,7 +139,11 @@ def _write_source(
 
 
 def _encoded(
-    split: Split | None, source: Source, named: list[tuple[str, sources.File]], threads: int
+    split: Split | None,
+    source: Source,
+    named: list[tuple[str, sources.File]],
+    earlier: EarlierBlocks | None,
+    threads: int,
 ) -> Iterator[tuple[str, raw_rows.EncodedRows]]:
     """The rows of one source as lines of rows.jsonl, some at a time, led by their file's name."""
     whole = source.limit is None and source.sample is None and source.path is not None
@@ -130,7 +153,7 @@ def _encoded(
         )
         if file.path is None or ranges is None:
             break
-        make = partial(raw_rows.range_encoder, file.path, name, split)
+        make = partial(raw_rows.range_encoder, file.path, name, split, earlier)
         try:
             for encoded in parallel.map_batches(make, ranges, parallel.worker_count(READERS, 1, threads)):
                 yield name, encoded

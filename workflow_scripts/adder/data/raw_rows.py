@@ -18,7 +18,10 @@ from uuid import UUID
 
 import orjson
 
+from adder.core import row_blocks
+from adder.core.kept_blocks import EarlierBlocks
 from adder.core.record_blocks import read_range
+from adder.core.row_blocks import row_digest
 from adder.data import builtin_tickets, documents
 from adder.data.readers import json_line, lines_of, read_file
 from adder.data.records import ReadableRecord, Split, UnreadableRecord
@@ -46,28 +49,53 @@ def read_source(source: Source, named: list[tuple[str, File]]) -> Iterator[tuple
     yield from found
 
 
+class KeptAs(NamedTuple):
+    """The digest of a range's bytes, and of what else its lines of rows.jsonl are made of."""
+
+    key: str
+    meaning: str
+
+
 class EncodedRows(NamedTuple):
-    """Lines of rows.jsonl, how many, and how many of them of unreadable rows."""
+    """Lines of rows.jsonl, how many, and how many of them of unreadable rows. kept_as: what a range of a file is known
+    by in later runs, None where it isn't kept.
+    """
 
     lines: bytes
     rows: int
     unreadable: int
+    kept_as: KeptAs | None = None
 
 
-def range_encoder(path: Path, name: str, split: Split | None) -> Callable[[tuple[int, int, int]], EncodedRows]:
-    """The function that reads and encodes one of `readers.line_ranges`, for a file of this short name."""
+def range_encoder(
+    path: Path, name: str, split: Split | None, earlier: EarlierBlocks | None = None
+) -> Callable[[tuple[int, int, int]], EncodedRows]:
+    """The function that reads and encodes one of `readers.line_ranges`, for a file of this short name.
+
+    earlier: what was made of ranges before; one of the same bytes and line numbers is taken from there.
+    """
 
     def encode(lines: tuple[int, int, int]) -> EncodedRows:
         start, end, first = lines
+        content = read_range(path, (start, end))
+        if earlier is None:
+            return read(content, first, None)
+        kept_as = KeptAs(row_digest(content).hex(), row_blocks.meaning(earlier.made_by, name, split, first))
+        if not earlier.has(*kept_as):
+            return read(content, first, kept_as)
+        (found,), (rows, unreadable) = earlier.get(*kept_as)
+        return EncodedRows(found, rows, unreadable, kept_as)
+
+    def read(content: bytes, first: int, kept_as: KeptAs | None) -> EncodedRows:
         encoded: list[bytes] = []
         unreadable = 0
-        for number, line in enumerate(lines_of(io.BytesIO(read_range(path, (start, end)))), first):
+        for number, line in enumerate(lines_of(io.BytesIO(content)), first):
             row = json_line(line, number)
             if row is not None:
                 record, readable = encode_record(name, number, split, row)
                 encoded += (record, b"\n")
                 unreadable += not readable
-        return EncodedRows(b"".join(encoded), len(encoded) // 2, unreadable)
+        return EncodedRows(b"".join(encoded), len(encoded) // 2, unreadable, kept_as)
 
     return encode
 
