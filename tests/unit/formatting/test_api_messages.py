@@ -283,7 +283,7 @@ def test_items_that_make_one_turn_are_one_reply_and_others_are_several():
         ({"contents": "a text"}, "contents is not a list"),
         ({"messages": [user("q"), reply("a")], "tools": [{"googleSearch": {}}]}, "tool 1 has no name"),
         ({"messages": [user("q"), reply("a")], "tools": [{"type": "web_search_20250305", "name": "w"}]}, "no function"),
-        ({"messages": [user("q"), reply([{"type": "tool_result", "content": "x"}])]}, "a reply, has a part"),
+        ({"messages": [user("q"), reply([{"type": "tool_result", "content": "x"}])]}, "a reply, has a tool's result"),
         (
             {"messages": [user("q"), reply([{"type": "tool_use", "id": "1", "name": "f"}]),
                           user([{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "image"}]}])]},

@@ -30,7 +30,6 @@ KEYED_PARTS: dict[str, Kind] = {
     "functionResponse": "result",
     "function_response": "result",
     "toolResult": "result",
-    "document": "document",
 }
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(TEXT_PARTS, "text"),
@@ -213,9 +212,7 @@ def _item(item: Raw, kind: str, number: int) -> Raw:
 
 def _continues(turn: Raw, part: Raw) -> bool:
     """Whether a part is said in the same turn: reasoning, then a text, then calls."""
-    if "tool_calls" in turn:
-        return "tool_calls" in part and not part.get("content") and "reasoning_content" not in part
-    if "content" in turn:
+    if "tool_calls" in turn or "content" in turn:
         return "tool_calls" in part and not part.get("content") and "reasoning_content" not in part
     return "reasoning_content" not in part
 
@@ -325,7 +322,7 @@ def _asked(role: str, parts: list[tuple[Kind, Raw]], rest: Raw, where: str) -> I
                 texts = []
             yield _result(part, where)
         else:
-            said = {"reasoning": "reasoning", "call": "a tool call"}.get(kind, f"a part of the type '{kind}'")
+            said = "a tool call" if kind == "call" else kind
             raise Rejected("only an assistant message can have reasoning or tool calls", f"{where} has {said}")
     if texts:
         yield {"role": role, "content": "".join(texts), **rest}
@@ -333,11 +330,9 @@ def _asked(role: str, parts: list[tuple[Kind, Raw]], rest: Raw, where: str) -> I
 
 def _reply(role: Any, parts: list[tuple[Kind, Raw]], rest: Raw, where: str) -> Raw:
     """A reply: reasoning, then texts, then calls. Parts that are marked as not to be learnt become spans."""
-    order = [
-        ("reasoning", "text", "call").index(kind) if kind in ("reasoning", "text", "call") else -1 for kind, _ in parts
-    ]
-    if -1 in order:
-        raise Rejected(OTHER_PART, f"{where}, a reply, has a part of the type '{parts[order.index(-1)][0]}'")
+    if any(kind == "result" for kind, _ in parts):
+        raise Rejected(OTHER_PART, f"{where}, a reply, has a tool's result")
+    order = [("reasoning", "text", "call").index(kind) for kind, _ in parts]
     if order != sorted(order):
         said = ", ".join(kind for kind, _ in parts[:8])
         raise Rejected(KIND, f"{where} has {said}; reasoning comes first, calls come last")
