@@ -470,3 +470,15 @@ def test_a_large_table_that_nothing_reads_is_asked_about():
     table = {"header": ["a"], "rows": [["x" * 50]] * 6}
     with pytest.raises(Rejected, match="nothing reads the column sheet, a long text"):
         read({"question": "What is it?", "answer": "a car", "sheet": table})
+
+
+def test_preferences_of_openai_are_read_by_columns():
+    row = {
+        "input": {"messages": [user("q")], "tools": []},
+        "preferred_output": [reply("a")],
+        "non_preferred_output": [reply("b")],
+    }
+    with pytest.raises(Rejected, match=r"messages stand in input.messages"):
+        read(row)
+    names = {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+    assert messages_of(row, "preference", names) == [user("q"), reply("a")]

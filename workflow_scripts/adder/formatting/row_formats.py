@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
 from adder.data.field_template import nested
-from adder.formatting.api_messages import is_calls, is_messages, is_other_part, is_said, text_of_parts
+from adder.formatting.api_messages import ROLE_KEYS, is_calls, is_messages, is_other_part, is_said, text_of_parts
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
 from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, doubtful, is_undesired, learns, refuse_lists
 from adder.formatting.messages import (
     BLANK,
     REASONING_KEYS,
+    ROLES,
     assistant,
     check_order,
     is_message,
@@ -665,12 +666,16 @@ def _with_dot(before: str, name: str) -> str:
 
 
 def _places_of_messages(row: Row) -> list[str]:
-    """The columns that hold messages, and the keys within columns that do."""
-    found = [name for name, value in row.items() if is_said(value)]
+    """The columns that hold messages, and the keys within columns that do; just replies are none."""
     within = [
-        (name, key) for name, value in row.items() if isinstance(value, dict) for key in value if is_said(value[key])
+        (f"{name}.{key}", one) for name, value in row.items() if isinstance(value, dict) for key, one in value.items()
     ]
-    return [*found, *(f"{name}.{key}" for name, key in within)]
+    return [place for place, value in (*row.items(), *within) if is_said(value) and any(map(_is_asked, value))]
+
+
+def _is_asked(message: Mapping[str, Any]) -> bool:
+    speaker = next((message[key] for key in ROLE_KEYS if key in message), None)
+    return isinstance(speaker, str) and ROLES.get(speaker.strip().lower()) == "user"
 
 
 def _unrecognised(row: Row, source: SourceFormat) -> Rejected:
