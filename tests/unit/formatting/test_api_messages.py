@@ -281,6 +281,7 @@ def test_items_that_make_one_turn_are_one_reply_and_others_are_several():
         ({"input": [user("q")], "output": [{"type": "web_search_call", "id": "w"}]}, "type 'web_search_call'"),
         ({"messages": [user("q"), {**reply("a"), "parts": [{"text": "b"}]}]}, "says two things"),
         ({"contents": "a text"}, "contents is not a list"),
+        ({"prompt": [{"text": "q"}, {"text": "r", "speaker": "x"}], "completion": "a"}, "nothing reads speaker"),
         ({"messages": [user("q"), reply("a")], "tools": [{"googleSearch": {}}]}, "tool 1 has no name"),
         ({"messages": [user("q"), reply("a")], "tools": [{"type": "web_search_20250305", "name": "w"}]}, "no function"),
         ({"messages": [user("q"), reply([{"type": "tool_result", "content": "x"}])]}, "a reply, has a tool's result"),
@@ -306,6 +307,7 @@ def test_where_a_message_says_something():
 def test_lists_of_messages_are_told_from_content_parts():
     assert is_messages([{"role": "user", "content": "q"}]) and is_messages([{"type": "human", "content": "q"}])
     assert is_messages(RESPONSES["output"]) and not is_messages([{"type": "text", "text": "q"}])
+    assert not is_messages([{"text": "q"}, {"text": "r"}])
     assert not is_messages(["q"]) and not is_messages([]) and not is_messages("q")
 
 

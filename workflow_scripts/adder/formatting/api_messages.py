@@ -118,6 +118,8 @@ def is_messages(value: Any) -> bool:
         return False
     if _kind_of_item(first) is not None:
         return True
+    if isinstance(first.get("text"), str) and not any(key in first for key in ROLE_KEYS):
+        return False
     return "type" not in first or any(key in first for key in ROLE_KEYS) or _speaker(first) is not None
 
 
@@ -300,6 +302,11 @@ def kind_of_part(part: Raw, where: str) -> tuple[Kind, Raw]:
             if isinstance(value, dict):
                 return found, {**value, **_marks(part)}
         keys = ", ".join(str(key)[:40] for key in list(part)[:8]) or "none"
+        if keyed == ["text"]:
+            shown = ", ".join(str(key)[:40] for key in others[:8])
+            raise Rejected(
+                "content is not text", f"{where} has a part with more than a text, and nothing reads {shown}"
+            )
         if not keyed and others:
             raise Rejected(OTHER_PART, f"{where} has a part with the keys {keys}")
         raise Rejected("content is not text", f"{where}: a part that is no text; its keys are {keys}")
