@@ -381,7 +381,8 @@ def main() -> None:
         arms = append(options)
         names = {arm["name"] for arm in arms}
         found["arms"] = [arm for arm in found["arms"] if arm["name"] not in names] + arms
-        found["ratios"]["append_one_to_first_run"] = round(arms[1]["seconds"] / arms[0]["seconds"], 4)
+        for key, unit in (("append_one_to_first_run", "seconds"), ("append_one_to_first_run_cpu", "cpu_seconds")):
+            found["ratios"][key] = round(arms[1][unit] / arms[0][unit], 4)
     else:
         found = compare(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
