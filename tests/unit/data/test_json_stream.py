@@ -89,3 +89,10 @@ def test_a_part_of_a_file_without_parts_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("a\n1\n")
     with pytest.raises(UserError, match=r"`split: train` names a list .* read as csv, which has no parts"):
         read(tmp_path / "rows.csv", split="train")
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "contents", "chat_history"])
+def test_a_file_of_one_conversation_is_one_row(tmp_path, key):
+    row = {"tools": [{"name": "f"}], key: [{"role": "user"}, {"role": "model"}]}
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=1))
+    assert read(tmp_path / "a.json") == [(1, row)]

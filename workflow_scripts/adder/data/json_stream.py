@@ -16,7 +16,8 @@ from adder.data.repeated_keys import refuse_repeated
 
 CHUNK = 1 << 20  # characters read at a time
 MARGIN = 16  # characters: the longest piece of a value that reads as broken when it is cut (-Infinity, \uXXXX)
-SINGLE_ROW_KEYS = ("messages", "conversations")  # lists that belong to one row rather than being a list of rows
+# Lists that belong to one row rather than being a list of rows.
+SINGLE_ROW_KEYS = ("messages", "conversations", "contents", "chat_history")
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeated)
 
@@ -41,8 +42,8 @@ def rows(open_text: Callable[[], TextIO], split: str | None = None) -> Iterator[
     """Yield the rows of one JSON document, which `open_text` opens anew as often as it must be read.
 
     Rows are the items of a list; the items of the list of objects under a key of an object, of several the one named
-    by `split`; or the cells of an object's lists of one length, side by side. An object with `messages` or
-    `conversations` is one row. Raises BrokenJSON, SeveralValues, SeveralLists or UnknownLayout.
+    by `split`; or the cells of an object's lists of one length, side by side. An object with one of SINGLE_ROW_KEYS
+    is one row. Raises BrokenJSON, SeveralValues, SeveralLists or UnknownLayout.
     """
     with open_text() as stream:
         document = Document(stream)
