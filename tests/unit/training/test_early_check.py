@@ -126,6 +126,21 @@ def test_layers_that_only_all_together_generate_are_not_refused(tmp_path, monkey
     assert check(inputs, tmp_path / "out", method="lora")["layers"] == 1
 
 
+def test_all_layers_are_tried_where_a_tensor_is_as_large_as_they_are_many(tmp_path):
+    """Gemma 4's embeddings for each layer."""
+    sizes = {"vocab_size_per_layer_input": len(tiny_tokenizer()), "hidden_size_per_layer_input": 8}
+    sizes |= {"global_head_dim": 8, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0, "head_dim": 8}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "sliding_window": 16}
+    settings = {**SHAPE, **sizes, "vocab_size": len(tiny_tokenizer())}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **settings)).save_pretrained(
+        tmp_path / "model"
+    )
+    assert first_of_each_kind(AutoConfig.from_pretrained(tmp_path / "model")) is not None
+    inputs = write_training_inputs(tmp_path / "inputs", tmp_path / "model", packs=2)
+    assert check(inputs, tmp_path / "out", method="lora")["layers"] == 4
+
+
 def test_tokens_that_the_model_has_no_embedding_for_are_refused_by_name(tmp_path):
     """As where somebody added a template's tokens to a tokenizer alone."""
     folder = save_tiny_model(tmp_path / "model", vocab_size=250)

@@ -23,6 +23,7 @@ from adder.core.choice import ChoiceRecord
 from adder.core.errors import UserError
 from adder.core.files import write_json
 from adder.core.rng import undisturbed
+from adder.core.safetensors_layout import stored_tensors
 from adder.core.stage_spec import Context
 from adder.kernels.trials import decide as trials
 from adder.kernels.trials import shapes
@@ -70,6 +71,8 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     _refuse_unknown_tokens(TokenTable(inputs.tokenize / "train.arrow"), whole, folder)
     layers = whole.get_text_config().num_hidden_layers
     few = first_of_each_kind(whole) if _names_no_layer(settings) and not adapter.is_dir() else None
+    if few and text_model.misshapen(_empty(few), stored_tensors(folder)):
+        few = None  # some of its tensors are as large as it has layers
     tried = few.get_text_config().num_hidden_layers if few else layers
     context.progress.say(f"trying packs on {tried} of the model's {layers} layers, on {device} in {dtype}")
     set_seed(train.seed)
@@ -159,11 +162,16 @@ def first_of_each_kind(config: PreTrainedConfig) -> PreTrainedConfig | None:
 
 def layer_kinds(config: PreTrainedConfig) -> list[Kind]:
     """Of each decoder layer what it is made of: its modules by name, their classes and what these were built with."""
-    with init_empty_weights():
-        model: PreTrainedModel = text_model.auto_class(config).from_config(config)
+    model = _empty(config)
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     layers = max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
     return [tuple(_made_of(name, module) for name, module in layer.named_modules()) for layer in layers]
+
+
+def _empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights."""
+    with init_empty_weights():
+        return text_model.auto_class(config).from_config(config)
 
 
 def _made_of(name: str, module: torch.nn.Module) -> tuple[str, str, tuple[tuple[str, str], ...]]:
