@@ -9,7 +9,8 @@ from adder.core import hardware
 
 
 def test_threads_are_all_cores_of_the_process_or_those_that_are_asked_for():
-    assert hardware.threads("auto") == hardware.available_cores() == len(os.sched_getaffinity(0))
+    assert hardware.threads("auto") == hardware.available_cores()
+    assert not hasattr(os, "sched_getaffinity") or hardware.available_cores() == len(os.sched_getaffinity(0))
     assert hardware.threads(3) == 3
     before = torch.get_num_threads()
     try:
