@@ -20,7 +20,7 @@ from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
-from adder.kernels import families, fp8
+from adder.kernels import families, fp8, tiles
 from adder.kernels.fused_lora import attach
 from adder.report import formatting
 from adder.report import run as report
@@ -48,6 +48,8 @@ def packs(tiny_model_dir, tmp_path_factory) -> PackedExamples:
 def hopper(monkeypatch):
     """A CPU that passes for a card with fp8; its products are the references. `auto` may take fp8 at any size."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tiles, "card_of", lambda device: tiles.HOPPER)
     monkeypatch.setattr(attach, "triton", object())
     monkeypatch.setattr(base_precision, "triton", object())
     monkeypatch.setattr(base_precision.hardware, "free_memory", lambda device: 10**9)
@@ -193,17 +195,18 @@ def test_auto_tries_fp8_only_where_it_may_pay(hopper, packs, monkeypatch, name, 
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "free", "message"),
+    ("card", "dtype", "free", "message"),
     [
-        ((8, 9), "bfloat16", 10**9, "compute capability 9.0"),
-        ((9, 0), "float16", 10**9, "train.compute_dtype: bfloat16"),
-        ((9, 0), "bfloat16", 100_000, "GiB for the weights"),
+        ("86", "bfloat16", 10**9, "compute capability 8.9"),
+        ("gfx942", "bfloat16", 10**9, "this one is AMD's"),
+        ("90", "float16", 10**9, "train.compute_dtype: bfloat16"),
+        ("90", "bfloat16", 100_000, "GiB for the weights"),
     ],
 )
 def test_where_fp8_cannot_be_had_auto_does_without_and_the_setting_is_refused(
-    hopper, packs, monkeypatch, capability, dtype, free, message
+    hopper, packs, monkeypatch, card, dtype, free, message
 ):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(tiles, "card_of", lambda device: tiles.card_named(card))
     monkeypatch.setattr(base_precision.hardware, "free_memory", lambda device: free)
     monkeypatch.setattr(base_precision, "parity", never)
     choice = base_precision.attach_fused_lora(untrained(), dtype, "auto", packs, Choice("fp8", "on another card"))
@@ -234,7 +237,7 @@ def test_fp8_that_a_trial_speaks_against_is_not_taken(hopper, packs, monkeypatch
 
 
 def test_a_card_below_hopper_has_fp8_where_a_trial_found_it_right(hopper, packs, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(tiles, "card_of", lambda device: tiles.card_named("89"))
     monkeypatch.setitem(families._known, "fp8", None)
     tolerate(monkeypatch, WIDE)
     assert base_precision.attach_fused_lora(untrained(), "bfloat16", "auto", packs).frozen_products.value == "fp8"

@@ -33,7 +33,7 @@ from adder.core.choice import Choice
 from adder.core.errors import UserError
 from adder.core.labels import IGNORE_INDEX
 from adder.core.rng import undisturbed
-from adder.kernels import families
+from adder.kernels import families, tiles
 from adder.kernels.fused_lora import attach as fused_lora
 from adder.kernels.fused_lora.weights import is_4bit
 from adder.kernels.labelled_loss import mean_loss
@@ -142,9 +142,13 @@ def lacks(model: PeftModel, dtype: str, share: float) -> str | None:
 
     `dtype`: of the other matmuls. `share`: of the free memory that the weights in fp8 may take.
     """
-    major, minor = torch.cuda.get_device_capability()
-    if major < 9 and not families.is_tried("fp8"):
-        return f"a GPU of compute capability 9.0 or later (Hopper), or a trial; this one has {major}.{minor}"
+    card = tiles.card_of(torch.device("cuda", torch.cuda.current_device()))
+    if not tiles.may_have_fp8(card):
+        kind = "AMD's" if card.vendor == "amd" else "NVIDIA's"
+        found = f"{card.capability[0]}.{card.capability[1]}"
+        return f"an NVIDIA GPU of compute capability 8.9 or later (Ada); this one is {kind}, {found}"
+    if card.capability < (9, 0) and not families.is_tried("fp8"):
+        return "a trial of its kernels on this card, which wasn't made"
     if dtype != "bfloat16":
         return f"train.compute_dtype: bfloat16, not {dtype}"
     if triton is None:

@@ -84,7 +84,7 @@ class TrainChoices(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the matrix products; `auto` takes what this hardware computes fastest without loss of range."""
     frozen_products: Literal["auto", "bf16", "fp8"] = "auto"
-    """Precision of the frozen base's products on a GPU. `fp8` (Hopper and later) is faster and coarser; a step on your
+    """Precision of the frozen base's products on a GPU. `fp8` (Ada and later) is faster and coarser; a step on your
     own packs shows by how much. `auto` takes it for hidden sizes from 2,048 on where that is next to nothing."""
     eval_samples: int = Field(default=64, ge=0)
     """Held-out examples for the evaluation loss while training; 0 for none."""
