@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from adder.kernels import tiles
 from adder.kernels.triton_utils import jit, next_power_of_2, runs_kernels, tl
 
-BLOCK_TOKENS = 64  # keys that a program reads at a time
 LOG2_E = 1.4426950408889634
 
 
@@ -30,7 +30,7 @@ def decode_attention(
     rows, heads, size = query.shape
     kv_heads = keys.shape[1]
     out = torch.empty(rows, heads, size, dtype=query.dtype, device=query.device)
-    wide = query.dtype == torch.float32
+    tile = tiles.decode_attention_tile(tiles.card_of(query.device), size, query.element_size())
     _decode_attention[(rows, kv_heads)](
         query,
         query.stride(0),
@@ -46,9 +46,9 @@ def decode_attention(
         size,
         next_power_of_2(heads // kv_heads),
         next_power_of_2(size),
-        BLOCK_TOKENS // 2 if wide else BLOCK_TOKENS,
-        num_warps=4,
-        num_stages=2 if wide else 3,
+        tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from adder.kernels import tiles
 from adder.kernels.triton_utils import jit, matmul_fp32, next_power_of_2, runs_kernels, tl, triton
 
 
@@ -94,7 +95,8 @@ def dropout_matmul(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, out: t
     if not runs_kernels(x, "dropout"):
         return _dropout_matmul_by_torch(x, a, seed, p, out)
     (rows, width), rank = x.shape, a.shape[0]
-    _dropout_matmul[(triton.cdiv(rows, 64),)](
+    tile = tiles.dropout_tiles(tiles.card_of(x.device), rank).matmul
+    _dropout_matmul[(triton.cdiv(rows, tile.block_m),)](
         x,
         x.stride(0),
         a,
@@ -107,8 +109,10 @@ def dropout_matmul(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, out: t
         drop_threshold(p),
         1 / (1 - p),
         next_power_of_2(rank),
-        64,
-        64,
+        tile.block_m,
+        tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
@@ -127,11 +131,12 @@ def dropout_matmul_grad_a(grad: torch.Tensor, x: torch.Tensor, seed: int, p: flo
     if not runs_kernels(x, "dropout"):
         return _dropout_matmul_grad_a_by_torch(grad, x, seed, p)
     (rows, width), rank = x.shape, grad.shape[1]
+    tile = tiles.dropout_tiles(tiles.card_of(x.device), rank).grad_a
     # Split K (here the rows) to fill the card with programs; their sums are added in a fixed order.
-    rows_per_split = max(256, triton.cdiv(triton.cdiv(rows, 16), 64) * 64)
+    rows_per_split = max(256, triton.cdiv(triton.cdiv(rows, 16), tile.block_m) * tile.block_m)
     splits = triton.cdiv(rows, rows_per_split)
     partial_sums = torch.empty(splits, rank, width, device=x.device, dtype=torch.float32)
-    _dropout_matmul_grad_a[(triton.cdiv(width, 128), splits)](
+    _dropout_matmul_grad_a[(triton.cdiv(width, tile.block_n), splits)](
         grad,
         grad.stride(0),
         x,
@@ -145,8 +150,10 @@ def dropout_matmul_grad_a(grad: torch.Tensor, x: torch.Tensor, seed: int, p: flo
         drop_threshold(p),
         1 / (1 - p),
         next_power_of_2(rank),
-        64,
-        128,
+        tile.block_m,
+        tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return partial_sums.sum(0)
 
@@ -167,7 +174,8 @@ def add_dropout_matmul_grad_x(total: torch.Tensor, grad: torch.Tensor, a: torch.
     if not runs_kernels(total, "dropout"):
         return _add_dropout_matmul_grad_x_by_torch(total, grad, a, seed, p)
     (rows, width), rank = total.shape, a.shape[0]
-    _add_dropout_matmul_grad_x[(triton.cdiv(rows, 64), triton.cdiv(width, 128))](
+    tile = tiles.dropout_tiles(tiles.card_of(total.device), rank).grad_x
+    _add_dropout_matmul_grad_x[(triton.cdiv(rows, tile.block_m), triton.cdiv(width, tile.block_n))](
         total,
         total.stride(0),
         grad,
@@ -180,8 +188,10 @@ def add_dropout_matmul_grad_x(total: torch.Tensor, grad: torch.Tensor, a: torch.
         drop_threshold(p),
         1 / (1 - p),
         next_power_of_2(rank),
-        64,
-        128,
+        tile.block_m,
+        tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 

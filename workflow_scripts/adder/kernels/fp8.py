@@ -1,6 +1,6 @@
 """Matmuls with frozen weights in fp8 (e4m3, Micikevicius et al. 2022, arXiv:2209.05433) with rowwise scales.
 
-For GPUs of compute capability 9.0 and later. Every row of activations or gradients is divided by a scale of its own, so
+For GPUs of compute capability 8.9 and later. Every row of activations or gradients is divided by a scale of its own, so
 that its largest absolute value, amax, becomes the largest of the format; weights have a scale an output for the forward
 direction and, quantised once more, a scale an input for the backward one. `torch._scaled_mm` multiplies and puts the
 scales back. LoRA is added in 16 bits. One value in e4m3, with three bits of mantissa, is off by at most 2^-4 of itself,
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from adder.kernels.triton_utils import Tile, jit, next_power_of_2, runs_kernels, tl, triton
+from adder.kernels import tiles
+from adder.kernels.triton_utils import jit, next_power_of_2, runs_kernels, tl, triton
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 # A row whose amax is below this counts as zeros: its scale must not be 0.
@@ -24,8 +25,8 @@ MIN_AMAX = 1e-12
 SIZE_MULTIPLE = 16
 # Up to this width a program holds a row from end to end and reads it once.
 MAX_SINGLE_PASS_WIDTH = 32768
-# Of quantise_and_matmul: a program's tile, how often K is split, and the largest rank that it takes.
-MATMUL_TILE, SPLITS, MAX_RANK = Tile(64, 128, 4, 4), 4, 128
+# Of quantise_and_matmul: how often K is split, and the largest rank that it takes.
+SPLITS, MAX_RANK = 4, 128
 
 
 @dataclass
@@ -147,9 +148,9 @@ def quantise_and_matmul(x: torch.Tensor, amax: torch.Tensor, b: torch.Tensor) ->
         return quantise(x), torch.mm(x, b)
     rows, width = x.shape
     result = empty_fp8(rows, width, x.device)
-    tile, splits = MATMUL_TILE, SPLITS
-    partial_sums = torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
-    _quantise_and_matmul[(triton.cdiv(rows, tile.block_m), splits)](
+    tile = tiles.quantise_and_matmul_tile(tiles.card_of(x.device), next_power_of_2(rank))
+    partial_sums = torch.empty(SPLITS, rows, rank, dtype=torch.float32, device=x.device)
+    _quantise_and_matmul[(triton.cdiv(rows, tile.block_m), SPLITS)](
         x,
         amax,
         b,
@@ -160,7 +161,7 @@ def quantise_and_matmul(x: torch.Tensor, amax: torch.Tensor, b: torch.Tensor) ->
         rows,
         width,
         rank,
-        triton.cdiv(triton.cdiv(width, splits), tile.block_n) * tile.block_n,
+        triton.cdiv(triton.cdiv(width, SPLITS), tile.block_n) * tile.block_n,
         tile.block_m,
         tile.block_n,
         next_power_of_2(rank),

@@ -18,20 +18,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from adder.kernels.triton_utils import Tile, jit, next_power_of_2, tl
-
-
-def tiles_for(head_size: int) -> tuple[Tile, Tile, Tile]:
-    """Tiles of forward, of the gradient to queries, and of that to keys and values.
-
-    A tile's rows are a token's query heads one after the other, its columns keys. Of some thirty settings each, those
-    that were fast on an H100 for short chats, long documents and single lines.
-    """
-    if head_size <= 64:
-        return Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 2)
-    if head_size <= 128:
-        return Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)
-    return Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 2)
+from adder.kernels import tiles
+from adder.kernels.tiles import Tile
+from adder.kernels.triton_utils import jit, next_power_of_2, tl
 
 
 class PackedAttention(torch.autograd.Function):
@@ -58,7 +47,7 @@ class PackedAttention(torch.autograd.Function):
         tokens, heads, size = query.shape
         out = torch.empty(tokens, heads, size, dtype=query.dtype, device=query.device)
         lse = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
-        tile, *ctx.tiles = tiles_for(size)
+        tile, *ctx.tiles = tiles.attention_tiles(tiles.card_of(query.device), size)
         ctx.arguments, ctx.schedule = _kernel_arguments(query, key, value, scale, window, cap), schedule
         table = schedule(heads // key.shape[1], tile.block_m, False)
         _launch(_attention_forward, tile, key.shape[1], table, (query, key, value, out, lse), ctx.arguments)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adder.kernels import tiles
 from adder.kernels.dropout import drop_threshold, dropout_mask, dropped, keep_mask
 from adder.kernels.fp8 import (
     RowwiseFp8,
@@ -25,7 +26,6 @@ from adder.kernels.fp8 import (
     store_row_as_fp8,
 )
 from adder.kernels.triton_utils import (
-    Tile,
     jit,
     matmul_fp32,
     next_power_of_2,
@@ -40,9 +40,7 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 MAX_SINGLE_PASS_WIDTH = 16384
 # Ranks that lora_swiglu_fp8 can hold: the accumulators of the down projection's h·Aᵀ stay in registers.
 MAX_FUSED_RANK = 64
-FORWARD_TILE = Tile(16, 128, 4, 3)
-# Of 13 settings on an H100 good for all: with and without deferred LoRA, with dropout, at ranks 16 and 64.
-BACKWARD_TILE, SPLITS = Tile(32, 64, 4, 2), 16
+SPLITS = 16  # of the rows, in swiglu_backward
 
 
 def swiglu_into(gate_up: torch.Tensor, activation: str, out: torch.Tensor, with_fp8: bool = False) -> RowwiseFp8 | None:
@@ -129,7 +127,7 @@ def lora_swiglu_fp8(
     low_rank = torch.empty(rows, down_a.shape[0], dtype=gate_up.dtype, device=gate_up.device)
     hidden = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     ranks = [matrix.shape[-1] if matrix is not None else 0 for matrix in (down_a.t(), gate_low_rank, up_low_rank)]
-    tile = FORWARD_TILE
+    tile = tiles.lora_swiglu_fp8_tile(max(ranks))
     _lora_swiglu_fp8[(triton.cdiv(rows, tile.block_m),)](
         gate_up,
         *_with_strides(gate_up, gate_low_rank, deferred.gate_b, up_low_rank, deferred.up_b),
@@ -149,7 +147,7 @@ def lora_swiglu_fp8(
         next_power_of_2(ranks[0], 2 * tile.block_m) if ranks[0] else 0,
         *(next_power_of_2(rank) if rank else 0 for rank in ranks[1:]),
         tile.block_m,
-        _block_n(tile, ranks),
+        tile.block_n,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -185,11 +183,6 @@ def _with_deferred(
         if low_rank is not None and b is not None:
             halves[i] = halves[i] + low_rank.float() @ b.float().t()
     return torch.cat(halves, -1).to(gate_up.dtype)
-
-
-def _block_n(tile: Tile, ranks: list[int]) -> int:
-    """The tile's BLOCK_N, less with large ranks."""
-    return tile.block_n if max(ranks) <= 16 else min(tile.block_n, 64 if max(ranks) <= 64 else 32)
 
 
 def _with_strides(stand_in: torch.Tensor, *matrices: torch.Tensor | None) -> list[torch.Tensor | int]:
@@ -283,8 +276,7 @@ def _swiglu_backward_by_kernel(
     d_down_low_rank, down_a = down or (None, None)
     low_ranks = (d_down_low_rank, gate_low_rank, up_low_rank)
     ranks = [matrix.shape[-1] if matrix is not None else 0 for matrix in low_ranks]
-    tile = BACKWARD_TILE
-    block_n = _block_n(tile, ranks)
+    tile = tiles.swiglu_backward_tile(tiles.card_of(gate_up.device), max(ranks))
     splits = max(1, min(SPLITS, rows // 256))
     rows_per_split = triton.cdiv(triton.cdiv(rows, splits), tile.block_m) * tile.block_m
     d_gate_up = torch.empty_like(gate_up)
@@ -294,7 +286,7 @@ def _swiglu_backward_by_kernel(
     ]
     amax = None if deferred is None else torch.zeros(rows, device=grad.device, dtype=torch.float32)
     lacks = deferred or DeferredLora(None, None, None)
-    _swiglu_backward[(triton.cdiv(width, block_n), splits)](
+    _swiglu_backward[(triton.cdiv(width, tile.block_n), splits)](
         gate_up,
         grad,
         grad.stride(0),
@@ -320,7 +312,7 @@ def _swiglu_backward_by_kernel(
         lacks.bias is not None,
         *(next_power_of_2(rank) if rank else 0 for rank in ranks),
         tile.block_m,
-        block_n,
+        tile.block_n,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from adder.kernels import tiles
 from adder.kernels.families import Family, why_off
 
 if TYPE_CHECKING:
@@ -36,14 +37,8 @@ else:
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
-
-class Tile(NamedTuple):
-    """The block of a matrix that a program of a kernel computes at a time, and how Triton is to compile that."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
+# Families whose kernels have matmuls.
+WITH_MATMULS = {"adder_triton", "swiglu_backward", "dropout", "fp8", "decode_attention"}
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -54,10 +49,15 @@ def jit(function: Callable[..., Any]) -> Any:
 def runs_kernels(tensor: torch.Tensor, family: Family) -> bool:
     """Whether work on this tensor is done by a family's kernels, and not by their references.
 
-    On a GPU it is where Triton is installed (torch's wheels for Windows and Jetson come without) and no trial has
-    switched the family off.
+    On a GPU it is where Triton is installed (torch's wheels for Windows and Jetson come without), compiles for this
+    card, with tensor cores where the family needs them, and no trial has switched the family off.
     """
-    return (INTERPRETED or (tensor.is_cuda and triton is not None)) and why_off(family) is None
+    if why_off(family) is not None:
+        return False
+    if INTERPRETED or not tensor.is_cuda or triton is None:
+        return INTERPRETED
+    card = tiles.card_of(tensor.device)
+    return tiles.multiplies(card) if family in WITH_MATMULS else tiles.compiles(card)
 
 
 def next_power_of_2(n: int, minimum: int = 16) -> int:

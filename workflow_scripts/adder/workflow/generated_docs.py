@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from adder.workflow import row_format_docs, score_docs, settings_docs, stage_docs
+from adder.workflow import card_docs, row_format_docs, score_docs, settings_docs, stage_docs
 
 # Table by the page that it stands in and the name that its marks have.
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
@@ -14,6 +14,7 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/architecture.md", "stages"): stage_docs.table,
     ("docs/data.md", "row formats"): row_format_docs.table,
     ("docs/data.md", "forms"): row_format_docs.forms,
+    ("docs/cards.md", "cards"): card_docs.table,
     ("docs/evaluation.md", "scores"): score_docs.table,
 }
 PROFILE = "profiles/slurm/config.yaml"
