@@ -47,8 +47,10 @@ $(VENV)/.libraries: envs/requirements.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-$(VENV)/.ready-dev: envs/requirements-dev.lock $(VENV)/.ready
+$(VENV)/.ready-dev: envs/requirements-dev.lock envs/triton.lock $(VENV)/.ready
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@$(BIN)/python -c 'import triton' 2> /dev/null || \
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r envs/triton.lock
 	@touch $@
 
 test: lint pytest

@@ -1,12 +1,15 @@
 """The environments agree with one another: what is asked for, the locks, conda's, the package's own ranges."""
 
 import ast
+import importlib.metadata
+import importlib.util
 import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import torch
 import yaml
 from packaging.requirements import Requirement
 
@@ -26,7 +29,7 @@ def canonical(name: str) -> str:
 
 def requirements(name: str) -> dict[str, str]:
     """{package: pinned version, or ""} of a requirements file."""
-    lines = [line.partition("#")[0].strip() for line in (ENVS / name).read_text().splitlines()]
+    lines = [re.split("[#;]", line)[0].strip() for line in (ENVS / name).read_text().splitlines()]
     pairs = [line.partition("==")[::2] for line in lines if line and not line.startswith("-r")]
     return {canonical(package): version for package, version in pairs}
 
@@ -61,6 +64,14 @@ def test_locks_hold_what_is_asked_for():
 def test_the_locks_agree():
     plain, dev = requirements("requirements.lock"), requirements("requirements-dev.lock")
     assert plain.items() <= dev.items()
+
+
+def test_the_tests_triton_is_pinned_apart_from_the_locks():
+    """A CUDA torch asks for the Triton that it was built with: no lock may ask for another."""
+    (version,) = requirements("triton.lock").values()
+    assert version and not any("triton" in requirements(f"requirements{dev}.lock") for dev in ("", "-dev"))
+    installed = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else version
+    assert installed == version or torch.version.cuda is not None
 
 
 def test_condas_environment_asks_for_the_same():

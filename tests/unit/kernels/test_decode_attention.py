@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adder.kernels import decode_attention
-from kernel_cases import DEVICE, ROUNDING, both_types, kernel, off, random
+from kernel_cases import DEVICE, ROUNDING, kernel, matmul_types, off, random
 
 SHAPES = [(5, 8, 2, 64, 200), (3, 4, 4, 128, 70), (2, 9, 3, 80, 130)]  # rows, heads, key-value heads, size, capacity
 
@@ -39,7 +39,7 @@ def test_a_row_sees_what_it_holds_and_nothing_else(shape):
 
 
 @kernel
-@both_types
+@matmul_types
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_is_its_reference(dtype, shape):
     torch.manual_seed(0)
