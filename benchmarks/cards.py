@@ -295,21 +295,24 @@ class Driver:
         rstd = some(TOKENS, kind=torch.float32)
         rmsnorm.rms_norm_backward(grad, x, some(model.hidden), rstd, plus_one, x, with_fp8)
         swiglu.swiglu_into(some(TOKENS, 2 * model.mlp), model.activation, some(TOKENS, model.mlp, gap=64), with_fp8)
+        if not with_fp8:
+            swiglu.swiglu_backward_alone(some(TOKENS, 2 * model.mlp), some(TOKENS, model.mlp, gap=64), model.activation)
         table = some(128, model.head_size)
         query, key = (some(TOKENS, count, model.head_size) for count in (model.heads, model.kv_heads))
         rope.rope_backward((query, key, key), table, table, with_fp8)
 
     def frozen(self) -> None:
-        """RoPE in place, the LM head's loss, NF4's values, and fp8's."""
+        """RoPE in place, the LM head's loss, dropped values, NF4's, and fp8's."""
         import torch
 
-        from adder.kernels import fp8, lm_head_loss, nf4, rope
+        from adder.kernels import dropout, fp8, lm_head_loss, nf4, rope
 
         model, some = self.model, self.some
         table, rotated = some(128, model.head_size), model.heads + model.kv_heads
         qkv = some(TOKENS, (rotated + model.kv_heads) * model.head_size).unflatten(1, (-1, model.head_size))
         rope.apply_rope(qkv[:, :rotated], table, table)
         lm_head_loss.cross_entropy_in_place(some(8, model.vocabulary), torch.zeros(8, dtype=torch.int64))
+        dropout.dropped(some(TOKENS, model.mlp, gap=64), 1, 0.05)
         absmax, code = some(model.hidden * 64, kind=torch.float32), some(16, kind=torch.float32)
         state: Any = SimpleNamespace(absmax=absmax, nested=False, code=code, blocksize=64)
         packed = torch.zeros(model.hidden * 2048, dtype=torch.uint8)

@@ -56,7 +56,7 @@ def test_other_cards_tiles_compute_the_same(monkeypatch, dtype, heads, groups, s
 def compare_with_segments(dtype, heads, groups, size, window, cap) -> None:
     """Output and gradients as relative norms against fp32: 0.005 in bf16, whose values are off by 2^-9 (weights,
     scores' gradients and results are each rounded once), an eighth of that in fp16. The same bits every time."""
-    lengths = [70, 3, 1, 40] if triton_utils.INTERPRETED else [70, 3, 1, 145, 700, 128, 65, 33]
+    lengths = [70, 3, 1] if triton_utils.INTERPRETED else [70, 3, 1, 145, 700, 128, 65, 33]
     generator = torch.Generator().manual_seed(0)
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
     # Side by side, as the joint matmul of a layer leaves them.

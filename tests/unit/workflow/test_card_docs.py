@@ -20,7 +20,7 @@ def test_every_card_has_its_row():
 @pytest.mark.parametrize(
     ("called", "said"),
     [
-        ("T4", "7.5 | fp16, scaled | each example by itself, by torch | LM head's loss | no: PEFT's layers | no |"),
+        ("T4", "7.5 | fp16, scaled | each example by itself, by torch | those without matmuls | with torch's"),
         ("RTX 3090, A10G", "8.6 | bf16 | Adder's kernel | all | yes | no |"),
         ("RTX 5090", "12.0 | bf16 | Adder's kernel | all | yes | where a trial step agrees |"),
         ("MI300X", "gfx942 | bf16 | Adder's kernel | all | yes | no |"),
@@ -38,7 +38,7 @@ def test_nothing_is_called_compiled_that_was_not():
     for line in card_docs.table().splitlines()[2:]:
         called, capability, *_, tried = (cell.strip() for cell in line.strip("|").split(" | "))
         assert (tried == "run for real") == (called in {"H100", "H200"})
-        assert (tried == "not tried") == (capability not in compiled)
+        assert tried == "run for real" or (tried == "not tried") == (capability not in compiled)
 
 
 def test_memory_is_counted_as_it_was_measured():

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from adder.kernels import tiles
 from adder.kernels.fp8 import RowwiseFp8, add_lora_reference, empty_fp8, quantise_reference, scale_of_amax
 from adder.kernels.triton_utils import jit, next_power_of_2, runs_kernels, tl, triton
-
-# Tokens and warps of a program of add_lora_and_rope, which has one head.
-BLOCK_TOKENS, NUM_WARPS = 64, 4
 
 
 def apply_rope(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -123,7 +121,8 @@ def add_lora_and_rope(
     if not runs_kernels(y, "fp8"):
         return add_lora_and_rope_reference(y, low_rank, b, bias, cos, sin, head_size, rotated_heads)
     (rows, width), rank = y.shape, b.shape[1]
-    _add_lora_and_rope[(triton.cdiv(rows, BLOCK_TOKENS), width // head_size)](
+    tile = tiles.add_lora_and_rope_tile(tiles.card_of(y.device), next_power_of_2(head_size // 2))
+    _add_lora_and_rope[(triton.cdiv(rows, tile.block_m), width // head_size)](
         y,
         low_rank,
         low_rank.stride(0),
@@ -139,11 +138,11 @@ def add_lora_and_rope(
         rotated_heads,
         head_size // 2,
         bias is not None,
-        BLOCK_TOKENS,
-        next_power_of_2(head_size // 2),
+        tile.block_m,
+        tile.block_n,
         min(64, next_power_of_2(rank)) if rank else 16,
-        num_warps=NUM_WARPS,
-        num_stages=1,  # most loops over ranks have one round
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 

@@ -198,3 +198,8 @@ def decode_attention_tile(card: Card, head_size: int, element_size: int) -> Tile
     bytes_a_stage = 2 * keys * head_size * element_size
     beside = 16 * KIB  # queries and scores
     return Tile(1, keys, 4, min(2 if wide else 3, 1 + (card.shared_bytes - beside) // bytes_a_stage))
+
+
+def add_lora_and_rope_tile(card: Card, half_head: int) -> Tile:
+    """The tile of rope.add_lora_and_rope: tokens, and half a head. One stage: most loops over ranks have one round."""
+    return Tile(64, half_head, 8 if half_head > 64 and not has_warpgroups(card) else 4, 1)

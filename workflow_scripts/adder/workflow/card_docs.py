@@ -10,7 +10,7 @@ GIB = 2**30
 GB = 10**9
 # What a run was made on, and what benchmarks/cards.py compiles the kernels for (benchmarks/results/cards.json).
 RUN_ON = ("H100", "H200")
-COMPILED_FOR = ("8.6",)
+COMPILED_FOR = ("7.5", "8.6", "12.0")
 # QLoRA as counted here: tokens a micro-batch, every layer computed anew in backward, LoRA's rank on all projections.
 TOKENS, RANK = 2048, 16
 # CUDA's context and kernels, and the gaps that an allocator leaves, GiB.
@@ -88,8 +88,8 @@ def _line(row: Row) -> str:
         capability,
         "bf16" if dtype.value == "bfloat16" else "fp16, scaled",
         "Adder's kernel" if multiplies else "each example by itself, by torch",
-        "all" if multiplies else "LM head's loss" if tiles.compiles(card) else "none: not a target of Triton's",
-        "yes" if multiplies else "no: PEFT's layers",
+        "all" if multiplies else "those without matmuls" if tiles.compiles(card) else "none: not a target of Triton's",
+        "yes" if multiplies else "with torch's matmuls" if tiles.compiles(card) else "no: PEFT's layers",
         "where a trial step agrees" if tiles.may_have_fp8(card) else "no",
         largest_model(row.gigabytes),
         _tried(row, capability),
