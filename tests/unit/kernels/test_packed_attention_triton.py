@@ -38,7 +38,7 @@ def test_every_block_of_every_example_is_listed_once_the_longest_first(rows, blo
         (6, 2, 80, 50, None),
         (9, 3, 64, None, 2.0),
         (2, 1, 256, 20, 5.0),
-        (32, 8, 16, None, None),
+        (8, 2, 16, None, None) if triton_utils.INTERPRETED else (32, 8, 16, None, None),
     ],
 )
 def test_packed_attention_by_kernels_is_attention_example_by_example(dtype, heads, groups, size, window, cap):
