@@ -224,7 +224,7 @@ class LayoutLearner:
         self.backend = tokenizer.backend_tokenizer
         self.added = tokenizer.added_tokens_decoder
         self.unknown = tokenizer.unk_token_id
-        self.twice = 2 * (tokenizer.bos_token or "\0")
+        self.twice = 2 * str(tokenizer.bos_token or "\0")
 
     def learn(self, messages: list[Message], tools: Tools | None, rendered: Rendered) -> Layout | None:
         """The layout of messages and of the text that was made of them; None if it has none that is simple."""
