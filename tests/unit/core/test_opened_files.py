@@ -1,6 +1,7 @@
 """What code of the user's opens is seen, and held against what it is later."""
 
 import json
+import linecache
 import os
 import socket
 import sqlite3
@@ -35,6 +36,9 @@ def test_what_is_opened_to_be_read_is_seen_in_whichever_way(tmp_path, monkeypatc
             open(file.fileno(), closefd=False).close()
         open(json.__file__).close()  # Python's own
         open("/proc/self/stat").close()
+        open(opened_files.__file__).close()
+        linecache.clearcache()
+        assert "What code of the user's" in linecache.getline(__file__, 1)  # as a warning shows it
     (tmp_path / "outside").read_text()
     opened = watch.opened
     assert {path.name for path in opened} == {"open", "os", "bytes", "relative", "database", "both", "absent"}

@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,14 +15,22 @@ from adder.core.file_digests import FileDigests, Stamp
 from adder.core.stage_spec import Context
 
 # Of Python, its libraries and their caches, and the system: not what a user's code reads of its own.
-CACHES = (os.environ.get(name) for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE"))
-NOT_OWN = tuple(
-    f"{os.path.realpath(place)}{os.sep}"
-    for place in (
-        *(sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()),
-        *("/usr", "/etc", "/proc", "/sys", "/dev", "/lib", "/run"),
-        *("~/.cache".replace("~", os.path.expanduser("~")), *filter(None, CACHES)),
-    )
+CACHES = map(
+    os.environ.get, ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+)
+HIDDEN = os.path.join(os.path.expanduser("~"), ".")  # .cache, .local, .triton, .config and the like
+COMPILED = os.path.join(tempfile.gettempdir(), "torchinductor_")
+NOT_OWN = (
+    HIDDEN,
+    COMPILED,
+    *(
+        f"{os.path.realpath(place)}{os.sep}"
+        for place in (
+            *(sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), Path(__file__).parents[1]),
+            *("/usr", "/etc", "/proc", "/sys", "/dev", "/lib", "/run"),
+            *filter(None, CACHES),
+        )
+    ),
 )
 SHOWN = 5  # names of files in a sentence
 ASKS = {
@@ -87,7 +96,7 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
     if event in ASKS:
         for watch in _watching:
             watch.asked.add(ASKS[event])
-    if event not in ("open", "sqlite3.connect"):
+    if event not in ("open", "sqlite3.connect") or _is_for_a_message():
         return
     name, flags = arguments[0], arguments[2] if event == "open" else os.O_RDONLY
     if isinstance(name, bytes | os.PathLike):
@@ -98,10 +107,24 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
             watch.see(name, is_written)
 
 
+def _is_for_a_message() -> bool:
+    """Whether a file is opened to show one of its lines, in a warning or a traceback."""
+    frame = sys._getframe(2)
+    for _ in range(4):
+        if frame is None:
+            break
+        if frame.f_globals.get("__name__") == "linecache":
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextlib.contextmanager
-def noted(whose: str, known: Iterable[Path], also_read: dict[str, str], context: Context) -> Iterator[None]:
+def noted(
+    whose: str, known: Iterable[Path], also_read: dict[str, str], context: Context, only_files: bool = False
+) -> Iterator[None]:
     """Add to `also_read` the digests of what code of the user's, the file `whose`, opens inside beside what is `known`
-    to decide the result, and say so.
+    to decide the result, and say so; also what it asks of others, unless `only_files`, as where libraries ask as well.
 
     Raises UserError where that changes meanwhile.
     """
@@ -117,7 +140,7 @@ def noted(whose: str, known: Iterable[Path], also_read: dict[str, str], context:
             f"{whose} also reads {len(found):,} files that the settings don't name: {names}. Where one changes, this "
             "stage runs anew"
         )
-    if watch.asked:
+    if watch.asked and not only_files:
         context.progress.say(
             f"{whose} asks {' and '.join(sorted(watch.asked))}: nothing tells when these answer otherwise, so this "
             "stage doesn't run anew for it"

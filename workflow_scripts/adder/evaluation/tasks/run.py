@@ -66,7 +66,7 @@ def run(settings: TaskSettings, inputs: TaskInputs, out: Path, context: Context)
         return _evaluate(settings, inputs, out, context)
     known = [*task_files(settings, Path.cwd()), *files_in(inputs.model), *files_in(inputs.tokenize)]
     also_read: dict[str, str] = {}
-    with opened_files.noted(settings.path, known, also_read, context):
+    with opened_files.noted(settings.path, known, also_read, context, only_files=True):
         found = _evaluate(settings, inputs, out, context)
     return {**found, "also_read": also_read} if also_read else found
 
