@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from adder.core.errors import UserError
 from adder.training import adaptable_layers, lora
-from architectures import ARCHITECTURES, tiny_architecture
+from architectures import ARCHITECTURES, SHAPE, tiny_architecture
 from training_stage import train_settings
 from vision_models import VISION_MODELS, save_vision_model
 
@@ -45,6 +45,19 @@ def test_routers_get_no_pair(name):
 def test_weights_that_code_reads_by_itself_get_no_pair(name):
     left = adaptable_layers.unadaptable(tiny_architecture(name))
     assert last_parts(layer for layer, reason in left.items() if "directly" in reason) == set(READ_DIRECTLY[name])
+
+
+def test_layers_that_share_a_weight_get_no_pair():
+    """Zamba's attention, which several layers hold: what a pair of each learnt couldn't be merged into one tensor."""
+    kinds = ["mamba", "mamba", "hybrid"] * 2
+    settings = {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "layers_block_type": kinds}
+    settings |= {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4, "mamba_dt_rank": 4}
+    settings |= {"mamba_d_state": 8, "n_mamba_heads": 2, "use_mamba_kernels": False}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("zamba", **{**SHAPE, **settings}))
+    shared = {name for name, reason in adaptable_layers.unadaptable(model).items() if "shares its weight" in reason}
+    assert last_parts(shared) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    adapted = {name for name, _ in lora.layers(lora.add_adapter(model, train_settings(method="lora", lora_r=4)))}
+    assert adapted and not adapted & shared
 
 
 def test_everywhere_else_all_linear_layers_do():

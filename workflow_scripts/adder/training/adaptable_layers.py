@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adder.core.text_model import text_modules
+from adder.core.text_model import text_modules, tied
 
 # What a mixture of experts is routed by: classes, or last parts of names.
 ROUTER_CLASS = re.compile(r"Router|TopKGat|MoEGate|MoeGate|GateLinear")
@@ -27,11 +27,15 @@ def unadaptable(model: PreTrainedModel) -> dict[str, str]:
     """Linear layers, the LM head apart, that get no pair and aren't quantised, each with the reason."""
     modules = dict(model.named_modules())
     text, head = text_modules(model), model.get_output_embeddings()
+    partners = tied(model)
+    shared = {*partners, *partners.values()}
     found: dict[str, str] = {}
     for name, layer in linear_layers(model).items():
         if layer is head:
             continue
         reason = _reason(name, modules, text, model)
+        if f"{name}.weight" in shared:  # a pair of its own for each could be trained, and not merged into one tensor
+            reason = "shares its weight with another layer"
         if reason:
             found[name] = reason
     return found
