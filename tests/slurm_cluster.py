@@ -123,7 +123,7 @@ class Cluster:
         """The node after lose_node, ready for jobs."""
         self.start_node(node)
         # It comes back by registering. An update of its state before that would only delay it.
-        self._until(lambda: self.command("sinfo", "-h", "-n", node, "-p", "cpu", "-o", "%T").strip() == "idle", node)
+        self._until(lambda: "State=IDLE" in self.command("scontrol", "show", "node", node), node)
 
     def command(self, *arguments: str) -> str:
         """What a command of Slurm's says. Raises AssertionError where it fails."""

@@ -45,163 +45,6 @@ def test_what_slurm_cant_take_is_one_sentence_before_downloads(project, wrong, t
     assert not project.cluster.jobs()
 
 
-class Story(NamedTuple):
-    """What became of one run to the report: what was shown, first by a Snakemake that was killed in its training."""
-
-    killed: str
-    shown: str
-    jobs: list[str]  # Slurm's number of the training's job: at first, adopted, on the other node, after its limit
-    nodes: list[str]
-    seconds_left: float  # of its limit, when it had been told of it
-    resumed: list[str]
-
-
-@pytest.fixture(scope="module")
-def story(project) -> Story:
-    cluster = project.cluster
-    first = project.start(config=LONG)
-    first.until(project.checkpoints, "a checkpoint")
-    begun = project.job("train_adapter")
-    with cluster.paused(begun["id"]):
-        # So that what it says is passed on.
-        first.until(lambda: re.search(r"^train: .*step", first.shown, re.MULTILINE), "its progress")
-        first.kill()
-        second = project.start(config=LONG)
-        second.until(lambda: "of an earlier start goes on" in second.shown, "the job was adopted")
-        adopted = project.job("train_adapter")
-        cluster.lose_node(adopted["node"])
-    # A real cluster needs minutes to find a node lost. By then the lease of the process that was there is long old.
-    for lease in (project.folder / "results").glob("stages/train/.*.lock*"):
-        os.utime(lease, (0, 0))
-    newest = _steps(project)
-    second.until(lambda: _steps(project) > newest, "it went on on the other node")
-    elsewhere = project.job("train_adapter")
-    with cluster.paused(elsewhere["id"]):
-        cluster.bring_node_back(adopted["node"])
-        limit = _give_three_minutes(project, elsewhere["id"])
-        # Slurm looks for jobs that are near their limits every 30 seconds.
-        time.sleep(31)
-        left = limit - time.monotonic()
-    second.until(lambda: project.job("train_adapter").get("state") == "PENDING", "it was in the queue again")
-    again = project.job("train_adapter")
-    cluster.command("scontrol", "update", f"jobid={again['id']}", "timelimit=60")
-    shown = second.ends(0)
-    return Story(
-        killed=first.shown,
-        shown=shown,
-        jobs=[job["id"] for job in (begun, adopted, elsewhere, again)],
-        nodes=[job["node"] for job in (begun, adopted, elsewhere)],
-        seconds_left=left,
-        resumed=re.findall(r"^train: continuing from the checkpoint at step (\d+)", shown, flags=re.MULTILINE),
-    )
-
-
-def _steps(project: SlurmProject) -> int:
-    return max((int(path.parent.name.partition("-")[2]) for path in project.checkpoints()), default=0)
-
-
-def _give_three_minutes(project: SlurmProject, job: str) -> float:
-    """Let a job's time limit be two to three minutes away; when that is, by time.monotonic()."""
-    used = slurm_job.seconds(project.cluster.command("squeue", "-h", "-j", job, "-o", "%M"))
-    assert used is not None
-    minutes = int(used // 60) + 3
-    project.cluster.command("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
-    return time.monotonic() + minutes * 60 - used
-
-
-def test_the_shipped_profile_with_account_and_partitions_runs_to_the_report(project, story):
-    assert (project.folder / "results" / "default" / "report.html").exists()
-    assert (project.folder / "results" / "default" / "merged_model" / "config.json").exists()
-    assert not project.cluster.jobs()
-
-
-def test_each_stage_asks_for_what_it_declares(project, story):
-    asked = project.asked()
-    parameters = read_json(next((project.folder / "results").glob("stages/model/*/source.json")))["parameters"]
-    specs = {spec.rule: spec for spec in SPECS.values() if not spec.local and spec.rule in asked}
-    assert {"format_data", "train_adapter", "merge_adapter", "evaluate_model", "write_report"} <= specs.keys()
-    for rule, spec in specs.items():
-        job, cores = asked[rule], spec.threads or CLUSTER_CORES
-        assert (job["ReqCPUS"], job["cpu"]) == (str(cores), str(cores)), rule
-        assert job["mem"] == f"{spec.megabytes(Runtime(), parameters)}M", rule
-        assert job.get("gres/gpu") == ("1" if spec.gpu else None), rule
-        assert job["Partition"] == ("gpu" if spec.gpu else "cpu") and job["Account"] == ACCOUNT
-        if spec.name != "train":  # whose limit was changed here
-            assert _minutes(job["Timelimit"]) == spec.minutes, rule
-
-
-def _minutes(text: str) -> int:
-    days, _, clock = text.rpartition("-")
-    hours, minutes, _ = clock.split(":")
-    return (int(days or 0) * 24 + int(hours)) * 60 + int(minutes)
-
-
-def test_gpus_and_cpus_are_those_of_runtime(project, story):
-    """More than a node here has, which is said at once."""
-    config = {**LONG, "runtime": {"gpus": 4, "threads": 6}}
-    shown = project.start("--forcerun", "train_adapter", config=config).ends(1, seconds=120)
-    told = r"can't take train_adapter \(.* 6 CPUs, 4 GPUs, 8000 MB, 1440 minutes\): Requested node configuration is not"
-    assert re.search(told, shown), shown
-
-
-def test_a_rerun_adopts_the_running_job_of_a_killed_snakemake(story):
-    assert story.jobs[0] == story.jobs[1]
-    assert re.search(
-        rf"Slurm job {story.jobs[0]} \(train_adapter \w+, runs on node\d\) of an earlier start goes on", story.shown
-    )
-    assert "train_adapter" not in "".join(re.findall(r"has been submitted with SLURM jobid .*", story.shown))
-
-
-def test_the_job_of_a_lost_node_goes_on_on_another_from_its_checkpoint(story):
-    assert story.jobs[2] == story.jobs[0] and {*story.nodes[1:]} == {*NODES}
-    assert len(story.resumed) == 2 and int(story.resumed[0]) > 0
-
-
-def test_at_its_time_limit_a_training_goes_back_into_the_queue_and_on_until_it_is_done(project, story):
-    assert story.seconds_left >= 60 and story.jobs[3] == story.jobs[0]
-    assert "train: the job's time limit is near: it went back into the queue" in story.shown
-    assert int(story.resumed[1]) > int(story.resumed[0])
-    assert project.train_record()["attempts"] == 3
-
-
-def test_people_see_job_node_state_reason_log_and_progress(story):
-    number = story.jobs[0]
-    assert re.search(
-        rf"^Slurm job {number} \(train_adapter \w{{12}}, runs on node\d\); log: /\S+/{number}\.log$", story.killed, re.M
-    )
-    assert re.search(rf"^Slurm job {number} \(train_adapter \w+, pending: \w+\)$", story.shown, re.M)
-    assert re.search(r"^train: .*step \d+", story.killed, re.M) and re.search(r"^evaluate: done in ", story.shown, re.M)
-
-
-def _training(project: SlurmProject) -> Started:
-    """A start whose training is at work."""
-    before = _steps(project)
-    started = project.start("--forcerun", "train_adapter", config={"train": {**LONG["train"], "seed": 7}})
-    started.until(lambda: _steps(project) > before, "a checkpoint")
-    return started
-
-
-def test_scancel_ends_the_run_with_a_checkpoint_and_no_new_job(project, story):
-    started = _training(project)
-    job = project.job("train_adapter")["id"]
-    project.cluster.command("scancel", job)
-    shown = started.ends(1)
-    assert (
-        f"SLURM-job '{job}' failed, SLURM status is: 'CANCELLED'" in shown and "went back into the queue" not in shown
-    )
-    assert not project.cluster.jobs() and project.checkpoints()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_end_snakemake_and_its_jobs(project, story, number):
-    started = _training(project)
-    os.kill(started.process.pid, number)
-    shown = started.ends(1, seconds=120)
-    assert "Traceback" not in shown
-    until(lambda: not project.cluster.jobs(), lambda: "end of the job")
-    assert not (project.folder / "results" / ".lock").exists() and project.checkpoints()
-
-
 CONTENDER = """
 import os, sys, time
 from pathlib import Path
@@ -257,3 +100,160 @@ def test_the_lease_of_a_lost_node_is_taken_over(project, tmp_path):
     finally:
         project.cluster.bring_node_back("node1")
     assert _lines(out)[2:] == ["node2 has it", "node2 lets go"] and not list(tmp_path.glob("*.lock*"))
+
+
+class Story(NamedTuple):
+    """What became of one run to the report: what was shown, first by a Snakemake that was killed in its training."""
+
+    killed: str
+    shown: str
+    jobs: list[str]  # Slurm's number of the training's job: at first, adopted, on the other node, after its limit
+    nodes: list[str]
+    seconds_left: float  # of its limit, when it had been told of it
+    resumed: list[str]
+
+
+@pytest.fixture(scope="module")
+def story(project) -> Story:
+    cluster = project.cluster
+    first = project.start(config=LONG)
+    first.until(project.checkpoints, "a checkpoint")
+    begun = project.job("train_adapter")
+    with cluster.paused(begun["id"]):
+        # So that what it says is passed on.
+        first.until(lambda: re.search(r"^train: .*step", first.shown, re.MULTILINE), "its progress")
+        first.kill()
+        second = project.start(config=LONG)
+        second.until(lambda: "of an earlier start goes on" in second.shown, "the job was adopted")
+        adopted = project.job("train_adapter")
+        cluster.lose_node(adopted["node"])
+    # A real cluster needs minutes to find a node lost. By then the lease of the process that was there is long old.
+    for lease in (project.folder / "results").glob("stages/train/.*.lock*"):
+        os.utime(lease, (0, 0))
+    newest = _steps(project)
+    second.until(lambda: _steps(project) > newest, "it went on on the other node")
+    elsewhere = project.job("train_adapter")
+    with cluster.paused(elsewhere["id"]):
+        limit = _give_three_minutes(project, elsewhere["id"])
+        # Slurm looks for jobs that are near their limits every 30 seconds.
+        time.sleep(31)
+        left = limit - time.monotonic()
+    second.until(lambda: project.job("train_adapter").get("state") == "PENDING", "it was in the queue again")
+    again = project.job("train_adapter")
+    cluster.command("scontrol", "update", f"jobid={again['id']}", "timelimit=60")
+    shown = second.ends(0)
+    cluster.bring_node_back(adopted["node"])
+    return Story(
+        killed=first.shown,
+        shown=shown,
+        jobs=[job["id"] for job in (begun, adopted, elsewhere, again)],
+        nodes=[job["node"] for job in (begun, adopted, elsewhere)],
+        seconds_left=left,
+        resumed=re.findall(r"^train: continuing from the checkpoint at step (\d+)", shown, flags=re.MULTILINE),
+    )
+
+
+def _steps(project: SlurmProject) -> int:
+    return max((int(path.parent.name.partition("-")[2]) for path in project.checkpoints()), default=0)
+
+
+def _give_three_minutes(project: SlurmProject, job: str) -> float:
+    """Let a job's time limit be two to three minutes away; when that is, by time.monotonic()."""
+    used = slurm_job.seconds(project.cluster.command("squeue", "-h", "-j", job, "-o", "%M"))
+    assert used is not None
+    minutes = int(used // 60) + 3
+    project.cluster.command("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
+    return time.monotonic() + minutes * 60 - used
+
+
+def test_the_shipped_profile_with_account_and_partitions_runs_to_the_report(project, story):
+    assert (project.folder / "results" / "default" / "report.html").exists()
+    assert (project.folder / "results" / "default" / "merged_model" / "config.json").exists()
+    assert not project.cluster.jobs()
+
+
+def test_each_stage_asks_for_what_it_declares(project, story):
+    asked = project.asked()
+    parameters = read_json(next((project.folder / "results").glob("stages/model/*/source.json")))["parameters"]
+    specs = {spec.rule: spec for spec in SPECS.values() if not spec.local and spec.rule in asked}
+    assert {"format_data", "train_adapter", "merge_adapter", "evaluate_model", "write_report"} <= specs.keys()
+    for rule, spec in specs.items():
+        job, cores = asked[rule], spec.threads or CLUSTER_CORES
+        assert (job["ReqCPUS"], job["cpu"]) == (str(cores), str(cores)), rule
+        assert job["mem"] == f"{spec.megabytes(Runtime(), parameters)}M", rule
+        assert job.get("gres/gpu") == ("1" if spec.gpu else None), rule
+        assert job["Partition"] == ("gpu" if spec.gpu else "cpu") and job["Account"] == ACCOUNT
+        if spec.name != "train":  # whose limit was changed here
+            assert _minutes(job["Timelimit"]) == spec.minutes, rule
+
+
+def _minutes(text: str) -> int:
+    days, _, clock = text.rpartition("-")
+    hours, minutes, _ = clock.split(":")
+    return (int(days or 0) * 24 + int(hours)) * 60 + int(minutes)
+
+
+def test_gpus_and_cpus_are_those_of_runtime(project, story):
+    """More than a node here has, which is said at once."""
+    config = {**LONG, "runtime": {"gpus": 4, "threads": 6}}
+    shown = project.start("--forcerun", "train_adapter", config=config).ends(1, seconds=120)
+    told = (
+        r"can't take train_adapter \(.* 6 CPUs, 4 GPUs, 800\d MB, 1440 minutes\): Requested node configuration is not"
+    )
+    assert re.search(told, shown), shown
+
+
+def test_a_rerun_adopts_the_running_job_of_a_killed_snakemake(story):
+    assert story.jobs[0] == story.jobs[1]
+    assert re.search(
+        rf"Slurm job {story.jobs[0]} \(train_adapter \w+, runs on node\d\) of an earlier start goes on", story.shown
+    )
+    assert "train_adapter" not in "".join(re.findall(r"has been submitted with SLURM jobid .*", story.shown))
+
+
+def test_the_job_of_a_lost_node_goes_on_on_another_from_its_checkpoint(story):
+    assert story.jobs[2] == story.jobs[0] and {*story.nodes[1:]} == {*NODES}
+    assert len(story.resumed) == 2 and int(story.resumed[0]) > 0
+
+
+def test_at_its_time_limit_a_training_goes_back_into_the_queue_and_on_until_it_is_done(project, story):
+    assert story.seconds_left >= 60 and story.jobs[3] == story.jobs[0]
+    assert "train: the job's time limit is near: it went back into the queue" in story.shown
+    assert int(story.resumed[1]) > int(story.resumed[0])
+    assert project.train_record()["attempts"] == 3
+
+
+def test_people_see_job_node_state_reason_log_and_progress(story):
+    number = story.jobs[0]
+    assert re.search(
+        rf"^Slurm job {number} \(train_adapter \w{{12}}, runs on node\d\); log: /\S+/{number}\.log$", story.killed, re.M
+    )
+    assert re.search(rf"^Slurm job {number} \(train_adapter \w+, pending: \w+\)$", story.shown, re.M)
+    assert re.search(r"^train: .*step \d+", story.killed, re.M) and re.search(r"^evaluate: done in ", story.shown, re.M)
+
+
+def _training(project: SlurmProject) -> Started:
+    """A start whose training is at work."""
+    before = _steps(project)
+    started = project.start("--forcerun", "train_adapter", config={"train": {**LONG["train"], "seed": 7}})
+    started.until(lambda: _steps(project) > before, "a checkpoint")
+    return started
+
+
+def test_scancel_ends_the_run_with_a_checkpoint_and_no_new_job(project, story):
+    started = _training(project)
+    job = project.job("train_adapter")["id"]
+    project.cluster.command("scancel", job)
+    shown = started.ends(1)
+    assert f"SLURM-job '{job}' failed, SLURM status is: 'CANCELLED" in shown and "back into the queue" not in shown
+    assert not project.cluster.jobs() and project.checkpoints()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_snakemake_and_its_jobs(project, story, number):
+    started = _training(project)
+    os.kill(started.process.pid, number)
+    shown = started.ends(1, seconds=120)
+    assert "Traceback" not in shown
+    until(lambda: not project.cluster.jobs(), lambda: "end of the job")
+    assert not (project.folder / "results" / ".lock").exists() and project.checkpoints()

@@ -118,14 +118,23 @@ def test_people_see_state_reason_node_log_and_what_a_stage_says(slurm, tmp_path)
     watch.look()
     log(QueuedJob("5", "", "", "", "", "")).write_text("Building DAG\ntrain: step 1\ntrain: step 2\n")
     watch.look()
+    # Put back into the queue, it begins its log anew; the plugin removes that as soon as all has gone well.
+    log(QueuedJob("5", "", "", "", "", "")).write_text("train: step 3\n")
+    watch.look()
+    with log(QueuedJob("5", "", "", "", "", "")).open("a") as file:
+        file.write("train: done\n")
+    log(QueuedJob("5", "", "", "", "", "")).unlink()
     slurm("squeue", row(5, "mine", "COMPLETED", node="node1"))
+    watch.look()
     watch.look()
     assert told == [
         "Slurm job 5 (train_adapter 0123456789ab, pending: Resources)",
         f"Slurm job 5 (train_adapter 0123456789ab, runs on node1); log: {tmp_path}/5.log",
         "train: step 1",
         "train: step 2",
+        "train: step 3",
         "Slurm job 5 (train_adapter 0123456789ab, completed)",
+        "train: done",
     ]
 
 

@@ -6,6 +6,7 @@ Only Slurm's own commands are called. How Snakemake's executor is held to it is 
 import asyncio
 import contextlib
 import hashlib
+import os
 import re
 import subprocess
 import threading
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from adder.core.errors import UserError
 from adder.workflow.slurm_job import seconds
@@ -203,7 +204,8 @@ class Watch:
     tell: Callable[[str], object]
     interval: float
     _told: dict[str, str] = field(default_factory=dict)
-    _read: dict[Path, int] = field(default_factory=dict)
+    _logs: dict[str, BinaryIO] = field(default_factory=dict)
+    _heard: set[str] = field(default_factory=set)
 
     def start(self) -> None:
         """Watch, in a thread of its own, for as long as this process lives."""
@@ -234,18 +236,25 @@ class Watch:
 
     def _pass_on(self, job: QueuedJob) -> None:
         """Show what a stage has said since the last look."""
-        log = self.logs(job)
-        try:
-            with log.open("rb") as file:
-                file.seek(self._read.get(log, 0))
-                text = file.read()
-        except OSError:  # not begun yet, or over and removed by the plugin
+        if job.id in self._heard:
             return
+        try:
+            # Kept open: the plugin removes the log of a job that has gone well, perhaps before this looks again.
+            file = self._logs.get(job.id) or self.logs(job).open("rb")
+        except OSError:  # not begun yet
+            return
+        self._logs[job.id] = file
+        if os.fstat(file.fileno()).st_size < file.tell():  # begun anew by a job that was put back into the queue
+            file.seek(0)
+        text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
-        self._read[log] = self._read.get(log, 0) + len(whole)
+        file.seek(len(whole) - len(text), os.SEEK_CUR)
         for line in whole.decode(errors="replace").splitlines():
             if line.startswith(self.speakers):
                 self.tell(line)
+        if job.is_over and job.state != "COMPLETING":
+            file.close()
+            self._heard.add(job.id)
 
 
 async def pause(duration: float, wanted: Callable[[], bool]) -> None:
