@@ -264,6 +264,7 @@ AccountingStoragePort={dbd}
 AccountingStoragePass={room}/munge.socket
 AccountingStorageEnforce=associations
 AccountingStorageTRES=gres/gpu
+AccountingStoreFlags=job_comment
 ReturnToService=2
 SlurmctldPort={controller}
 SlurmctldPidFile={room}/slurmctld.pid

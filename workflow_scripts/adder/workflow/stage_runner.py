@@ -165,6 +165,7 @@ def _put_back(job: Job, began: float, progress: Progress) -> None:
     """
     if not slurm_job.time_is_up():
         return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Slurm takes it off its node
     pattern = f"checkpoints/*/{job.spec.continued}"
     if job.spec.continued and any(path.stat().st_mtime >= began for path in job.results.glob(pattern)):
         if slurm_job.put_back():
