@@ -6,7 +6,13 @@ from adder.workflow.code_digest import LEFT_OUT, PACKAGE, closure, code_digest, 
 from adder.workflow.stages import SPECS
 
 # What runs, shows or exports around the stages, and so is part of none of them.
-AROUND = ("adder.workflow.", "adder.serving.", "adder.report.comparison.", "adder.export.hub_push")
+AROUND = (
+    "adder.workflow.",
+    "adder.core.display.",
+    "adder.serving.",
+    "adder.report.comparison.",
+    "adder.export.hub_push",
+)
 
 
 def modules(name: str) -> set[str]:

@@ -23,6 +23,7 @@ LEFT_OUT = {
     "adder.core.rng": "keeps generators as they were",
     "adder.core.stage_spec": "declares stages, and carries what concerns the machine",
     "adder.data.hub_errors": "words what can't be had from the hub, which leaves no result",
+    "adder.kernels.trials.declared": "tries kernels in a process of its own; what they compute is beside it",
     "adder.training.distributed.launcher": "starts processes, which compute elsewhere",
     # The only way from training to doctor, symptoms, advice and preflight_warnings, which are part of the report.
     "adder.training.monitoring.live": "says what training measured; the report judges the same anew",
