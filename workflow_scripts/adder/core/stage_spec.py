@@ -84,7 +84,7 @@ class Context:
         """
         device = hardware.device(self.runtime.device)
         if device == "cpu" and self.runtime.device == "auto" and (why := hardware.why_on_cpu()):
-            self.progress.say(f"the CPU computes: {why}")
+            self.progress.note(f"the CPU computes: {why}")
         return device
 
     @cached_property

@@ -33,7 +33,7 @@ def try_kernels(folder: Path, dtype: str, context: Context) -> Choice | None:
         return None
     sizes = shapes.of_config(text_model.read_config(folder), dtype)
     device = f"cuda:{torch.cuda.current_device()}"
-    return trials.decide("inference", sizes, device, context.results / trials.FOLDER, context.progress.say)
+    return trials.decide("inference", sizes, device, context.results / trials.FOLDER, context.progress)
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -22,6 +22,7 @@ from adder.core import hardware, precision, text_model
 from adder.core.choice import ChoiceRecord
 from adder.core.errors import UserError
 from adder.core.files import write_json
+from adder.core.progress import Progress
 from adder.core.rng import undisturbed
 from adder.core.safetensors_layout import stored_tensors
 from adder.core.stage_spec import Context
@@ -77,8 +78,8 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     context.progress.say(f"trying packs on {tried} of the model's {layers} layers, on {device} in {dtype}")
     set_seed(train.seed)
     if device == "cuda":  # what training will ask as well, and then finds answered
-        sizes = shapes.of_config(whole, dtype)
-        trials.decide("full", sizes, f"cuda:{torch.cuda.current_device()}", context.results / trials.FOLDER, _quiet)
+        sizes, kept = shapes.of_config(whole, dtype), context.results / trials.FOLDER
+        trials.decide("full", sizes, f"cuda:{torch.cuda.current_device()}", kept, Progress.silent())
     model, base = base_model.load(weights, settings.method, dtype, device, config=few)
     trained = model
     if settings.method != "full":
@@ -98,10 +99,6 @@ def run(settings: IsolationSettings, inputs: IsolationInputs, out: Path, context
     record: IsolationRecord = {"attention": attention.to_dict(), "layers": tried, "of": layers}
     write_json(out / "check.json", record)
     return record
-
-
-def _quiet(text: str) -> None:
-    """Training says it."""
 
 
 def _refuse_unknown_tokens(table: TokenTable, config: PreTrainedConfig, folder: Path) -> None:

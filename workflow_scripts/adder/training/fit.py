@@ -233,9 +233,9 @@ def _try_kernels(job: TrainJob, weights: Path, dtype: str, sharded: bool, progre
     sizes = shapes.of_config(config, dtype, **(lora if settings.method != "full" else {}))
     purpose = "full" if settings.method == "full" else "lora"
     device, folder = f"cuda:{torch.cuda.current_device()}", job.results / trials.FOLDER
-    choice = collectives.call_on_main(trials.decide, purpose, sizes, device, folder, progress.say)
+    choice = collectives.call_on_main(trials.decide, purpose, sizes, device, folder, progress)
     if not collectives.is_main():  # whose card may be another
-        trials.decide(purpose, sizes, device, folder, progress.say)
+        trials.decide(purpose, sizes, device, folder, progress)
     return choice
 
 

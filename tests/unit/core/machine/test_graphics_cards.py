@@ -93,7 +93,7 @@ def test_a_device_follows_from_what_is_found_and_the_reason_is_said(monkeypatch)
         hardware.device("cuda")
     said: list[str] = []
     progress = Progress.silent()
-    monkeypatch.setattr(progress, "say", said.append, raising=False)
+    monkeypatch.setattr(progress, "note", said.append)
     assert Context(progress, Runtime()).device == "cpu" and Context(progress, Runtime(device="cpu")).device == "cpu"
     assert len(said) == 1 and said[0].startswith("the CPU computes: NVIDIA's driver 570.124.06 is too old")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kernel_families
+from adder.core.progress import Progress
 from adder.kernels import families, rmsnorm, triton_utils
 from adder.kernels.trials import decide, kept, process
 from adder.kernels.trials.trial import Verdict
@@ -24,7 +25,9 @@ def _nothing_known(monkeypatch):
 
 
 def decided(names, folder, said):
-    return decide.decide(names, SHAPES, "cpu", folder, said.append, 60.0, SOURCE)
+    progress = Progress.silent()
+    progress.say = progress.note = said.append
+    return decide.decide(names, SHAPES, "cpu", folder, progress, 60.0, SOURCE)
 
 
 def test_what_fails_is_not_used_is_said_in_a_sentence_each_and_never_tried_again(tmp_path, monkeypatch):

@@ -40,6 +40,14 @@ def test_what_a_machine_lacks_is_not_tried():
     assert (verdict.outcome, verdict.why, verdict.lasting) == ("lacking", "Triton is not installed", False)
 
 
+def test_a_card_that_cannot_even_be_asked_is_a_reason():
+    def unknown(shapes):
+        raise RuntimeError("No CUDA GPUs are available")
+
+    verdict = try_family(KernelFamily("a", "a", "b", 0.1, "", lambda *_: [], unknown), SHAPES, "cpu")
+    assert (verdict.outcome, verdict.why) == ("lacking", "RuntimeError: No CUDA GPUs are available")
+
+
 def test_one_wrong_number_among_many_is_seen():
     expected = torch.ones(1000)
     for spoiled in (torch.nan, torch.inf, 5.0):

@@ -52,7 +52,7 @@ class StopsAt(Progress):
         self.sign = f"step {step}/"
         self.said: list[str] = []
 
-    def line(self, text: str, last: bool = False) -> None:
+    def line(self, text: str, last: bool = False, left: float | None = None) -> None:
         if text.startswith(self.sign):
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -21,7 +21,7 @@ class Remembered(Progress):
     def __init__(self):
         self.lines: list[str] = []
 
-    def line(self, text: str, last: bool = False) -> None:
+    def line(self, text: str, last: bool = False, left: float | None = None) -> None:
         pass
 
     def say(self, text: str) -> None:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from adder.core.choice import Choice
+from adder.core.progress import Progress
 from adder.kernels import families
 from adder.kernels.trials import kept, process
 from adder.kernels.trials.shapes import ModelShapes
-from adder.kernels.trials.trial import KernelFamily, Verdict
+from adder.kernels.trials.trial import KernelFamily, Verdict, what_lacks
 
 FOLDER = "kernel_trials"  # below the folder of all results
 DECLARED = "adder.kernels.trials.declared:families:"
@@ -18,28 +19,28 @@ def decide(
     shapes: ModelShapes,
     device: str,
     folder: Path,
-    say: Callable[[str], object],
+    progress: Progress,
     limit: float = process.LIMIT,
     source: str = DECLARED,
 ) -> Choice:
     """Try the families of kernels, and let this process use those that are right and pay; return which, and why not.
 
     purpose: "lora", "full" or "inference", what the kernels are for. device: "cuda:0"; "cpu" is for tests. folder: in
-    which verdicts are kept. say: is told one sentence of each family that can't be trusted. limit: seconds that a
-    trial may take. What a kernel raises, gets wrong or takes too long over never ends the run.
+    which verdicts are kept. progress: is told one sentence of each family that can't be trusted. limit: seconds that
+    a trial may take. What a kernel raises, gets wrong or takes too long over never ends the run.
     """
     families.forget()
     declared = process.find(source + purpose)
     machine = kept.this_machine(device)
     verdicts = kept.load(folder, declared, machine, shapes)
     if left := _left(declared, verdicts, shapes):
-        new = _try(declared, left, source + purpose, verdicts, shapes, device, say, limit)
+        new = _try(declared, left, source + purpose, verdicts, shapes, device, progress.say, limit)
         kept.save(folder, declared, new, machine, shapes)
         verdicts |= new
     process.apply(verdicts.values())
     for family in declared:
         if _counts(verdicts[family.name]):
-            say(sentence(family, verdicts[family.name]))
+            progress.note(sentence(family, verdicts[family.name]))
     return _choice(declared, verdicts)
 
 
@@ -49,7 +50,7 @@ def _left(declared: Iterable[KernelFamily], verdicts: dict[str, Verdict], shapes
     for family in declared:
         if family.name in verdicts:
             continue
-        lacking = family.lacks(shapes)
+        lacking = what_lacks(family, shapes)
         before = verdicts.get(family.after) if family.after else None
         if lacking is not None:
             verdicts[family.name] = Verdict(family.name, "lacking", lacking)

@@ -341,7 +341,7 @@ class _Adapted:
         self.lora_B = {"default": linear(outputs, rank, torch.float32, trained=True)}
         self.scaling, self.lora_dropout = {"default": 1.0}, {"default": None}
 
-    def parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[torch.Tensor]:
         """A and B."""
         return [self.lora_A["default"].weight, self.lora_B["default"].weight]
 

@@ -107,9 +107,17 @@ class Verdict:
         return {name: value for name, value in asdict(self).items() if value not in (None, "")}
 
 
+def what_lacks(family: KernelFamily, shapes: ModelShapes) -> str | None:
+    """As the family's `lacks`; what that raises is a reason, too."""
+    try:
+        return family.lacks(shapes)
+    except Exception as problem:  # of drivers that are asked for a card
+        return in_words(problem)
+
+
 def try_family(family: KernelFamily, shapes: ModelShapes, device: str) -> Verdict:
     """Try a family on `device` ("cuda", "cuda:1"; for tests "cpu"). Whatever is raised becomes part of the verdict."""
-    lacking = family.lacks(shapes)
+    lacking = what_lacks(family, shapes)
     if lacking is not None:
         return Verdict(family.name, "lacking", lacking)
     worst, seconds, replaced_seconds = 0.0, 0.0, 0.0

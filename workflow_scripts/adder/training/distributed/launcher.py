@@ -24,7 +24,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from accelerate.utils import check_cuda_p2p_ib_support
@@ -216,13 +216,24 @@ class ProgressFile(Progress):
     def __init__(self, folder: Path):
         self.file = (folder / self.NAME).open("a", buffering=1)
 
-    def line(self, text: str, last: bool = False) -> None:
+    def line(self, text: str, last: bool = False, left: float | None = None) -> None:
         """As Progress.line."""
-        self.file.write(json.dumps(["line", {"text": text, "last": last}]) + "\n")
+        self._pass_on("line", text=text, last=last, left=left)
 
     def say(self, text: str) -> None:
         """As Progress.say."""
-        self.file.write(json.dumps(["say", {"text": text}]) + "\n")
+        self._pass_on("say", text=text)
+
+    def note(self, text: str) -> None:
+        """As Progress.note."""
+        self._pass_on("note", text=text)
+
+    def fail(self, text: str, lead: str = "cannot go on: ") -> None:
+        """As Progress.fail."""
+        self._pass_on("fail", text=text, lead=lead)
+
+    def _pass_on(self, method: str, **arguments: Any) -> None:
+        self.file.write(json.dumps([method, arguments]) + "\n")
 
 
 def work(folder: Path) -> None:
