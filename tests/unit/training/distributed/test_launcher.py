@@ -56,6 +56,9 @@ class StopsAt(Progress):
         if text.startswith(self.sign):
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def note(self, text: str) -> None:
+        self.say(text)
+
     def say(self, text: str) -> None:
         self.said.append(text)
 
