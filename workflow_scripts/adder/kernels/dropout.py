@@ -64,7 +64,8 @@ def dropped(x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
 
 def dropped_reference(x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
     """As dropped."""
-    return (x.float() * dropout_mask(seed, *x.shape, p, x.device) / (1 - p)).to(x.dtype)
+    rows, width = x.shape
+    return (x.float() * dropout_mask(seed, rows, width, p, x.device) / (1 - p)).to(x.dtype)
 
 
 def _dropout_matmul_by_torch(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, out: torch.Tensor) -> None:
