@@ -15,8 +15,8 @@ def prepare_slurm():
     executor._failed_nodes = slurm_queue.NodeNames(executor._failed_nodes)
     # sbatch passes it on to jobs: without it only KillWait's 30 seconds are left to write a checkpoint.
     os.environ.setdefault("SBATCH_SIGNAL", f"TERM@{slurm_job.WARNING}")
-    if not slurm_queue.accounting_works():
-        settings.status_command = "squeue"
+    # What sacct says of a job that somebody ended, "CANCELLED by 0", the executor takes for one that runs.
+    settings.status_command = "squeue"
     take_over(executor, running)
     watch = slurm_queue.Watch(
         name=name,

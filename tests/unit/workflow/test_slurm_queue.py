@@ -150,12 +150,6 @@ def test_a_job_that_would_wait_for_ever_is_cancelled(slurm, tmp_path):
     assert "scancel 5\n" in slurm.asked() and "scancel 6" not in slurm.asked()
 
 
-def test_without_accounting_the_queue_has_to_tell(slurm):
-    assert slurm_queue.accounting_works()
-    slurm("sacct", status=1, error="Slurm accounting storage is disabled")
-    assert not slurm_queue.accounting_works()
-
-
 def test_a_pause_ends_when_it_is_no_longer_wanted():
     asked: list[int] = []
     asyncio.run(slurm_queue.pause(60.0, lambda: asked.append(1) or len(asked) < 3))

@@ -183,14 +183,6 @@ class NodeNames(set[str]):
             super().add(element)
 
 
-def accounting_works() -> bool:
-    """Whether `sacct` answers, which the state of a finished job is taken from."""
-    try:
-        return subprocess.run(["sacct", "-n", "-X"], capture_output=True, timeout=60, check=False).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-
-
 @dataclass
 class Watch:
     """Tells what becomes of jobs: in the queue and why, on which node, and what their stages say meanwhile.
@@ -238,12 +230,13 @@ class Watch:
         """Show what a stage has said since the last look."""
         if job.id in self._heard:
             return
+        # Kept open: the plugin removes the log of a job that has gone well, perhaps before this looks again.
+        path, file = self.logs(job), self._logs.get(job.id)
         try:
-            # Kept open: the plugin removes the log of a job that has gone well, perhaps before this looks again.
-            file = self._logs.get(job.id) or self.logs(job).open("rb")
+            if file is None or (path.exists() and not os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                file = self._logs[job.id] = path.open("rb")
         except OSError:  # not begun yet
             return
-        self._logs[job.id] = file
         if os.fstat(file.fileno()).st_size < file.tell():  # begun anew by a job that was put back into the queue
             file.seek(0)
         text = file.read()
