@@ -25,8 +25,15 @@ class Started:
         command = [sys.executable, "-m", "snakemake", "merged_model", "--profile", "profiles/slurm", *arguments]
         environment = {name: value for name, value in project.environment.items() if not name.startswith("SLURM")}
         with self.file.open("w") as out:
+            # Heeds Ctrl-C also where the tests run in the background, which ignores it.
             self.process = subprocess.Popen(
-                command, cwd=project.folder, env=environment | variables, stdout=out, stderr=out, start_new_session=True
+                command,
+                cwd=project.folder,
+                env=environment | variables,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     @property
