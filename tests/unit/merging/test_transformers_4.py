@@ -142,18 +142,8 @@ OTHERS = {
     "mixtral": {**SHAPE, **MOE},
     "gpt_oss": {**SHAPE, **MOE, "sliding_window": 16},
     "gemma3": {"text_config": {**SHAPE, "sliding_window": 16}, "vision_config": TOWER, "mm_tokens_per_image": 4},
-    "qwen2_5_vl": {
-        "text_config": {**SHAPE, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}},
-        "vision_config": {
-            "hidden_size": 32,
-            "depth": 1,
-            "num_heads": 4,
-            "intermediate_size": 48,
-            "out_hidden_size": 32,
-        },
-    },
 }
-TARGETS = {"phi3": "qkv_proj|down_proj", "gemma3": "q_proj|down_proj", "qwen2_5_vl": "q_proj|down_proj"}
+TARGETS = {"phi3": "qkv_proj|down_proj", "gemma3": "q_proj|down_proj"}
 
 
 def settings_of(name: str, vocabulary: dict[str, int]) -> dict:
