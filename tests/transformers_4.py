@@ -49,7 +49,7 @@ for folder in asked["folders"]:
         "prompt": prompt,
         "logits": logits.tolist(),
         "ends": model.generation_config.eos_token_id,
-        "use_cache": model.config.use_cache,
+        "use_cache": model.config.get_text_config().use_cache,
     }
 print(json.dumps({"version": transformers.__version__, "found": found}))
 """
