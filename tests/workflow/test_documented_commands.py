@@ -14,7 +14,8 @@ OURS = ("adder", "snakemake", "make")
 # What can't be had in a test, and what tests it instead.
 ELSEWHERE = {
     "snakemake --cores 1 push": "tests/unit/export/test_hub_push.py",
-    "snakemake --profile profiles/slurm merged_model": "tests/unit/workflow/test_stages.py",
+    "snakemake merged_model --profile profiles/slurm": "tests/slurm/test_cluster.py",
+    "adder stage vocabulary my.yaml": "tests/workflow/test_additions.py",
     "snakemake --lint": "make lint",
     "snakemake --sdm conda …": "conda isn't a requirement",
     "adder stage train my.yaml": "tests/unit/workflow/test_cli.py",
@@ -32,7 +33,8 @@ def commands() -> set[str]:
         lines += [
             line for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL) for line in block.split("\n")
         ]
-        lines += [inline.replace("\n", " ") for inline in re.findall(r"`([^`]+)`", text)]
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        lines += [inline.replace("\n", " ") for inline in re.findall(r"`([^`]+)`", prose)]
         for line in lines:
             command = re.split(r"\s+#|\s*&&", line)[0].strip().removeprefix(".venv/bin/")
             if re.fullmatch(rf"({'|'.join(OURS)})( [^:(){{}}|]+)+", command):

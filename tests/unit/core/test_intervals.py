@@ -447,10 +447,10 @@ def test_equal_models_are_seldom_called_better(monkeypatch, metric):
 
 
 def test_the_figures_on_record_are_within_what_is_claimed():
-    """docs/evaluation.md says that three of the 160 are a little below 93.5 %."""
+    """As docs/evaluation.md says of them."""
     record = json.loads((Path(benchmark.__file__).parent / "results" / "intervals.json").read_text())
     assert {row["interval"] for row in record["coverage"]} == set(benchmark.ARMS)
     held = [row["coverage"] for row in record["coverage"] if row["n"] >= 12]
-    assert len(held) == 160 and sum(0.935 <= one <= 0.965 for one in held) == 157 and min(held) >= 0.928
+    assert len(held) == 160 and all(0.935 <= one <= 0.965 for one in held)
     assert {row["n"] for row in record["coverage"]} == set(benchmark.SIZES) == {row["n"] for row in record["verdict"]}
     assert all(row["better"] <= 0.028 and row["draws"] >= 1000 for row in record["verdict"])

@@ -13,7 +13,7 @@ def test_files_have_just_the_keys_that_are_declared(tmp_path):
     assert written.records[0].keys() == records.ReadableRecord.__required_keys__
     assert written.records[1].keys() == records.UnreadableRecord.__required_keys__
     optional = [entry.keys() - records.SourceRecord.__required_keys__ for entry in written.entries]
-    assert optional == [set(), {"builtin"}, {"convert"}]
+    assert optional == [set(), {"builtin"}, {"convert", "notes"}]
     assert all(entry.keys() >= records.SourceRecord.__required_keys__ for entry in written.entries)
     assert written.entries[1]["builtin"].keys() == records.BuiltinRecord.__required_keys__
     assert written.entries[2]["convert"].keys() == records.ConverterRecord.__required_keys__

@@ -230,18 +230,31 @@ def _make(place: Path, own: _Holder) -> bool:
     """Make a lease's file, whole and at once; False where there is one."""
     text = f"{own}\n{json.dumps(asdict(own))}\n"
     ready = place.with_name(f"{place.name}.{own.token}.new")
-    ready.write_text(text)
     try:
-        os.link(ready, place)
+        ready.write_text(text)
+        try:
+            os.link(ready, place)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            return _fill(place, text)
+        return True
+    finally:  # also where the disk is full
+        ready.unlink(missing_ok=True)
+
+
+def _fill(place: Path, text: str) -> bool:
+    """Make a lease's file at once and fill it right after; False where there is one."""
+    try:
+        file = place.open("x")
     except FileExistsError:
         return False
-    except OSError:  # a file system without links: made at once all the same, and filled right after
-        with contextlib.suppress(FileExistsError), place.open("x") as file:
+    try:
+        with file:
             file.write(text)
-            return True
-        return False
-    finally:
-        ready.unlink(missing_ok=True)
+    except OSError:
+        place.unlink(missing_ok=True)
+        raise
     return True
 
 

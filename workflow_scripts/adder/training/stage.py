@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
@@ -239,11 +239,16 @@ class IsolationSettings(Section):
     merge_base: Literal["auto", "original", "dequantized"] = "auto"
     """Which weights are merged into; see `merge`."""
 
+    @field_validator("merge_base")
+    @classmethod
+    def _only_what_may_be_refused(cls, given: str) -> str:
+        """The original weights are there whatever the model is: to choose them is no other question."""
+        return given if given == "dequantized" else "auto"
+
 
 def _isolation_identity(settings: IsolationSettings, where: str, digests: FileDigests) -> dict[str, object]:
     """Rank and scale change nothing of what is tried; an adapter to go on from must have just these."""
     own = {"adapter"} if settings.adapter else {"adapter", "lora_r", "lora_alpha"}
-    own |= set() if settings.merge_base == "dequantized" else {"merge_base"}  # the only one that a model may refuse
     return settings.model_dump(mode="json", exclude=own)
 
 

@@ -18,7 +18,9 @@ SOURCE = "kernel_families:families:"
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(kernel_families.__file__).parent) + os.pathsep + os.environ["PYTHONPATH"])
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(kernel_families.__file__).parent) + os.pathsep + os.environ.get("PYTHONPATH", "")
+    )
     families.forget()
     yield
     families.forget()

@@ -52,6 +52,8 @@ class Remembered:
     def say(self, text):
         self.lines.append(text)
 
+    note = say
+
 
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch):
