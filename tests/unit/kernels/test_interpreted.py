@@ -16,7 +16,7 @@ def test_every_kernel_is_its_reference_by_the_interpreter():
     """In a process of its own: the interpreter takes the place of Triton's compiler where kernels are declared."""
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "interpreted", str(HERE)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "interpreted", str(HERE)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
     found = re.search(r"(\d+) passed", run.stdout)
