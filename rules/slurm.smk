@@ -35,7 +35,7 @@ def refuse_impossible_jobs(executor):
     jobs = [job for job in workflow.dag.needrun_jobs() if not job.is_local]
     for job in {(job.rule.name, job.threads, str(job.resources.get("mem_mb"))): job for job in jobs}.values():
         wanted = slurm_queue.Wanted.of(job.rule.name, job.threads, job.resources)
-        told = {"run_uuid": "adder", "slurm_logfile": "/dev/null", "comment_str": wanted.rule, "workdir": None}
+        told = {"run_uuid": "adder", "slurm_logfile": os.devnull, "comment_str": wanted.rule, "workdir": None}
         try:
             told |= {"account": next(executor.get_account_arg(job)), "partition": executor.get_partition_arg(job)}
             call = get_submit_command(job, told, settings=workflow.executor_settings) + set_gres_string(job)

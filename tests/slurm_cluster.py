@@ -137,8 +137,11 @@ class Cluster:
         return [dict(zip(("id", "state", "reason", "node", "comment"), row.split("|"), strict=True)) for row in rows]
 
     @contextlib.contextmanager
-    def paused(self, job: str) -> Iterator[None]:
-        """Have the stage of a running job stand still, for as long as other things take, on machines of any speed."""
+    def paused(self, job: str) -> Iterator[list[int]]:
+        """Have the stage of a running job stand still, for as long as other things take, on machines of any speed.
+
+        Gives its processes.
+        """
         stages = [
             process
             for process in _marked("SLURM_JOB_ID", job)
@@ -148,11 +151,20 @@ class Cluster:
         for process in stages:
             os.kill(process, signal.SIGSTOP)
         try:
-            yield
+            yield stages
         finally:
             for process in stages:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def closed(self, partition: str) -> Iterator[None]:
+        """Have no job of a partition start; those that run go on. So what waits can be looked at at any speed."""
+        self.command("scontrol", "update", f"partitionname={partition}", "state=down")
+        try:
+            yield
+        finally:
+            self.command("scontrol", "update", f"partitionname={partition}", "state=up")
 
     def stop(self) -> None:
         """End all of it, and leave nothing."""
@@ -180,7 +192,7 @@ class Cluster:
         )
 
     def _until(self, there: Callable[[], bool], name: str) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not there():
             dead = name in self.daemons and self.daemons[name].poll() is not None
             assert not dead and time.monotonic() < deadline, f"{name} didn't come up:\n{self._logs()}"
@@ -232,6 +244,16 @@ def _listens(port: int) -> bool:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
+def was_sent(number: signal.Signals, process: int) -> bool:
+    """Whether a process that stands still was sent a signal: that waits for it to go on, or has ended it (a shell)."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return True
+    status = dict(line.split(":", 1) for line in lines)
+    return bool((int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)) & 1 << number - 1)
+
+
 def _marked(name: str, value: str) -> list[int]:
     """Processes whose environment has the variable."""
     wanted, found = f"{name}={value}".encode(), []
@@ -249,8 +271,9 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A job that is put back into the queue waits for so long before it starts again; 120 s by itself.
-AuthInfo=socket={room}/munge.socket,cred_expire=5
+# A job that is put back into the queue waits for so long before it starts again; 120 s by itself. A node that needs
+# longer to start a job refuses it.
+AuthInfo=socket={room}/munge.socket,cred_expire=10
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -273,7 +296,7 @@ SlurmctldLogFile={room}/log/slurmctld.log
 SlurmdLogFile={room}/log/slurmd-%n.log
 StateSaveLocation={room}/state
 SlurmdSpoolDir={room}/spool-%n
-SlurmdTimeout=60
+SlurmdTimeout=300
 KillWait=30
 MinJobAge=300
 SchedulerType=sched/backfill
