@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from adder.core.errors import UserError
 from adder.core.file_digests import FileDigests
@@ -239,9 +239,8 @@ class IsolationSettings(Section):
     merge_base: Literal["auto", "original", "dequantized"] = "auto"
     """Which weights are merged into; see `merge`."""
 
-    @field_validator("merge_base")
-    @classmethod
-    def _only_what_may_be_refused(cls, given: str) -> str:
+    @field_serializer("merge_base")
+    def _only_what_may_be_refused(self, given: str) -> str:
         """The original weights are there whatever the model is: to choose them is no other question."""
         return given if given == "dequantized" else "auto"
 
