@@ -42,4 +42,4 @@ def _rewritten(text: str, source: str, page: str) -> str:
             return f"{label} (`{path}`)" if path not in label else f"`{path}`"
         return f"[{label}]({posixpath.relpath(there, posixpath.dirname(page) or '.')}{anchor})"
 
-    return re.sub(r"\[([^\]\[]*)\]\(([^)#\s]*)(#[\w-]*)?\)", lambda match: link(match), text)
+    return re.sub(r"\[([^\]\[]*)\]\(([^)#\s]*)(#[\w-]*)?\)", link, text)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adder.core.errors import UserError
-from adder.core.model_config import attention_share, context_length, refuse_other_than_causal
+from adder.core.model_config import attention_share, context_length, eos_ids, refuse_other_than_causal
 
 
 def test_context_length_is_found_under_its_various_names(tmp_path):
@@ -62,3 +62,20 @@ def test_what_is_no_causal_language_model_is_refused_by_its_config(config, what)
 def test_what_may_be_one_is_not(name):
     refuse_other_than_causal({"architectures": [name]}, "me/it")
     refuse_other_than_causal({"model_type": "llama"}, "me/it")
+
+
+@pytest.mark.parametrize(
+    ("own", "config", "ids"),
+    [
+        ({"eos_token_id": [1, 2]}, 3, [1, 2]),
+        ({"eos_token_id": 1}, 3, [1]),
+        ({}, 3, [3]),
+        (None, 3, [3]),
+        (None, None, []),
+    ],
+)
+def test_generation_stops_on_what_generation_config_says_before_config(tmp_path, own, config, ids):
+    if own is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    assert eos_ids(tmp_path) == ids

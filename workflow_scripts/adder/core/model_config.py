@@ -70,3 +70,13 @@ def attention_share(config: Mapping[str, Any], lengths: np.ndarray) -> float | N
     weights = 2 * hidden * heads * size + 2 * hidden * key_value + 3 * hidden * inner
     attention = float((lengths.astype(np.float64) ** 2).sum()) / total * heads * size
     return attention / (attention + weights)
+
+
+def eos_ids(model: Path) -> list[int]:
+    """Ids on which a model directory's generation stops: of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (model / name).exists():
+            found = read_json(model / name).get("eos_token_id")
+            if found is not None:
+                return found if isinstance(found, list) else [found]
+    return []

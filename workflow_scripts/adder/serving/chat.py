@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from adder.core import hardware, precision
+from adder.core import hardware, model_config, precision
 from adder.core.display.text import printable
 from adder.core.errors import UserError
-from adder.evaluation.model_loading import eos_ids, load_model
+from adder.evaluation.model_loading import context_length, eos_ids, load_model
 from adder.evaluation.reply_text import ReplyReader
 from adder.formatting.conversation import Message
 from adder.serving.run_models import RunModels
@@ -144,7 +144,7 @@ class Chat:
         """int64 (1, n)."""
         text = self._prompt(messages)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        context = self.speakers[0].model.config.get_text_config().max_position_embeddings
+        context = context_length(self.speakers[0].model)
         if len(ids) >= context:
             raise UserError(
                 f"the conversation has {len(ids):,} tokens, and the model takes {context:,}; /reset begins anew"
@@ -158,8 +158,7 @@ class Chat:
             raise UserError(f"the model's chat template can't take that: {reason}") from None
 
     def _reply(self, model: PreTrainedModel, prompt: torch.Tensor) -> PrintedReply:
-        context: int = model.config.get_text_config().max_position_embeddings
-        room = min(self.settings.max_new_tokens, context - prompt.shape[1])
+        room = min(self.settings.max_new_tokens, context_length(model) - prompt.shape[1])
         heat = self.settings.temperature
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": heat, "top_k": 0} if heat else {"do_sample": False}
@@ -243,17 +242,12 @@ def open_chat(models: RunModels, which: Which, settings: Settings, out: TextIO) 
     dtype = precision.compute_dtype(device).value
     folders = {"tuned": models.tuned, "base": models.base}
     names = ["base", "tuned"] if which == "both" else [which]
-    speakers, stop_ids = [], set[int]()
-    ends = (
-        GenerationConfig.from_pretrained(models.tuned) if (models.tuned / "generation_config.json").exists() else None
-    )
+    speakers, stop_ids = [], {*model_config.eos_ids(models.tuned)}
     for name in names:
         print(f"Loading the {name} model on {device} in {dtype} …", file=sys.stderr, flush=True)
         model = load_model(cast(Path, folders[name]), dtype, device)
         stop_ids |= eos_ids(model, tokenizer)
         speakers.append(Speaker(name, model))
-    own: Any = ends.eos_token_id if ends is not None else None
-    stop_ids |= {*own} if isinstance(own, list) else {own} - {None}
     return Chat(speakers, tokenizer, stop_ids, models.system_prompt, settings, out)
 
 

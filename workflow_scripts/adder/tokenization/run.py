@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
-from adder.core import parallel
+from adder.core import model_config, parallel
 from adder.core.errors import UserError
 from adder.core.files import read_json, write_json
 from adder.core.labels import IGNORE_INDEX
@@ -109,7 +109,7 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     tokenizer = load_tokenizer(model)
     source = choose_template(tokenizer, settings.chat_template)
     set_variables(tokenizer, settings.template_variables)
-    labeller = Labeller(tokenizer, settings.loss_on, eos_ids=_eos_ids(model))
+    labeller = Labeller(tokenizer, settings.loss_on, eos_ids=model_config.eos_ids(model))
     meaning, earlier = "", None
     if context.earlier:
         meaning = block_tokenizer.meaning(context.earlier, model, tokenizer, settings.loss_on)
@@ -124,7 +124,7 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
     _refuse_unusable(train, "training", settings.max_rejected)
     _refuse_unusable(heldout, "held-out", settings.max_rejected)
     reply = next((row for row in train.shown if row.has_reply), train.shown[0])
-    stop = _end_of_turn(labeller, reply, _eos_ids(model))
+    stop = _end_of_turn(labeller, reply, model_config.eos_ids(model))
     if tokenizer.pad_token is None:
         # Labels mask padding by position, never by id, so any token of the vocabulary will do: no resizing needed.
         tokenizer.pad_token = tokenizer.eos_token or stop["token"]
@@ -151,7 +151,7 @@ def run(settings: TokenizeSettings, inputs: TokenizeInputs, out: Path, context: 
         "warnings": [],
     }
     record["warnings"] = _warnings(
-        tokenizer, record, settings.chat_template, _eos_ids(model), train.folds_reasoning, train.unwritten
+        tokenizer, record, settings.chat_template, model_config.eos_ids(model), train.folds_reasoning, train.unwritten
     )
     write_json(out / "tokenize.json", record)
     for warning in record["warnings"]:
@@ -317,16 +317,6 @@ def _choose_examples(rows: list[Shown]) -> list[Shown]:
         ranked.append((seen[row.source], place, row))
         seen[row.source] += 1
     return [row for _, _, row in sorted(ranked, key=lambda item: item[:2])[:EXAMPLES]]
-
-
-def _eos_ids(model: Path) -> list[int]:
-    """Ids on which the model's generation stops: of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if (model / name).exists():
-            found = read_json(model / name).get("eos_token_id")
-            if found is not None:
-                return found if isinstance(found, list) else [found]
-    return []
 
 
 def _end_of_turn(labeller: Labeller, row: Shown, eos_ids: list[int]) -> Token:

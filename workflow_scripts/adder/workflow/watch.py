@@ -1,7 +1,6 @@
 """A page that shows a configuration's runs as they go: `adder watch`. It only reads what stages leave on disk."""
 
 import http.server
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import psutil
 from adder.core.display.status import StageStatus, read_status, status_file
 from adder.core.errors import UserError
 from adder.core.files import atomic_write, read_jsonl
+from adder.core.machine.graphics_cards import said_by
 from adder.core.progress import duration
 from adder.core.stage_record import StageRecord
 from adder.report import plots
@@ -151,12 +151,9 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "CPU", f"{psutil.cpu_percent(0.1):.0f} % of {psutil.cpu_count()} cores"
     yield "Memory", f"{(memory.total - memory.available) / 1e9:.1f} of {memory.total / 1e9:.1f} GB"
     asked = "name,utilization.gpu,memory.used,memory.total,power.draw"
-    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        for line in found.stdout.splitlines():
-            name, *figures = [cell.strip() for cell in line.split(",")]
-            yield name, "{} busy, {} of {}, {}".format(*figures) if len(figures) == 4 else line
+    for line in said_by("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader").splitlines():
+        name, *figures = [cell.strip() for cell in line.split(",")]
+        yield name, "{} busy, {} of {}, {}".format(*figures) if len(figures) == 4 else line
 
 
 def write(folder: Path, page: LivePage) -> Path:

@@ -78,12 +78,13 @@ def driver_version() -> str | None:
     try:
         text = DRIVER_FILE.read_text()
     except OSError:
-        text = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        text = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
     return found[0] if found else None
 
 
-def _said_by(*command: str) -> str:
+def said_by(*command: str) -> str:
+    """What a program writes; nothing where it isn't there or gives no answer."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
     except (OSError, subprocess.SubprocessError):
@@ -155,7 +156,7 @@ def drives_display(index: int = 0) -> bool:
 @functools.cache
 def _displays() -> str:
     """Lines of UUID and "Enabled" or "Disabled"."""
-    return _said_by("nvidia-smi", "--query-gpu=uuid,display_active", "--format=csv,noheader")
+    return said_by("nvidia-smi", "--query-gpu=uuid,display_active", "--format=csv,noheader")
 
 
 def usable(found: Surroundings) -> tuple[Card, ...]:
