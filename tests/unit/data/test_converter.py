@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -98,6 +99,19 @@ def test_a_converter_imports_from_beside_it_and_leaves_nothing_behind(tmp_path):
         assert read(tmp_path / "rows.dat", convert=str(mine)) == [(1, {"a": "HI" + end, "b": "z"})]
     assert not list(tmp_path.rglob("__pycache__")) and not {"helper", "other", "parts"} & sys.modules.keys()
     assert not any(isinstance(finder, converter._Beside) for finder in sys.meta_path)
+
+
+def test_a_module_of_another_place_does_not_stand_in_for_the_file_beside_a_converter(tmp_path, monkeypatch):
+    """It is there again afterwards; a file named as one of Python's own modules hides nothing from others."""
+    mine = write_helped(tmp_path)
+    (tmp_path / "other.py").write_text("END = '!'\n")
+    (tmp_path / "json.py").write_text("raise SystemExit")
+    (tmp_path / "rows.dat").touch()
+    elsewhere = {name: ModuleType(name) for name in ("other", "parts", "parts.base")}
+    for name, module in elsewhere.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert read(tmp_path / "rows.dat", convert=str(mine)) == [(1, {"a": "HI!", "b": "z"})]
+    assert {name: sys.modules.get(name) for name in elsewhere} == elsewhere
 
 
 def test_a_mistake_in_a_helper_is_named_by_the_line_that_led_there(tmp_path):

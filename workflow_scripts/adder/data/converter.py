@@ -88,8 +88,14 @@ class _Beside:
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Let imports look into `folder` first, as for a script there; forget afterwards what was imported from it."""
+    """Let imports look into `folder` first, as for a script there; forget afterwards what was imported from it.
+
+    A module that was loaded from elsewhere under the name of a file in `folder` is out of the way meanwhile.
+    """
     finder = _Beside(folder)
+    hidden = {name: module for name, module in sys.modules.items() if _is_hidden_by(folder, name.split(".")[0])}
+    for name in hidden:
+        del sys.modules[name]
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -97,6 +103,14 @@ def _importing_from(folder: Path) -> Iterator[None]:
         sys.meta_path.remove(finder)
         for name in finder.loaded:
             sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+
+
+def _is_hidden_by(folder: Path, name: str) -> bool:
+    """Whether `import name` means a file in `folder`; Python's own modules, which others here use, stay theirs."""
+    if name in sys.stdlib_module_names or name == "__main__":
+        return False
+    return (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()
 
 
 def _imported_names(file: Path, folder: Path) -> Iterator[tuple[str, ...]]:

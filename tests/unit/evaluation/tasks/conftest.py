@@ -1,5 +1,8 @@
 """What the tests of tasks share: a model to ask, a user's own tasks, and one arithmetic."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from adder.core.choice import Choice
@@ -25,8 +28,9 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture
-def own_tasks(tmp_path):
-    """A folder of a user's own tasks, their data beside them."""
+def own_tasks(tmp_path, monkeypatch):
+    """A folder of a user's own tasks, their data beside them. What their code imports from it is forgotten."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
     folder = tmp_path / "my tasks"
     (folder / "data").mkdir(parents=True)
     for name, text in {
@@ -35,7 +39,10 @@ def own_tasks(tmp_path):
     }.items():  # fmt: skip
         (folder / name).write_text(text)
     write_jsonl(folder / "data" / "one.jsonl", QUESTIONS)
-    return folder
+    yield folder
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder):
+            del sys.modules[name]
 
 
 @pytest.fixture
