@@ -5,8 +5,8 @@ VENV ?= .venv
 # Where torch comes from, if not from pip's own index: see "Installing" in the README.
 TORCH_INDEX ?=
 CONFIG ?=
-# Tests at a time: each computes on one core.
-WORKERS ?= 2
+# Tests at a time: each computes on one core. One more than two cores have use for: some wait for a cluster or a server.
+WORKERS ?= 3
 # Which tests: files, folders or names, as pytest takes them.
 TESTS ?=
 BIN := $(VENV)/bin
@@ -61,7 +61,7 @@ test: lint pytest
 pytest: $(VENV)/.ready-dev browser slurm
 	@mkdir -p .cache
 	$(BIN)/python -m slipcover --source $(PACKAGE) --omit $(PACKAGE)/kernels/packed_attention.py \
-		--json --out .cache/coverage.json -m pytest --numprocesses $(WORKERS) --dist loadfile $(TESTS)
+		--json --out .cache/coverage.json -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # As on a machine that has AVX2 alone.
 test-avx2:

@@ -17,14 +17,41 @@ import pytest
 from filelock import FileLock
 
 import examples
+import process_state
 
 examples.register_profiles()
 
 ROOT = Path(__file__).resolve().parent.parent
+# Begun first, so that no process is at a long file when the others are done: those that take the better part of a
+# minute, longest first. A cluster's are at its mercy most of the time, while others compute.
+LONG_FILES = (
+    "slurm/test_cluster.py",
+    "workflow/test_caching.py",
+    "unit/training/test_lora.py",
+    "workflow/test_resume.py",
+    "workflow/test_other_targets.py",
+    "unit/kernels/test_interpreted.py",
+    "workflow/test_import.py",
+    "workflow/test_documented_commands.py",
+    "unit/training/distributed/test_launcher.py",
+    "unit/training/test_run.py",
+    "unit/merging/test_transformers_4.py",
+    "workflow/test_terminal.py",
+    "workflow/test_compare_report.py",
+    "unit/data/test_model_source.py",
+    "workflow/test_faults.py",
+    "unit/kernels/test_tiles.py",
+    "unit/kernels/trials/test_process.py",
+    "unit/training/monitoring/test_trackers.py",
+    "unit/workflow/test_cli.py",
+    "unit/tokenization/test_labels.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Skip GPU tests, with the reason, where there is no CUDA device."""
+    """Begin with long files. Skip GPU tests, with the reason, where there is no CUDA device."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -53,12 +80,34 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"coverage: {summary['percent_covered']:.1f} % of the package's {lines:,} lines")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_for_the_first():
+    """No file's tests leave anything behind in their process by which those of the next could come out otherwise."""
+    with process_state.kept():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> Path:
     """A saved two-layer Llama with random weights and its tokenizer."""
     from tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of this session of tests, the same in all of its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def first_run(shared_folder):
+    """The workflow's first run, whose copies tests may change (project.FirstRun)."""
+    from project import FirstRun
+
+    return FirstRun(shared_folder)
 
 
 @pytest.fixture(scope="session")

@@ -9,20 +9,35 @@ import sys
 from pathlib import Path
 
 import yaml
+from filelock import FileLock
 
+from adder.core.files import read_json, write_json
 from adder.workflow.settings import merged
 from adder.workflow.stages import SPECS
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a job is called in the table of docs/caching.md, by Snakemake's rule.
 STAGES = {spec.rule: spec.name for spec in SPECS.values()}
+TINY = {
+    "model": {"source": "model"},
+    "data": {"sources": [{"path": "rows.jsonl"}], "heldout": {"share": 0.2}},
+    "train": {"epochs": 1, "lora_r": 4, "eval_samples": 2, "compute_dtype": "float32"},
+    "evaluate": {"max_new_tokens": 8},
+}
+# Another run of it, at a rate at which the replies become others than the base's.
+OTHER = {"train": {"learning_rate": 0.05}}
 
 
 class Project:
-    """The workflow in a folder of its own; `config` is written to config/config.yaml before each command."""
+    """The workflow in a folder of its own; `config` is written to config/config.yaml before each command.
+
+    What a folder already has of it is taken as it is.
+    """
 
     def __init__(self, folder: Path, config: dict):
         self.folder, self.config = folder, config
+        if (folder / "Snakefile").exists():
+            return
         for name in ("Snakefile", "rules", "workflow_scripts", "profiles", "envs"):
             source = ROOT / name
             copy = shutil.copytree if source.is_dir() else shutil.copy2
@@ -74,6 +89,41 @@ class Project:
     def result(self, page: str, run: str = "default"):
         """Read a JSON page of a run's results."""
         return json.loads((self.folder / "results" / run / page).read_text())
+
+
+class FirstRun:
+    """A run of TINY to its report, and then one of OTHER, from nothing; `stages`: what the first did, as Project.run.
+
+    It takes a minute, so the processes that run tests share one in the folder `shared`, and change copies of it.
+    """
+
+    def __init__(self, shared: Path):
+        self.folder, told = shared / "first-run", shared / "first-run.json"
+        with FileLock(shared / "first-run.lock"):
+            if not told.exists():
+                self._make(told)
+        self.stages: dict[str, str] = read_json(told)
+
+    def _make(self, told: Path) -> None:
+        from tiny import save_tiny_model
+
+        self.folder.mkdir()
+        project = Project(self.folder, TINY)
+        save_tiny_model(self.folder / "model")
+        write_rows(self.folder / "rows.jsonl", 60)
+        stages = project.run()
+        project.run(config=OTHER)
+        project.run()  # the results show the first
+        write_json(told, stages)
+
+    def copy(self, folder: Path) -> Project:
+        """The project as it is after these runs, in the empty `folder`; links between its files stay such."""
+        subprocess.run(["cp", "-a", f"{self.folder}/.", str(folder)], check=True)
+        return Project(folder, TINY)
+
+    def copy_cache(self, results: Path) -> None:
+        """What any project that runs the same restores its stages from, below its folder `results`."""
+        shutil.copytree(self.folder / "results" / "cache", results / "cache")
 
 
 def write_rows(path: Path, count: int, start: int = 0) -> None:

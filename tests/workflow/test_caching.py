@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from adder.workflow.stages import SPECS
-from project import ROOT, write_rows
+from project import OTHER, ROOT, write_rows
 
 ALL = SPECS.keys() - {"task", "judge", "gguf"}  # those that a configuration asks for
 TABLE = ROOT / "docs" / "caching.md"
@@ -38,8 +38,8 @@ def untouched(project):
             path.write_bytes(content)
 
 
-def test_the_first_run_runs_everything(project):
-    assert project.first_run == dict.fromkeys(ALL, "ran")
+def test_the_first_run_runs_everything(first_run, project):
+    assert first_run.stages == dict.fromkeys(ALL, "ran")
     folder = project.folder / "results" / "default"
     made = {
         "merged_model",
@@ -211,7 +211,7 @@ def test_parsing_imports_no_torch(project):
 
 
 def test_prune_lists_and_removes_what_no_run_needs(project):
-    project.run(config={"train": {"learning_rate": 7e-4}})
+    project.run(config=OTHER)
     project.run()
     prune = ("-m", "adder.workflow.cli", "prune")
     text = project.python(*prune, input="n\n").stdout

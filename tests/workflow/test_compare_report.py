@@ -6,7 +6,9 @@ import json
 import re
 import zipfile
 
-RUNS = {"runs": {"default": {}, "other": {"train": {"learning_rate": 3e-4}}}}
+from project import OTHER
+
+RUNS = {"runs": {"default": {}, "other": OTHER}}
 
 
 def test_runs_are_compared_and_snakemake_reports_the_same_figures(project):
@@ -14,7 +16,7 @@ def test_runs_are_compared_and_snakemake_reports_the_same_figures(project):
     results = project.folder / "results"
     rows = list(csv.DictReader(io.StringIO((results / "compare.csv").read_text())))
     assert {row["run"] for row in rows} == {"default", "other"}
-    assert {row["train.learning_rate"] for row in rows} == {"0.0001", "0.0003"}
+    assert {row["train.learning_rate"] for row in rows} == {"0.0001", "0.05"}
     for row in rows:
         heldout = project.result("metrics.json", row["run"])["heldout"]
         assert float(row["loss"]) == heldout["loss"]["tuned"]["value"]

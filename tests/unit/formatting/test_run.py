@@ -184,7 +184,7 @@ def test_same_rows_give_the_same_bytes(tmp_path):
 def test_several_workers_give_the_same_bytes(tmp_path, monkeypatch):
     """Blocks, not workers, decide what is read and written together."""
     story = " ".join(f"word{n}" for n in range(60))
-    rows = [qa(f"{q} {story if n % 3 else n} {n}", f"answer {n % 9}") for n, q in enumerate(QUESTIONS * 5)]
+    rows = [qa(f"{q} {story if n % 3 else n} {n}", f"answer {n % 9}") for n, q in enumerate(QUESTIONS[:60] * 5)]
     rows += [qa("x", "")] * 3
     monkeypatch.setattr(block_converter, "BLOCK", 4_000)
     how = {"near_duplicates": "drop", "overlap": "drop"}

@@ -33,8 +33,11 @@ from adder.training import base_model, lora, trainer
 from adder.training.packed_dataset import PackedExamples, heldout_examples
 from adder.training.records import TrainInputs
 from adder.training.stage import TrainSettings
+from merge_fixture import reply_in_this_process  # noqa: F401 (a fixture)
 from tiny import pack_rows, save_tiny_model, tiny_tokenizer, token_row, write_tokens, write_training_inputs
 from training_stage import run_training, train_settings
+
+pytestmark = pytest.mark.usefixtures("reply_in_this_process")
 
 # The settings of each kind, and the methods that it goes with.
 BOTH = ("qlora", "lora")

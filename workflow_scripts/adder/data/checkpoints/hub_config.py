@@ -28,6 +28,9 @@ def folder_with_config(settings: ModelSettings) -> Path | None:
         if isinstance(kept, str):
             return Path(kept).parent
         token = os.environ.get("HF_TOKEN") or False
+        url = huggingface_hub.hf_hub_url(settings.source, "config.json", revision=settings.revision)
+        # Asks once. A download asks a hub that doesn't answer six times, for a minute each, whatever etag_timeout says.
+        huggingface_hub.get_hf_file_metadata(url, token=token, timeout=SECONDS)
         return Path(
             huggingface_hub.hf_hub_download(
                 settings.source, "config.json", revision=settings.revision, token=token, etag_timeout=SECONDS
