@@ -453,4 +453,4 @@ def test_the_figures_on_record_are_within_what_is_claimed():
     held = [row["coverage"] for row in record["coverage"] if row["n"] >= 12]
     assert len(held) == 160 and all(0.935 <= one <= 0.965 for one in held)
     assert {row["n"] for row in record["coverage"]} == set(benchmark.SIZES) == {row["n"] for row in record["verdict"]}
-    assert all(row["better"] <= 0.028 and row["draws"] >= 1000 for row in record["verdict"])
+    assert all(row["better"] <= 0.025 and row["draws"] >= 1000 for row in record["verdict"])
