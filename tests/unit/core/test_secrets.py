@@ -29,6 +29,9 @@ def test_messages_hide_a_secret_in_every_form(monkeypatch):
         ("https://host/x.jsonl?sv=1&sig=hunter2", "`sig`"),
         ("https://host/x.jsonl?api_key=hunter2", "`api_key`"),
         ("ftp://me:hunter2@host/x.jsonl", "what stands before @"),
+        ("https://host/x.jsonl?pass=hunter2", "`pass`"),
+        ("https://host/x.jsonl?X-Credentials=hunter2", "`X-Credentials`"),
+        ("https://host/ghp_abcdef" + "0" * 30 + "/x.jsonl", "what stands in its path"),
     ],
 )
 def test_a_secret_written_out_is_refused_without_repeating_it(url, what):
@@ -46,6 +49,7 @@ def test_a_secret_written_out_is_refused_without_repeating_it(url, what):
         "abfs://container@account.dfs.core.windows.net/x.jsonl",
         "s3://bucket/x.jsonl?versionId=3",
         "https://host/x.jsonl?${SIGNED}",
+        "https://host/hf_data/sk-learn/bypass.jsonl?compass=1&path=a",
     ],
 )
 def test_other_urls_are_no_secret(url):
@@ -67,3 +71,11 @@ def test_what_libraries_write_is_cleared_of_secrets_in_every_form(monkeypatch):
     assert named == {"MY_SIGNED", "MY_KEY"}
     clean = secrets.scrubbed(text, named)
     assert clean == "${HF_TOKEN} '${HF_TOKEN}' http://…@h/x?sig=…&a=1 abc ${MY_SIGNED}"
+
+
+def test_a_token_is_known_by_its_form_and_a_folder_is_no_secret(monkeypatch):
+    monkeypatch.setenv("PWD", "/home/me/adder")
+    monkeypatch.setenv("PGPASSWORD", "hunter2222")
+    token = "hf_" + "aB3" * 12
+    text = f"401 for {token}: Authorization: Bearer sk-{'x1' * 16} in /home/me/adder, hunter2222"
+    assert secrets.scrubbed(text) == "401 for …: Authorization: Bearer … in /home/me/adder, ${PGPASSWORD}"

@@ -11,10 +11,17 @@ from adder.core.errors import UserError
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 # Names in a query whose values give access: token, sig, X-Amz-Signature, api_key and the like.
 SECRET_NAME = re.compile(
-    r"(^|[-_.])(sig|signature|secret|password|passwd|pwd|auth|authorization|(api|access|secret|account)[-_]?key)$"
-    r"|token$|^key$",
+    r"(^|[-_.])(sig|signature|secret|pass|passphrase|pwd|pat|jwt|bearer|auth|authorization|credentials?"
+    r"|(api|access|secret|account|private|open_?ai|license)[-_]?key)$|(token|password|passwd)$|^key$",
     re.IGNORECASE,
 )
+# What the tokens of hubs and clouds look like wherever they stand: Hugging Face, OpenAI and its like, GitHub, GitLab,
+# Slack, AWS, Google.
+TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35})(?![\w-])"
+)
+NO_SECRETS = frozenset({"PWD", "OLDPWD"})  # folders
 
 
 def refuse_secrets(url: str, where: str) -> None:
@@ -24,6 +31,7 @@ def refuse_secrets(url: str, where: str) -> None:
     # Elsewhere a name without a password is none (abfs://container@account).
     written = [("what stands before @", password or (user if parts.scheme in ("http", "https") else ""))]
     written += [(f"`{name}`", value) for name, value in parse_qsl(parts.query) if SECRET_NAME.search(name)]
+    written += [("what stands in its path", found) for found in TOKEN.findall(parts.path)]
     for what, value in written:
         if value and not VARIABLE.search(value):
             raise UserError(
@@ -59,7 +67,7 @@ def scrubbed(text: str, named: Iterable[str] = ()) -> str:
     for value, name in secret_values(named).items():
         for form in (value, quote(value, safe=""), quote(value), quote_plus(value), repr(value)[1:-1]):
             text = text.replace(form, f"${{{name}}}")
-    text = re.sub(r"(?<=://)[^/\s@]+@", "…@", text)
+    text = TOKEN.sub("…", re.sub(r"(?<=://)[^/\s@]+@", "…@", text))
     return re.sub(r"(?<=[?&])([\w.-]+)=[^&\s]+", lambda m: f"{m[1]}=…" if SECRET_NAME.search(m[1]) else m[0], text)
 
 
@@ -68,7 +76,8 @@ def secret_values(named: Iterable[str] = ()) -> dict[str, str]:
 
     What is shorter than six characters is no secret, and stands in many a text.
     """
-    names = {name for name in os.environ if SECRET_NAME.search(name)} | (set(named) & os.environ.keys())
+    telling = {name for name in os.environ if SECRET_NAME.search(name)} - NO_SECRETS
+    names = telling | (set(named) & os.environ.keys())
     found = {os.environ[name].strip(): name for name in names if len(os.environ[name].strip()) >= 6}
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
