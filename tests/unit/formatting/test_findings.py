@@ -171,7 +171,24 @@ def test_heldout_rows_with_one_word_changed_do_not_stay_in_training(tmp_path, si
     assert dropped == set(range(21, 41)) and {row["how"] for row in formatted.leaked} == {"nearly the same row"}
     overlap = formatted.card["quality"]["overlap"]
     assert overlap["found"] == overlap["dropped"] == 20
-    assert ("near-duplicates of whole rows" in overlap["looked_for"]) == (signed == "report")
+    assert ("nearly the whole row" in overlap["looked_for"]) == (signed == "report")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda words: words[: len(words) // 2 + 1],
+        lambda words: words[len(words) // 2 :],
+        lambda words: [*words, "Please", "answer", "me", "as", "soon", "as", "you", "can"],
+        lambda words: words[::-1],
+    ],
+)
+def test_heldout_rows_whose_prompt_was_cut_extended_or_turned_round_do_not_stay_in_training(tmp_path, change):
+    rows = [("heldout", order(n)) for n in range(20)]
+    rows += [("train", row | {"question": " ".join(change(row["question"].split()))}) for _, row in rows]
+    rows += [("train", order(n)) for n in range(100, 500)]
+    formatted = format_rows(tmp_path, rows, overlap="drop")
+    assert {row["row"] for row in formatted.leaked} == set(range(21, 41)) and formatted.card["train"] == 400
 
 
 def test_heldout_rows_written_in_another_way_do_not_stay_in_training(tmp_path):

@@ -13,6 +13,7 @@ def answered(user, reply):
 
 def test_a_reply_in_its_own_prompt_is_seen_as_whole_words():
     assert answered("Label: urgent. Is it urgent?", "urgent")
+    assert answered("Is it URGENT?", "urgent") and answered("Es ist dringend: Straße", "strasse")
     assert not answered("An insurgent came.", "urgent") and not answered("Where is it?", "In Oslo.")
     assert reply_key({"text": "urgent"}) == reply_key(messages("Where is it?", "  ")) == bytes(8)
 

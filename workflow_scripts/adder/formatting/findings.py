@@ -26,7 +26,7 @@ from adder.formatting.spool import Spool
 from adder.formatting.stage import FormatSettings
 
 SAME, OVERLAP, TWIN = "same prompt", "8-word overlap", "nearly the same row"  # how a training row leaked
-FEW_ROWS, NEARLY_ALL = 10, 0.95  # of training rows, from which on a reply in its own prompt is worth a word
+FEW_ROWS, NEARLY_ALL = 5, 0.95  # of training rows, from which on a reply in its own prompt is worth a word
 FEW_LEAKS = 5  # rows that may be dropped of whatever few there are
 
 Integers = npt.NDArray[np.int64]
@@ -198,11 +198,14 @@ def quality(rows: AcceptedRows, spool: Spool, findings: Findings, settings: Form
 
 
 def _looked_for(settings: FormatSettings) -> list[str]:
-    """What was looked for among training rows, as the report names it."""
-    found = ["equal prompts"]
+    """What a training row was looked for to have of a held-out one, as the report names it."""
+    found = ["the prompt"]
     if settings.overlap != "off":
-        found += [f"prompts with {NGRAM}-word sequences in common", "nearly equal prompts with the same reply"]
-        found += ["near-duplicates of whole rows"] if settings.near_duplicates != "off" else []
+        found += [
+            f"over {100 * settings.overlap_share:g} % of the prompt's own words in {NGRAM}-word sequences",
+            "a rare reply to nearly the prompt or to a part of it",
+        ]
+        found += ["nearly the whole row"] if settings.near_duplicates != "off" else []
     return found
 
 

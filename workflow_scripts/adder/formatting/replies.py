@@ -42,11 +42,13 @@ def joined(keys: Sequence[bytes]) -> Hashes:
 
 
 def holds_its_reply(conversation: Conversation, reply: str) -> bool:
-    """Whether the last reply stands, as whole words, in what was said before it."""
-    part, messages = reply.strip(), conversation.get("messages", [])
+    """Whether the last reply stands, as whole words, in what was said before it, but for case."""
+    part, messages = reply.strip().casefold(), conversation.get("messages", [])
     said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     before = messages[: said[-1]] if said else []
-    return bool(part) and any(_stands(part, one.get("content") or "") for one in before if one["role"] != "assistant")
+    return bool(part) and any(
+        _stands(part, (one.get("content") or "").casefold()) for one in before if one["role"] != "assistant"
+    )
 
 
 def _stands(part: str, text: str) -> bool:

@@ -20,7 +20,15 @@ from adder.core.stage_spec import Context, Earlier
 from adder.formatting.block_converter import HELDOUT, TEST, TRAIN, prompt_text
 from adder.formatting.replies import reply_text
 from adder.formatting.similarity.heldout_overlap import HeldoutIndex
-from adder.formatting.similarity.heldout_twins import are_twins, same_reply_pairs, similar_pairs
+from adder.formatting.similarity.heldout_twins import (
+    FEW,
+    MANY,
+    PARTLY,
+    Candidate,
+    are_twins,
+    same_reply_pairs,
+    similar_pairs,
+)
 from adder.formatting.similarity.minhash import Signatures, estimated_similarity, near_duplicates
 from adder.formatting.similarity.shared_words import Seen
 from adder.formatting.spool import Spool, unpack
@@ -118,26 +126,36 @@ def find_overlap(
     def make() -> Callable[[tuple[int, Integers]], list[tuple[int, int, float]]]:
         def overlaps(part_and_rows: tuple[int, Integers]) -> list[tuple[int, int, float]]:
             part, rows = part_and_rows
-            found = index.overlaps(read(part, rows))
+            found = index.overlaps(read(part, rows), min(PARTLY, share))
             return [(int(row), *match) for row, match in zip(rows, found, strict=True) if match]
 
         return overlaps
 
     overlapping: list[tuple[int, int, float]] = []
+    partly: list[tuple[int, int]] = []
     workers = parallel.worker_count(sum(len(rows) for _, rows in touched), OVERLAP_ENOUGH, context.threads)
     for (part, _), found in zip(touched, parallel.map_batches(make, touched, workers), strict=True):
         start = int(spool.starts[part])
-        overlapping += [(start + row, int(held[match]), value) for row, match, value in found]
+        overlapping += [(start + row, int(held[match]), value) for row, match, value in found if value > share]
+        partly += [(start + row, int(held[match])) for row, match, value in found if value <= share]
     known = np.isin(np.arange(len(side)), [row for row, _, _ in overlapping])
     train = np.flatnonzero((side == TRAIN) & ~known)
-    pairs = {(int(train[one]), int(held[other])) for one, other in same_reply_pairs(reply[train], reply[held])}
-    if signed:
-        pairs.update(similar_pairs(signed[0], train, held, signed[1]))
-    return Overlap(_matches(overlapping), _twins(sorted(pairs), held, prompts, index, spool, systems))
+    alike = similar_pairs(signed[0], train, held, signed[1]) if signed else []
+    common, rare = (
+        {(int(train[one]), int(held[other])) for one, other in same_reply_pairs(reply[train], reply[held], most)}
+        for most in (MANY, FEW)
+    )
+    candidates: dict[tuple[int, int], Candidate] = {}
+    reasons: tuple[tuple[Candidate, Iterable[tuple[int, int]]], ...] = (
+        *(("common reply", common), ("partly", partly), ("alike", alike), ("rare reply", rare)),
+    )
+    for how, pairs in reasons:  # the last one counts: it asks least of the rest
+        candidates |= dict.fromkeys(pairs, how)
+    return Overlap(_matches(overlapping), _twins(candidates, held, prompts, index, spool, systems))
 
 
 def _twins(
-    pairs: list[tuple[int, int]],
+    candidates: dict[tuple[int, int], Candidate],
     held: Integers,
     prompts: list[str],
     index: HeldoutIndex,
@@ -147,6 +165,7 @@ def _twins(
     """Those of the pairs (training row, held-out row) that are nearly one row; of each training row the nearest."""
     place = {row: number for number, row in enumerate(held.tolist())}
     twins: dict[int, tuple[int, float]] = {}
+    pairs = sorted(candidates)
     for start in range(0, len(pairs), PAIRS):
         chosen = pairs[start : start + PAIRS]
         rows = np.unique(np.array(chosen, np.int64))
@@ -156,7 +175,7 @@ def _twins(
         for row, match in chosen:
             number = place[match]
             one, other = (asked[row], replies[row]), (prompts[number], replies[match])
-            agreed = are_twins(one, other, index.own_words(number))
+            agreed = are_twins(one, other, index.own_words(number), candidates[row, match])
             if agreed is not None and (row not in twins or agreed > twins[row][1]):
                 twins[row] = (match, agreed)
     return _matches([(row, *twin) for row, twin in sorted(twins.items())])

@@ -89,10 +89,11 @@ class HeldoutIndex:
         """Which words of a held-out prompt are its own, bool (words,)."""
         return self._own[self._offsets[prompt] : self._offsets[prompt + 1]]
 
-    def overlaps(self, texts: Sequence[str]) -> list[tuple[int, float] | None]:
-        """For each training prompt the held-out prompt (its index) with the largest share above the limit, and that
-        share; the first of equals; None where there is none.
+    def overlaps(self, texts: Sequence[str], least: float | None = None) -> list[tuple[int, float] | None]:
+        """For each training prompt the held-out prompt (its index) with the largest share above `least`, by default the
+        limit, and that share; the first of equals; None where there is none.
         """
+        least = self.share if least is None else least
         sequences = Sequences(*hash_words(texts))
         sizes = np.diff(sequences.offsets)
         best: list[tuple[int, float] | None] = [None] * len(texts)
@@ -107,7 +108,7 @@ class HeldoutIndex:
                     continue
                 if table.length < NGRAM and table.length <= self.share * sizes[text]:
                     continue
-                if share > self.share and (earlier is None or (-share, prompt) < (-earlier[1], earlier[0])):
+                if share > least and (earlier is None or (-share, prompt) < (-earlier[1], earlier[0])):
                     best[text] = (prompt, share)
         return best
 

@@ -1,11 +1,15 @@
-"""Training rows that are a held-out row with a few words changed: nearly the same prompt, nearly the same reply.
+"""Training rows that are a held-out row with a few words changed: nearly the same prompt, nearly the same reply; or the
+same reply, and a prompt that was cut, extended or put in another order.
 
 The 8-word sequences of `heldout_overlap` miss a short prompt of which one word is another, and a whole row's similarity
-misses it where its words are few. Candidates are pairs of rows with the same reply, where few rows have it, and pairs
-whose MinHash signatures are alike; a candidate counts where both texts, aligned word by word, agree.
+misses it where its words are few. Candidates are pairs of rows with the same reply, where few rows have it, pairs whose
+MinHash signatures are alike, and pairs whose prompts share some 8-word sequences; a candidate counts where both texts,
+aligned word by word, agree, or where the replies do and one prompt's words stand in the other.
 """
 
 import difflib
+from collections import Counter
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,30 +21,43 @@ from adder.formatting.similarity.words import hash_words
 Hashes = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+Candidate = Literal["rare reply", "common reply", "alike", "partly"]
+"""Why two rows are compared: an equal reply that few rows have, or some; most words; a part of the prompt's words."""
 
 FEW = 4  # rows on a side that may have one reply, for it to tell a row; "yes" or a label is many rows'
+MANY = 50  # training rows that may have a long one: a row is sometimes copied in many ways
 ALIKE_PROMPT = 0.7  # of the held-out prompt's own words, in their order
 ALIKE_REPLY = 0.5  # of both replies' words, in their order
+SAME_PROMPT = 0.7  # of the shorter prompt's words, in any order, where the replies are equal
+HALF_OWN = 0.5  # of the words that are a prompt's own, if these are too few to go by alone
+ENOUGH_WORDS = 3  # of a prompt
+PARTLY = 0.25  # of a held-out prompt's words in 8-word sequences, from which on it is worth to look at the reply too
+LONG_REPLY, SAME_REPLY = 8, 0.7  # words from which on a reply tells a row though a few of them, of this share, differ
 MOST_WORDS = 600  # of a text that are aligned: that is quadratic at worst
 
 
 def twin_method(similarity: float | None) -> str:
     """How nearly equal rows are found, as a sentence for people. `similarity`: None where rows are not signed."""
     signed = (
-        f", or at least {100 * similarity:g} % of the 3-word sequences of both rows (MinHash)"
+        f", at least {100 * similarity:g} % of the 3-word sequences of both rows (MinHash)"
         if similarity is not None
         else ""
     )
     return (
-        f"A training row is nearly a held-out row where they share a reply that at most {FEW} rows on a side have"
-        f"{signed}, and where at least {100 * ALIKE_PROMPT:g} % of the held-out prompt's own words and "
-        f"{100 * ALIKE_REPLY:g} % of the replies' words agree in order."
+        f"A training row is nearly a held-out row where they share a reply that at most {FEW} rows on a side have (of "
+        f"{LONG_REPLY} words and more: {MANY} training rows)"
+        f"{signed}, or {100 * PARTLY:g} % of the held-out prompt's words in 8-word sequences, and where at least "
+        f"{100 * ALIKE_PROMPT:g} % of the held-out prompt's own words and {100 * ALIKE_REPLY:g} % of the replies' "
+        f"words agree in order; or, where the reply is the same, or has {LONG_REPLY} words and more of which "
+        f"{100 * SAME_REPLY:g} % agree, where {100 * SAME_PROMPT:g} % of the shorter prompt's own words stand in the "
+        "other in any order: a prompt that was cut, extended or turned round. A short prompt that was changed so, and "
+        "whose reply was too, isn't found."
     )
 
 
-def same_reply_pairs(train: Hashes, held: Hashes) -> list[tuple[int, int]]:
-    """Pairs (index in `train`, index in `held`) of equal replies that few rows on either side have; `train`, `held`:
-    their keys, 0 for an empty one.
+def same_reply_pairs(train: Hashes, held: Hashes, most: int = FEW) -> list[tuple[int, int]]:
+    """Pairs (index in `train`, index in `held`) of equal replies that at most so many rows of `train` and FEW of `held`
+    have; `train`, `held`: their keys, 0 for an empty one.
     """
     train, held = train & ~ANSWERED, held & ~ANSWERED
     values, first, counts = np.unique(held, return_index=True, return_counts=True)
@@ -52,7 +69,7 @@ def same_reply_pairs(train: Hashes, held: Hashes) -> list[tuple[int, int]]:
     pairs: list[tuple[int, int]] = []
     for index in hits.tolist():
         value = int(place[index])
-        if often[value] <= FEW and counts[value] <= FEW:
+        if often[value] <= most and counts[value] <= FEW:
             pairs += [(index, int(one)) for one in order[starts[value] : starts[value] + counts[value]]]
     return pairs
 
@@ -95,11 +112,37 @@ def agreement(train: str, held: str, own: Mask | None = None) -> float:
     return float((matched & counted).sum() / (counted.sum() + more))
 
 
-def are_twins(train: tuple[str, str], held: tuple[str, str], own: Mask) -> float | None:
+def are_twins(train: tuple[str, str], held: tuple[str, str], own: Mask, how: Candidate = "alike") -> float | None:
     """How far the prompts of two (prompt, reply) agree, where they are nearly one row; None where they aren't.
 
-    A held-out row without a reply, such as one of a protected test set, goes by its prompt alone.
+    A held-out row without a reply, such as one of a protected test set, goes by its prompt alone. `how`: why the two
+    are compared.
     """
-    prompt = agreement(train[0], held[0], own)
+    long = len(hash_words([held[1]])[0]) >= LONG_REPLY
     replies = min(agreement(train[1], held[1]), agreement(held[1], train[1])) if held[1] else 1.0
+    telling = how == "rare reply" or (long and replies >= SAME_REPLY)
+    if how in ("common reply", "partly") and not telling:
+        return None
+    if telling and (shared := shared_share(train[0], held[0], own)) >= SAME_PROMPT:
+        return shared
+    prompt = agreement(train[0], held[0], own)
     return prompt if prompt >= ALIKE_PROMPT and replies >= ALIKE_REPLY else None
+
+
+def shared_share(train: str, held: str, own: Mask) -> float:
+    """The share of the shorter prompt's words that the other has too, in any order; 0 where it has too few words.
+
+    own: bool (words of `held`,). What isn't its own counts on neither side, or, where that leaves too few words, counts
+    if half of its own words stand in the other too.
+    """
+    one, other = (hash_words([text])[0] for text in (train, held))
+    left, kept = Counter(one.tolist()), Counter(other[own].tolist())
+    left.subtract(other[~own].tolist())
+    left, same = +left, (left & kept).total()
+    shorter = min(left.total(), kept.total())
+    if shorter >= ENOUGH_WORDS:
+        return same / shorter
+    every = min(len(one), len(other))
+    if every < ENOUGH_WORDS or same < HALF_OWN * shorter:
+        return 0.0
+    return (Counter(one.tolist()) & Counter(other.tolist())).total() / every
