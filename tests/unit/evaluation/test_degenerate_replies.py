@@ -2,7 +2,7 @@
 
 import pytest
 
-from adder.evaluation.degenerate_replies import circles, find_faults, in_words
+from adder.evaluation.degenerate_replies import circles, echoes, faults_of, find_faults, in_words, turns
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_what_does_not(text):
 def test_each_fault_is_counted_and_named():
     references = [f"reference {n}" for n in range(20)]
     dots = find_faults(["........"] * 20, references, [False] * 20)
-    assert dots[:6] == (20, 20, 0, 20, 20, 20) and dots.share == 1
+    assert dots[:7] == (20, 20, 0, 20, 20, 0, 20) and dots.share == 1
     assert len(in_words(dots)) == 3 and "20 of 20 replies were cut off" in in_words(dots)[0]
     empty = find_faults([""] * 3 + references[3:], references, [True] * 20)
     assert (empty.empty, empty.alike, empty.faulty) == (3, 0, 3) and in_words(empty, 0.2) == []
@@ -100,3 +100,74 @@ def test_what_nobody_can_see_is_empty():
 
 def test_a_long_stretch_need_not_come_again_so_often():
     assert circles(f"{VARIED}" * 3) and not circles("no, no, no" * 2)
+
+
+ASKED = "Where is the parcel that I ordered on Monday? It should have been here by now."
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        ASKED,
+        ASKED.upper().replace("?", ""),
+        f"You asked: {ASKED}",
+        f"{ASKED} It left Oslo this morning.",
+        f"{ASKED}\n{ASKED}\n{ASKED}",
+        ASKED.replace("Monday", "Tuesday"),
+        "Where is the parcel that I ordered on",  # cut off
+        "that I ordered on Monday? It should have been here by now.",
+        f"Answer in one sentence, please. {ASKED}",
+    ],
+)
+def test_a_reply_that_says_its_prompt_again_is_an_echo(reply):
+    assert echoes(reply, ["Answer in one sentence, please.", ASKED])
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "...",
+        "The parcel that you ordered on Monday left Oslo this morning.",
+        '{"intent": "track", "date": "Monday"}',
+        "on Monday",
+        "Please",
+    ],
+)
+def test_a_reply_that_speaks_of_its_prompt_is_none(reply):
+    assert not echoes(reply, ["Answer in one sentence, please.", ASKED])
+
+
+def test_short_and_unspaced_prompts_are_echoed_too():
+    assert echoes("7 + 5", ["7 + 5"]) and echoes("Hello!", ["Be kind.", "hello"]) and not echoes("12", ["7 + 5"])
+    assert echoes("我的包裹在哪里", ["我的包裹在哪里?"]) and not echoes("昨天已经寄出了", ["我的包裹在哪里?"])
+
+
+def test_what_a_reference_repeats_of_its_prompt_a_reply_may():
+    prompts = [[f"Correct this: he go to the {word} every day"] for word in VARIED]
+    right = [f"He goes to the {word} every day" for word in VARIED]
+    said = [prompt.partition(": ")[2] for (prompt,) in prompts]
+    assert find_faults(said, right, [True] * 20, prompts).echoing == 0
+    found = find_faults(said, ["Good."] * 20, [True] * 20, prompts)
+    assert found.echoing == found.faulty == 20 and in_words(found) == ["20 of 20 replies repeat what their prompt says"]
+
+
+def test_what_a_tool_has_said_may_be_quoted():
+    said = "It is twelve degrees and sunny in Oslo today."
+    for role, count in (("tool", 0), ("user", 1)):
+        prompt = [{"role": "user", "content": "And the weather?"}, {"role": role, "content": said}]
+        sample = {"reply": said, "reference": "Twelve degrees, sunny.", "prompt": prompt}
+        assert faults_of([sample]).echoing == count  # type: ignore[list-item]
+    assert faults_of([{"reply": None}]).replies == 0  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    "rendered",
+    [
+        f"<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n",
+        f"<s>[INST] {ASKED} [/INST]",
+        f"<｜User｜>{ASKED}<｜Assistant｜>",
+    ],
+)
+def test_the_turns_of_a_rendered_prompt_are_told_apart(rendered):
+    assert echoes(ASKED, turns(rendered)) and not echoes("It left Oslo this morning.", turns(rendered))

@@ -30,7 +30,7 @@ def test_replies_that_are_none_forbid_the_word_better():
     assert verdict["sentence"].startswith(
         "Can't tell whether the tuned model is better than its base: held-out loss went"
     )
-    assert "But 20 of 20 tuned replies are cut off, empty, alike or repeat." in verdict["sentence"]
+    assert "But 20 of 20 tuned replies are cut off, empty, alike, repeat or echo their prompt." in verdict["sentence"]
     assert verdict["doubts"][1] == "the doctor warns of overfitting"
 
 

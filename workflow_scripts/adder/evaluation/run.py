@@ -17,7 +17,7 @@ from adder.core.files import read_json, write_json, write_jsonl
 from adder.core.progress import Progress
 from adder.core.stage_spec import Context
 from adder.evaluation import generation, metrics, speculative_decoding
-from adder.evaluation.degenerate_replies import find_faults
+from adder.evaluation.degenerate_replies import faults_of
 from adder.evaluation.degenerate_replies import in_words as faults_in_words
 from adder.evaluation.heldout_loss import row_losses
 from adder.evaluation.heldout_rows import HeldoutRow, load_rows
@@ -147,13 +147,7 @@ def summarised(heldout: Mapping[str, Any], kind: str) -> dict[str, float]:
 
 def say_faults(samples: Sequence[SampleRecord], which: str, progress: Progress) -> None:
     """Warn of replies that are none, whatever the loss."""
-    asked = [(sample, reply) for sample in samples if (reply := sample["reply"]) is not None]
-    faults = find_faults(
-        [reply for _, reply in asked],
-        [sample["reference"] for sample, _ in asked],
-        [not sample.get("truncated", False) for sample, _ in asked],
-    )
-    for line in faults_in_words(faults, LEAST_FAULTY):
+    for line in faults_in_words(faults_of(samples), LEAST_FAULTY):
         progress.say(f"warning: the {which} model: {line}")
 
 

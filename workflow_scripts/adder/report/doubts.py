@@ -13,6 +13,8 @@ NOTHING_LEARNT = frozenset(
     {"loss flat", "labels masked", "nothing trainable", "gradient vanishes", "loss not a number"}
 )
 
+FAULTY = "tuned replies are cut off, empty, alike, repeat or echo their prompt"
+
 
 class Doubt(NamedTuple):
     """A reason, as a clause, and whether with it no model is called better, whatever its score."""
@@ -28,7 +30,7 @@ def find_doubts(diagnoses: Sequence[Diagnosis], faults: ReplyFaults, overlap: Ov
 
 def _doubts(diagnoses: Sequence[Diagnosis], faults: ReplyFaults, overlap: OverlapFindings) -> Iterator[Doubt]:
     if faults.share >= MOST:
-        yield Doubt(f"{faults.faulty:,} of {faults.replies:,} tuned replies are cut off, empty, alike or repeat", True)
+        yield Doubt(f"{faults.faulty:,} of {faults.replies:,} {FAULTY}", True)
     serious = [one for one in diagnoses if one["severity"] in ("stop", "warning")]
     learnt = [one["name"] for one in serious if one["name"] in NOTHING_LEARNT]
     others = [one["name"] for one in serious if one["name"] not in NOTHING_LEARNT | CAUSES.keys()]

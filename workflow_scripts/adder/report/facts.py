@@ -17,7 +17,7 @@ from adder.core.files import read_json, read_jsonl
 from adder.core.stage_record import StageRecord
 from adder.data.model_types import ModelRecord
 from adder.data.records import SourceRecord
-from adder.evaluation.degenerate_replies import ReplyFaults, find_faults
+from adder.evaluation.degenerate_replies import ReplyFaults, faults_of
 from adder.evaluation.records import Judgement, JudgeRecord, SampleRecord, ScoresRecord
 from adder.evaluation.tasks.records import TaskSample, TaskScoresRecord
 from adder.formatting.records import Card, Reject
@@ -141,7 +141,7 @@ def load(inputs: Mapping[str, Path], shows: Shows) -> RunFacts:
     samples: list[PairedSample] = paired_samples(
         shown.path("evaluate_base", "samples"), shown.path("evaluate_tuned", "samples")
     )
-    faults = reply_faults([sample.tuned for sample in samples])
+    faults = faults_of([sample.tuned for sample in samples])
     diagnoses = with_replies(doctor.diagnose(curve, sampled, training, settings), faults)
     card: Card = shown.json("format", "format")
     tasks = 1 + max((int(match[2]) for stage in folders if (match := TASK.fullmatch(stage))), default=-1)
@@ -188,13 +188,6 @@ def paired_samples(base: Path, tuned: Path) -> list[Paired[Any]]:
             f"{len(apart)} stand in just one of them, such as {apart[0]}"
         )
     return [Paired(id_, base_rows[id_], row) for id_, row in tuned_rows.items()]
-
-
-def reply_faults(samples: Sequence[SampleRecord]) -> ReplyFaults:
-    """What is wrong with a model's replies, whatever their scores; texts without a prompt have none."""
-    asked = [(sample, reply) for sample in samples if (reply := sample["reply"]) is not None]
-    ended = [not sample.get("truncated", False) for sample, _ in asked]
-    return find_faults([reply for _, reply in asked], [sample["reference"] for sample, _ in asked], ended)
 
 
 def with_replies(diagnoses: Sequence[Diagnosis], faults: ReplyFaults) -> list[Diagnosis]:

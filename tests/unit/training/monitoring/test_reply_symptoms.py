@@ -20,3 +20,11 @@ def test_few_faults_are_a_note_and_good_replies_nothing():
     assert [(one["name"], one["severity"]) for one in cut] == [("replies never end", "note")]
     assert reply_symptoms(find_faults(REFERENCES, REFERENCES, [False] + [True] * 39), None, "replies") == []
     assert reply_symptoms(find_faults([], [], []), None, "replies") == reply_symptoms(None, None, "replies") == []
+
+
+def test_replies_that_echo_the_prompt_are_named():
+    asked = [f"Where is parcel number {n} of mine?" for n in range(40)]
+    found = reply_symptoms(find_faults(asked, REFERENCES, [True] * 40, [[one] for one in asked]), None, "replies")
+    assert [(one["name"], one["severity"]) for one in found if "echo" in one["name"]] == [
+        ("replies echo the prompt", "warning")
+    ]

@@ -45,7 +45,7 @@ def test_replies_of_a_step_in_figures():
         SampleRow(step=4, id=str(i), prompt="p", reference="r", reply=reply, exact_match=right, finished=ended)
         for i, (reply, right, ended) in enumerate([("r", 1, True), ("", 0, True), ("x", 0, False), ("y", 0, False)])
     ]
-    faults = ReplyFaults(replies=4, unended=2, empty=1, circling=0, alike=0, faulty=3)
+    faults = ReplyFaults(replies=4, unended=2, empty=1, circling=0, alike=0, echoing=0, faulty=3)
     assert Replies.of(rows, 12.0) == Replies(4, 0.25, faults, 12.0)
     assert Replies.of([], 12.0) is None
 

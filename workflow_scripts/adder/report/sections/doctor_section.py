@@ -56,7 +56,7 @@ def looked_for(facts: RunFacts) -> list[str]:
         (by_height, "gradients that explode or vanish"),
         (logged, "labels that are masked"),
         (evaluated > 1, "a held-out loss that rises while the training loss falls"),
-        (bool(facts.faults.replies), "replies that are empty, never end, repeat or are all alike"),
+        (bool(facts.faults.replies), "replies that are empty, never end, repeat, echo the prompt or are all alike"),
         (bool(facts.sampled) and evaluated > 0, "replies that stay wrong at a good loss"),
         (True, "a learning rate far from what is usual"),
         (True, "steps and batch that don't suit the amount of data"),

@@ -31,6 +31,7 @@ EXPLAINS = {
     "empty replies": ("wrong replies",),
     "replies repeat": ("wrong replies",),
     "replies all alike": ("wrong replies",),
+    "replies echo the prompt": ("wrong replies",),
 }
 
 

@@ -1,4 +1,4 @@
-"""Degenerate replies as diagnoses: cut off, empty, in circles, all alike. Named always, whatever the loss."""
+"""Degenerate replies as diagnoses: cut off, empty, in circles, all alike, echoes. Named always, whatever the loss."""
 
 from adder.evaluation.degenerate_replies import ReplyFaults
 from adder.training.monitoring.symptoms import Diagnosis, diagnosis
@@ -23,6 +23,10 @@ CAUSES = {
         "the model has learnt the commonest reply and doesn't read the prompt, or it has learnt nothing",
         "data.sources: look whether a reply can be told from its prompt; else train.epochs: more",
     ),
+    "replies echo the prompt": (
+        "the prompt carries loss too, or training replies stand in their own prompt, so that copying is learnt",
+        "tokenize.loss_on: assistant, and rows whose reply says its prompt again out of data.sources",
+    ),
 }
 
 
@@ -33,8 +37,11 @@ def reply_symptoms(faults: ReplyFaults | None, step: int | None, what: str, leas
     """
     if faults is None or not faults.replies:
         return []
-    counts = (faults.unended, faults.empty, faults.circling, faults.alike)
-    says = ("do not end by themselves", "are empty", "repeat the same words over and over", f"are {faults.alike_as}")
+    counts = (faults.unended, faults.empty, faults.circling, faults.alike, faults.echoing)
+    says = (
+        *("do not end by themselves", "are empty", "repeat the same words over and over", f"are {faults.alike_as}"),
+        "repeat what their prompt says",
+    )
     found: list[Diagnosis] = []
     for (name, (cause, change)), count, said in zip(CAUSES.items(), counts, says, strict=True):
         if count and count >= least * faults.replies:

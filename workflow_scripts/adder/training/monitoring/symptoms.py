@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypedDict, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from adder.evaluation.degenerate_replies import ReplyFaults, find_faults
+from adder.evaluation.degenerate_replies import ReplyFaults, find_faults, turns
 from adder.training.monitoring import advice
 from adder.training.records import MetricsRow, SampleRow, TrainingFacts
 from adder.training.stage import TrainSettings
@@ -64,7 +64,10 @@ class Replies:
             count=len(rows),
             exact_match=sum(row["exact_match"] for row in rows) / len(rows),
             faults=find_faults(
-                [row["reply"] for row in rows], [row["reference"] for row in rows], [row["finished"] for row in rows]
+                [row["reply"] for row in rows],
+                [row["reference"] for row in rows],
+                [row["finished"] for row in rows],
+                [turns(row["prompt"]) for row in rows],
             ),
             reply_tokens=reply_tokens or UNKNOWN_REPLY_TOKENS,
         )
