@@ -336,8 +336,8 @@ def quality_figures(bad: str) -> dict[str, Any]:
         },
         "overlap": {
             "action": "drop", "method": overlap_method(0.5), "share": 0.5, "found": 6, "dropped": 6,
-            "looked_for": ["equal prompts", "prompts with 8-word sequences in common",
-                           "nearly equal prompts with the same reply", "near-duplicates of whole rows"],
+            "looked_for": ["the prompt", "over 50 % of the prompt's own words in 8-word sequences",
+                           "a rare reply to nearly the prompt or to a part of it", "nearly the whole row"],
             "examples": [overlap, same],
         },
     }  # fmt: skip

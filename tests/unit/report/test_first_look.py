@@ -39,6 +39,20 @@ def test_texts_that_nothing_can_equal_go_by_their_loss_and_have_no_mark():
     assert {(one.base_right, one.tuned_right) for one in found} == {(None, None)}
 
 
+@pytest.mark.parametrize(
+    ("losses", "first", "last"),
+    [
+        ((1.0, 1.5, 1.9), "most gained", "least gained"),
+        ((1.0, 2.0, 2.5), "most gained", "most lost"),
+        ((2.1, 2.2, 2.3), "least lost", "most lost"),
+        ((2.0, 2.0, 2.0), "unchanged", "least gained"),
+    ],
+)
+def test_what_gained_nothing_is_not_said_to_have_gained(losses, first, last):
+    found = telling([sample(str(n), "a", "b", losses=(2.0, loss)) for n, loss in enumerate(losses)], "loss")
+    assert (found[0].why, found[-1].why) == (first, last)
+
+
 def test_plain_texts_have_no_replies_to_show():
     assert telling([sample("text", None, None)], "loss") == []
 
@@ -68,7 +82,8 @@ def test_long_replies_are_cut_with_a_word_on_what_is_left_out():
     ],
 )
 def test_the_most_pressing_step_comes_first(verdict, guard, diagnoses, wrong, first):
-    metrics = {"verdict": {"verdict": verdict, "needed_n": 400, "doubts": []}, "guard": guard}
+    found = {"verdict": verdict, "needed_n": 396, "doubts": [], "difference": 0.1, "smallest_difference": 0.01}
+    metrics = {"verdict": found, "guard": guard}
     steps = next_steps("my-run", metrics, diagnoses, wrong)  # type: ignore[arg-type]
     assert steps[0].text.startswith(first)
     assert len(steps) <= 3

@@ -4,12 +4,16 @@
 |---|---|---|
 | the verdict's sentence, and "better" in each table | interval, p, smallest difference, doubts | `test_a_better_*` |
 | Training: nothing found; the doctor's "nothing found" | doctor, preflight's warnings, advice | `test_a_training_*` |
-| Held out: no training row left that shares … | what `formatting` looked for and found | `test_rows_that_*` |
+| Held out: no training row left that has … | what `formatting` looked for and found | `test_rows_that_*` |
 | Merged model: predicts as the trained one; "checked" | the proof's agreement | `test_a_merge_*` |
 | Other tasks: the guard passes; "passed" | the drop that was measured | `test_a_guard_*` |
 | Judge: win rate | the judge's verdict | `test_a_judge_*` |
 | "same reply" of the reloaded model | merging refuses another one | tests/unit/merging/test_fresh_process_reply.py |
-| "matches" beside a reply | the reply's exact match | `test_a_reply_*`, test_first_look.py |
+| "matches" beside a reply, on the first screen too | the reply's exact match | `test_a_reply_*`, test_first_look.py |
+| Comparison: its verdict, "best", "better" | sure, and nothing against its own verdict | `test_better_than_*` |
+
+The last is in comparison/test_page.py. Not green, but claims: what to do next (`test_a_step_*`), a run's last line at
+the terminal (workflow/terminal/test_closing.py), what the model card tells of the scores (test_model_card.py).
 """
 
 import re
@@ -18,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from adder.core.files import read_json, read_jsonl, write_json, write_jsonl
+from adder.report.first_look import next_steps
 from adder.report.sections import doctor_section, evaluation_section, merge_section, verdict_section
 from report_fixture import write_stage_folders
 from report_pages import make_again
@@ -80,6 +85,18 @@ def test_a_better_model_whose_replies_are_none_is_not_green(tmp_path):
     assert '<li class="is-bad"><a href="#replies">' in page
 
 
+def test_a_better_model_that_says_its_prompt_again_is_not_green(tmp_path):
+    def echo(settings, inputs):
+        path = inputs["evaluate_tuned"] / "samples.jsonl"
+        write_jsonl(path, [{**row, "reply": row["prompt"][-1]["content"]} for row in read_jsonl(path)])
+
+    metrics, page = report(tmp_path, echo)
+    assert "replies echo the prompt" in {one["name"] for one in metrics["doctor"]}
+    assert metrics["verdict"]["verdict"] == "can't tell" and '<li class="is-bad"><a href="#replies">' in page
+    words = {entry["verdict"] for entry in metrics["heldout"].values()}
+    assert "better" not in words and "change good" not in page
+
+
 def test_a_better_by_less_than_matters_is_not_green(tmp_path):
     def large(settings, inputs):
         settings.smallest_difference |= dict.fromkeys(settings.smallest_difference, 1.0)
@@ -114,7 +131,7 @@ def test_what_the_doctor_did_not_look_for_is_not_claimed(tmp_path):
     assert "a held-out loss that rises" not in page and "a loss that stays flat" in page
 
 
-@pytest.mark.parametrize("spoilt", [{"found": 6, "dropped": 2}, {"looked_for": ["equal prompts"]}])
+@pytest.mark.parametrize("spoilt", [{"found": 6, "dropped": 2}, {"looked_for": ["the prompt"]}])
 def test_rows_that_stay_or_were_not_looked_for_are_not_green(spoilt):
     overlap = {"action": "drop", "found": 6, "dropped": 6, "looked_for": ["a", "b", "c", "d"]}
     assert verdict_section.data_line(overlap, 40).tone == "good"
@@ -138,6 +155,24 @@ def test_a_guard_that_fails_is_not_green(tmp_path):
     assert "the guard passes" not in page and '<li class="is-bad"><a href="#tasks">' in page
 
 
+@pytest.mark.parametrize(
+    ("verdict", "found", "sabotaged"),
+    [
+        ("Hold out more rows", {"verdict": "can't tell"}, {"needed_n": None}),
+        ("Hold out more rows: about 400 would tell a diff", {"verdict": "can't tell"}, {"smallest_difference": 0.2}),
+        ("Hold out more rows", {"verdict": "can't tell"}, {"doubts": ["20 of 20 tuned replies are cut off"]}),
+        ("Try a gentler training", {"verdict": "worse"}, {"verdict": "better"}),
+    ],
+)
+def test_a_step_is_shown_only_with_what_it_rests_on(verdict, found, sabotaged):
+    def first(**changes):
+        figures = {"needed_n": 400, "doubts": [], "difference": 0.1, "smallest_difference": 0.01}
+        known = {"verdict": "better"} | figures | found | changes
+        return next_steps("run", {"verdict": known, "guard": None}, [], 0)[0].text  # type: ignore[typeddict-item]
+
+    assert first().startswith(verdict) and not first(**sabotaged).startswith(verdict)
+
+
 def test_a_judge_that_prefers_the_base_or_neither_is_not_green():
     judge = {"win_rate": {"value": 0.6}, "pairs": 50}
     tones = {
@@ -149,6 +184,7 @@ def test_a_judge_that_prefers_the_base_or_neither_is_not_green():
 
 def test_a_reply_that_is_wrong_is_not_green(tmp_path):
     _, page = report(tmp_path, right=0.0, heldout=12)
-    tuned = page[page.index('id="replies"') :]
+    first, tuned = page[: page.index("What to do next")], page[page.index('id="replies"') :]
+    assert 'title="matches"' not in first and 'title="differs"' in first
     assert "✓ matches" not in tuned and "✗ differs" in tuned
     assert evaluation_section.TONES == {"better": "good", "worse": "bad"} and doctor_section.SEVERITIES

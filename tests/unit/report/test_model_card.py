@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from adder.core.files import read_json, write_json
 from adder.report import regression_guard
 from adder.report.data_card import text
+from adder.report.doubts import Doubt
 from adder.report.facts import load
 from adder.report.model_card import LICENSES, _modelfile, came_as, model_card
 from adder.report.run import about
@@ -144,10 +145,18 @@ def test_what_is_not_known_is_said(tmp_path):
     assert "can't be told" not in sure
 
     def overlapping(facts):
-        facts.format["quality"]["overlap"] |= {"found": 6, "dropped": 2}
+        facts.doubts.append(Doubt("4 training rows are much like held-out ones", False))
 
     card, _, _ = make(tmp_path / "d", change=overlapping)
-    assert "4 training rows ask much of what held-out rows ask" in card and "4 training rows" not in sure
+    assert "against the scores: 4 training rows are much like held-out ones" in card
+    assert "against the scores" not in sure
+
+    def dots(facts):
+        facts.doubts.append(Doubt("20 of 20 tuned replies are cut off", True))
+
+    card, _, _ = make(tmp_path / "e", change=dots)
+    assert "against the scores: 20 of 20 tuned replies are cut off" in card
+    assert "can't be told." in card and "this many rows" not in card
 
 
 def test_the_guards_word_is_passed_on(tmp_path):

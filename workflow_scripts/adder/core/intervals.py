@@ -403,11 +403,11 @@ def _sentence(result: Verdict, name: str, is_share: bool, unit: str, row: str) -
     size = "this size" if abs(result["difference"]) >= result["smallest_difference"] else f"{matters}"
     return (
         f"Can't tell whether the tuned model is better than its base: {both}, and {doubt}; "
-        f"about {_round_up(result['needed_n']):,} {row.split()[-1]}s would be needed to show a difference of {size}."
+        f"about {round_up(result['needed_n']):,} {row.split()[-1]}s would be needed to show a difference of {size}."
     )
 
 
-def _round_up(n: int) -> int:
+def round_up(n: int) -> int:
     """Two leading digits: more would pretend to a precision that such an estimate hasn't."""
     step = 10 ** max(0, len(str(n)) - 2)
     return -(-n // step) * step

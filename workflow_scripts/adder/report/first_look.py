@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from adder.core import intervals
 from adder.evaluation.metrics import SCORES, ReplyScore
 from adder.report.facts import PairedSample
 from adder.report.formatting import clip, gist
@@ -43,7 +44,12 @@ def telling(samples: Sequence[PairedSample], metric: str) -> list[TellingReply]:
     order = sorted(replied, key=gain, reverse=True)
     if len(order) < 3:
         return [_shown("", sample) for sample in order]
-    places = {"most gained": order[0], "in the middle": order[len(order) // 2], "least gained": order[-1]}
+    first, last = order[0], order[-1]
+    places = {
+        "most gained" if gain(first) > (0, 0) else "unchanged" if gain(first) == (0, 0) else "least lost": first,
+        "in the middle": order[len(order) // 2],
+        "least gained" if gain(last) >= (0, 0) else "most lost": last,
+    }
     return [_shown(why, sample) for why, sample in places.items()]
 
 
@@ -73,8 +79,10 @@ def next_steps(run: str, metrics: Metrics, diagnoses: Sequence[Diagnosis], wrong
     if metrics["guard"] and not metrics["guard"]["passed"]:
         steps.append(Step("Keep what the guard found lost: a gentler training, or rows of that kind", "evaluate.tasks"))
     if verdict["verdict"] == "can't tell" and verdict["needed_n"] and not verdict["doubts"]:
-        rows = f"{verdict['needed_n']:,}"
-        steps.append(Step(f"Hold out more rows: about {rows} would tell a difference of this size", "data.heldout"))
+        small = abs(verdict["difference"]) < verdict["smallest_difference"]
+        size = "the smallest difference that matters" if small else "a difference of this size"
+        rows = f"{intervals.round_up(verdict['needed_n']):,}"
+        steps.append(Step(f"Hold out more rows: about {rows} would tell {size}", "data.heldout"))
     if verdict["verdict"] in ("worse", "no difference"):
         steps.append(
             Step("Try a gentler training, or more rows like those held out", "train.learning_rate, train.epochs")

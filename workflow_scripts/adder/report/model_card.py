@@ -316,10 +316,10 @@ def _limits(facts: RunFacts, metrics: Metrics) -> Iterable[str]:
     )
     yield f"Conversations were at most {longest:,} tokens long in training; longer ones weren't tried."
     if metrics["verdict"]["verdict"] == "can't tell":
-        yield "Whether it is better than its base can't be told from this many rows."
-    stay = facts.format["quality"]["overlap"]["found"] - facts.format["quality"]["overlap"]["dropped"]
-    if stay:
-        yield f"{stay:,} training rows ask much of what held-out rows ask, which flatters the scores."
+        rows = "" if metrics["verdict"]["doubts"] else " from this many rows"
+        yield f"Whether it is better than its base can't be told{rows}."
+    for doubt in metrics["verdict"]["doubts"]:
+        yield f"What stands against the scores: {doubt}."
     unstated = sum(source["split"] == "train" and not source.get("license") for source in facts.data)
     if unstated or not facts.model["license"]:
         yield "Not every licence is stated (see the tables above)."

@@ -105,7 +105,8 @@ def compare(facts: RunFacts, smallest: Mapping[str, float]) -> dict[str, Compari
             # Better or worse is one word for a score and for its exponential.
             known = compared[of]["verdict"] if of in compared else None
             higher = SCORES[metric].better == "higher"
-            entry["verdict"] = known or intervals.word(entry["difference"], higher, entry["smallest_difference"])
+            word = intervals.word(entry["difference"], higher, entry["smallest_difference"])
+            entry["verdict"] = known or withheld(word, facts.doubts)
         compared[metric] = entry
     return compared
 
@@ -126,7 +127,9 @@ def compare_fields(facts: RunFacts, smallest: float) -> dict[str, ComparedField]
         known: dict[str, Change | None] = {
             score: None if None in (base[name][score], scores[score]) else change for score, change in changes.items()
         }
-        words: dict[str, Word] = {score: intervals.word(change, True, smallest) for score, change in known.items()}
+        words: dict[str, Word] = {
+            score: withheld(intervals.word(change, True, smallest), facts.doubts) for score, change in known.items()
+        }
         table[name] = {"base": base[name], "tuned": scores, "difference": known, "verdict": words}
     return table
 
@@ -155,6 +158,11 @@ def verdict(facts: RunFacts, heldout: Mapping[str, Comparison]) -> RunVerdict:
         clusters=intervals.clusters_of(rows[1]),
     )
     return with_doubts(found, facts.doubts)
+
+
+def withheld(word: Word, doubts: Sequence[Doubt]) -> Word:
+    """The word on one score: no "better" where a doubt forbids it of the run."""
+    return "can't tell" if word == "better" and any(doubt.forbids for doubt in doubts) else word
 
 
 def with_doubts(found: Verdict, doubts: Sequence[Doubt]) -> RunVerdict:

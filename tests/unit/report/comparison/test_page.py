@@ -351,3 +351,5 @@ def test_better_than_its_base_is_green_only_where_nothing_stands_against_it(tmp_
     assert re.search(r'<span class="mark (\w+)" title="[^"]*">better<', own)[1] == (
         "good" if against == "nothing" else "unsure"
     )
+    best = re.search(r'<span class="mark (\w+)">(best|failed: gsm8k)<', own)
+    assert best and best[1] == {"nothing": "good", "doubts": "unsure", "guard": "bad"}[against]

@@ -17,8 +17,8 @@ def test_the_summary_tells_the_alarming_first(everything, tmp_path):
     words = [" ".join("".join(Page(line).text).split()) for _, line in lines]
     assert [tone for tone, _ in lines] == ["bad", "good", "good", "good", "good", "calm"]
     assert words[0] == "✗Other tasks the guard fails this run: gsm8k lost 2.4 points; arc_easy lost 10.0 points"
-    assert "no training row left that shares with the 200 held-out ones: equal prompts, " in words[2]
-    assert words[2].endswith("nearly equal prompts with the same reply or near-duplicates of whole rows")
+    assert "no training row left that has of any of the 200 held-out rows: the prompt, over 50 % " in words[2]
+    assert words[2].endswith("a rare reply to nearly the prompt or to a part of it or nearly the whole row")
     assert words[5].replace("\u00a0", " ") == "Cost 15 min 41 s, 0.63 EUR, 0.0118 kWh"
     out = make(tmp_path, course="spiky", right=0.0, heldout=20)
     lines = re.findall(r'<li class="is-(\w+)">(.*?)</li>', (out / "report.html").read_text(encoding="utf-8"))
@@ -51,9 +51,9 @@ def test_a_model_that_fails_its_guard_is_not_shown_in_green():
 def test_rows_that_overlap_and_stay_are_an_alarm():
     stays = verdict_section.data_line({"action": "report", "found": 6, "dropped": 1}, 40)
     assert stays.tone == "unsure" and stays.text.startswith("5 training rows ask much of what")
-    off = verdict_section.data_line({"action": "off", "found": 0, "dropped": 0, "looked_for": ["equal prompts"]}, 40)
+    off = verdict_section.data_line({"action": "off", "found": 0, "dropped": 0, "looked_for": ["the prompt"]}, 40)
     assert off.tone == "calm"  # what was not looked for is not claimed
-    assert off.text == "no training row left that shares with the 40 held-out ones: equal prompts"
+    assert off.text == "no training row left that has of any of the 40 held-out rows: the prompt"
 
 
 def test_too_few_rows_to_tell(tmp_path):
@@ -65,7 +65,9 @@ def test_too_few_rows_to_tell(tmp_path):
 
 
 def test_free_text_is_told_by_how_near_it_comes_not_by_none_being_equal():
-    facts = SimpleNamespace(faults=ReplyFaults(replies=40, unended=0, empty=0, circling=0, alike=0, faulty=0))
+    facts = SimpleNamespace(
+        faults=ReplyFaults(replies=40, unended=0, empty=0, circling=0, alike=0, echoing=0, faulty=0)
+    )
     values = {"exact_match": (0.0, 0.0), "rouge_l": (0.11, 0.42), "chrf": (0.2, 0.5)}
     heldout = {
         name: {"base": {"value": base, "n": 40}, "tuned": {"value": tuned, "n": 40}}
@@ -76,5 +78,7 @@ def test_free_text_is_told_by_how_near_it_comes_not_by_none_being_equal():
     assert "chrF" in line.text
     line = verdict_section.reply_line(facts, {"exact_match": heldout["exact_match"]})
     assert line.tone == "unsure" and line.text == "none of the 40 tuned replies is just as its reference"
-    cut_off = SimpleNamespace(faults=ReplyFaults(replies=40, unended=30, empty=0, circling=0, alike=0, faulty=30))
+    cut_off = SimpleNamespace(
+        faults=ReplyFaults(replies=40, unended=30, empty=0, circling=0, alike=0, echoing=0, faulty=30)
+    )
     assert verdict_section.reply_line(cut_off, heldout).tone == "bad"

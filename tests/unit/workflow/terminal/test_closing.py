@@ -25,10 +25,13 @@ def test_one_run_has_its_sentence_and_its_paths(tmp_path):
 
 def test_of_several_runs_each_has_a_line_and_the_comparison_the_last(tmp_path):
     finish(tmp_path, "a")
-    finish(tmp_path, "b", "can't tell")
+    finish(tmp_path, "b", "can't tell", doubts=["20 of 20 tuned replies are cut off"])
     lines = list(closing.closing_lines(["a", "b", "not there"], tmp_path))
     assert [line.head for line in lines] == ["a", "b", "all runs"]
     assert lines[1].text.startswith("can't tell: ") and "snakemake --cores 1 compare" in lines[2].text
+    assert lines[0].text.startswith("better: ")
+    finish(tmp_path, "c", doubts=["the doctor warns of overfitting"])
+    assert list(closing.closing_lines(["a", "c"], tmp_path))[1].text.startswith("better, to be read with care: ")
     (tmp_path / "compare.html").write_text("")
     assert list(closing.closing_lines(["a", "b"], tmp_path))[-1].text == str(tmp_path / "compare.html")
 

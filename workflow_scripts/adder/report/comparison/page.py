@@ -202,7 +202,8 @@ def status(found: Comparison, one: RankedRun) -> tuple[str, str]:
     if verdict.tied and one.name in (verdict.run, *verdict.tied):
         return "equal", "unsure"
     if one.name == verdict.run:
-        return ("best", "good") if verdict.word == "best" else ("ahead", "unsure")
+        sound = verdict.word == "best" and not one.verdict["doubts"]
+        return ("best" if verdict.word == "best" else "ahead"), ("good" if sound else "unsure")
     return ("can't tell", "unsure") if one.name in verdict.rivals else ("worse", "bad")
 
 

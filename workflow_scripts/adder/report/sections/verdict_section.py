@@ -120,7 +120,7 @@ def data_line(overlap: OverlapFindings, heldout: int) -> Line:
         return Line("Held out", "unsure", text, "data")
     looked = overlap["looked_for"]
     kinds = ", ".join(looked[:-1]) + (f" or {looked[-1]}" if len(looked) > 1 else looked[-1])
-    text = f"no training row left that shares with the {heldout:,} held-out ones: {kinds}"
+    text = f"no training row left that has of any of the {heldout:,} held-out rows: {kinds}"
     return Line("Held out", "good" if len(looked) == MOST_LOOKED_FOR else "calm", text, "data")
 
 

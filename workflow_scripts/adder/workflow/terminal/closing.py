@@ -13,7 +13,7 @@ MOST_RUNS = 8  # that are named one by one; the comparison has all
 
 
 class Finished(NamedTuple):
-    """A run whose report is there: its folder, the verdict's word and its sentence."""
+    """A run whose report is there: its folder, the verdict's word, with what stands against it, and its sentence."""
 
     name: str
     folder: Path
@@ -35,7 +35,8 @@ def finished_runs(runs: Sequence[str], results: Path) -> list[Finished]:
         folder = results / run
         verdict = _verdict(folder / "metrics.json")
         if verdict is not None and (folder / "report.html").exists():
-            found.append(Finished(run, folder, str(verdict["verdict"]), str(verdict["sentence"])))
+            care = ", to be read with care" if verdict["verdict"] == "better" and verdict.get("doubts") else ""
+            found.append(Finished(run, folder, f"{verdict['verdict']}{care}", str(verdict["sentence"])))
     return found
 
 
