@@ -85,6 +85,16 @@ def test_replies_of_hardly_any_texts_are_alike_where_their_references_are_not(re
     assert find_faults(replies, replies, [True] * 20).alike == 0
 
 
+def test_replies_that_are_nearly_one_text_are_alike_where_their_references_are_not():
+    sorry = [f"I am sorry, but I can't say anything about the {word}." for word in VARIED]
+    found = find_faults(sorry, VARIED, [True] * 20)
+    assert found.alike == 20 and found.alike_as == "nearly one and the same text"
+    assert find_faults(sorry, sorry[::-1], [True] * 20).alike == 0  # what references are like
+    tickets = [f'{{"intent": "{word}", "order": {n}, "place": "{n * 7} {word}"}}' for n, word in enumerate(VARIED)]
+    assert find_faults(tickets, tickets[::-1], [True] * 20).alike == 0
+    assert find_faults(VARIED, tickets, [True] * 20).alike == 0
+
+
 def test_few_right_labels_and_numbers_are_not_alike():
     labels = ["red", "green", "blue"] * 10
     assert find_faults(labels, labels[1:] + labels[:1], [True] * 30).alike == 0

@@ -15,6 +15,10 @@ from adder.formatting.similarity.words import prompt_words
 ALIKE = 0.9  # of the replies are one text, or a few, where the references are more varied than that
 FEWER = 5  # times as few texts as the references have
 FEWEST_ALIKE = 5  # replies of which that can be said
+NEARLY, TYPICAL = (
+    0.8,
+    30,
+)  # of a text's words are the most typical one's; texts that this is found among, or twice as many
 TURNS = 4  # how often a stretch must come again to be a circle, the last time perhaps in part
 LONG, LONG_TURNS = 100, 3  # characters of a stretch that need not come again so often
 DIGITS, WORDS = re.compile(r"\d+"), re.compile(r"\w+")
@@ -180,7 +184,28 @@ def _alike(texts: Sequence[str], wanted: Sequence[str]) -> tuple[list[bool], str
             return [text in few for text in own], (
                 "one and the same text" if len(few) == 1 else f"one of {len(few)} texts"
             ) + aside
+    near = _near_the_typical(texts)
+    if (
+        len(texts) >= FEWEST_ALIKE
+        and sum(near) >= ALIKE * len(texts)
+        and sum(_near_the_typical(wanted)) < HALF * len(texts)
+    ):
+        return near, "nearly one and the same text"
     return [False] * len(texts), ""
+
+
+def _near_the_typical(texts: Sequence[str]) -> list[bool]:
+    """Which texts have nearly all words of the most typical one, and few others (Dice's coefficient)."""
+    counted = [Counter(DIGITS.sub("0", word) for word in prompt_words(text)) for text in texts]
+    step = max(1, len(texts) // TYPICAL)
+    sample = counted[::step]
+    typical = max(sample, key=lambda one: sum(_likeness(one, other) for other in sample), default=Counter[str]())
+    return [_likeness(one, typical) >= NEARLY for one in counted]
+
+
+def _likeness(one: Counter[str], other: Counter[str]) -> float:
+    total = one.total() + other.total()
+    return 2 * (one & other).total() / total if total else 0.0
 
 
 def _commonest(texts: Sequence[str]) -> set[str]:
