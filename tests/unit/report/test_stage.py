@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from adder.report.stage import REPORT, Report
+from adder.report.stage import REPORT, Report, spoken
 from report_fixture import write_stage_folders
 
 
@@ -18,3 +18,17 @@ def test_settings_survive_being_written_and_read(tmp_path):
     assert REPORT.settings.model_validate(settings.model_dump(mode="json")) == settings
     assert settings.shows.keys() == inputs.keys()
     assert settings.shows["train"]["curve"] == "metrics.jsonl"
+
+
+def test_the_smallest_difference_that_matters_is_set_by_score():
+    known = Report().smallest_difference
+    assert Report(smallest_difference={"loss": 0.5}).smallest_difference == known | {"loss": 0.5}
+    for wrong in ({"lose": 0.5}, {"loss": -1}):
+        with pytest.raises(ValidationError):
+            Report(smallest_difference=wrong)
+
+
+def test_a_better_with_doubts_is_not_said_alone():
+    verdict = {"verdict": "better", "doubts": []}
+    assert spoken(verdict) == "better"
+    assert spoken(verdict | {"doubts": ["the doctor warns of overfitting"]}) == "better, to be read with care"

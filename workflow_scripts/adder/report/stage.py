@@ -1,5 +1,6 @@
 """The stage "report": one page a run, the cards of data and model, the same figures as JSON."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -63,13 +64,19 @@ class ReportSettings(Report):
     """What each of these stages shows: the files by name, as its declaration has them."""
 
 
+def spoken(verdict: Mapping[str, Any]) -> str:
+    """The verdict's word for a line of the terminal, with what stands against a good one."""
+    care = ", to be read with care" if verdict["verdict"] == "better" and verdict.get("doubts") else ""
+    return f"{verdict['verdict']}{care}"
+
+
 REPORT = StageSpec(
     name="report",
     rule="write_report",
     run="adder.report.run",
     settings=ReportSettings,
     message="Writing the report",
-    result=lambda found: f"the verdict: {found['verdict']}",
+    result=lambda found: f"the verdict: {spoken(found)}",
     reads={},  # everything of every stage of the run: see stage_graph
     minutes=10,
     memory=Memory(base_mb=1000),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from adder.core.display.status import is_shown_by_plugin
 from adder.core.display.text import one_line, printable
 from adder.core.files import read_json
+from adder.report.stage import spoken
 
 MOST_RUNS = 8  # that are named one by one; the comparison has all
 
@@ -35,8 +36,7 @@ def finished_runs(runs: Sequence[str], results: Path) -> list[Finished]:
         folder = results / run
         verdict = _verdict(folder / "metrics.json")
         if verdict is not None and (folder / "report.html").exists():
-            care = ", to be read with care" if verdict["verdict"] == "better" and verdict.get("doubts") else ""
-            found.append(Finished(run, folder, f"{verdict['verdict']}{care}", str(verdict["sentence"])))
+            found.append(Finished(run, folder, spoken(verdict), str(verdict["sentence"])))
     return found
 
 
