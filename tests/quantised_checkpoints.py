@@ -101,6 +101,13 @@ def packed_in_int32(numbers: torch.Tensor, bits: int, order: list[int] | None = 
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
+def packed_in_bits(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows as one string of bits, lowest first, cut into int32s: numbers may go on in the next one."""
+    string = (numbers.long()[..., None] >> torch.arange(bits)) & 1
+    words = (string.flatten(1).unflatten(1, (-1, 32)) << torch.arange(32)).sum(2)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
 def integers(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of a weight (inputs, outputs): numbers from 0 on, zeros and fp16 scales of each group of `size` inputs."""
     groups = weight.unflatten(0, (-1, size))

@@ -29,6 +29,7 @@ def with_libraries(monkeypatch):
         ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes_8bit"),
         ({"quant_method": "fp8"}, "fp8"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "intel/auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "auto-round"),
     ],
 )
 def test_known_methods_are_taken_wherever_config_json_tells_of_them(settings, method):
@@ -52,7 +53,8 @@ def test_known_methods_are_taken_wherever_config_json_tells_of_them(settings, me
         ({"bits": 4}, "an unnamed method"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ only 4 bit in the form gemm"),
         ({"quant_method": "awq", "bits": 8}, "AWQ only 4 bit"),
-        ({"quant_method": "gptq", "bits": 3}, "not 3"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "not marlin"),
+        ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "not mx_fp"),
         ({**CT, "sparsity_config": {"format": "sparse-24-bitmask"}}, "stored sparse"),
         ({**CT, "transform_config": {"config_groups": {"u": {}}}}, "rotated"),
     ],
@@ -65,12 +67,10 @@ def test_what_cannot_be_unpacked_is_refused_in_one_sentence(settings, words, wit
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(quantisation.importlib.util, "find_spec", lambda name: None)
-    for method in ("compressed-tensors", "awq", "gptq"):
-        with pytest.raises(
-            UserError, match="compressed-tensors, is not installed here: pip install compressed-tensors"
-        ):
-            refuse_unknown({"quantization_config": {"quant_method": method}}, "it")
-    refuse_unknown({"quantization_config": {"quant_method": "fp8"}}, "it")
+    with pytest.raises(UserError, match="compressed-tensors, is not installed here: pip install compressed-tensors"):
+        refuse_unknown({"quantization_config": {"quant_method": "compressed-tensors"}}, "it")
+    for method in ("fp8", "awq", "gptq"):
+        refuse_unknown({"quantization_config": {"quant_method": method}}, "it")
 
 
 def test_a_local_model_is_refused_before_any_job(tmp_path):

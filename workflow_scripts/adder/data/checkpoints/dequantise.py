@@ -22,6 +22,7 @@ from adder.core.errors import UserError
 from adder.core.files import read_json
 from adder.core.progress import Progress
 from adder.core.safetensors_layout import DTYPES, INDEX, Stored, shard_files, stored_tensors
+from adder.data.checkpoints import integer_forms, integer_weights
 from adder.data.checkpoints.quantisation import Quantisation, quantisation, without_quantisation
 from adder.data.model_types import QuantisedRecord
 
@@ -245,8 +246,8 @@ def _method(found: Quantisation, dtype: torch.dtype) -> Method:
             "weight_g_idx",
         )
         return Method(tuple(f".{end}" for end in ends), of_module, _compressed_tensors(found.settings))
-    ends = (".qweight", ".qzeros", ".scales", ".g_idx")
-    return Method(ends, of_module, (_awq if found.method == "awq" else _gptq)(found.settings))
+    packing = integer_forms.packing(found.method, found.settings)
+    return Method(integer_weights.ENDS, of_module, partial(integer_weights.unpack, packing=packing))
 
 
 def _of_scale(name: str, end: str) -> str:
@@ -322,38 +323,5 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Callable[[str, Tensors, 
             form = _library("compressors.format").infer_module_format(torch.nn.Linear, scheme)
         own = {part.removeprefix(f"{module}."): tensor for part, tensor in tensors.items()}
         return compressors.get_value_from_registry(form).decompress(own, scheme)["weight"].to(dtype)
-
-    return unpack
-
-
-def _awq(settings: Mapping[str, Any]) -> Callable[[str, Tensors, torch.dtype], torch.Tensor]:
-    autoawq = _library("entrypoints.convert.converters.autoawq")
-    converter = autoawq.AutoAWQConverter.from_autoawq_config({**settings, "modules_to_not_convert": None})
-    converter.ignore = []
-    inner = _compressed_tensors(converter._build_quant_config().model_dump())
-
-    def unpack(name: str, tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
-        return inner(name, converter.process(tensors), dtype)
-
-    return unpack
-
-
-def _gptq(settings: Mapping[str, Any]) -> Callable[[str, Tensors, torch.dtype], torch.Tensor]:
-    """Weights of `bits` bits, eight or so inputs in an int32: scale · (number − zero), by the group of the input.
-
-    Frantar et al. 2022, arXiv:2210.17323; as AutoGPTQ and GPTQModel store it. The form `gptq` stores zeros less one.
-    """
-    unpack_from_int32 = _library("compressors.pack_quantized.helpers").unpack_from_int32
-    bits = settings.get("bits", 4)
-    less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-
-    def unpack(name: str, tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
-        own = {part.rpartition(".")[2]: tensor for part, tensor in tensors.items()}
-        groups, outputs = own["scales"].shape
-        inputs = own["qweight"].shape[0] * 32 // bits
-        numbers = unpack_from_int32(own["qweight"], bits, torch.Size((inputs, outputs)), 0).float()
-        zeros = unpack_from_int32(own["qzeros"], bits, torch.Size((groups, outputs)), 1).float() + less
-        group = own["g_idx"].long() if "g_idx" in own else torch.arange(inputs) // -(-inputs // groups)
-        return ((numbers - zeros[group]) * own["scales"].float()[group]).T.to(dtype)
 
     return unpack

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adder.core.errors import UserError
+from adder.data.checkpoints import integer_forms
 
 # What config.json calls it: `compression_config` is compressed-tensors' older name.
 KEYS = ("quantization_config", "compression_config")
@@ -23,9 +24,10 @@ METHODS = {
     "compressed-tensors": "compressed-tensors",
     "awq": "AWQ",
     "gptq": "GPTQ",
+    "auto-round": "AutoRound",
 }
 # The library that unpacks them, where that is none of those which Adder always has.
-LIBRARY = {"compressed-tensors": "compressed_tensors", "awq": "compressed_tensors", "gptq": "compressed_tensors"}
+LIBRARY = {"compressed-tensors": "compressed_tensors"}
 INSTEAD = "name its 16-bit model instead"
 
 
@@ -88,16 +90,15 @@ def _method(settings: Mapping[str, Any]) -> str:
     for bits in (4, 8):
         if settings.get(f"load_in_{bits}bit"):
             return f"bitsandbytes_{bits}bit"
-    return str(settings.get("quant_method") or "an unnamed method")
+    method = str(settings.get("quant_method") or "an unnamed method")
+    return "auto-round" if method == "intel/auto-round" else method
 
 
 def _problem(found: Quantisation) -> str | None:
     """What of a known method isn't known; None where all is."""
-    settings, bits = found.settings, found.settings.get("bits", 4)
-    if found.method == "awq" and (bits != 4 or str(settings.get("version", "gemm")).lower() != "gemm"):
-        return f"of AWQ only 4 bit in the form gemm can be unpacked here, not {bits} bit in {settings.get('version')}"
-    if found.method == "gptq" and bits not in (2, 4, 8):
-        return f"of GPTQ only 2, 4 and 8 bit can be unpacked here, not {bits}"
+    settings = found.settings
+    if found.method in ("awq", "gptq", "auto-round"):
+        return integer_forms.problem(found.method, settings)
     if found.method == "compressed-tensors":
         # Both would have to be undone as well; what is left would be another model.
         if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
