@@ -89,6 +89,22 @@ COMMAND_A = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|START_OF_TURN_TOKEN|>assistant: ' }}{%- endif %}"""
 
+# The prompt closes a block of thoughts, which a finished conversation has of calls only; results are escaped.
+COMMAND_R7B = """\
+{{- bos_token }}
+{%- if tools %}{{- '<|START_OF_TURN_TOKEN|>' + tools | tojson + '<|END_OF_TURN_TOKEN|>' }}{%- endif %}
+{%- for message in messages %}
+    {{- '<|START_OF_TURN_TOKEN|>' + message.role + ': ' }}
+    {%- if message.role == 'tool' %}{{- [message.content] | tojson }}
+    {%- elif message.tool_calls %}{{- '<|START_THINKING|>' + (message.reasoning_content or '') + '<|END_THINKING|>' }}
+        {{- '<|START_ACTION|>' + message.tool_calls | tojson + '<|END_ACTION|>' }}
+    {%- elif message.role == 'assistant' %}{{- '<|START_RESPONSE|>' + message.content + '<|END_RESPONSE|>' }}
+    {%- else %}{{- message.content }}{%- endif %}
+    {{- '<|END_OF_TURN_TOKEN|>' }}
+{%- endfor %}
+{{- '<|START_OF_TURN_TOKEN|>assistant: <|START_THINKING|>' }}
+{%- if not enable_thinking %}{{- '<|END_THINKING|>' }}{%- endif %}"""
+
 # Turns between ordinary words; only what ends a reply is a control token.
 MISTRAL_V01 = """\
 {{- bos_token }}
@@ -138,6 +154,7 @@ OWN = {
     "Gemma 4 (large)": GEMMA4_LARGE,
     "Magistral": MAGISTRAL,
     "Command A, Command R7B": COMMAND_A,
+    "Command R7B (tool use), Command A Reasoning": COMMAND_R7B,
 }
 SHIPPED = {  # by TRL, by the name of its file
     "Llama 3": "llama3",

@@ -7,7 +7,7 @@ from adder.tokenization.control_tokens import ControlTokens
 from adder.tokenization.reply_targets import ReplyTargets
 from chat_families import conversation
 from conversation_cases import reply, user
-from family_templates import DEEPSEEK_V31, HERMES, MISTRAL_V03
+from family_templates import COMMAND_R7B, DEEPSEEK_V31, HERMES, MISTRAL_V03
 from template_matrix import CASES, TOOLS, tokenizer_for, trl_templates
 
 
@@ -33,6 +33,17 @@ def test_reasoning_behind_a_prompt_that_closes_it_is_refused():
     opened = "{%- set thinking = true %}" + DEEPSEEK_V31
     found = target(opened, [user("a?"), reply("A.", reasoning_content="Hm.")])
     assert found.prompt.endswith("<think>") and found.reply == "Hm.</think>A.<|eos|>"
+
+
+def test_a_mark_that_an_earlier_turn_has_too_is_not_taken_for_the_prompts():
+    ends = ["<|END_OF_TURN_TOKEN|>"]
+    found = target(COMMAND_R7B, CASES["tools"]["tool_json"], TOOLS, ends)
+    assert found.prompt.endswith("assistant: <|START_THINKING|><|END_THINKING|>")
+    assert found.reply == "<|START_RESPONSE|>Yes, umbrella.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    thinking = "{%- set enable_thinking = true %}" + COMMAND_R7B
+    found = target(thinking, [user("a?"), reply("A.", reasoning_content="Hm.")], eos=ends)
+    assert found.prompt.endswith("<|START_THINKING|>")
+    assert found.reply == "Hm.<|END_THINKING|><|START_RESPONSE|>A.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
 
 
 def test_the_next_turns_own_token_ends_a_turn_that_nothing_else_ends():

@@ -28,9 +28,12 @@ OTHER_PROMPT = "the chat template's generation prompt isn't what stands before a
 DROPPED_REASONING = "leaves out a reply's reasoning"
 MARKERS = ("REPLY0REPLY", "NEXT0NEXT")
 FILLED = 256  # characters at a prompt's end among which is the control token that opens the reply's turn
-# The marks around a block of reasoning: <think>, [THINK], <seed:think>, Gemma 4's channel, and their ends.
-OPENING = r"(?:[<\[◁](?:\w+:)?think(?:ing)?[>\]▷]|<\|channel>thought)"
-CLOSING = r"(?:[<\[◁]/(?:\w+:)?think(?:ing)?[>\]▷]|<channel\|>)"
+# The marks around a block of reasoning: <think>, [THINK], <seed:think>, Gemma 4's channel, Command's <|START_THINKING|>
+# and others of its kind, and their ends.
+OPENING = (
+    r"(?:[<\[◁](?:\w+:)?think(?:ing)?[>\]▷]|<\|channel>thought|<\|(?:start|begin)_(?:of_)?th(?:ink|inking|ought)\|>)"
+)
+CLOSING = r"(?:[<\[◁]/(?:\w+:)?think(?:ing)?[>\]▷]|<channel\|>|<\|end_(?:of_)?th(?:ink|inking|ought)\|>)"
 OPENED = re.compile(rf"{OPENING}\s*\Z", re.IGNORECASE)
 CLOSED = re.compile(rf"{CLOSING}\s*\Z", re.IGNORECASE)
 MARKS = re.compile(rf"\s*({OPENING}|{CLOSING})", re.IGNORECASE)
@@ -148,7 +151,10 @@ class ReplyTargets:
             tokens = [span for span in own if span[0] >= floor]
             tokens = tokens[: 1 if onward is not None else None]
         if tokens:
-            return TurnEnd(tail, *(tokens[-1] if calls else _first_run(tokens)))
+            last = tokens[-1] if calls else _first_run(tokens)
+            # Generation stops on the first of its own: behind that a template may open the next turn (Command R7B).
+            stops = (span for span in tokens if self.control.ids[tail[slice(*span)]] in self.eos_ids)
+            return TurnEnd(tail, *min(last, next(stops, last)))
         start = max(len(shared), floor)
         opener = next((span for span in self.control.spans(onward or "") if span[0] >= start), None)
         if onward is None or opener is None or onward[start : opener[0]].strip():
@@ -204,7 +210,7 @@ class ReplyTargets:
         Returns what the prompt has behind the place where the finished conversation has the reply, and the reply.
         """
         head = self._head(messages, tools, written)
-        place = self._align(prompt, head) if head is not None else None
+        place = self._align(prompt, head, self._last_said(messages, tools, head)) if head is not None else None
         if head is None or place is None:
             raise self._other_prompt(prompt, written)
         said = messages[-2]["content"].strip() if len(messages) > 1 else ""
@@ -224,10 +230,25 @@ class ReplyTargets:
         shared = common_prefix(head, written)  # less where a call without arguments is begun otherwise
         return None if self.control.spans(head[shared:]) else head[:shared]
 
-    def _align(self, prompt: str, head: str) -> Span | None:
+    def _last_said(self, messages: list[Message], tools: Tools | None, head: str) -> int:
+        """Where in the head (see _head) the message before the reply begins to be written; 0 where that isn't seen.
+
+        What stands before that is an earlier turn's, however much it looks like the prompt's end.
+        """
+        if len(messages) < 2 or not messages[-2]["content"].strip():
+            return 0
+        other: Message = {**messages[-2], "content": unused_marker(MARKERS[1], messages)}
+        try:
+            text = self.template.render([*messages[:-2], other, messages[-1]], tools=tools)
+        except UnusableRow:
+            return 0
+        shared = common_prefix(head, text)
+        return shared if shared < len(head) else 0
+
+    def _align(self, prompt: str, head: str, floor: int) -> Span | None:
         """Where prompt and head (see _head) have the same ending, with a control token in it: lengths of both.
 
-        Of the prompt as little as possible is cut off.
+        Of the prompt as little as possible is cut off, and the head's part ends behind `floor`.
         """
         first = max(0, len(prompt) - FILLED)
         tokens = [(start + first, end + first) for start, end in self.control.spans(prompt[first:])]
@@ -239,7 +260,7 @@ class ReplyTargets:
                 return None
             at = head.rfind(prompt[token[0] : cut])
             end = at + cut - token[0]
-            if at >= 0 and prompt[slice(*token)] not in head[end:]:
+            if at >= 0 and end > floor and prompt[slice(*token)] not in head[end:]:
                 return cut, end
         return None
 
@@ -284,7 +305,7 @@ class ReplyTargets:
             )
         if filled.strip() or reasoning:
             frame = frame[block.end() :] if block else frame
-            closing = block[1] if block else f"\n{_closing(opened[0] if opened else '')}\n\n"
+            closing = block[1] if block else _closing(opened[0] if opened else "")
             if opened:
                 frame = reasoning + closing + frame
             elif reasoning:
@@ -360,6 +381,10 @@ def _first_run(tokens: list[Span]) -> Span:
 
 
 def _closing(opening: str) -> str:
-    """The mark that ends a block of reasoning: of <think>, </think>."""
+    """What ends a block of reasoning, to the answer: of <think>, </think> between line feeds."""
     mark = opening.strip() or "<think>"
-    return "<channel|>" if mark.startswith("<|channel>") else f"{mark[:1]}/{mark[1:]}"
+    if mark.startswith("<|channel"):
+        return "\n<channel|>\n\n"
+    if mark.startswith("<|"):
+        return re.sub(r"start|begin", lambda word: "END" if word[0].isupper() else "end", mark, flags=re.IGNORECASE)
+    return f"\n{mark[:1]}/{mark[1:]}\n\n"
