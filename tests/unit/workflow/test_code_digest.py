@@ -1,7 +1,11 @@
 """What a stage is made of: no module of the package is forgotten, and none too many is in it."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
+from adder.workflow import code_digest as module
 from adder.workflow.code_digest import LEFT_OUT, PACKAGE, closure, code_digest, normalised
 from adder.workflow.stages import SPECS
 
@@ -88,6 +92,58 @@ def f(
 @pytest.mark.parametrize("name", SPECS)
 def test_a_digest_is_of_the_code_alone(name):
     assert len(code_digest(SPECS[name].run)) == 32 and code_digest(SPECS[name].run) == code_digest(SPECS[name].run)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Start anew, as another process does, with what is kept in a folder of the test's; gives the file."""
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+
+    def start() -> Path:
+        module._kept.cache_clear()
+        closure.cache_clear()
+        return module._kept().place
+
+    start().parent.mkdir(parents=True)
+    yield start
+    monkeypatch.undo()
+    start()
+
+
+def no_parsing(*_):
+    raise AssertionError("a source was parsed again")
+
+
+def digests() -> list[str]:
+    return [code_digest(spec.run) for spec in SPECS.values()]
+
+
+def test_a_source_is_parsed_once_and_gives_the_same_later(kept, monkeypatch):
+    first = digests()
+    assert kept().is_file()
+    monkeypatch.setattr(module.ast, "parse", no_parsing)
+    assert digests() == first
+    with pytest.raises(AssertionError, match="parsed again"):
+        module._found_in(Path(__file__))  # another source
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[: len(text) // 2], lambda text: text.replace("adder.core", "adder.more")]
+)
+def test_what_is_kept_and_damaged_is_made_again(kept, damage):
+    first = digests()
+    whole = kept().read_text()
+    kept().write_text(damage(whole))
+    kept()
+    assert digests() == first and kept().read_text() == whole
+
+
+def test_where_nothing_can_be_kept_digests_are_the_same(kept):
+    first = digests()
+    kept().unlink()
+    kept().mkdir()  # nothing can be written there
+    kept()
+    assert digests() == first
 
 
 JUDGES = {f"adder.training.monitoring.{name}" for name in ("advice", "doctor", "preflight_warnings", "symptoms")}
