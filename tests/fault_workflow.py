@@ -44,8 +44,9 @@ metric_list:
 """
 # What a stage writes about itself, which no two runs have alike.
 VOLATILE = {
-    "seconds", "tokens_per_second", "finished_at", "energy_joules", "estimated_seconds", "peak_memory_bytes",
-    "free_bytes", "needed_bytes", "resumed_from", "seconds_per_step", "runtime", "new_tokens_per_second", "url",
+    "seconds", "tokens_per_second", "finished_at", "energy_joules", "energy_parts", "estimated_seconds",
+    "peak_memory_bytes", "free_bytes", "needed_bytes", "resumed_from", "seconds_per_step", "runtime",
+    "new_tokens_per_second", "url",
 }  # fmt: skip
 # And what a file tells of all attempts at it, or of its stages.
 OF_ATTEMPTS = {"metrics.json": ("cost", "stages", "judge.tokens"), "judge.json": ("tokens",)}

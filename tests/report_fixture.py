@@ -132,6 +132,7 @@ def write_stage_folders(
             {"task": task + (HOSTILE if hostile else ""), "max_drop": TASKS[task][-1]} for task in tasks
         ],
         "price_per_hour": price_per_hour, "currency": "EUR",
+        **({"price_per_kwh": 0.3, "co2_per_kwh": 380} if energy else {}),
     }  # fmt: skip
     return ReportSettings.model_validate(settings), inputs
 
@@ -164,7 +165,11 @@ def stage_record(stage: str, folder: Path, restored: bool, energy: bool) -> dict
             for path in files
         },
         "seconds": seconds,
-        **({"energy_joules": 45.0 * seconds} if energy else {}),
+        **(
+            {"energy_joules": 45.0 * seconds, "energy_parts": {"cpu": 40.0 * seconds, "memory": 5.0 * seconds}}
+            if energy
+            else {}
+        ),
         "peak_memory_bytes": heavy.get(stage, 410_000_000),
         "versions": {
             "adder": "0.1.0",

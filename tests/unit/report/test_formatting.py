@@ -24,6 +24,9 @@ def test_durations_and_sizes_have_units():
     assert spaced == ["0.9 s", "60 s", "5 min 43 s", "2 h 05 min"]
     assert formatting.size(2_410_000_000).replace("\u00a0", " ") == "2.41 GB"
     assert formatting.percent(0.915).replace("\u00a0", " ") == "91.5 %"
+    assert [formatting.energy(one).replace("\u00a0", " ") for one in (None, 312.4, 42_480, 9e6)] == [
+        "–", "312 J", "11.8 Wh", "2.50 kWh",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,23 @@ def test_a_finished_stage_says_what_it_did(module, tmp_path, data):
     assert record["restored"] is False
 
 
+def test_a_stage_records_the_energy_that_the_machine_tells(module, tmp_path, data, monkeypatch):
+    zone, run = tmp_path / "powercap" / "intel-rapl:0", module.run
+    zone.mkdir(parents=True)
+    for name, text in (("name", "package-0"), ("max_energy_range_uj", "9000000000"), ("energy_uj", "1000000")):
+        (zone / name).write_text(text)
+    monkeypatch.setattr(stage_runner.energy, "RAPL", zone.parent)
+
+    @functools.wraps(run)
+    def using(*arguments):
+        (zone / "energy_uj").write_text("31500000")
+        return run(*arguments)
+
+    module.run = using
+    record = read_json(execute(tmp_path, {"data": data}) / "stage.json")
+    assert record["energy_joules"] == 30.5 and record["energy_parts"] == {"cpu": 30.5}
+
+
 def test_equal_work_is_restored_under_any_key(module, tmp_path, data, capfd):
     first = execute(tmp_path, {"data": data})
     second = execute(tmp_path, {"data": data}, key="other")

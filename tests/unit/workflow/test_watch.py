@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from adder.core.display.status import StageStatus, status_file, write_status
 from adder.core.errors import UserError
 from adder.core.files import write_jsonl
+from adder.core.machine import energy
 from adder.workflow import cli, watch
 from adder.workflow.stage_graph import runs_of
 from page_parser import Page
@@ -59,10 +60,10 @@ def test_each_state_is_told(runs, tmp_path):
 
 
 def test_a_stage_that_has_finished_says_what_came_out(runs, tmp_path, monkeypatch):
-    record = {"summary": {"rows": 40, "sources": 1, "unreadable": 0}, "seconds": 3.2}
+    record = {"summary": {"rows": 40, "sources": 1, "unreadable": 0}, "seconds": 3.2, "energy_joules": 96.0}
     monkeypatch.setattr(watch, "read_record", lambda folder: record if folder.parent.name == "data" else None)
     line = lines(runs, tmp_path)["data"]
-    assert (line.state, line.took) == ("done", "3 s") and "40" in line.text
+    assert (line.state, line.took.replace("\u00a0", " ")) == ("done", "3 s, 96 J") and "40" in line.text
 
 
 def test_a_training_shows_its_curves_and_last_replies(runs, tmp_path):
@@ -83,6 +84,14 @@ def test_a_training_shows_its_curves_and_last_replies(runs, tmp_path):
     text = watch.write(results, page).read_text()
     shown = Page(text)
     assert shown.stack == [] and "&lt;b&gt;last&lt;/b&gt;" in text and "first" not in " ".join(shown.text)
+
+
+def test_the_machines_power_is_told_where_it_has_a_counter(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    assert " W" not in dict(watch.machine())["CPU"]
+    counted = iter((2.0, 12.0, 13.0))
+    monkeypatch.setattr(watch, "rapl_counters", lambda: [energy.Counter("cpu", lambda: next(counted))])
+    assert dict(watch.machine())["CPU"].endswith(" W")
 
 
 def test_the_page_is_served_until_it_is_ended(runs, tmp_path, monkeypatch):

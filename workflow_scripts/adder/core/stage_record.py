@@ -33,7 +33,8 @@ class StageRecord(StageMeaning):
 
     fingerprint: digest of what decides the result. summary: a few figures of the stage's own. versions: of the
     libraries. hardware: of the machine. attempts: where it was interrupted. seconds: of all attempts. Memory in bytes.
-    check: digest of the rest.
+    energy_joules: of the parts of the machine that tell, which energy_parts has ("cpu", "memory", "gpu"); where there
+    was one attempt alone. check: digest of the rest.
     """
 
     fingerprint: str
@@ -49,3 +50,4 @@ class StageRecord(StageMeaning):
     attempts: NotRequired[int]
     check: NotRequired[str]
     energy_joules: NotRequired[float]
+    energy_parts: NotRequired[dict[str, float]]

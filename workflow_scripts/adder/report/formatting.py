@@ -85,6 +85,16 @@ def size(count: float | None) -> str:
     return f"{count:.3g}{NO_BREAK}TB"
 
 
+def energy(joules: float | None) -> str:
+    """Joules as "420 J", "3.2 Wh" or "1.25 kWh"."""
+    if joules is None:
+        return "–"
+    hours = joules / 3600
+    if joules < 1000:
+        return f"{joules:.3g}{NO_BREAK}J"
+    return f"{hours:.3g}{NO_BREAK}Wh" if hours < 1000 else f"{hours / 1000:,.2f}{NO_BREAK}kWh"
+
+
 def setting(value: Any) -> str:
     """A setting as one would write it in the YAML file."""
     if isinstance(value, list):  # what a source leaves open says nothing
@@ -160,8 +170,8 @@ def moment(text: str) -> str:
 
 
 FILTERS = {
-    "number": number, "percent": percent, "duration": duration, "size": size, "setting": setting, "cell": cell,
-    "short": short, "heading": heading, "moment": moment,
+    "number": number, "percent": percent, "duration": duration, "size": size, "energy": energy, "setting": setting,
+    "cell": cell, "short": short, "heading": heading, "moment": moment,
     "sentence": sentence, "prose": prose,
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from adder.report.facts import RunFacts
 from adder.report.stage import ReportSettings
 
 SCHEMA_VERSION = 2
+JOULES_PER_KWH = 3.6e6
 # What becomes of a row: one of these.
 DATA_CLASSES = (
     *("train", "heldout", "tests", "duplicates", "near_duplicates", "leaked", "left_out", "undesired", "rejected"),
@@ -77,10 +78,14 @@ class Price(TypedDict):
 
 
 class Energy(TypedDict):
-    """What the stages used that recorded it."""
+    """What the stages used that recorded it: parts of the machine that told, price and grams of CO₂ by the factors."""
 
     joules: float
     stages: dict[str, float]
+    parts: dict[str, float]
+    price: float | None
+    currency: str
+    co2_grams: float | None
 
 
 class Cost(TypedDict):
@@ -166,14 +171,33 @@ def cost(settings: ReportSettings, records: Mapping[str, StageRecord]) -> Cost:
     """
     seconds = {stage: record["seconds"] for stage, record in records.items()}
     total, hourly = sum(seconds.values()), settings.price_per_hour
-    joules = {stage: record["energy_joules"] for stage, record in records.items() if "energy_joules" in record}
     return {
         "seconds": seconds,
         "total_seconds": total,
         "price": None
         if hourly is None
         else {"value": hourly * total / 3600, "per_hour": hourly, "currency": settings.currency},
-        "energy": {"joules": sum(joules.values()), "stages": joules} if joules else None,
+        "energy": energy(settings, records),
+    }
+
+
+def energy(settings: ReportSettings, records: Mapping[str, StageRecord]) -> Energy | None:
+    """What the stages used, as far as their machines told; None where none did."""
+    joules = {stage: record["energy_joules"] for stage, record in records.items() if "energy_joules" in record}
+    if not joules:
+        return None
+    parts = dict[str, float]()
+    for record in records.values():
+        for part, used in record.get("energy_parts", {}).items():
+            parts[part] = parts.get(part, 0.0) + used
+    kwh = sum(joules.values()) / JOULES_PER_KWH
+    return {
+        "joules": sum(joules.values()),
+        "stages": joules,
+        "parts": parts,
+        "price": None if settings.price_per_kwh is None else settings.price_per_kwh * kwh,
+        "currency": settings.currency,
+        "co2_grams": None if settings.co2_per_kwh is None else settings.co2_per_kwh * kwh,
     }
 
 

@@ -23,7 +23,11 @@ class Report(Section):
     price_per_hour: float | None = Field(default=None, ge=0)
     """What an hour of this machine costs; the report then states the run's price."""
     currency: str = "EUR"
-    """Currency of that price."""
+    """Currency of all prices."""
+    price_per_kwh: float | None = Field(default=None, ge=0)
+    """What a kWh costs; where the machine tells the run's energy, the report then states its price."""
+    co2_per_kwh: float | None = Field(default=None, ge=0)
+    """Grams of CO₂ that a kWh stands for where you are; the report then states the run's, likewise."""
     smallest_difference: dict[Compared, Annotated[float, Field(ge=0)]] = Field(default_factory=smallest_differences)
     """The smallest difference between two models that matters, by score (shares from 0 to 1, `loss` in nats a token;
     `task`: of shares in tasks); a smaller one is neither better nor worse. Scores that aren't named keep 0.01."""

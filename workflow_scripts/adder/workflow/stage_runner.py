@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -31,6 +31,7 @@ from adder.core.display.status import is_shown_by_plugin, status_file
 from adder.core.errors import FULL, UserError, of_system
 from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import atomic_write, files_in, link_or_copy, read_json, write_json
+from adder.core.machine import energy
 from adder.core.progress import Progress
 from adder.core.secrets import scrubbed, variables_in
 from adder.core.stage_record import OutputFile, StageMeaning, StageRecord
@@ -198,12 +199,13 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
     try:
         with _attempts(checkpoints, start) as earlier:
             context = Context(progress, job.runtime, job.results, checkpoints, _earlier(job, digests))
-            with _files_unchanged(job):
+            with _files_unchanged(job), energy.measured() as meter:
                 summary = run_stage(job.spec, meaning["settings"], job.inputs, partial, context)
             _refuse_other_inputs(job, meaning)
             seconds = round(sum(earlier) + time.monotonic() - start, 3)
+            joules = meter.joules(energy.cards_in_use())
             digests = FileDigests.of_results(job.results)
-            finish(partial, meaning, summary, seconds, digests, attempts=len(earlier) + 1)
+            finish(partial, meaning, summary, seconds, digests, len(earlier) + 1, joules)
         # Kept first: from then on nothing that kills this process costs the work.
         link_tree(partial, kept, digests)
         _replace(partial, job.folder, digests)
@@ -371,8 +373,9 @@ def finish(
     seconds: float,
     digests: FileDigests,
     attempts: int = 1,
+    joules: Mapping[energy.Part, float] | None = None,
 ) -> StageRecord:
-    """Write the record of a stage into its folder, last of all, and return it.
+    """Write the record of a stage into its folder, last of all, and return it. joules: of the last attempt.
 
     Weights become read-only, for what people are given are links to the same files; links to the user's own do not.
     """
@@ -401,6 +404,9 @@ def finish(
     }
     if attempts > 1:
         record["attempts"] = attempts
+    elif joules:
+        record["energy_joules"] = round(sum(joules.values()), 3)
+        record["energy_parts"] = {part: round(used, 3) for part, used in joules.items()}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         # Training may have been in processes of its own, and says.

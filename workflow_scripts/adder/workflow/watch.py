@@ -14,11 +14,12 @@ import psutil
 from adder.core.display.status import StageStatus, read_status, status_file
 from adder.core.errors import UserError
 from adder.core.files import atomic_write, read_jsonl
+from adder.core.machine.energy import measured, rapl_counters
 from adder.core.machine.graphics_cards import said_by
 from adder.core.progress import duration
 from adder.core.stage_record import StageRecord
 from adder.report import plots
-from adder.report.formatting import number
+from adder.report.formatting import energy, number
 from adder.report.html_page import render
 from adder.training.records import SampleRow
 from adder.workflow.stage_graph import Stage
@@ -28,6 +29,7 @@ from adder.workflow.terminal.story import result
 
 PAGE = "live.html"
 SILENT = 300.0  # seconds without a word, after which a stage may have been killed
+LOOK = 0.2  # seconds, over which the machine's load is measured
 MOST_POINTS = 2000  # of a curve, as TensorBoard's reader thins it
 
 State = Literal["done", "running", "silent", "failed", "waiting"]
@@ -89,7 +91,8 @@ def _line(label: str, stage: Stage, status: StageStatus, results: Path, now: flo
     folder = results / stage.folder
     record: StageRecord | None = read_record(folder)
     if record is not None:
-        return StageLine(label, "done", result(stage.spec, record["summary"]), duration(record["seconds"]))
+        used = f", {energy(record['energy_joules'])}" if "energy_joules" in record else ""
+        return StageLine(label, "done", result(stage.spec, record["summary"]), f"{duration(record['seconds'])}{used}")
     if status.error:
         return StageLine(label, "failed", status.error, "")
     partial_folder = folder.with_name(f".{stage.key}.partial")
@@ -146,9 +149,13 @@ def latest_samples(folder: Path | None) -> list[SampleRow]:
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    """How busy this machine is: cores, main memory, and each NVIDIA GPU with its power where that is told."""
-    memory = psutil.virtual_memory()
-    yield "CPU", f"{psutil.cpu_percent(0.1):.0f} % of {psutil.cpu_count()} cores"
+    """How busy this machine is: cores, main memory, and each NVIDIA GPU, with their power where that is told."""
+    memory, began = psutil.virtual_memory(), time.monotonic()
+    with measured(rapl_counters()) as meter:
+        busy = psutil.cpu_percent(LOOK)
+        used = meter.joules()
+    power = f", {used['cpu'] / (time.monotonic() - began):.0f} W" if "cpu" in used else ""
+    yield "CPU", f"{busy:.0f} % of {psutil.cpu_count()} cores{power}"
     yield "Memory", f"{(memory.total - memory.available) / 1e9:.1f} of {memory.total / 1e9:.1f} GB"
     asked = "name,utilization.gpu,memory.used,memory.total,power.draw"
     for line in said_by("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader").splitlines():

@@ -22,7 +22,13 @@ def test_cost_has_price_and_energy_only_where_they_are_known(everything, finishe
     assert cost["energy"]["joules"] == pytest.approx(45 * cost["total_seconds"])
     assert set(cost["seconds"]) > {"train", "task_base_0", "task_tuned_2", "judge"}
     shown = section(everything, "provenance").replace("\u00a0", " ")
-    assert "Price 0.63 EUR at 2.40 EUR an hour" in shown and "Energy 0.0118 kWh recorded by all stages" in shown
+    assert (
+        "Price 0.63 EUR at 2.40 EUR an hour" in shown
+        and "Energy 11.8 Wh of CPU and memory, recorded by all stages" in shown
+    )
+    kwh = cost["energy"]["joules"] / 3.6e6
+    assert (cost["energy"]["price"], cost["energy"]["co2_grams"]) == pytest.approx((0.3 * kwh, 380 * kwh))
+    assert "Price of the energy 0.00353 EUR by report.price_per_kwh CO₂ 4.47 g" in shown
     assert "task_tuned_1 arc_easy" in shown
     cost = read_json(finished / "metrics.json")["cost"]
     assert cost["price"] is None and cost["energy"] is None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from adder.core.stage_record import StageRecord
 from adder.report import plots
 from adder.report.facts import TASK
-from adder.report.formatting import duration, number, size
+from adder.report.formatting import duration, energy, number, size
 from adder.report.page_section import Figure, PageSection, RunReport, View
 from adder.report.resolved_settings import versions
 from adder.report.run_metrics import Cost
@@ -29,6 +29,10 @@ FILES = (
 )
 
 
+# What of a machine tells its energy.
+PARTS = {"cpu": "CPU", "memory": "memory", "gpu": "GPU"}
+
+
 class StageRow(NamedTuple):
     """A stage in the table: what it took, and whether its result was taken from an equal earlier one."""
 
@@ -39,6 +43,7 @@ class StageRow(NamedTuple):
     seconds: float | None
     memory: int | None
     gpu_memory: int | None
+    joules: float | None
     restored: bool
     finished_at: str
 
@@ -64,6 +69,7 @@ def view(run: RunReport) -> View:
             seconds=record.get("seconds"),
             memory=record.get("peak_memory_bytes"),
             gpu_memory=record.get("peak_gpu_memory_bytes"),
+            joules=record.get("energy_joules"),
             restored=bool(record.get("restored")),
             finished_at=record.get("finished_at", ""),
         )
@@ -86,18 +92,24 @@ def view(run: RunReport) -> View:
         "sources": [(source["name"], source["sha256"]) for source in facts.data if source["sha256"]],
         "any_restored": any(stage.restored for stage in stages),
         "any_gpu": any(stage.gpu_memory for stage in stages),
+        "any_energy": any(stage.joules is not None for stage in stages),
     }
 
 
 def cost_figures(cost: Cost) -> list[Figure]:
-    """Time, price and energy as (name, value, note); the latter two where they are known."""
+    """Time, price and energy as (name, value, note), with what the latter costs; all but time where it is known."""
     rows = [("Time", duration(cost["total_seconds"]), f"{len(cost['seconds'])} stages, one after another")]
     if price := cost["price"]:
         hourly = money(price["per_hour"], price["currency"])
         rows.append(("Price", money(price["value"], price["currency"]), f"at {hourly} an hour"))
-    if energy := cost["energy"]:
-        known = "all stages" if energy["stages"].keys() == cost["seconds"].keys() else ", ".join(energy["stages"])
-        rows.append(("Energy", f"{number(energy['joules'] / 3.6e6)} kWh", f"recorded by {known}"))
+    if used := cost["energy"]:
+        known = "all stages" if used["stages"].keys() == cost["seconds"].keys() else ", ".join(used["stages"])
+        of = f"of {' and '.join(PARTS.get(part, part) for part in used['parts'])}, " if used["parts"] else ""
+        rows.append(("Energy", energy(used["joules"]), f"{of}recorded by {known}"))
+        if (cost_of_it := used["price"]) is not None:
+            rows.append(("Price of the energy", money(cost_of_it, used["currency"]), "by report.price_per_kwh"))
+        if (grams := used["co2_grams"]) is not None:
+            rows.append(("CO₂", f"{number(grams)} g", "by report.co2_per_kwh"))
     return rows
 
 

@@ -11,7 +11,7 @@ from adder.formatting.records import OverlapFindings
 from adder.merging.records import ProofRecord
 from adder.report import first_look, plots, regression_guard
 from adder.report.facts import RunFacts
-from adder.report.formatting import clip, duration, number, percent
+from adder.report.formatting import clip, duration, energy, number, percent
 from adder.report.page_section import PageSection, RunReport, View
 from adder.report.run_metrics import Cost, Metrics
 from adder.report.scores import Comparison
@@ -197,8 +197,8 @@ def cost_line(cost: Cost) -> Line:
     text = [duration(cost["total_seconds"])]
     if price := cost["price"]:
         text.append(money(price["value"], price["currency"]))
-    if energy := cost["energy"]:
-        text.append(f"{number(energy['joules'] / 3.6e6)} kWh")
+    if used := cost["energy"]:
+        text.append(energy(used["joules"]))
     return Line("Cost", "calm", ", ".join(text), "provenance")
 
 
