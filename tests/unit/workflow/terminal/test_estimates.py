@@ -3,7 +3,7 @@
 import pytest
 
 from adder.core.stage_record import StageRecord
-from adder.workflow.terminal.estimates import MEASURED, Times, kind, machine_of, together, units
+from adder.workflow.terminal.estimates import MEASURED, Times, is_counted, kind, machine_of, together, units
 
 HERE, ELSEWHERE = {"cpu": "A", "cores": 2}, {"cpu": "B", "cores": 64}
 TOKENS = {"train": {"examples": 60, "tokens": 1000}, "heldout": {"examples": 20, "tokens": 400}}
@@ -76,15 +76,23 @@ def test_what_this_run_has_shown_of_a_machine_is_expected_of_its_other_stages():
     base = MEASURED["evaluate"][1] + MEASURED["evaluate"][0] * 400 * 1e9
     times.note(record("evaluate", 3 * base, {}, read, {"max_samples": None}, ELSEWHERE, "slow"))
     assert times.estimate("train", {"epochs": 1}, ABOVE)[0] == pytest.approx(3 * before)
+    isolation = record("isolation", 40 * MEASURED["isolation"][1], {}, read, hardware=ELSEWHERE)
     quick = record("evaluate", 0.1, {}, read, {"max_samples": None}, ELSEWHERE, "kept", restored=True)
     times.note(quick)
     assert times.estimate("train", {"epochs": 1}, ABOVE)[0] == pytest.approx(3 * before)
+    times.note(isolation)
+    assert times.estimate("train", {"epochs": 1}, ABOVE)[0] > 3 * before
 
 
 @pytest.mark.parametrize("stage", ["format", "train", "evaluate", "merge", "report", "own stage"])
 def test_what_cannot_be_counted_yet_is_none(stage):
     assert units(stage, {}, {}) is None
     assert Times().estimate(stage, {}, {})[0] > 0
+    assert is_counted(stage, {}, {}) is (stage in ("format", "report", "own stage"))
+
+
+def test_a_training_is_counted_once_its_tokens_are():
+    assert is_counted("train", {"epochs": 1}, ABOVE) and not is_counted("train", {"epochs": 1}, {"data": {"rows": 9}})
 
 
 def test_kinds():

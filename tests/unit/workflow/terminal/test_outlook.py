@@ -26,6 +26,16 @@ def outlook(tmp_path: Path) -> Outlook:
     return Outlook(plan, Times(), settings={name: SETTINGS[name] for name in stages})
 
 
+def test_nothing_is_known_until_the_work_is_counted_and_the_machine_has_shown_its_pace(outlook, monkeypatch):
+    outlook.times.has_computed = True
+    assert not outlook.left({}, 1000.0).is_known, "of the training, nobody knows the tokens"
+    monkeypatch.setattr("adder.workflow.terminal.outlook.is_counted", lambda *known: True)
+    assert outlook.left({}, 1000.0).is_known
+    outlook.times.has_computed = False
+    assert not outlook.left({}, 1000.0).is_known
+    assert outlook.left({"train": StageStatus(1000.0, left=300.0, at=1000.0)}, 1000.0).is_known
+
+
 def test_it_gets_less_as_stages_run_and_finish(outlook):
     whole = outlook.left({}, 1000.0)
     running = outlook.left({"train": StageStatus(began=1000.0)}, 1010.0)

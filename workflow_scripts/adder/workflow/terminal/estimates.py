@@ -37,7 +37,7 @@ MEASURED: Mapping[str, tuple[float, float]] = {
 UNKNOWN_STAGE = (0.0, 10.0)
 # Those whose time goes by what the machine computes, which is what makes machines differ; and from which of their
 # seconds on they tell something about it.
-COMPUTING, TELLING = ("train", "merge", "evaluate", "task"), 10.0
+COMPUTING, TELLING = ("isolation", "train", "merge", "evaluate", "task"), 5.0
 # What Snakemake and a new Python take around a stage.
 AROUND = 2.5
 MOST_RECORDS = 300
@@ -90,6 +90,8 @@ class Times:
     of_output: dict[str, list[StageRecord]] = field(default_factory=lambda: defaultdict(list))
     ratios: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Of the stages that finished in this run: seconds taken, and seconds by MEASURED."""
+    has_computed: bool = False
+    """Whether one that computes is among these, so that they tell how fast this machine is."""
 
     def read(self, results: Path) -> None:
         """Read the records of all results that are kept."""
@@ -145,7 +147,10 @@ class Times:
     def note(self, record: StageRecord) -> None:
         """A stage has finished in this run."""
         self.add(record)
-        if record["stage"] in COMPUTING and not record["restored"] and record["seconds"] >= TELLING:
+        if record["stage"] not in COMPUTING or record["restored"]:
+            return
+        self.has_computed = True
+        if record["seconds"] >= TELLING:
             above = self.above(record)
             wanted = units(record["stage"], record["settings"], above)
             expected = _measured(kind(record["stage"], above), wanted)
@@ -169,6 +174,12 @@ def _beside(record: StageRecord, own: str, above: Summaries) -> float:
     except (KeyError, TypeError):
         pass
     return min(MEASURED.get(own, UNKNOWN_STAGE)[1], record["seconds"])
+
+
+def is_counted(stage: str, settings: Mapping[str, Any], above: Summaries) -> bool:
+    """Whether it is known how much a stage that computes has to do, where that decides how long it takes."""
+    grows = MEASURED.get(stage, UNKNOWN_STAGE)[0] > 0
+    return stage not in COMPUTING or not grows or units(stage, settings, above) is not None
 
 
 def _measured(kind: str, units: float | None) -> float:

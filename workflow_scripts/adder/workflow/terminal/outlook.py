@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from adder.core.display.status import StageStatus
 from adder.core.stage_record import StageRecord
 from adder.workflow.stage_runner import read_record
-from adder.workflow.terminal.estimates import AROUND, Times, this_machine, together
+from adder.workflow.terminal.estimates import AROUND, Times, is_counted, this_machine, together
 from adder.workflow.terminal.plan import Plan
 
 LATE = 0.1  # of what a stage has taken, that it is given once it takes longer than was thought
@@ -16,10 +16,14 @@ SETTLED = 0.9  # share of the time that must be known from earlier stages
 
 
 class Left(NamedTuple):
-    """Seconds left, and whether earlier stages on this machine tell so."""
+    """Seconds left, whether earlier stages on this machine tell so, and whether that can be said by now.
+
+    It can't as long as the rows aren't tokenised, or nothing has shown how fast this machine is.
+    """
 
     seconds: float
     is_learnt: bool
+    is_known: bool
 
 
 @dataclass
@@ -51,11 +55,14 @@ class Outlook:
         """What is left. running: {folder: what it says} of the stages that run, or wait for a cluster."""
         now = time.time() if now is None else now
         seconds: dict[str, float] = {}
-        learnt = 0.0
+        learnt, all_counted = 0.0, True
         for folder in self.plan.jobs:
             if folder in self.done:
                 continue
-            estimate, is_learnt = self._estimate(folder)
+            above, names = self._above(folder)
+            stage, settings = self.plan.stages[folder].stage.name, self.settings[folder]
+            estimate, is_learnt = self.times.estimate(stage, settings, above, names)
+            all_counted = all_counted and (is_learnt or is_counted(stage, settings, above))
             if folder in running:
                 seconds[folder], told = _of_running(estimate, running[folder], now)
                 is_learnt = is_learnt or told
@@ -67,17 +74,20 @@ class Outlook:
             for folder, planned in self.plan.stages.items()
         }
         whole = together(seconds, parents, self.plan.at_once)
-        return Left(whole, learnt >= SETTLED * sum(seconds.values()))
+        is_learnt = learnt >= SETTLED * sum(seconds.values())
+        shown = self.times.has_computed or any(status.left is not None for status in running.values())
+        return Left(whole, is_learnt, all_counted and (is_learnt or shown))
 
-    def _estimate(self, folder: str) -> tuple[float, bool]:
+    def _above(self, folder: str) -> tuple[dict[str, Mapping[str, Any]], set[str]]:
+        """The summaries of the finished stages above one, by their names, and the names of all above it."""
         stage = self.plan.stages[folder].stage
-        above = {}
+        above: dict[str, Mapping[str, Any]] = {}
         for place, parent in stage.family().items():
             if place != folder and (record := self._record(place)) is not None:
                 above[parent.name] = record["summary"]
         # What the tuned model is known by is there before the stage itself is.
         names = {parent.name for place, parent in stage.family().items() if place != folder}
-        return self.times.estimate(stage.name, self.settings[folder], above, names)
+        return above, names
 
     def _record(self, folder: str) -> StageRecord | None:
         if folder not in self.records and (folder not in self.plan.jobs or folder in self.done):

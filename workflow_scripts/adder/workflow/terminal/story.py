@@ -21,7 +21,6 @@ from adder.workflow.terminal.screen import Screen
 
 LABEL = 18  # columns that a stage's name has at least, and
 MOST_LABEL = 30  # at most
-TOO_EARLY = 20  # seconds, before which nothing is said of the time left unless earlier runs tell
 TIME = 9  # columns
 BAR = 16
 NARROW = 70  # columns, below which lines have less beside their text
@@ -268,10 +267,10 @@ class Story:
         if self.outlook is None:
             return f"  {text}"
         left = self.outlook.left(statuses, now)
+        if not left.is_known:
+            return f"  {len(self.outlook.done)} of {len(self.outlook.plan.jobs)} stages · {text}"
         share = (now - self.began) / max(now - self.began + left.seconds, 1e-9)
-        head = f"{100 * share:3.0f} %"
-        if left.is_learnt or now - self.began >= TOO_EARLY:
-            head += f", about {_rounded(left.seconds)} left"
+        head = f"{100 * share:3.0f} %, about {rounded(left.seconds)} left"
         if (self.screen.columns or 0) >= NARROW:
             filled = round(share * BAR)
             head = f"{'█' * filled}{'░' * (BAR - filled)} {head}"
@@ -289,7 +288,7 @@ def result(spec: StageSpec, summary: Mapping[str, Any]) -> str:
         return one_line(figures(summary))
 
 
-def _rounded(seconds: float) -> str:
+def rounded(seconds: float) -> str:
     """A duration that doesn't pretend to know the second."""
     step = 60 if seconds >= 600 else 10 if seconds >= 60 else 5
     return duration(max(round(seconds / step), 1) * step)
