@@ -27,10 +27,10 @@ ifneq ($(shell mkdir -p "$$HOME" 2> /dev/null && test -w "$$HOME" && echo yes),y
 export HOME := $(CURDIR)/.cache/home
 endif
 
-.PHONY: merged_model report all test pytest test-avx2 test-all-pythons browser slurm lint settings docs prune lock clean
+.PHONY: merged_model report compare all test pytest test-avx2 test-all-pythons browser slurm lint settings docs prune lock clean
 
 # The workflow checks the settings; Snakemake reads a file that is named before that, and says less of what is wrong.
-merged_model report all: $(VENV)/.ready
+merged_model report compare all: $(VENV)/.ready
 	$(if $(CONFIG),@$(BIN)/adder check --read $(CONFIG))
 	$(SNAKEMAKE) $@ $(if $(CONFIG),--configfile $(CONFIG))
 

@@ -1,5 +1,11 @@
 """Mistakes in a configuration end Snakemake with one message, which names the file, and no line of the rules."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -65,3 +71,40 @@ def test_a_default_configuration_that_is_not_yaml_or_not_there(untouched):
     untouched.configure().unlink()
     (line,) = told(untouched)
     assert line.startswith("adder: config/config.yaml: can't be read (No such file or directory)")
+
+
+# Root reads and writes whatever files' modes say, unless it gives that right up.
+HELD_TO_MODES = (
+    "setpriv",
+    "--bounding-set=-dac_override,-dac_read_search",
+    "--inh-caps=-dac_override,-dac_read_search",
+)
+
+
+def told_where_modes_count(project: Project, *arguments: str) -> list[str]:
+    """As `told`, of a process to which files' modes apply."""
+    lead = () if os.geteuid() else HELD_TO_MODES
+    if lead and (shutil.which("setpriv") is None or subprocess.run([*lead, "true"], check=False).returncode):
+        pytest.skip("no setpriv here that gives root's right to all files up")
+    command = [*lead, sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": project.environment}
+    done = subprocess.run(command, cwd=project.folder, timeout=600, check=False, **streams)
+    assert done.returncode == 1, done.stdout
+    return [line for line in done.stdout.splitlines() if not line.startswith("Using workflow specific profile")]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "model/model.safetensors", "results"])
+def test_what_may_not_be_read_or_written_is_named_in_one_sentence(untouched, tiny_model_dir, name):
+    if not list((untouched.folder / "model").iterdir()):
+        shutil.copytree(tiny_model_dir, untouched.folder / "model", dirs_exist_ok=True)
+    untouched.configure()
+    place = untouched.folder / name
+    if name == "results":
+        place.mkdir(exist_ok=True)
+    mode = place.stat().st_mode
+    place.chmod(0o555 if name == "results" else 0)
+    try:
+        (line,) = told_where_modes_count(untouched)
+    finally:
+        place.chmod(mode)
+    assert Path(name).name in line and "Permission denied; give yourself the right to it" in line

@@ -28,6 +28,12 @@ def test_a_file_that_the_error_does_not_name_is_named_by_who_reads_it():
         raise OSError("no reason")
 
 
+def test_a_full_disk_is_told_where_no_file_is_named():
+    assert str(of_system(refused(errno.ENOSPC, None))) == (
+        "the disk: No space left on device; make room, then the same command goes on"
+    )
+
+
 def test_a_name_of_any_length_and_kind_leaves_one_short_sentence():
     assert len(str(of_system(refused(errno.ENAMETOOLONG, "a" * 5000)))) < 300
     assert "\ufffd" in str(of_system(OSError(errno.EACCES, "no", b"\xff.jsonl")))

@@ -23,11 +23,13 @@ class UserError(Exception):
 
 
 def of_system(error: OSError, file: Path | str | None = None) -> UserError | None:
-    """What the system refuses about a file, as one sentence; None for an error that tells of no file or reason.
+    """What the system refuses about a file, or a full disk, as one sentence; None for an error that tells of neither.
 
     file: which it is, where the error itself doesn't say.
     """
     name = error.filename if error.filename is not None else file
+    if name is None and error.errno in FULL:  # a write, which names no file
+        name = "the disk"
     if name is None or error.errno is None or not error.strerror:
         return None
     shown = name.decode(errors="replace") if isinstance(name, bytes) else str(name)

@@ -36,6 +36,26 @@ def test_of_several_runs_each_has_a_line_and_the_comparison_the_last(tmp_path):
     assert list(closing.closing_lines(["a", "b"], tmp_path))[-1].text == str(tmp_path / "compare.html")
 
 
+def test_what_is_suggested_can_be_typed_as_it_stands(tmp_path, monkeypatch):
+    """By the path in an environment that isn't activated, and with the configuration that the runs are of."""
+    for name in ("adder", "snakemake"):
+        (tmp_path / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".venv" / "bin" / name).write_text("#!/bin/sh\n")
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(closing.sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.setattr(
+        closing.sys, "argv", ["snakemake", "--cores", "1", "merged_model", "--configfile", "my own.yaml"]
+    )
+    monkeypatch.setenv("PATH", "/nowhere")
+    finish(tmp_path, "a")
+    finish(tmp_path, "b")
+    wanted = "on one page: .venv/bin/snakemake --cores 1 compare --configfile 'my own.yaml'"
+    assert list(closing.closing_lines(["a", "b"], tmp_path))[-1].text == wanted
+    monkeypatch.setenv("PATH", str(tmp_path / ".venv" / "bin"))
+    assert closing.command("adder") == "adder"
+
+
 def test_a_large_sweep_stays_on_the_screen(tmp_path):
     names = [f"run-{number}" for number in range(50)]
     for name in names:

@@ -28,6 +28,11 @@ Command 'set -euo pipefail;  /venv/python /a/.snakemake/scripts/x.run_stage.py' 
             '    push: no run says where to\nWildcards:\n\nTraceback:\n  File "/a/x.smk", line 23, in uploads',
             "push: no run says where to",
         ),
+        (
+            "OSError: [Errno 28] No space left on device",
+            "the disk: No space left on device; make room, then the same command goes on",
+        ),
+        ("OSError: [Errno 5] Input/output error", "Input/output error"),
         ("Error: one line", "Error: one line"),
         ("WorkflowError:", "WorkflowError:"),
     ],

@@ -1,5 +1,8 @@
 """What stands last: the verdict on each run and where its results are."""
 
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +12,7 @@ from adder.core.display.status import is_shown_by_plugin
 from adder.core.display.text import one_line, printable
 from adder.core.files import read_json
 from adder.report.stage import spoken
+from adder.workflow.terminal.snakemake_text import configuration_files
 
 MOST_RUNS = 8  # that are named one by one; the comparison has all
 
@@ -55,16 +59,26 @@ def closing_lines(runs: Sequence[str], results: Path) -> Iterator[ClosingLine]:
     if finished and (results / "compare.html").exists():
         yield ClosingLine("all runs", f"{results / 'compare.html'}")
     elif finished:
-        yield ClosingLine("all runs", "on one page: snakemake --cores 1 compare")
+        files = configuration_files(sys.argv[1:])
+        asked = [command("snakemake"), "--cores", "1", "compare", *(["--configfile", *files] if files else [])]
+        yield ClosingLine("all runs", f"on one page: {shlex.join(asked)}")
 
 
 def _paths(run: Finished) -> Iterator[ClosingLine]:
     yield ClosingLine("report", f"{run.folder / 'report.html'}")
     if (run.folder / "merged_model" / "config.json").exists():
         yield ClosingLine("model", f"{run.folder / 'merged_model'}/")
-        yield ClosingLine("talk to it", f"adder chat {run.folder} --both")
+        yield ClosingLine("talk to it", shlex.join([command("adder"), "chat", str(run.folder), "--both"]))
     if (run.folder / "model.gguf").exists():
         yield ClosingLine("GGUF", f"{run.folder / 'model.gguf'}")
+
+
+def command(name: str) -> str:
+    """How to call a command that is installed beside this Python: by its path, where its name alone leads elsewhere."""
+    own = Path(sys.prefix) / "bin" / name
+    if not own.exists() or os.path.realpath(shutil.which(name) or "") == os.path.realpath(own):
+        return name
+    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
 
 
 def _verdict(metrics: Path) -> dict[str, Any] | None:

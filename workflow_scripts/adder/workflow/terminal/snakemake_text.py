@@ -14,7 +14,7 @@ OF_FAILED_JOBS = re.compile(
 )
 HEAD = re.compile(r"^(\w*(?:Error|Exception|Exception in rule \w+))(?: in (?:rule \w+ in )?file .*?, line \d+)?:?$")
 FRAME = re.compile(r'^\s*(File ".*", line \d+, in |Traceback|Full Traceback)')
-OF_SYSTEM = re.compile(r"^(?:\w+Error: )?\[Errno (?P<number>\d+)\] (?P<reason>[^:]+): '(?P<file>.*)'$")
+OF_SYSTEM = re.compile(r"^(?:\w+Error: )?\[Errno (?P<number>\d+)\] (?P<reason>[^:]+)(?:: '(?P<file>.*)')?$")
 KILLED = re.compile(r"died with <Signals\.(SIG\w+)")
 
 # Why a job would run, by what Snakemake's reason begins with; what isn't here is shown in its words.
@@ -52,15 +52,12 @@ def sentence(text: str) -> str:
     lines = [line.strip() for line in lines[: lines.index("Wildcards:") if "Wildcards:" in lines else None]]
     if refused := OF_SYSTEM.match("\n".join(lines)):
         error = OSError(int(refused["number"]), refused["reason"], refused["file"])
-        lines = [str(of_system(error))]
+        lines = [str(of_system(error) or refused["reason"])]
     return "\n".join(lines)
 
 
-def configuration_mistake(arguments: Sequence[str]) -> str | None:
-    """What is wrong with the configuration files that Snakemake's command line names, before it has read any.
-
-    It takes all that follows --configfile for such files, so that a target among them would be one.
-    """
+def configuration_files(arguments: Sequence[str]) -> list[str]:
+    """The configuration files that Snakemake's command line names."""
     taken, files = False, list[str]()
     for argument in arguments:
         if argument.startswith("-"):
@@ -69,7 +66,15 @@ def configuration_mistake(arguments: Sequence[str]) -> str | None:
             files += [value] if taken and value else []
         elif taken:
             files.append(argument)
-    for file in files:
+    return files
+
+
+def configuration_mistake(arguments: Sequence[str]) -> str | None:
+    """What is wrong with the configuration files that Snakemake's command line names, before it has read any.
+
+    It takes all that follows --configfile for such files, so that a target among them would be one.
+    """
+    for file in configuration_files(arguments):
         if Path(file).suffix.lower() not in (".yaml", ".yml", ".json"):
             return (
                 f"{file} was taken for a configuration file, as all that follows --configfile is; write what is to be "
