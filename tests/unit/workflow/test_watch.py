@@ -59,6 +59,16 @@ def test_each_state_is_told(runs, tmp_path):
     assert late["model"].state == "silent" and "nothing heard for" in late["model"].text
 
 
+def test_what_is_left_is_told_once_it_is_known(runs, tmp_path, monkeypatch):
+    results, stages = tmp_path / "results", runs["default"]
+    running(results, stages["model"])
+    status(results, stages["model"], text="digesting the weights", left=65.0)
+    assert [name for name, _ in watch.gather(runs, results, NOW).about] == ["Stages"], "no row is counted yet"
+    monkeypatch.setattr("adder.workflow.terminal.outlook.is_counted", lambda *known: True)
+    left = dict(watch.gather(runs, results, NOW).about)["Left"]
+    assert left.startswith("about ") and left.endswith("one stage after another")
+
+
 def test_a_stage_that_has_finished_says_what_came_out(runs, tmp_path, monkeypatch):
     record = {"summary": {"rows": 40, "sources": 1, "unreadable": 0}, "seconds": 3.2, "energy_joules": 96.0}
     monkeypatch.setattr(watch, "read_record", lambda folder: record if folder.parent.name == "data" else None)

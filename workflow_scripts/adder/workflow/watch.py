@@ -25,7 +25,9 @@ from adder.training.records import SampleRow
 from adder.workflow.stage_graph import Stage
 from adder.workflow.stage_runner import read_record
 from adder.workflow.terminal.closing import finished_runs
-from adder.workflow.terminal.story import result
+from adder.workflow.terminal.outlook import Outlook
+from adder.workflow.terminal.plan import Plan, planned_stages
+from adder.workflow.terminal.story import result, rounded
 
 PAGE = "live.html"
 SILENT = 300.0  # seconds without a word, after which a stage may have been killed
@@ -60,23 +62,26 @@ class LivePage(NamedTuple):
 
 def gather(runs: Mapping[str, Mapping[str, Stage]], results: Path, now: float) -> LivePage:
     """Read how all stages of the runs stand. now: seconds of the clock."""
-    known: dict[str, tuple[Stage, str, list[str]]] = {}
-    for run, stages in runs.items():
-        for name, stage in stages.items():
-            known.setdefault(stage.folder, (stage, name, []))[2].append(run)
+    plan = Plan(results, tuple(runs), planned_stages(runs))
     lines, notices, training = [], [], []
-    for stage, name, own in known.values():
-        label = name.replace("_", " ") + ("" if len(own) == len(runs) else f" {', '.join(own[:3])}")
+    running: dict[str, StageStatus] = {}
+    for folder, planned in plan.stages.items():
+        stage, label = planned.stage, plan.label(folder)
         status = read_status(status_file(results / "logs" / stage.name / f"{stage.key}.log"))
         line = _line(label, stage, status, results, now)
         lines.append(line)
-        notices += [f"{label}: {text}" for text in status.notices if line.state != "waiting"]
+        if line.state in ("running", "silent"):
+            running[folder] = status
+        if line.state != "done":
+            plan.jobs.append(folder)
+        if line.state != "waiting":
+            notices += [f"{label}: {text.removeprefix('warning: ')}" for text in status.notices]
         training += [stage] if stage.name == "train" and line.state in ("running", "silent") else []
     done = sum(line.state == "done" for line in lines)
     return LivePage(
         title=", ".join(list(runs)[:4]) + (" …" if len(runs) > 4 else ""),
         at=time.strftime("%H:%M:%S", time.localtime(now)),
-        about=[("Stages", f"{done} of {len(lines)} done")],
+        about=[("Stages", f"{done} of {len(lines)} done"), *_time_left(plan, running, now)],
         stages=lines,
         notices=list(dict.fromkeys(notices)),
         verdicts=[(run.name, run.sentence) for run in finished_runs(tuple(runs), results)],
@@ -85,6 +90,12 @@ def gather(runs: Mapping[str, Mapping[str, Stage]], results: Path, now: float) -
         samples=latest_samples(_newest(results / "checkpoints")) if len(training) == 1 else [],
         machine=list(machine()),
     )
+
+
+def _time_left(plan: Plan, running: Mapping[str, StageStatus], now: float) -> Iterator[tuple[str, str]]:
+    """What is left of all runs, while something runs and as far as it is known."""
+    if running and (left := Outlook.of(plan).left(running, now)).is_known:
+        yield "Left", f"about {rounded(left.seconds)}, one stage after another"
 
 
 def _line(label: str, stage: Stage, status: StageStatus, results: Path, now: float) -> StageLine:

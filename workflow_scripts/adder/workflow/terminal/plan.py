@@ -60,13 +60,18 @@ class _Announced:
 
 def announce(runs: Mapping[str, Mapping[str, Stage]], results: Path) -> None:
     """Let the terminal know the stages of each run, by the name under which the report knows them."""
+    _Announced.plan = Plan(results, tuple(runs), planned_stages(runs))
+
+
+def planned_stages(runs: Mapping[str, Mapping[str, Stage]]) -> dict[str, PlannedStage]:
+    """All stages of the runs by their folder, each once."""
     stages: dict[str, PlannedStage] = {}
     for run, own in runs.items():
         for name, stage in own.items():
             before = stages[stage.folder].runs if stage.folder in stages else ()
             known = stages[stage.folder].name if stage.folder in stages else name
             stages[stage.folder] = PlannedStage(stage.spec, stage, known, (*before, run))
-    _Announced.plan = Plan(results, tuple(runs), stages)
+    return stages
 
 
 def begin(outputs: Iterable[str], at_once: int) -> None:
