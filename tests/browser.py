@@ -186,9 +186,9 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key], **text)
 
-    def screenshot(self, path: Path) -> None:
-        """Write a PNG of the whole page."""
-        found = self.send("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        """Write a PNG of the whole page, or of its first screen."""
+        found = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
 
     def pdf(self) -> bytes:
