@@ -27,6 +27,12 @@ def test_every_page_of_docs_is_on_the_site(site):
         assert built.exists(), page
 
 
+def test_every_page_is_in_the_table_of_contents():
+    named = re.findall(r"(?<=[ :])[\w/-]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert pages | {"index.md", "settings.md", "contributing.md"} == set(named)
+
+
 def test_pages_that_stand_elsewhere_are_on_it_with_their_links(site):
     first = (site / "index.html").read_text()
     assert 'href="data/"' in first

@@ -173,7 +173,7 @@ class Story:
 
     def _stage_line(self, mark: str, job: Job, seconds: float | None, text: str) -> None:
         known = plan.current()
-        names = [known.label(folder) for folder in known.jobs] if known is not None else []
+        names = [known.label(folder) for folder in known.jobs or known.stages] if known is not None else []
         room = min(max([LABEL, *map(len, names)]), MOST_LABEL)
         if self.screen.columns is not None and self.screen.columns < NARROW:
             room = 14
