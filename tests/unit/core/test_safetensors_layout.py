@@ -43,3 +43,23 @@ def test_shards_count_together(tmp_path):
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no model.safetensors and no"):
         shard_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"short", b"x" * 5000, (2**40).to_bytes(8, "little"), b"\x02" + bytes(7) + b"[]"]
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors is no whole safetensors file: it doesn't begin with"):
+        layout(tmp_path / "model.safetensors")
+
+
+def test_a_file_that_is_cut_off_or_only_a_pointer_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="ends before its last tensor does"):
+        layout(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        layout(path)

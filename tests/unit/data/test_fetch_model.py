@@ -81,7 +81,10 @@ def test_progress_says_what_is_done(tiny_gguf, tmp_path):
     assert "model: dequantising tiny.gguf" in stream.getvalue()
 
 
-CHECKPOINTS = ("dequantise", "earlier_adapter", "gguf_source", "hub_config", "portable_files", "quantisation")
+CHECKPOINTS = (
+    *("dequantise", "earlier_adapter", "gguf_source", "hub_config", "integer_forms", "integer_weights"),
+    *("portable_files", "quantisation", "weight_files"),
+)
 
 
 def test_nothing_but_fetching_a_model_is_part_of_the_stage():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adder.core.errors import UserError
 from adder.core.files import read_json, sha256_file
@@ -79,9 +80,58 @@ def shard_missing(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def several_files(*repeated: str, index: str | None = None):
+    """Two files, of which the second has what is `repeated` of the first as well; another text for the index."""
+
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = sorted(tensors)
+        first, second = names[:9], names[9:]
+        files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        save_file({name: tensors[name] for name in first}, folder / files[0])
+        save_file({name: tensors[name] for name in (*second, *repeated)}, folder / files[1])
+        where = dict.fromkeys(first, files[0]) | dict.fromkeys(second, files[1])
+        if index != "":
+            (folder / "model.safetensors.index.json").write_text(index or json.dumps({"weight_map": where}))
+
+    return damage
+
+
+def written(file: str, content: bytes):
+    def damage(folder):
+        (folder / file).write_bytes(content)
+
+    return damage
+
+
+def said(**changes):
+    def damage(folder):
+        edit(folder / "config.json", **changes)
+
+    return damage
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:aaa\nsize 12345\n"
+NO_MODEL = r"can't make a model of the config\.json of .*: "
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (several_files("model.embed_tokens.weight"), r"model\.embed_tokens\.weight twice, in model-00001.* and in"),
+        (several_files(index="{"), r"index\.json of .* can't be read"),
+        (several_files(index="{}"), "has no weight_map that names a file for each tensor"),
+        (several_files(index=""), r"in several files and lacks model\.safetensors\.index\.json"),
+        (written("model.safetensors", b""), r"model\.safetensors is no whole safetensors file"),
+        (written("model.safetensors", b"x" * 5000), "doesn't begin with a header"),
+        (written("model.safetensors", LFS), "only points to one"),
+        (written("generation_config.json", b"{"), r"generation_config\.json of .* can't be read"),
+        (written("tokenizer.json", b"[]"), r"tokenizer\.json of .* is no JSON object"),
+        (said(hidden_act="swoosh"), f"{NO_MODEL}KeyError: 'swoosh'"),
+        (said(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), f"{NO_MODEL}KeyError: 'spiral'"),
+        (said(hidden_size="64"), f"{NO_MODEL}.*expected int, got str"),
+        (said(pad_token_id=100_000), f"{NO_MODEL}AssertionError: Padding_idx"),
         (pickled, r"pytorch_model\.bin, a pickle"),
         (emptied, r"has no model\.safetensors$"),
         (adapter_only, "holds a PEFT adapter"),

@@ -15,6 +15,7 @@ from adder.core.errors import UserError
 from adder.core.files import read_json
 
 INDEX = "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs"  # how what Git LFS leaves in a file's place begins
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -48,17 +49,26 @@ def shard_files(folder: Path) -> list[str]:
 
 
 def layout(path: Path) -> Layout:
-    """Read a file's header."""
+    """Read a file's header. Raises UserError for a file that isn't one of safetensors, or isn't whole."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    begin = 8 + length
-    tensors = [
-        Stored(name, one["dtype"], tuple(one["shape"]), *(begin + offset for offset in one["data_offsets"]))
-        for name, one in header.items()
-        if name != "__metadata__"
-    ]
-    return Layout(begin, path.stat().st_size, tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.name))))
+        start = file.read(8)
+        begin = 8 + int.from_bytes(start, "little")
+        if start == LFS_POINTER[:8]:
+            raise UserError(f"{path} is no whole safetensors file: it only points to one (Git LFS); run `git lfs pull`")
+        text = file.read(begin - 8) if 8 < begin <= size else b""
+    try:
+        header = json.loads(text)
+        tensors = [
+            Stored(name, one["dtype"], tuple(one["shape"]), *(begin + offset for offset in one["data_offsets"]))
+            for name, one in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path} is no whole safetensors file: it doesn't begin with a header") from None
+    if max((tensor.stop for tensor in tensors), default=begin) > size:
+        raise UserError(f"{path} is no whole safetensors file: it ends before its last tensor does")
+    return Layout(begin, size, tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.name))))
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

@@ -110,6 +110,12 @@ def unused(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
     return [name for name, place, _ in _destinations(model, stored) if place not in own]
 
 
+def parameters_on_disk(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+    """Names of the tensors on disk that become parameters of the model, alone or with others; buffers are none."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name, place, joined in _destinations(model, stored) if joined or place in own]
+
+
 def misshapen(model: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[str, tuple[int, ...]] | None:
     """A tensor on disk that the model holds in another shape: its name, and the model's shape. None where none is."""
     own = _meta_state(model)

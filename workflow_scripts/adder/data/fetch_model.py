@@ -25,7 +25,7 @@ def run(settings: ModelSettings, inputs: NoInputs, out: Path, context: Context) 
     origin = model_source.fetch(settings, folder, context.progress, digests.link)
     model_source.refuse_unusable(folder, settings.source)
     quantised = _dequantise(settings.source, out, context, digests)
-    unused = model_source.refuse_other_models(folder, settings.source)
+    unused = model_source.refuse_other_models(folder, settings.source, context.threads)
     adapter = None
     if settings.adapter is not None:
         adapter = earlier_adapter.fetch(settings, out / "adapter", context.progress)

@@ -72,27 +72,48 @@ def fetch(settings: ModelSettings, folder: Path, progress: Progress, link: Link 
 
 
 def refuse_unusable(folder: Path, source: str) -> None:
-    """UserError where the fetched directory lacks config, weights or tokenizer, or is quantised in an unknown way."""
+    """UserError where the fetched directory lacks config, weights or tokenizer, or is quantised in an unknown way.
+
+    Also where a file isn't whole.
+    """
+    for path in sorted(folder.glob("*.json")):
+        _read_object(path, source)
     refuse_unknown(_config(folder), source)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise UserError(f"model.source: {source} has no tokenizer (tokenizer.json or tokenizer.model)")
     index = folder / "model.safetensors.index.json"
-    if not (folder / "model.safetensors").exists() and index.exists():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(name for name in shards if not (folder / name).exists())
+    if index.exists():
+        weight_map = _read_object(index, source).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(
+                f"model.source: {index.name} of {source} has no weight_map that names a file for each tensor"
+            )
+        missing = sorted(name for name in set(weight_map.values()) if not (folder / name).exists())
         if missing:
-            raise UserError(f"model.source: {source} lacks {missing[0]}, which its model.safetensors.index.json names")
+            raise UserError(f"model.source: {source} lacks {missing[0]}, which its {index.name} names")
+    elif not (folder / "model.safetensors").exists():
+        raise UserError(f"model.source: {source} has its weights in several files and lacks {index.name}")
+    from adder.data.checkpoints.weight_files import refuse_repeated
+
+    try:
+        refuse_repeated(folder, source)
+    except UserError as error:
+        raise UserError(
+            f"model.source: {str(error).removeprefix('model.source: ').replace(f'{folder}/', '')}"
+        ) from None
 
 
-def refuse_other_models(folder: Path, source: str) -> list[str]:
-    """UserError where transformers has no causal language model for the directory, or its files lack a part of one.
+def refuse_other_models(folder: Path, source: str, threads: int) -> list[str]:
+    """UserError where transformers has no causal language model for the directory, or its files don't hold one.
 
     Returns the names of the tensors in its files that the model has no use for.
     """
+    import transformers
     from transformers.utils import logging
 
     from adder.core import text_model
     from adder.core.safetensors_layout import stored_tensors
+    from adder.data.checkpoints.weight_files import refuse_odd_values
 
     refuse_other_than_causal(_config(folder), source)
     logging.set_verbosity_error()
@@ -101,7 +122,13 @@ def refuse_other_models(folder: Path, source: str) -> list[str]:
         refuse_other_than_causal({**config.to_dict(), "is_decoder": getattr(config, "is_decoder", None)}, source)
         model = text_model.without_weights(folder)
     except UserError as error:
-        raise UserError(f"model.source: {source}: {str(error).removeprefix('model.source: ')}") from None
+        told = str(error).removeprefix("model.source: ").removeprefix(f"{folder}: ")
+        raise UserError(f"model.source: {source}: {told}") from None
+    except Exception as error:  # libraries refuse what they don't know in any way that they like
+        raise UserError(
+            f"model.source: transformers {transformers.__version__} can't make a model of the config.json of {source}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
     stored = stored_tensors(folder)
     odd = text_model.misshapen(model, stored)
     if odd:
@@ -116,6 +143,7 @@ def refuse_other_models(folder: Path, source: str) -> list[str]:
             f"model.source: {source} is no whole {type(model).__name__}: its files have nothing for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
+    refuse_odd_values(model, folder, source, threads)
     return text_model.unused(model, stored)
 
 
@@ -207,6 +235,7 @@ def _fetch_hub(settings: ModelSettings, folder: Path, progress: Progress, link: 
             config = _read_object(Path(small), source)
             refuse_unknown(config, source)
             refuse_other_than_causal(config, source)
+            _refuse_own_code(config, "config.json", source)
         progress.say(f"fetching {source} at commit {info.sha}")
         cached = Path(huggingface_hub.snapshot_download(source, revision=info.sha, allow_patterns=wanted, token=token))
     except (HTTPError, OSError, ValueError) as error:
@@ -294,11 +323,8 @@ def _take_files(source_folder: Path, folder: Path, source: str, link: Link) -> N
     if "config.json" not in names:
         raise UserError(f"model.source: {source} has no config.json")
     for name in ("config.json", "tokenizer_config.json"):
-        if name in names and "auto_map" in _read_object(source_folder / name, source):
-            raise UserError(
-                f"model.source: {source} brings its own modelling code (auto_map in {name}), which is not run. "
-                "If transformers knows the model by itself, remove auto_map from a local copy."
-            )
+        if name in names:
+            _refuse_own_code(_read_object(source_folder / name, source), name, source)
     for name in names:
         if WEIGHTS.fullmatch(name):
             link((source_folder / name).resolve(), folder / name)
@@ -306,6 +332,14 @@ def _take_files(source_folder: Path, folder: Path, source: str, link: Link) -> N
             shutil.copyfile(source_folder / name, folder / name)
     if (source_folder / NAMED_TEMPLATES).is_dir():
         shutil.copytree(source_folder / NAMED_TEMPLATES, folder / NAMED_TEMPLATES)
+
+
+def _refuse_own_code(said: dict[str, Any], name: str, source: str) -> None:
+    if "auto_map" in said:
+        raise UserError(
+            f"model.source: {source} brings its own modelling code (auto_map in {name}), which is not run. "
+            "If transformers knows the model by itself, remove auto_map from a local copy."
+        )
 
 
 def _one_gguf(names: list[str], settings: ModelSettings, wheel: str) -> str:
