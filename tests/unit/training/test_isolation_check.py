@@ -201,6 +201,20 @@ def test_windows_longer_than_the_pieces_are_tried_where_an_example_is_longer_tha
     assert problem(model, PACK, "float32", longest=ids) is None
 
 
+def test_positions_that_the_longest_of_a_pack_decides_are_computed_one_example_at_a_time():
+    """Pieces are too short to show it: with Phi-3's 128k kinds the other frequencies begin at 4,097 tokens."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    ids = np.random.default_rng(1).integers(3, SHAPE["vocab_size"], 250)
+    for longest in (ids[:200], ids):
+        model = adapted("phi3", rope_parameters=rope, original_max_position_embeddings=200)
+        before = attention_of(model)
+        found = isolation_check.choose_isolation(model, PACK, "float32", before, longest=longest)
+        if len(longest) <= 200:
+            assert found == before
+        else:
+            assert "more than 200 tokens" in found.reason and found.value.endswith("one example at a time")
+
+
 def test_fused_layers_are_tried_against_the_models_own():
     """Fused layers that compute something else, in packs and alone alike, would not be found by comparing these."""
     model = with_adapter(family("Llama"))

@@ -213,8 +213,8 @@ class ReplyTargets:
         place = self._align(prompt, head, self._last_said(messages, tools, head)) if head is not None else None
         if head is None or place is None:
             raise self._other_prompt(prompt, written)
-        said = messages[-2]["content"].strip() if len(messages) > 1 else ""
-        if said and said in head[place[1] :]:
+        said = [message["content"].strip() for message in messages[:-1]]
+        if any(text in head[place[1] :] for text in (*said[-1:], *(text for text in said if len(text) > 3)) if text):
             raise self._other_prompt(prompt, written)
         return prompt[place[0] :], written[place[1] :]
 

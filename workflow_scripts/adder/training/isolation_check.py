@@ -105,10 +105,10 @@ def choose_isolation(
 
     Raises UserError where none is right.
     """
-    found = problem(model, pack, dtype, sharded, longest)
+    bare = bare_model(model)
+    found = problem(model, pack, dtype, sharded, longest) or _positions_by_pack(bare, longest)
     if found is None:
         return attention
-    bare = bare_model(model)
     name = type(bare).__name__
     if sharded:
         raise UserError(
@@ -171,6 +171,20 @@ def problem_beyond_window(model: PreTrainedModel | PeftModel, longest: NDArray[n
         f"beyond its window of {window:,} tokens its losses are {apart:.2g} nats a token off those of the "
         "architecture's own forward pass with eager attention"
     )
+
+
+def _positions_by_pack(bare: PreTrainedModel, longest: NDArray[np.int64] | None) -> str | None:
+    """What is wrong where an example's positions are others beside one that is longer than the model's first context.
+
+    LongRoPE has two sets of frequencies, and transformers takes one of them for all of a pack, by its longest example.
+    """
+    config = bare.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    first = min((kind.get("original_max_position_embeddings") or np.inf for kind in kinds), default=np.inf)
+    if longest is None or len(longest) <= first:
+        return None
+    return f"beside an example of more than {first:,} tokens, positions of all in its pack are scaled as its own are"
 
 
 def window_of(bare: PreTrainedModel) -> int | None:
