@@ -79,3 +79,16 @@ def test_a_token_is_known_by_its_form_and_a_folder_is_no_secret(monkeypatch):
     token = "hf_" + "aB3" * 12
     text = f"401 for {token}: Authorization: Bearer sk-{'x1' * 16} in /home/me/adder, hunter2222"
     assert secrets.scrubbed(text) == "401 for …: Authorization: Bearer … in /home/me/adder, ${PGPASSWORD}"
+
+
+def test_every_secret_in_the_settings_is_named_and_none_repeated():
+    token = "hf_" + "aB3" * 12
+    settings = {
+        "model": {"source": "https://me:hunter2@host/model", "revision": token},
+        "data": {"sources": [{"path": "s3://bucket/x?sig=hunter2"}, {"url": "https://h/x?token=${TOKEN}"}]},
+        "format": {"system_prompt": "See https://host/a?key=b, and http://[ too"},
+        "train": {"epochs": 3, "tags": ["http://[", None]},
+    }
+    found = list(secrets.written_out(settings))
+    assert [one.partition(":")[0] for one in found] == ["model.source", "model.revision", "data.sources.0.path"]
+    assert "hunter2" not in str(found) and token not in str(found)

@@ -223,3 +223,10 @@ def test_the_schema_accepts_the_default_configuration():
     jsonschema.validate(config, json.loads(schema()))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(merged(config, {"train": {"epohs": 1}}), json.loads(schema()))
+
+
+def test_a_secret_is_refused_wherever_it_stands_before_any_mistake_shows_it():
+    written = problems({"model": {"source": "https://me:hunter2@host/model"}, "train": {"epochs": "hf_" + "aB3" * 12}})
+    assert "model.source: what stands before @" in written and "train.epochs: what stands there" in written
+    assert "hunter2" not in written and "aB3" not in written
+    assert "runs.a.model.source" in problems({"runs": {"a": {"model": {"source": "https://host/m?token=hunter2"}}}})

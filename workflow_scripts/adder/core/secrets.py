@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 
 from adder.core.errors import UserError
 
+URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+$", re.IGNORECASE)
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 # Names in a query whose values give access: token, sig, X-Amz-Signature, api_key and the like.
 SECRET_NAME = re.compile(
@@ -38,6 +39,28 @@ def refuse_secrets(url: str, where: str) -> None:
                 f"{where}: {what} in this URL looks like a secret, and the configuration is shown in reports. Put it "
                 "into an environment variable and write ${NAME} in its place."
             )
+
+
+def written_out(settings: Any, where: str = "") -> Iterator[str]:
+    """A sentence for each secret that stands in settings (JSON), by its path and without repeating it: in a value that
+    is a URL, or a token by its form anywhere.
+    """
+    if isinstance(settings, dict | list):
+        for name, value in settings.items() if isinstance(settings, dict) else enumerate(settings):
+            yield from written_out(value, f"{where}.{name}" if where else str(name))
+    elif isinstance(settings, str):
+        try:
+            if URL.match(settings):
+                refuse_secrets(settings, where)
+            if TOKEN.search(settings):
+                yield (
+                    f"{where}: what stands there looks like a token, and the configuration is shown in reports. Put it "
+                    "into an environment variable"
+                )
+        except UserError as error:
+            yield str(error)
+        except ValueError:  # no URL after all, which whoever reads it says
+            return
 
 
 def filled_in(url: str, where: str) -> tuple[str, dict[str, str]]:

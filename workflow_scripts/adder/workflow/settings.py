@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from adder.core.errors import UserError
+from adder.core.secrets import written_out
 from adder.core.section import Section
 from adder.core.stage_spec import Runtime
 from adder.data.model_types import ModelSettings
@@ -63,6 +64,7 @@ class Config(Settings):
 
 def load(config: dict[str, Any]) -> dict[str, Settings]:
     """Return the resolved settings by run name. Raises UserError listing every mistake of every run."""
+    _refuse(dict.fromkeys(written_out(config)))  # first, for other mistakes are told with what was found
     base = copy.deepcopy(dict(config))
     runs = base.pop("runs", None) or {"default": {}}
     if not isinstance(runs, dict):
@@ -81,9 +83,13 @@ def load(config: dict[str, Any]) -> dict[str, Settings]:
             problems.update(dict.fromkeys(_unknown_row_formats(loaded[name].data)))
         except ValidationError as error:
             problems.update(dict.fromkeys(_sentences(error.errors(), base, override or {}, name)))
+    _refuse(problems)
+    return loaded
+
+
+def _refuse(problems: Mapping[str, None]) -> None:
     if problems:
         raise UserError("the settings have mistakes; nothing was run\n" + "\n".join(f"  - {p}" for p in problems))
-    return loaded
 
 
 def _of_run(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:

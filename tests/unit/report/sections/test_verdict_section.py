@@ -82,3 +82,13 @@ def test_free_text_is_told_by_how_near_it_comes_not_by_none_being_equal():
         faults=ReplyFaults(replies=40, unended=30, empty=0, circling=0, alike=0, echoing=0, faulty=30)
     )
     assert verdict_section.reply_line(cut_off, heldout).tone == "bad"
+
+
+def test_two_zeros_have_no_interval_of_a_difference(tmp_path):
+    out = make(tmp_path, json_replies=False, right=0.0, heldout=20)
+    heldout = read_json(out / "metrics.json")["heldout"]
+    assert heldout["exact_match"]["base"]["value"] == heldout["exact_match"]["tuned"]["value"] == 0
+    text = page_of(out).words
+    assert "+0.0 points" not in text and "both 0" in text
+    alone = verdict_section.cards({"exact_match": heldout["exact_match"]}, "exact_match")
+    assert [(card.difference, card.ci) for card in alone] == [(None, None)]
