@@ -93,6 +93,8 @@ def test_replies_that_are_nearly_one_text_are_alike_where_their_references_are_n
     tickets = [f'{{"intent": "{word}", "order": {n}, "place": "{n * 7} {word}"}}' for n, word in enumerate(VARIED)]
     assert find_faults(tickets, tickets[::-1], [True] * 20).alike == 0
     assert find_faults(VARIED, tickets, [True] * 20).alike == 0
+    asked = [f"You are asking about the {word}." for word in VARIED]  # of one form too, though shorter
+    assert find_faults(sorry, asked, [True] * 20).alike == 0
 
 
 def test_few_right_labels_and_numbers_are_not_alike():

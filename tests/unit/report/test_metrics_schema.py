@@ -50,6 +50,11 @@ def full(tmp_path_factory) -> dict:
     return metrics_of(tmp_path_factory.mktemp("full"), **RUNS["with everything"])
 
 
+def test_a_finding_may_have_no_step(full):
+    of_replies = {"name": "replies echo the prompt", "severity": "warning", "step": None}
+    assert problems({**full, "doctor": [of_replies]}) == []
+
+
 def test_the_schema_is_one():
     Draft202012Validator.check_schema(SCHEMA)
 

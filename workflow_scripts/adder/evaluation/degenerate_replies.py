@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from statistics import mean
 from typing import NamedTuple
 
 from adder.evaluation.records import SampleRecord
@@ -184,23 +185,18 @@ def _alike(texts: Sequence[str], wanted: Sequence[str]) -> tuple[list[bool], str
             return [text in few for text in own], (
                 "one and the same text" if len(few) == 1 else f"one of {len(few)} texts"
             ) + aside
-    near = _near_the_typical(texts)
-    if (
-        len(texts) >= FEWEST_ALIKE
-        and sum(near) >= ALIKE * len(texts)
-        and sum(_near_the_typical(wanted)) < HALF * len(texts)
-    ):
+    near = [one >= NEARLY for one in _nearness(texts)]
+    if len(texts) >= FEWEST_ALIKE and sum(near) >= ALIKE * len(texts) and mean(_nearness(wanted)) < HALF:
         return near, "nearly one and the same text"
     return [False] * len(texts), ""
 
 
-def _near_the_typical(texts: Sequence[str]) -> list[bool]:
-    """Which texts have nearly all words of the most typical one, and few others (Dice's coefficient)."""
+def _nearness(texts: Sequence[str]) -> list[float]:
+    """How much of each text's words, and of the most typical text's, both have, 0 to 1 (Dice's coefficient)."""
     counted = [Counter(DIGITS.sub("0", word) for word in prompt_words(text)) for text in texts]
-    step = max(1, len(texts) // TYPICAL)
-    sample = counted[::step]
+    sample = counted[:: max(1, len(texts) // TYPICAL)]
     typical = max(sample, key=lambda one: sum(_likeness(one, other) for other in sample), default=Counter[str]())
-    return [_likeness(one, typical) >= NEARLY for one in counted]
+    return [_likeness(one, typical) for one in counted]
 
 
 def _likeness(one: Counter[str], other: Counter[str]) -> float:
