@@ -342,7 +342,8 @@ def quality_figures(bad: str) -> dict[str, Any]:
         "overlap": {
             "action": "drop", "method": overlap_method(0.5), "share": 0.5, "found": 6, "dropped": 6,
             "looked_for": ["the prompt", "over 50 % of the prompt's own words in 8-word sequences",
-                           "a rare reply to nearly the prompt or to a part of it", "nearly the whole row"],
+                           "a rare reply to nearly the prompt or to a part of it",
+                           "80 % of the row's 3-word sequences, its own words among them"],
             "examples": [overlap, same],
         },
     }  # fmt: skip

@@ -171,7 +171,7 @@ def test_heldout_rows_with_one_word_changed_do_not_stay_in_training(tmp_path, si
     assert dropped == set(range(21, 41)) and {row["how"] for row in formatted.leaked} == {"nearly the same row"}
     overlap = formatted.card["quality"]["overlap"]
     assert overlap["found"] == overlap["dropped"] == 20
-    assert ("nearly the whole row" in overlap["looked_for"]) == (signed == "report")
+    assert any("3-word" in one for one in overlap["looked_for"]) == (signed == "report")
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,9 @@ def _looked_for(settings: FormatSettings) -> list[str]:
             f"over {100 * settings.overlap_share:g} % of the prompt's own words in {NGRAM}-word sequences",
             "a rare reply to nearly the prompt or to a part of it",
         ]
-        found += ["nearly the whole row"] if settings.near_duplicates != "off" else []
+    if settings.overlap != "off" and settings.near_duplicates != "off":
+        alike = 100 * settings.near_duplicate_similarity
+        found.append(f"{alike:g} % of the row's 3-word sequences, its own words among them")
     return found
 
 

@@ -18,7 +18,7 @@ def test_the_summary_tells_the_alarming_first(everything, tmp_path):
     assert [tone for tone, _ in lines] == ["bad", "good", "good", "good", "good", "calm"]
     assert words[0] == "✗Other tasks the guard fails this run: gsm8k lost 2.4 points; arc_easy lost 10.0 points"
     assert "no training row left that has of any of the 200 held-out rows: the prompt, over 50 % " in words[2]
-    assert words[2].endswith("a rare reply to nearly the prompt or to a part of it or nearly the whole row")
+    assert words[2].endswith(" or 80 % of the row's 3-word sequences, its own words among them")
     assert words[5].replace("\u00a0", " ") == "Cost 15 min 41 s, 0.63 EUR, 11.8 Wh"
     out = make(tmp_path, course="spiky", right=0.0, heldout=20)
     lines = re.findall(r'<li class="is-(\w+)">(.*?)</li>', (out / "report.html").read_text(encoding="utf-8"))
