@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,13 +12,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Put back what is changed inside: environment, working directory, import path, logging, torch's own settings.
+    """Put back what is changed inside: environment, working directory, import path, logging, signals, torch's settings.
 
     Modules that were imported from temporary folders are forgotten, so that another of their name is found.
     """
     environment, folder, path = dict(os.environ), Path.cwd(), list(sys.path)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -28,6 +30,9 @@ def kept() -> Iterator[None]:
         sys.path[:] = path
         root.handlers[:] = handlers
         root.setLevel(level)
+        for number, handler in signals.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
         _reset_torch()
         temporary = str(Path(tempfile.gettempdir()).resolve() / "pytest-of-")
         for name, module in list(sys.modules.items()):
