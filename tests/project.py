@@ -38,10 +38,12 @@ class Project:
         self.folder, self.config = folder, config
         if (folder / "Snakefile").exists():
             return
+        # With what Python and the workflow keep of the sources, but for what another process is just writing.
+        unfinished = shutil.ignore_patterns("*.pyc.*", "*.partial")
         for name in ("Snakefile", "rules", "workflow_scripts", "profiles", "envs"):
             source = ROOT / name
             copy = shutil.copytree if source.is_dir() else shutil.copy2
-            options = {"ignore": shutil.ignore_patterns("__pycache__")} if source.is_dir() else {}
+            options = {"ignore": unfinished} if source.is_dir() else {}
             copy(source, folder / name, **options)
         (folder / "config").mkdir()
 

@@ -4,6 +4,7 @@ import json
 
 from hub_server import serving
 from judge_server import judging
+from project import OTHER
 
 TASK = """
 task: urgent
@@ -67,11 +68,10 @@ def test_task_guard_gguf_and_upload(project, tmp_path):
 
 
 def test_a_judge(project):
-    # A rate at which the replies become others than the base's: the same reply twice is a tie, and nobody is asked.
-    config = {"train": {"learning_rate": 0.05}}
+    # Its replies are others than the base's: the same reply twice is a tie, and nobody is asked.
     with judging() as judge:
         asked = {"base_url": judge.url, "model": "judge", "api_key_env": None, "max_samples": 4}
-        project.run(config=config | {"evaluate": {"judge": asked}})
+        project.run(config=OTHER | {"evaluate": {"judge": asked}})
     found = project.result("metrics.json")["judge"]
     assert found["pairs"] == 4 and found["wins"] + found["losses"] + found["ties"] == 4
     assert judge.asked and len(judge.asked) % 2 == 0  # in both orders
