@@ -146,10 +146,9 @@ def find_overlap(
         for most in (MANY, FEW)
     )
     candidates: dict[tuple[int, int], Candidate] = {}
-    reasons: tuple[tuple[Candidate, Iterable[tuple[int, int]]], ...] = (
-        *(("common reply", common), ("partly", partly), ("alike", alike), ("rare reply", rare)),
-    )
-    for how, pairs in reasons:  # the last one counts: it asks least of the rest
+    by: list[tuple[Candidate, Iterable[tuple[int, int]]]]
+    by = [("common reply", common), ("partly", partly), ("alike", alike), ("rare reply", rare)]
+    for how, pairs in by:  # the last one counts: it asks least of the rest
         candidates |= dict.fromkeys(pairs, how)
     return Overlap(_matches(overlapping), _twins(candidates, held, prompts, index, spool, systems))
 
