@@ -84,3 +84,18 @@ def test_a_sweep_of_which_one_run_fails_is_compared_without_it(project):
     page = (project.folder / "results" / "compare.html").read_text()
     assert "<strong>short</strong>" in page and reason in page
     assert "compare_runs" in project.snakemake("-n", "compare", config={"runs": {"default": {}}})
+
+
+def test_ctrl_c_twice_ends_it_in_a_sentence(project):
+    project.configure({"train": {"seed": 7}})
+    terminal, pressed = in_terminal(project, "merged_model"), []
+
+    def press(shown: Terminal) -> None:
+        if len(pressed) < 2 and ("Stopping;" if pressed else "· train") in shown.raw:
+            shown.press("\x03")
+            pressed.append("Ctrl-C")
+
+    assert terminal.run(press) != 0 and len(pressed) == 2
+    lines = [line for line in terminal.screen() if line]
+    assert lines[-1].startswith("Stopped") and lines[-1].endswith("the same command goes on from here.")
+    assert "Traceback" not in terminal.raw

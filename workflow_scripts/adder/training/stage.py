@@ -260,7 +260,7 @@ ISOLATION = StageSpec(
     takes={"adapter": "model.adapter", "merge_base": "merge.base"},
     identity=_isolation_identity,
     message="Trying packs on the model, before anything long runs",
-    result=lambda found: f"attention in packs: {str(found['attention']['value']).replace('_', ' ')}",
+    result=lambda found: f"no example sees another ({str(found['attention']['value']).replace('_', ' ')})",
     reads={
         "lengths": ("packs.parquet",),
         "tokenize": ("train.arrow",),
