@@ -80,6 +80,9 @@ def test_what_this_run_has_shown_of_a_machine_is_expected_of_its_other_stages():
     quick = record("evaluate", 0.1, {}, read, {"max_samples": None}, ELSEWHERE, "kept", restored=True)
     times.note(quick)
     assert times.estimate("train", {"epochs": 1}, ABOVE)[0] == pytest.approx(3 * before)
+    on_gpu = ELSEWHERE | {"gpu": ["NVIDIA H200"]}
+    times.note(record("isolation", 40 * MEASURED["isolation"][1], {}, read, hardware=on_gpu, name="on a GPU"))
+    assert times.estimate("train", {"epochs": 1}, ABOVE)[0] == pytest.approx(3 * before)
     times.note(isolation)
     assert times.estimate("train", {"epochs": 1}, ABOVE)[0] > 3 * before
 

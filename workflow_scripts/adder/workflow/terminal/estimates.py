@@ -149,6 +149,8 @@ class Times:
         self.add(record)
         if record["stage"] not in COMPUTING or record["restored"]:
             return
+        if record["hardware"].get("gpu") and not MEASURED[record["stage"]][0]:  # mostly start-up, beside a GPU's pace
+            return
         self.has_computed = True
         if record["seconds"] >= TELLING:
             above = self.above(record)
