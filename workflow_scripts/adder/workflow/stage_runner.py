@@ -203,7 +203,7 @@ def _restore_or_run(job: Job, progress: Progress, waited: bool) -> None:
                 summary = run_stage(job.spec, meaning["settings"], job.inputs, partial, context)
             _refuse_other_inputs(job, meaning)
             seconds = round(sum(earlier) + time.monotonic() - start, 3)
-            joules = meter.joules(energy.cards_in_use())
+            joules = meter.joules(energy.cards_in_use("peak_gpu_memory_bytes" in (summary or {})))
             digests = FileDigests.of_results(job.results)
             finish(partial, meaning, summary, seconds, digests, len(earlier) + 1, joules)
         # Kept first: from then on nothing that kills this process costs the work.

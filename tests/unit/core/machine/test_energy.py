@@ -95,12 +95,16 @@ def test_without_nvml_no_card_is_counted(monkeypatch):
     assert list(energy.nvml_counters()) == []
 
 
-def test_the_cards_in_use_are_those_that_torch_sees(monkeypatch):
+def test_the_cards_in_use_are_those_that_torch_sees_once_something_has_computed_there(monkeypatch):
+    begun: list[str] = []
     cuda = SimpleNamespace(
-        is_available=lambda: True, device_count=lambda: 2,
+        is_available=lambda: True, is_initialized=lambda: bool(begun), device_count=lambda: 2,
         get_device_properties=lambda index: SimpleNamespace(uuid=f"ab-{index}"),
     )  # fmt: skip
     monkeypatch.setitem(energy.sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert energy.cards_in_use() == []
+    assert energy.cards_in_use(by_children=True) == ["GPU-ab-0", "GPU-ab-1"]
+    begun.append("a context")
     assert energy.cards_in_use() == ["GPU-ab-0", "GPU-ab-1"]
     monkeypatch.delitem(energy.sys.modules, "torch")
     assert energy.cards_in_use() == []

@@ -103,10 +103,13 @@ def _card_reader(nvml: Any, card: ctypes.c_void_p) -> Callable[[], float | None]
     return read
 
 
-def cards_in_use() -> list[str]:
-    """UUIDs ("GPU-…") of the cards that torch sees in this process; none where nothing has loaded torch."""
+def cards_in_use(by_children: bool = False) -> list[str]:
+    """UUIDs ("GPU-…") of the cards that torch sees here; none where this process has computed on none.
+
+    by_children: whether processes that it started have.
+    """
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None or not torch.cuda.is_available() or not (torch.cuda.is_initialized() or by_children):
         return []
     found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     return [f"GPU-{card.uuid}" for card in found]  # a part of a card (MIG) has a UUID that no counter has
