@@ -91,7 +91,7 @@ def test_the_most_pressing_step_comes_first(verdict, guard, diagnoses, wrong, fi
 
 def test_the_page_shows_replies_that_the_run_has(tmp_path):
     out = make(tmp_path)
-    text = " ".join(page_of(out).text)
+    text = page_of(out).words
     (file,) = (tmp_path / "stages").glob("evaluate_tuned/*/samples.jsonl")
     rows = [json.loads(line) for line in file.open()]
     assert "most gained" in text and "least gained" in text

@@ -82,6 +82,23 @@ def test_text_of_data_moves_no_cursor(terminal):
     assert terminal.getvalue() == f"a\\x1b[2Jb\\u202e\n{CLEAR}c\\x9bd\\x0d"
 
 
+def test_a_signal_may_write_in_the_midst_of_a_line(tmp_path):
+    """As Ctrl-C does, whose handler runs between any two steps of the main thread."""
+    with (tmp_path / "terminal").open("w") as stream:
+        screen, write, wrote = Screen(stream), os.write, []
+
+        def interrupted(file: int, data: bytes) -> int:
+            if not wrote:
+                wrote.append("the handler's line")
+                screen.line(wrote[0])
+            return write(file, data[:4])
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(os, "write", interrupted)
+            screen.line("the main thread's line")
+    assert (tmp_path / "terminal").read_text() == "the handler's line\nthe main thread's line\n"
+
+
 def test_a_terminal_that_is_gone_ends_nothing():
     class Gone(io.StringIO):
         def write(self, text):

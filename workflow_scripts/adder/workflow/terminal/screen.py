@@ -79,9 +79,17 @@ class Screen:
             self._write(CLEAR + self._live)
 
     def _write(self, text: str) -> None:
+        """Write past the stream's buffer where there is a file behind it: a signal may come in the midst of this and
+        have something to write too, which a buffer refuses with a RuntimeError.
+        """
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            encoding: str | None = getattr(self.stream, "encoding", None)
+            if encoding is None:  # text in memory
+                self.stream.write(text)
+                return
+            left = text.encode(encoding, "backslashreplace")
+            while left:
+                left = left[os.write(self.stream.fileno(), left) :]
         except (OSError, ValueError):  # the terminal is gone; no reason to end anything
             pass
 
