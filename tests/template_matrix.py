@@ -27,7 +27,7 @@ from tiny import tiny_tokenizer
 CONTROL = re.compile(
     r"<\|[^'\"{}\s|]*?\|>|<｜[^｜'\"]*｜>|<[a-z_]*_(?:of_)?turn>|<\|turn>|<turn\|>|<end_of_utterance>|<\|?tool_\w+\|?>"
     r"|<\|?channel\|?>|\[gMASK\]|<sop>|\[/?[A-Z][A-Z_]+\]|</?s>|<bos>|<eos>|<end_of_turn>|<\|[A-Z]+_[A-Z_]+\|>|\[\|[a-z_]+\|\]|<step>"
-    r"|<seed:[be]os>|<SPECIAL_\d+>|\]~[!b]\[?\]?|\[e~\["
+    r"|<seed:[be]os>|<SPECIAL_\d+>|\]~[!b]\[?\]?|\[e~\[|</?assistant>|<(?:beginning|end)_of_sentence>"
 )
 NOT_CONTROL = {"<tool_call>", "<tool_response>", "<tool_code>", "<tool_name>"}  # ordinary words of their vocabularies
 TOOLS = [

@@ -46,6 +46,16 @@ def test_a_mark_that_an_earlier_turn_has_too_is_not_taken_for_the_prompts():
     assert found.reply == "Hm.<|END_THINKING|><|START_RESPONSE|>A.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
 
 
+def test_a_prompt_that_goes_on_with_the_reply_before_is_none():
+    """Hy3 opens no second reply, and ends the first only where something follows."""
+    said = [user("a?"), reply("A."), reply("B.")]
+    assert target(HERMES, said).prompt.endswith("A.<|im_end|>\n<|im_start|>assistant\n")
+    unopened = HERMES.replace("{%- if add_generation_prompt %}", "{%- if messages[-1].role != 'assistant' %}")
+    ended = "message.content + ('' if loop.last else '<|im_end|>\\n')"
+    with pytest.raises(UnusableRow, match="gives no prompt for a reply"):
+        target(unopened.replace("message.content + '<|im_end|>\\n'", ended), said)
+
+
 def test_the_next_turns_own_token_ends_a_turn_that_nothing_else_ends():
     source = trl_templates()["glm4moe"].read_text()
     assert target(source, conversation("a?", "A.")).reply.endswith("A.<|user|>")

@@ -28,12 +28,13 @@ OTHER_PROMPT = "the chat template's generation prompt isn't what stands before a
 DROPPED_REASONING = "leaves out a reply's reasoning"
 MARKERS = ("REPLY0REPLY", "NEXT0NEXT")
 FILLED = 256  # characters at a prompt's end among which is the control token that opens the reply's turn
-# The marks around a block of reasoning: <think>, [THINK], <seed:think>, Gemma 4's channel, Command's <|START_THINKING|>
-# and others of its kind, and their ends.
+# The marks around a block of reasoning: <think>, [THINK], <seed:think>, Hy3's <think:…>, Gemma 4's channel, Command's
+# <|START_THINKING|> and others of its kind, and their ends.
 OPENING = (
-    r"(?:[<\[◁](?:\w+:)?think(?:ing)?[>\]▷]|<\|channel>thought|<\|(?:start|begin)_(?:of_)?th(?:ink|inking|ought)\|>)"
+    r"(?:[<\[◁](?:\w+:)?think(?:ing)?(?::\w+)?[>\]▷]|<\|channel>thought"
+    r"|<\|(?:start|begin)_(?:of_)?th(?:ink|inking|ought)\|>)"
 )
-CLOSING = r"(?:[<\[◁]/(?:\w+:)?think(?:ing)?[>\]▷]|<channel\|>|<\|end_(?:of_)?th(?:ink|inking|ought)\|>)"
+CLOSING = r"(?:[<\[◁]/(?:\w+:)?think(?:ing)?(?::\w+)?[>\]▷]|<channel\|>|<\|end_(?:of_)?th(?:ink|inking|ought)\|>)"
 OPENED = re.compile(rf"{OPENING}\s*\Z", re.IGNORECASE)
 CLOSED = re.compile(rf"{CLOSING}\s*\Z", re.IGNORECASE)
 MARKS = re.compile(rf"\s*({OPENING}|{CLOSING})", re.IGNORECASE)
@@ -108,6 +109,9 @@ class ReplyTargets:
             prompt = self.template.render(messages[:-1], prompt=True, tools=tools)
         except UnusableRow:
             raise UnusableRow(NO_PROMPT) from None
+        before = messages[-2] if len(messages) > 1 else None
+        if before and before["role"] == "assistant" and prompt.endswith(before["content"].strip() or "\0"):
+            raise UnusableRow(NO_PROMPT)  # such as Hy3's, which then goes on with the reply before
         written, rest = self._turn_end(messages, tools).cut(self.template.render(messages, tools=tools))
         if written.startswith(prompt):
             reply, composed = written[len(prompt) :], False
