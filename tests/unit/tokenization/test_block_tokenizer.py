@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from adder.core import row_blocks
+from adder.core.errors import UserError
 from adder.tokenization import block_tokenizer
 from adder.tokenization.run import TokenizeInputs, run
 from adder.tokenization.stage import TokenizeSettings
@@ -119,3 +121,18 @@ def test_rows_may_pass_from_one_split_to_the_other_and_processes_be_several(
     del tokenized[:]
     edited.run(first)
     assert sum(tokenized) < 250
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", '{"model": {"type": "Spiral"}, "added_tokens": []}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {"5": "x"}}'),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, tiny_model_dir, file, content):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(content)
+    with pytest.raises(UserError, match=r"can't load the model's tokenizer from .*: \w+: ") as told:
+        block_tokenizer.load_tokenizer(tmp_path / "model")
+    assert "\n" not in str(told.value)

@@ -83,8 +83,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a model directory, ready to encode whole texts. Raises UserError if it has none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"can't load the model's tokenizer from {folder}: {error}") from None
+    except Exception as error:  # tokenizers raises no class of its own
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"can't load the model's tokenizer from {folder}: {told}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
     # A tokenizer.json may carry the truncation and padding of whoever saved it; nothing may be cut silently.
