@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import orc
 
 from adder.core.errors import UserError
 from adder.data.columnar import NULLS_LEFT_OUT
@@ -68,6 +69,25 @@ def test_keys_that_a_schema_filled_in_are_gone_from_calls_tools_and_messages(tmp
     if "json" not in way:  # there the values that differ are stored as JSON, so that nothing is filled in
         assert any(note.startswith(NULLS_LEFT_OUT) for note in entries[0]["notes"])
         assert NULLS_LEFT_OUT in shown
+
+
+def test_orc_files_are_read_but_for_structs_in_structs_which_pyarrow_does_not_bring_back(tmp_path):
+    talk = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}", **more}]}
+        for n, more in enumerate([{}, {"tags": ["x"]}] * 1000)
+    ]
+    rows = [
+        {**row, "number": n, "nested": {"a": {"b": n}} if n % 2 else {"c": {"e": ["x"]}}} for n, row in enumerate(talk)
+    ]
+    path = tmp_path / "rows.orc"
+    orc.write_table(pa.Table.from_pylist(rows), path, stripe_size=1 << 16)
+    _, records, entries, _, shown = write_rows(tmp_path / "data", [{"path": str(path)}])
+    assert data(records) == [{**row, "number": n, "nested": None} for n, row in enumerate(talk)]
+    assert all("which pyarrow mixes up in ORC" in record["unfit"]["nested"] for record in records)
+    assert "the column 'nested' is of the type" in shown and entries[0]["kind"] == "orc"
+    with pytest.raises(UserError, match="rows.orc: can't be read"):
+        path.write_bytes(b"ORC" + bytes(100))
+        write_rows(tmp_path / "broken", [{"path": str(path)}])
 
 
 @pytest.mark.parametrize("way", ["json, disk", "json, parquet"])

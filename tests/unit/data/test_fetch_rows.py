@@ -128,10 +128,12 @@ def test_templates_and_names_of_messages_reach_reading_json(tmp_path):
         "system": "s",
         "message_keys": {"role": "who"},
         "roles": {"user": "A"},
+        "values": {"r": {2: "two"}},
     }
     reading = write_rows(tmp_path / "data", [{"path": str(tmp_path / "a.jsonl"), **own}]).reading
     assert reading["a"] == {
         **{"row_format": "auto", "columns": {}, "weight": 1.0, "split": None}, **own, "roles": {"a": "user"},
+        "values": {"r": {"2": "two"}},
     }  # fmt: skip
 
 

@@ -129,11 +129,21 @@ def test_the_workflow_is_parsed_without_what_the_stages_compute_with():
         ({"roles": {"user": "a", "assistant": ["b", "A "]}}, "`roles` has 'a' twice"),
         ({"roles": {"boss": "a"}}, "boss"),
         ({"message_keys": {"speaker": "role"}}, "speaker"),
+        ({"values": {"label": {0: True, 1: False}}}, "such as Yes and No, need quotes"),
+        ({"values": {"label": "good"}}, "values"),
     ],
 )
 def test_templates_and_names_of_messages_that_cannot_be_meant_are_refused(settings, message):
     with pytest.raises(ValidationError, match=re.escape(message)):
         Source(path="rows.csv", **settings)
+
+
+def test_values_have_names_by_number_or_by_what_they_are():
+    named = {"a": ["x", "y"], "b": {True: "yes", False: "no"}, "c": {"1": "one", 2: "two"}}
+    read = Source(path="rows.csv", values=named)
+    expected = {"a": {"0": "x", "1": "y"}, "b": {"true": "yes", "false": "no"}, "c": {"1": "one", "2": "two"}}
+    assert read.values_by_name() == expected
+    assert Source.model_validate(read.model_dump(mode="json")).values_by_name() == expected
 
 
 def test_roles_are_known_by_what_the_data_call_them():

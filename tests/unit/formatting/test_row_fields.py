@@ -19,11 +19,46 @@ def source_of(row, protected=False, **settings):
     reading = {"row_format": "auto", "columns": {}, "weight": 1.0, "split": None, **settings}
     fields = row_fields("rows", reading, set(row), protected)
     sets = Counter({tuple(row): 1})
-    return source_format("rows", reading["row_format"], reading["columns"], sets, protected, fields)
+    return source_format(
+        "rows", reading["row_format"], reading["columns"], sets, protected, fields, reading.get("values")
+    )
 
 
 def read(row, **settings):
     return to_conversation(row, source_of(row, **settings))
+
+
+QUIZ = {"question": "q", "choices": ["x", "y", "z"], "answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "asked", "replied"),
+    [
+        ({"t": "q", "label": 0}, {"values": {"label": {"0": "bad", "1": "good"}}}, "q", "bad"),
+        ({"t": "q", "label": 1.0}, {"values": {"label": {"0": "bad", "1": "good"}}}, "q", "good"),
+        ({"t": "q", "label": "1"}, {"values": {"label": {"0": "bad", "1": "good"}}}, "q", "good"),
+        ({"t": "q", "label": True}, {"values": {"label": {"true": "yes", "false": "no"}}}, "q", "yes"),
+        ({"t": "q", "label": [1, 0]}, {"values": {"label": {"0": "x", "1": "y"}}}, "q", '["y", "x"]'),
+        ({"t": 2, "label": "a"}, {"values": {"t": {"2": "two"}}}, "two", "a"),
+    ],
+)
+def test_values_that_are_numbers_have_the_names_that_the_source_gives_them(row, settings, asked, replied):
+    source = source_of(row, prompt="{t}", completion="{label}", **settings)
+    assert to_conversation(row, source)["messages"] == [user(asked), reply(replied)]
+    assert not any("a number" in note for note in notes_of(row, source))
+
+
+def test_an_option_that_a_number_names_needs_a_line_which_is_printed():
+    with pytest.raises(Rejected, match=r"`values: \{answer: \[A, B, C\]\}` says which one a number is, counted from 0"):
+        read(QUIZ)
+    values = {"answer": {"0": "A", "1": "B", "2": "C"}}
+    assert messages_of(QUIZ, values=values) == [user("q\n\nA. x\nB. y\nC. z"), reply("B")]
+    with pytest.raises(Rejected, match="a value that `values` gives no name: answer is '3'; it names 0, 1, 2"):
+        read({**QUIZ, "answer": 3}, values=values)
+    with pytest.raises(UserError, match="`values` names the column 'label', which no row has"):
+        read(QUIZ, values={"label": {"0": "A"}})
+    protected = source_of(QUIZ, protected=True, values=values)
+    assert to_prompt({**QUIZ, "answer": 3}, protected)["messages"] == [user("q"), reply("")]
 
 
 def messages_of(row, **settings):

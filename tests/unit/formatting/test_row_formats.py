@@ -332,7 +332,7 @@ CALLING = {"role": "assistant", "content": None}
         ({"messages": [user("q"), reply("a", train="no")]}, "a weight or train mark other than 0 and 1", "'no'"),
         ({"messages": [user("q"), reply("a", weight=0)]}, "no reply to train on", ""),
         ({"question": "q", "answer": None}, "content is not text", "answer is nothing"),
-        ({"question": "q", "answer": ["a", "b"]}, "content is not text", "holds text"),
+        ({"question": "q", "answer": ["a", "b"]}, "several answers to choose from", "the first is 'a'"),
         ({"instruction": "", "input": None, "output": "o"}, "content is empty", "instruction"),
         ({"instruction": "i", "output": "o", "history": "h"}, "history is not a list", "text"),
         ({"instruction": "i", "output": "o", "history": [["a"]]}, "history is not a list", "entry 1"),

@@ -58,7 +58,7 @@ def run(settings: RowSettings, inputs: NoInputs, out: Path, context: Context) ->
             named = [(next(names), file) for file in files]
             with _noting_what_is_opened(source, files, also_read, context):
                 records += _write_source(lines, split, source, named, earlier, index, context)
-            readings |= {name: _reading(source, split) for name, _ in named}
+            readings |= {name: reading_of(source, split) for name, _ in named}
     if index:
         index.write(out / RANGES)
     write_json(out / "sources.json", records)
@@ -165,7 +165,8 @@ def _encoded(
         yield name, raw_rows.EncodedRows(line + b"\n", 1, int(not readable))
 
 
-def _reading(source: Source, split: Split | None) -> Reading:
+def reading_of(source: Source, split: Split | None) -> Reading:
+    """How the rows of a source are to be read."""
     reading: Reading = {
         "row_format": source.row_format,
         "columns": source.columns,
@@ -182,4 +183,6 @@ def _reading(source: Source, split: Split | None) -> Reading:
         reading["message_keys"] = {ours: theirs for ours, theirs in source.message_keys.items()}
     if source.roles:
         reading["roles"] = source.roles_by_name()
+    if source.values:
+        reading["values"] = source.values_by_name()
     return reading

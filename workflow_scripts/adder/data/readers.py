@@ -1,4 +1,4 @@
-"""Readers of local files: JSON, JSON lines, CSV, TSV, Parquet, Arrow, SQLite, text, each as a stream of rows.
+"""Readers of local files: JSON, JSON lines, CSV, TSV, Parquet, ORC, Arrow, SQLite, text, each as a stream of rows.
 
 Compressed files are known by their first bytes. A row that can't be read becomes an `Unreadable` with its reason and
 stays in the count; a file that can't be read is a UserError.
@@ -32,6 +32,7 @@ FORMATS_BY_SUFFIX = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".orc": "orc",
     ".sqlite": "sqlite",
     ".sqlite3": "sqlite",
     ".db": "sqlite",
@@ -50,7 +51,6 @@ NO_READER = {
     ".yaml": "save the rows as JSON lines",
     ".yml": "save the rows as JSON lines",
     ".xml": "save the rows as JSON lines, or name a Python file that reads it by `convert:`",
-    ".orc": "save the table as Parquet",
     ".avro": "save the table as Parquet",
 }
 MAX_FIRST_LINE = 1 << 26  # characters of a first line that are looked at to tell JSON lines from JSON
@@ -75,8 +75,8 @@ def format_of(path: Path, chosen: str | None = None, shown: str | None = None) -
     if suffix not in FORMATS_BY_SUFFIX:
         raise UserError(
             f"{shown or path}: can't tell the format from the ending '{suffix}'. Set `format:` to json, jsonl, "
-            "csv, tsv, parquet, arrow, sqlite, spreadsheet or text, or `convert:` to a Python file with a function "
-            "rows(path, encoding)."
+            "csv, tsv, parquet, orc, arrow, sqlite, spreadsheet or text, or `convert:` to a Python file with a "
+            "function rows(path, encoding)."
         )
     return FORMATS_BY_SUFFIX[suffix]
 
@@ -315,6 +315,10 @@ def _read_parquet(path: Path, encoding: str, layout: Layout, notes: Counter[str]
     yield from enumerate(columnar.parquet_rows(path, notes), 1)
 
 
+def _read_orc(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
+    yield from enumerate(columnar.orc_rows(path, notes), 1)
+
+
 def _read_arrow(path: Path, encoding: str, layout: Layout, notes: Counter[str]) -> Iterator[tuple[int, Row]]:
     yield from enumerate(columnar.arrow_rows(path, layout.split, notes), 1)
 
@@ -338,6 +342,7 @@ READERS: dict[str, Callable[[Path, str, Layout, Counter[str]], Iterator[tuple[in
     "csv": _read_csv,
     "tsv": _read_csv,
     "parquet": _read_parquet,
+    "orc": _read_orc,
     "arrow": _read_arrow,
     "sqlite": _read_sqlite,
     "spreadsheet": _read_spreadsheet,

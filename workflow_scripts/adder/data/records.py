@@ -38,7 +38,7 @@ class Reading(TypedDict):
     """How a file's rows are to be read; reading.json has one for each file's short name.
 
     row_format: a name of formatting.row_formats, or "auto". system, prompt, completion: templates (field_template).
-    message_keys: {ours: theirs}, roles: {theirs: ours}, of messages.
+    message_keys: {ours: theirs}, roles: {theirs: ours}, of messages. values: {column: {value: name}}.
     """
 
     row_format: str
@@ -50,6 +50,7 @@ class Reading(TypedDict):
     completion: NotRequired[str]
     message_keys: NotRequired[dict[str, str]]
     roles: NotRequired[dict[str, str]]
+    values: NotRequired[dict[str, dict[str, str]]]
 
 
 class BuiltinRecord(TypedDict):

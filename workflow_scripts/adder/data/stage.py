@@ -35,6 +35,11 @@ Role = Literal["system", "user", "assistant", "tool"]
 MessageKey = Literal["role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train"]
 
 
+def _as_json(value: str | int | bool) -> str:
+    """A value as JSON writes it; the settings' own JSON has True for a key that is true."""
+    return str(value).lower() if str(value) in ("True", "False") else str(value)
+
+
 def _theirs(names: str | int | list[str | int]) -> list[str]:
     return [str(name).strip().lower() for name in (names if isinstance(names, list) else [names])]
 
@@ -44,8 +49,8 @@ class Source(Section):
 
     path: str | None = None
     """A file, a pattern such as `data/*.jsonl`, a folder that `datasets` saved, or a folder of documents: JSON, JSON
-    lines, CSV, TSV, Parquet, Arrow, SQLite, spreadsheets, text or Markdown, each also compressed (`.gz`, `.zst`, `.xz`,
-    `.bz2`, a `.zip` of one file)."""
+    lines, CSV, TSV, Parquet, ORC, Arrow, SQLite, spreadsheets, text or Markdown, each also compressed (`.gz`, `.zst`,
+    `.xz`, `.bz2`, a `.zip` of one file)."""
     url: str | None = None
     """A file elsewhere: `https://…`, `s3://…`, `gs://…` or anything else that fsspec opens. `${NAME}` stands for an
     environment variable, so that no secret is written here."""
@@ -61,7 +66,9 @@ class Source(Section):
     """Expected SHA-256 of the one file at `path` or `url`; anything else is refused."""
     token_env: str | None = None
     """Name of the environment variable that holds the token for `url`, sent as `Authorization: Bearer`."""
-    format: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "sqlite", "spreadsheet", "text"] = "auto"
+    format: Literal[
+        "auto", "json", "jsonl", "csv", "tsv", "parquet", "orc", "arrow", "sqlite", "spreadsheet", "text"
+    ] = "auto"
     """How to read the file; `auto` goes by its ending. `text`: each file is one row, a document."""
     table: str | None = None
     """Table or view of an SQLite file, or sheet of a spreadsheet; without it, the only one."""
@@ -91,6 +98,9 @@ class Source(Section):
     """What messages call their keys, where they differ: `{role: speaker, content: utterance}`."""
     roles: dict[Role, str | int | list[str | int]] = Field(default_factory=dict)
     """What messages call their roles, where they differ: `{user: customer, assistant: [agent, bot]}`."""
+    values: dict[str, dict[str | int | bool, str] | list[str]] = Field(default_factory=dict)
+    """What a column's values are called where they are numbers, or true or false: `{label: {0: negative, 1:
+    positive}}`, or `{answer: [A, B, C, D]}`, counted from 0."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first so many rows."""
     sample: int | None = Field(default=None, ge=1)
@@ -111,6 +121,22 @@ class Source(Section):
     def roles_by_name(self) -> dict[str, str]:
         """{theirs: ours} of `roles`, in lower case."""
         return {name: ours for ours, names in self.roles.items() for name in _theirs(names)}
+
+    def values_by_name(self) -> dict[str, dict[str, str]]:
+        """{column: {value, as JSON writes it: name}} of `values`."""
+        numbered = {
+            column: names if isinstance(names, dict) else dict(enumerate(names))
+            for column, names in self.values.items()
+        }
+        return {column: {_as_json(value): name for value, name in names.items()} for column, names in numbered.items()}
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _names_of_values(cls, value: object) -> object:
+        for names in value.values() if isinstance(value, dict) else ():
+            if any(isinstance(name, bool) for name in (names.values() if isinstance(names, dict) else names or ())):
+                raise ValueError("names that YAML takes for true or false, such as Yes and No, need quotes")
+        return value
 
     @field_validator("prompt", "completion", "system")
     @classmethod

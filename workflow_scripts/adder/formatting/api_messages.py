@@ -39,6 +39,8 @@ KINDS: dict[str, Kind] = {
 }
 ROLE_KEYS = ("role", "from", "author")
 CONTENT_KEYS = ("content", "value", "parts", "message", "text")  # the first that is there
+# With one of these an object may be a message or a part of one, whatever else it has.
+SAYING = frozenset((*ROLE_KEYS, "type", "content", "value", "parts", "message", "data", "speaker", "utterance"))
 ITEMS = ("message", "reasoning", "function_call", "function_call_output", "item_reference", "custom_tool_call")
 SPEAKING_TYPES = {  # LangChain's messages say by their type who speaks
     "human": "user",
@@ -148,6 +150,18 @@ def is_calls(value: Any) -> bool:
             and ({"name", "arguments"} <= one.keys() or isinstance(one.get("function"), dict))
             for one in value
         )
+    )
+
+
+def is_data(value: Any) -> bool:
+    """Whether a value is a list of objects that are no messages, content parts or calls, such as what was found in a
+    text.
+    """
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, dict) and one.keys().isdisjoint(SAYING) and len(one) > 1 for one in value)
+        and not is_calls(value)
     )
 
 
@@ -428,12 +442,12 @@ def _result_text(value: Any, where: str) -> str:
         return _result_text(value["value"], where)  # Vercel's
     if isinstance(value, list) and value and all(map(_is_part, value)):
         return "".join([_result_part(part, where) for part in value])
-    return _as_json(value, where)
+    return as_json(value, where)
 
 
 def _result_part(part: Raw, where: str) -> str:
     if _is_json_part(part):
-        return _as_json(part["json"], where)
+        return as_json(part["json"], where)
     kind, found = kind_of_part(part, where)
     if kind != "text":
         raise Rejected(OTHER_PART, f"{where}: a tool's result has a part that is no text ({kind})")
@@ -453,11 +467,12 @@ def _is_json_part(part: Any) -> bool:
     return isinstance(part, dict) and part.keys() == {"json"}
 
 
-def _as_json(value: Any, where: str) -> str:
+def as_json(value: Any, where: str) -> str:
+    """A value as JSON. Raises Rejected."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except (RecursionError, ValueError):
-        raise Rejected("content is not text", f"{where}: a tool's result is nested too deep") from None
+        raise Rejected("content is not text", f"{where} is nested too deep") from None
 
 
 def _marks(part: Mapping[str, Any]) -> Raw:

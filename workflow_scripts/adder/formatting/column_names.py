@@ -27,7 +27,7 @@ ASKS = {
 }
 REPLIES = (
     *("output", "completion", "answer", "response", "solution", "targets", "reply", "assistant", "gpt", "message_2"),
-    *("answerkey", "answer_key", "outputs", "model_output", "assistant_response", "output_text"),
+    *("answerkey", "answer_key", "outputs", "model_output", "assistant_response", "output_text", "answers"),
 )
 EXTRA = "input"  # stands beside what is asked, and is it only where nothing else is
 SPEAKERS, ANSWERING = ("user", "human"), ("assistant", "gpt")  # only together: `user` may as well be who wrote a row
@@ -107,6 +107,11 @@ def is_lone_text(names: frozenset[str]) -> bool:
 def line_for(columns: Mapping[str, str]) -> str:
     """The line of a source's settings that maps columns."""
     return "columns: {" + ", ".join(f"{canonical}: {_quoted(actual)}" for canonical, actual in columns.items()) + "}"
+
+
+def values_line(column: str, names: str) -> str:
+    """The line of a source's settings that gives a column's values names."""
+    return f"values: {{{_quoted(column)}: {names}}}"
 
 
 def _of(names: Iterable[str], known: Iterable[str], named: set[str]) -> list[str]:

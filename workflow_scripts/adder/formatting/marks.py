@@ -37,7 +37,11 @@ LEAVING_OUT = re.compile("(?<!un)mask|ignor|skip|exclud|omit|frozen|freez")
 # Names of columns that may judge a reply.
 JUDGING = re.compile(
     "(is_|was_|user_|human_)?(good|bad|correct|accept(ed|able)?|approved?|rejected|preferred|chosen|liked?|helpful|winner|won"
-    "|passed|ratings?|score|grade|reward|quality|review|outcome|status|success(ful)?|succeeded|solved|resolved|evaluation|annotation|thumbs?_?up|thumbs?_?down|thumbs?|feedback|verdict|judge?ment|vote|upvoted?|label)(_by_\\w+)?"
+    "|passed|safe|unsafe|harm(less|ful)|toxic|hallucinat(ed|ion)|valid|invalid|verified|incorrect|wrong|ratings?|score|grade|reward|quality|review|outcome|status|success(ful)?|succeeded|solved|resolved|evaluation|annotation|thumbs?_?up|thumbs?_?down|thumbs?|feedback|verdict|judge?ment|vote|upvoted?|label)(_by_\\w+)?"
+)
+# Of these, true says that a reply is not to be learnt.
+DISAPPROVING = re.compile(
+    ".*(bad|rejected|unsafe|harmful|toxic|hallucinat|invalid|incorrect|wrong|thumbs?_?down|downvote).*"
 )
 _KNOWN = frozenset(MESSAGE_MARKS)
 
@@ -126,6 +130,11 @@ def _may_judge(columns: tuple[str, ...]) -> list[str]:
         for name in columns
         if name not in known and (JUDGING.fullmatch(folded(name)) or (learns(name) is not None and "_" in folded(name)))
     ]
+
+
+def disapproves(column: str) -> bool:
+    """Whether true in a column that may judge a reply says that it is not to be learnt."""
+    return learns(column) is False or DISAPPROVING.fullmatch(folded(column)) is not None
 
 
 def _yes_or_no(mark: Any) -> bool | None:

@@ -205,7 +205,8 @@ def _spoken(turns: list[Any]) -> Iterator[Any]:
 def _message(message: Any, number: int) -> Message | None:
     """One message; None for an empty system message at the start."""
     if not isinstance(message, dict):
-        raise Rejected("a message is not an object", f"message {number} is {json_type(message)}")
+        remedy = "; where texts take turns, `convert:` says whose each is" if isinstance(message, str) else ""
+        raise Rejected("a message is not an object", f"message {number} is {json_type(message)}{remedy}")
     role_key = "role" if "role" in message else "from"
     name = message.get(role_key)
     role = ROLES.get(name) if isinstance(name, str) else None
@@ -325,7 +326,10 @@ def _check_results(messages: list[Message]) -> None:
             calls = message.get("tool_calls", [])
             continue
         if not calls:
-            raise Rejected("a tool result without a tool call before it", f"message {number}")
+            remedy = (
+                "where replies call tools in their text, `roles: {user: …}` with the role of results keeps these texts"
+            )
+            raise Rejected("a tool result without a tool call before it", f"message {number}; {remedy}")
         identities = {call["id"] for call in calls if "id" in call}
         identity = message.get("tool_call_id")
         if identity is not None and identities and identity not in identities:

@@ -10,6 +10,7 @@ from typing import Any
 from adder.core.errors import UserError
 from adder.data.field_template import Field, FieldTemplate, folded, parse
 from adder.data.records import Reading
+from adder.formatting.api_messages import as_json, is_data
 from adder.formatting.column_names import asked_columns, reply_columns
 from adder.formatting.messages import BLANK, as_text, is_message
 from adder.formatting.rejected import Rejected, json_type
@@ -79,6 +80,7 @@ class RowFields:
                 f"'{field.written}' in `{name}` is {json_type(value)}, written as JSON"
                 for field, value in values
                 if isinstance(value, bool | int | float)
+                or (name == "completion" and _is_data(value))
                 or (
                     isinstance(value, dict)
                     and not is_message(value)
@@ -144,7 +146,8 @@ def _filled(name: str, template: FieldTemplate, row: Row) -> Any:
     values = {field: value_of(field, row) for field in fields}
     empty = [field for field, value in values.items() if _is_blank(value)]
     if len(template.parts) == 1 and fields and not empty:
-        return values[fields[0]]
+        value = values[fields[0]]
+        return as_json(value, fields[0].written) if name == "completion" and _is_data(value) else value
     if fields and (len(empty) == len(values) or (empty and name == "completion")):
         if name == "system":
             return None
@@ -169,6 +172,11 @@ def value_of(field: Field, row: Row) -> Any:
         else:
             return None
     return value
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a reply is a list of values that no reply is made of, and is learnt as JSON."""
+    return is_data(value) or (isinstance(value, list) and all(isinstance(one, str | int | float) for one in value))
 
 
 def _text(value: Any, field: Field) -> str:

@@ -5,8 +5,10 @@ that settings, detection, messages and documentation know of it. The order of tu
 template can mean; the template itself refuses what it can't render.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -14,10 +16,17 @@ from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
 from adder.data.field_template import nested
-from adder.formatting.api_messages import ROLE_KEYS, is_calls, is_messages, is_other_part, is_said, text_of_parts
+from adder.formatting.api_messages import (
+    ROLE_KEYS,
+    is_calls,
+    is_messages,
+    is_other_part,
+    is_said,
+    text_of_parts,
+)
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
-from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, doubtful, is_undesired, learns, refuse_lists
+from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, disapproves, doubtful, is_undesired, refuse_lists
 from adder.formatting.messages import (
     BLANK,
     REASONING_KEYS,
@@ -32,6 +41,7 @@ from adder.formatting.messages import (
 )
 from adder.formatting.rejected import Rejected, Undesired, json_type
 from adder.formatting.row_fields import RowFields, value_of
+from adder.formatting.suggestions import lines_beside, lines_for
 from adder.formatting.task_columns import (
     LONG_TEXT,
     TASK_COLUMNS,
@@ -43,6 +53,7 @@ from adder.formatting.task_columns import (
     text_size,
     unread_names,
 )
+from adder.formatting.transcripts import is_transcript
 
 Row = Mapping[str, Any]
 Reader = Callable[[Row], list[Message] | str]
@@ -292,9 +303,48 @@ def _replies(row: Row, column: str) -> list[Message]:
         return read_messages(value, column)
     if isinstance(value, list) and any(map(is_other_part, value)):
         return read_messages([{"role": "assistant", "content": value}], column)
-    if is_calls(value):
-        return read_messages([{"role": "assistant", "content": "", "tool_calls": value}], column)
-    return [_reply(row, column)]
+    calls = _calls_in(value, row) if isinstance(value, str) else value
+    if is_calls(calls):
+        return read_messages([{"role": "assistant", "content": "", "tool_calls": calls}], column)
+    return [_reply({**row, column: only_answer(value)} if isinstance(value, list | dict) else row, column)]
+
+
+def _calls_in(text: str, row: Row) -> list[Any] | None:
+    """The tool calls that a reply's text is, as JSON, where the row has tools to call; None for other texts."""
+    if text.lstrip()[:1] not in ("[", "{") or row.keys().isdisjoint(TOOLS) or not any(row.get(name) for name in TOOLS):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    calls = [value] if isinstance(value, dict) else value
+    return calls if is_calls(calls) else None
+
+
+def only_answer(value: Any) -> Any:
+    """The text of a reply that stands in a list of possible ones, as data sets of questions on a text have it: a list
+    of texts, of `{text, answer_start}`, or `{text: [...], answer_start: [...]}`. Anything else as it is.
+
+    Raises Rejected where they differ.
+    """
+    if not isinstance(value, list | dict):
+        return value
+    texts, place = value, "0"
+    if isinstance(value, dict):
+        if not isinstance(value.get("text"), list) or not all(isinstance(one, list) for one in value.values()):
+            return value
+        texts, place = value["text"], "text.0"
+    elif all(isinstance(one, dict) and isinstance(one.get("text"), str) and "type" not in one for one in value):
+        if all(len(one) == 1 for one in value):  # parts of one text
+            return value
+        texts, place = [one["text"] for one in value], "0.text"
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return value
+    if len(set(texts)) > 1:
+        found = f"{len(set(texts))}, the first is {texts[0][:40]!r}"
+        lines = f'`completion: "{{….{place}}}"` takes that one, `completion: "{{…}}"` all as JSON'
+        raise Rejected("several answers to choose from", f"{found}; {lines}")
+    return texts[0] if texts else ""
 
 
 def _reply(row: Row, column: str) -> Message:
@@ -315,14 +365,15 @@ def row_format_names() -> tuple[str, ...]:
 
 class SourceFormat(NamedTuple):
     """How to read the rows of one source: the row format (None: unknown), the columns to rename ({canonical: actual}),
-    whether the format was named by the user, who then asked for what preference data means, and what else the settings
-    say of the rows.
+    whether the format was named by the user, who then asked for what preference data means, what else the settings
+    say of the rows, and the names of values: {column: {value: name}}.
     """
 
     row_format: RowFormat | None
     columns: Mapping[str, str]
     named: bool
     fields: RowFields | None = None
+    values: Mapping[str, Mapping[str, str]] | None = None
 
     @property
     def name(self) -> str | None:
@@ -347,6 +398,22 @@ class SourceFormat(NamedTuple):
         read = set(self.row_format.columns if self.row_format else ()) - self._replaced()
         names = {self.actual(name) for name in read} | (self.fields.columns() if self.fields else set())
         return names | {column for name in names if "." in name for column in accumulate(name.split("."), _with_dot)}
+
+    def reply_column(self) -> str:
+        """The actual name of the column that holds the reply of a prompt."""
+        made = self.fields.templates.get("completion") if self.fields else None
+        if made is not None and made.fields:
+            return made.fields[0].column
+        return self.actual(self.row_format.known_by[1]) if self.row_format else ""
+
+    def with_names(self, row: Row) -> Row:
+        """The row with names in place of the values that have some. Raises Rejected for a value that has none."""
+        if not self.values:
+            return row
+        named = {
+            column: _named_value(row[column], column, names) for column, names in self.values.items() if column in row
+        }
+        return {**row, **named}
 
     def filled(self, row: Row) -> Row:
         """The row with what the templates make of it, and with our names for keys and roles of messages."""
@@ -426,19 +493,26 @@ def source_format(
     column_sets: ColumnSets,
     protected: bool = False,
     fields: RowFields | None = None,
+    values: Mapping[str, Mapping[str, str]] | None = None,
 ) -> SourceFormat:
     """Decide how to read a source, from the column sets of all its rows.
 
     row_format and columns as in the settings; with "auto" the format is the one that most rows have. protected: only
-    what the rows ask is of interest. fields: what else the settings say of the rows. Raises UserError for an unknown
-    format, for a column mapping that names what the format or the source doesn't have, and where the rows can be read
-    in more than one way.
+    what the rows ask is of interest. fields: what else the settings say of the rows. values: {column: {value: name}}.
+    Raises UserError for an unknown format, for a column mapping that names what the format or the source doesn't have,
+    for values of a column that isn't there, and where the rows can be read in more than one way.
     """
     there = sorted({column for columns_of_row in column_sets for column in columns_of_row})
     for canonical, actual in columns.items():
         if column_sets and actual not in there and nested(actual, there) is None:
             raise UserError(
                 f"{source}: `columns: {{{canonical}: {actual}}}` names a column that no row has. The columns there: "
+                f"{', '.join(there[:30]) or 'none'}"
+            )
+    for name in values or ():
+        if column_sets and name not in there:
+            raise UserError(
+                f"{source}: `values` names the column '{name}', which no row has. The columns there: "
                 f"{', '.join(there[:30]) or 'none'}"
             )
     named = row_format != "auto"
@@ -465,7 +539,7 @@ def source_format(
     found = {canonical: columns.get(name, name) for canonical, name in actual.items()}
     if fields is not None and "system" in fields.templates and form is not None and "system" not in form.columns:
         raise UserError(f"{source}: `system` is for conversations, and the row format {form.name} has none")
-    return SourceFormat(form, {**given, **{c: name for c, name in found.items() if c != name}}, named, fields)
+    return SourceFormat(form, {**given, **{c: name for c, name in found.items() if c != name}}, named, fields, values)
 
 
 def _mapping_for(form: RowFormat, names: set[str], other_case: Mapping[str, str]) -> Mapping[str, str]:
@@ -509,6 +583,7 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     Raises Rejected with a reason that a person can act on. Lone surrogates and numbers that JSON can't hold may still
     be in the conversation: whoever encodes it finds them (`messages.why_not_json`).
     """
+    row = source.with_names(row)
     form, whole = source.row_format, row
     if form is None:
         raise _unrecognised(row, source)
@@ -534,6 +609,11 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     _refuse_media(row, source)
     read = form.read(row)
     if isinstance(read, str):
+        if not source.named and is_transcript(read):
+            raise Rejected(
+                "a text that is a conversation written out",
+                "`row_format: text` learns all of it, what is asked included; `convert:` cuts it into {messages}",
+            )
         return {"text": read}
     made = () if source.fields is None else source.fields.templates
     if "system" in made and row.get("system") and read[0]["role"] == "system":
@@ -545,7 +625,7 @@ def to_conversation(row: Row, source: SourceFormat, system_prompt: str | None = 
     check_order(messages)
     if form.name in PAIRS:
         asked = messages[-2]["content"] if len(messages) > 1 else ""
-        check_options(row, row[form.known_by[1]], asked, form.columns)
+        check_options(row, source.reply_column(), row[form.known_by[1]], asked, form.columns)
         if source.fields is not None:
             refuse_hidden_options(whole, row[form.known_by[1]], asked, source.own_columns())
         elif not source.named:
@@ -604,7 +684,7 @@ def _refuse_doubt(row: Row, source: SourceFormat, form: RowFormat) -> None:
     if key is None or key in form.columns:
         return
     actual = source.actual(key)
-    mark = "mask" if learns(key) is False else "kto_tag"
+    mark = "mask" if disapproves(key) else "kto_tag"
     no = "true" if mark == "mask" else "0 or false"
     raise Rejected(
         f"the column {actual} may say which replies are not to be learnt, or something else",
@@ -621,6 +701,8 @@ def to_prompt(row: Row, source: SourceFormat) -> Conversation:
     try:
         return to_conversation(row, source)
     except Rejected:
+        with suppress(Rejected):  # of a reply's value that has no name
+            row = source.with_names(row)
         row = _rename(row, source.columns) if source.fields is None else source.filled(row)
         column = next((name for name in PROMPTS if row.get(name)), None)
         if column is None:
@@ -661,6 +743,21 @@ def _rename(row: Row, columns: Mapping[str, str]) -> Row:
     return renamed | found | {canonical: value_of(field, row) for canonical, field in within.items()}
 
 
+def _named_value(value: Any, column: str, names: Mapping[str, str]) -> Any:
+    """The name of a value, or of each in a list; nothing stays nothing."""
+    if isinstance(value, list):
+        return [_named_value(one, column, names) for one in value]
+    if value in BLANK:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as tables with empty cells write whole numbers
+    written = str(value).lower() if isinstance(value, bool) else str(value).strip()
+    if written not in names:
+        known = ", ".join(names)
+        raise Rejected("a value that `values` gives no name", f"{column} is {written[:40]!r}; it names {known[:200]}")
+    return names[written]
+
+
 def _with_dot(before: str, name: str) -> str:
     return f"{before}.{name}"
 
@@ -684,15 +781,19 @@ def _unrecognised(row: Row, source: SourceFormat) -> Rejected:
     if form is None:
         known = "; ".join(" + ".join(one.known_by) for one in ROW_FORMATS.values())
         one, other = (name[:40] for name in (*row, "question", "answer")[:2])
+        places = _places_of_messages(row)
+        lines = "" if places else lines_for(row)
+        such = "" if lines else f', such as `prompt: "{{{one}}}"` and `completion: "{{{other}}}"`'
         hint = (
-            f"columns {columns}; known are {known}. `columns:` maps other names to them, `row_format:` names one; "
-            f'`prompt:` and `completion:` make them of columns, such as `prompt: "{{{one}}}"` and '
-            f'`completion: "{{{other}}}"`'
+            f"columns {columns}{'; ' if lines else ''}{lines}; known are {known}. `columns:` maps other names to "
+            f"them, `row_format:` names one; `prompt:` and `completion:` make them of columns{such}"
         )
-        for place in _places_of_messages(row)[:1]:
+        for place in places[:1]:
+            choose = f" (and in {', '.join(places[1:4])}, of which one is to be chosen)" if places[1:] else ""
+            apart = lines_beside(row, place)
             hint = (
-                f"messages stand in {place}: `columns: {{messages: {place}}}` reads them where a reply ends them, "
-                f"`columns: {{prompt: {place}, completion: …}}` where it stands elsewhere; {hint}"
+                f"messages stand in {place}{choose}: `columns: {{messages: {place}}}` reads them where a reply ends "
+                f"them, {apart} where it stands elsewhere; {hint}"
             )
         if "text" in row:
             hint += "; `row_format: text` trains on the text alone"

@@ -1,5 +1,6 @@
 """What a person should know of rows that are used: keys that nothing reads, values that became text."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
@@ -13,14 +14,18 @@ from adder.formatting.marks import ROW_MARKS, SPANS, is_mark, verdict
 from adder.formatting.messages import BLANK, MESSAGE_KEYS, is_message
 from adder.formatting.rejected import json_type
 from adder.formatting.row_fields import value_of
-from adder.formatting.row_formats import TOOLS, ColumnSets, SourceFormat
-from adder.formatting.task_columns import TASK_COLUMNS
+from adder.formatting.row_formats import TOOLS, ColumnSets, RowFormat, SourceFormat, only_answer
+from adder.formatting.task_columns import CONTEXTS, TASK_COLUMNS, document_text
 
 Row = Mapping[str, Any]
 Notes = Counter[tuple[str, str]]  # (source, what of it): rows
 TEXTS = (str, list, type(None))
 AS_JSON = (bool, int, float, dict)
 NO_MESSAGES = frozenset((*TASK_COLUMNS, *TOOLS))  # lists of objects in these aren't messages
+CALL_IN_TEXT = re.compile(
+    r"""<\|?(tool_?call|function_?call)|\[TOOL_CALLS\]|\{\s*"name"\s*:[^{}]*"(arguments|parameters)"\s*:"""
+)
+CALLS_IN_TEXT = "replies call tools in their text, which is learnt as it stands, whatever the model's own way is"
 MOST_NOTED = 12  # columns that one line names
 MOST_NOTES = 200  # of a block; keys that are data would be without end
 
@@ -30,14 +35,16 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
     form = source.row_format
     if form is None:
         return
+    row = source.with_names(row)
     fields = source.fields
     found: set[str] = set() if fields is None else set(fields.notes(row))
-    within = [(name, value_of(field, row)) for name in source.columns.values() if (field := nested(name, row))]
+    places = [field for name in source.columns.values() if (field := nested(name, row))]
+    within = [(field.written, value_of(field, row)) for field in places]
     for name, value in (*row.items(), *within):
         if isinstance(value, str) or value is None:  # nearly all there are
             continue
         canonical = source.canonical(name)
-        if canonical is None:
+        if canonical is None or any(name == field.column for field in places):
             continue
         value = api_messages.text_of_parts(value if fields is None else fields.renamed(value))
         may_be_messages = canonical not in NO_MESSAGES
@@ -45,21 +52,33 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
             found.update(_of_messages(value) if api_messages.is_messages(value) else _of_parts(value))
         elif may_be_messages and is_message(value):
             found.update(_of_messages([value]))
-        elif canonical in form.texts and isinstance(value, AS_JSON):
+        elif canonical in form.texts and isinstance(value, AS_JSON) and not _has_text(value, canonical, form):
             found.add(f"'{name}' is {json_type(value)}, written as JSON")
     for key in () if row.keys().isdisjoint(_ROW_MARKS) else row.keys() & _ROW_MARKS:
-        if row[key] not in BLANK and verdict(row, key) is None and not (fields and key in fields.columns()):
+        if (
+            row[key] not in BLANK
+            and verdict(row, key) is None
+            and not (fields and key in fields.columns())
+            and key not in source.columns.values()
+        ):
             found.add(f"the column '{key}' is neither true nor false, so nothing reads it")
     yield from found
+
+
+def _has_text(value: Any, canonical: str, form: RowFormat) -> bool:
+    """Whether of an object or a list its own texts are read: of documents, and of a list of possible answers."""
+    if canonical in CONTEXTS:
+        return not document_text(value, canonical).startswith("{")
+    return canonical == form.known_by[-1] and isinstance(only_answer(value), str)
 
 
 def notes_of_calls(conversation: Conversation) -> list[str]:
     """What is to be known of a conversation's tool calls: of tools that aren't there, and without their results."""
     messages = conversation.get("messages", [])
     called = [(place, message["tool_calls"]) for place, message in enumerate(messages) if "tool_calls" in message]
+    found: list[str] = [] if called or not any(map(_calls_in_text, messages)) else [CALLS_IN_TEXT]
     if not called:
-        return []
-    found: list[str] = []
+        return found
     tools = {tool["function"]["name"] for tool in conversation.get("tools", [])}
     names = {call["function"]["name"] for _, calls in called for call in calls}
     if not tools:
@@ -72,6 +91,12 @@ def notes_of_calls(conversation: Conversation) -> list[str]:
             found.append("a tool call has no result before the next turn")
             break
     return found
+
+
+def _calls_in_text(message: Message) -> bool:
+    """Whether a reply calls a tool in its text, as some data sets write calls for one family of models."""
+    content = message["content"]
+    return message["role"] == "assistant" and '"name"' in content and CALL_IN_TEXT.search(content) is not None
 
 
 def _is_result(message: Message) -> bool:
@@ -106,7 +131,7 @@ def column_notes(source: SourceFormat, column_sets: ColumnSets, also_read: Itera
         [] if source.fields is None else [f"`{name}` is {text}" for name, text in source.fields.described().items()]
     )
     read = source.own_columns() - (source.fields.columns() if source.fields else set())
-    renamed = set(source.columns.values())
+    renamed = {name for actual in source.columns.values() for name in (actual, actual.split(".")[0])}
     task = [
         actual
         for name in TASK_COLUMNS

@@ -226,6 +226,7 @@ def _rules(readings: Readings, survey: Survey, settings: FormatSettings) -> Conv
             survey.column_sets.get(name, nothing),
             protected=asked["split"] == "test",
             fields=row_fields(name, asked, columns[name], asked["split"] == "test"),
+            values=asked.get("values"),
         )
         for name, asked in readings.items()
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from adder.data.field_template import folded
 from adder.formatting.api_messages import is_said
-from adder.formatting.column_names import COMPANION
+from adder.formatting.column_names import COMPANION, values_line
 from adder.formatting.marks import ROW_MARKS
 from adder.formatting.messages import BLANK, as_text
 from adder.formatting.rejected import Rejected
@@ -15,13 +15,17 @@ Row = Mapping[str, Any]
 
 CONTEXTS = (
     *("context", "contexts", "passage", "passages", "document", "documents", "article", "story", "background"),
-    *("paragraph", "paragraphs", "schema"),
+    *("paragraph", "paragraphs", "schema", "table", "tables", "body", "definition", "premise", "dialogue", "dialog"),
+    *("transcript", "support"),
 )
 OPTIONS = ("choices", "options")
 TASK_COLUMNS = ("input", *CONTEXTS, *OPTIONS)
 _TASK = frozenset(TASK_COLUMNS)
 TITLES = ("title", "name")
-TEXTS = ("text", "content", "contents", "page_content", "passage", "body", "document")
+TEXTS = (
+    *("text", "content", "contents", "page_content", "passage", "passage_text", "body", "document", "sentences"),
+    *("snippet", "snippets"),
+)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL = re.compile(r"\(?([A-Za-z]|\d{1,2})\)?[.):]?")  # a reply that names an option and says nothing else
 # Columns that hold options, of which nothing is read.
@@ -63,10 +67,10 @@ def prompt_of(row: Row, column: str) -> str:
     return text
 
 
-def check_options(row: Row, reply: Any, prompt: str, read: Iterable[str]) -> None:
+def check_options(row: Row, column: str, reply: Any, prompt: str, read: Iterable[str]) -> None:
     """Refuse a reply that is the name or number of an option where the prompt doesn't tell which that is.
 
-    read: the columns that are read. Raises Rejected.
+    column: what the reply's is called. read: the columns that are read. Raises Rejected.
     """
     if isinstance(reply, str) and len(reply) > LONGEST_LABEL:  # nearly all there are
         return
@@ -77,7 +81,9 @@ def check_options(row: Row, reply: Any, prompt: str, read: Iterable[str]) -> Non
         shown = {label for label, _ in given} | {text for _, text in given}
         plain = named[1] if named else str(reply)
         if (named or number) and plain not in shown and plain.upper() not in shown:
-            raise Rejected(NO_OPTIONS, f"the reply is {str(reply)[:40]!r}; say by `convert:` which option that is")
+            letters = ", ".join(label for label, _ in given)
+            line = f"`{values_line(column, f'[{letters}]')}` says which one a number is, counted from 0"
+            raise Rejected(NO_OPTIONS, f"the reply is {str(reply)[:40]!r}; {line}; `convert:` says it otherwise")
         return
     refuse_hidden_options(row, reply, prompt, read)
 
@@ -169,14 +175,47 @@ def document_text(value: Any, where: str) -> str:
         raise Rejected(
             "a context that is messages", f"`columns: {{chat_history: {where}}}` has them stand before the rest"
         )
+    if (table := _table_text(value)) is not None:
+        return table
     if isinstance(value, list):
         return "\n\n".join(text for part in value if (text := document_text(part, where)))
     if isinstance(value, dict):
-        body = next((value[key] for key in TEXTS if isinstance(value.get(key), str)), None)
+        documents = _side_by_side(value)
+        if documents:
+            return document_text(documents, where)
+        keys = (*TEXTS, *(key for key in value if str(key).endswith("_text")))
+        body = next((value[key] for key in keys if isinstance(value.get(key), str)), None)
+        sentences = value.get("sentences")
+        if body is None and isinstance(sentences, list) and all(isinstance(one, str) for one in sentences):
+            body = " ".join([one.strip() for one in sentences])
         if body is not None:
             title = next((value[key] for key in TITLES if isinstance(value.get(key), str)), "")
             return f"{title}\n{body}".strip()
     return as_text(value, where)
+
+
+def _side_by_side(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents in lists of titles, texts and what else each has, as `datasets` stores a list of objects; none
+    where a value is something else.
+    """
+    lists = [one for one in value.values() if isinstance(one, list)]
+    texts = [value[key] for key in TEXTS if isinstance(value.get(key), list)]
+    if not texts or len(lists) < len(value) or len(value) < 2 or len(set(map(len, lists))) > 1:
+        return []
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*lists, strict=True)]
+
+
+def _table_text(value: Any) -> str | None:
+    """A table as lines of cells: a list of rows, or `{header, rows}`; None for what is none."""
+    caption, rows = "", value
+    if isinstance(value, dict) and isinstance(value.get("header"), list) and isinstance(value.get("rows"), list):
+        caption = next((f"{value[key]}\n" for key in TITLES if isinstance(value.get(key), str) and value[key]), "")
+        rows = [value["header"], *value["rows"]]
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+        return None
+    if not all(isinstance(cell, str | int | float) or cell is None for row in rows for cell in row):
+        return None
+    return caption + "\n".join(" | ".join("" if cell is None else str(cell) for cell in row) for row in rows)
 
 
 def _shows(prompt: str, letter: str) -> bool:

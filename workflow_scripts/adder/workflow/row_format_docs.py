@@ -16,7 +16,7 @@ from adder.formatting.row_formats import ROW_FORMATS, source_format, to_conversa
 
 Row = Mapping[str, Any]
 ITSELF, COLUMNS, TEMPLATE, REFUSED = "by itself", "by `columns`", "by template", "refused"
-NAMED = "by name"
+NAMED, VALUES = "by name", "by `values`"
 
 
 class Form(NamedTuple):
@@ -109,6 +109,12 @@ FORMS = (
     Form({"question": "Q", "choices": ["x", "y"], "answer": "B"}, ITSELF),
     Form({"Problem": "Q", "Solution": "A"}, ITSELF),
     Form({"question": "Q", "answer": {"x": 1}}, ITSELF),
+    Form({"context": "C", "question": "Q", "answers": {"text": ["A"], "answer_start": [0]}}, ITSELF),
+    Form(
+        {"query": "Q", "tools": '[{"name": "f"}]', "answers": '[{"name": "f", "arguments": {"x": 1}}]'},
+        ITSELF,
+    ),
+    Form({"table": {"header": ["H"], "rows": [["C"]]}, "question": "Q", "answer": "A"}, ITSELF),
     Form({"text": "T", "url": "U"}, ITSELF),
     Form({"frage": "Q", "antwort": "A"}, COLUMNS, {"columns": {"question": "frage", "answer": "antwort"}}),
     Form(
@@ -132,7 +138,17 @@ FORMS = (
         TEMPLATE,
         {"message_keys": {"role": "speaker", "content": "text"}, "roles": {"user": "customer", "assistant": "agent"}},
     ),
+    Form({"question": "Q", "choices": ["x", "y"], "answer": 1}, VALUES, {"values": {"answer": {0: "A", 1: "B"}}}),
+    Form(
+        {"text": "T", "label": 0},
+        TEMPLATE,
+        {"prompt": "{text}", "completion": "{label}", "values": {"label": {0: "bad", 1: "good"}}},
+    ),
     Form({"frage": "Q", "antwort": "A"}, REFUSED),
+    Form({"translation": {"en": "E", "de": "D"}}, REFUSED),
+    Form({"goal": "Q", "sol1": "x", "sol2": "y", "label": 1}, REFUSED),
+    Form({"question": "Q", "choices": ["x", "y"], "answer": 1}, REFUSED),
+    Form({"text": "### Human: Q### Assistant: A"}, REFUSED),
     Form({"request": {"messages": TALK[:1]}, "response": {"content": "A"}}, REFUSED),
     Form({"problem": "Q", "solution": "X", "answer": "A"}, REFUSED),
     Form({"question": "Q", "optA": "x", "optB": "y", "answer": "B"}, REFUSED),
@@ -185,10 +201,12 @@ def read(form: Form) -> Conversation | str:
     if "roles" in settings:
         settings["roles"] = {theirs: ours for ours, theirs in settings["roles"].items()}
     reading = cast(Reading, {**reading, **settings})
+    named = settings.get("values", {})
+    values = {column: {str(value): name for value, name in names.items()} for column, names in named.items()}
     sets = Counter({tuple(form.row): 1})
     try:
         fields = row_fields("rows", reading, form.row.keys())
-        source = source_format("rows", reading["row_format"], reading["columns"], sets, fields=fields)
+        source = source_format("rows", reading["row_format"], reading["columns"], sets, fields=fields, values=values)
         return to_conversation(form.row, source)
     except (Rejected, UserError) as error:
         return str(error)
