@@ -30,6 +30,19 @@ from adder.evaluation.quantities import habit, parse_quantity, same_quantity
         ("**42**", 42, ""),
         ("$\\frac{3}{4}$", Fraction(3, 4), ""),
         ("\\boxed{42}", 42, ""),
+        ("\\frac34", Fraction(3, 4), ""),
+        ("-\\dfrac{1}{2}", Fraction(-1, 2), ""),
+        ("\\frac{-1}{2}", Fraction(-1, 2), ""),
+        ("5\\%", 5, "%"),
+        ("\\$5", 5, "$"),
+        ("5\\text{ cm}", 5, "cm"),
+        ("3×10⁸", 300_000_000, ""),
+        ("USD 5", 5, "$"),
+        ("1.5 million dollars", 1_500_000, "$"),
+        ("2.5k", 2500, ""),
+        ("3 dozen eggs", 36, "egg"),
+        ("90 degrees", 90, "°"),
+        ("5 minutes", 5, "min"),
     ],
 )
 def test_what_is_a_number(text, value, unit):
@@ -38,7 +51,11 @@ def test_what_is_a_number(text, value, unit):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "abc", "10:30", "1:2", "3-5", "2024-01-02", "3/4/2024", "1/0", "1,2,3", "12 and 13", "1e999", "--3"]
+    "text",
+    [
+        *("", "abc", "10:30", "1:2", "3-5", "2024-01-02", "3/4/2024", "1/0", "1,2,3", "12 and 13", "1e999", "--3"),
+        *("5x", "5i", "3!", "5th", "2 to 3", "1 or 2"),
+    ],
 )
 def test_what_is_none(text):
     assert parse_quantity(text) is None

@@ -105,3 +105,34 @@ def test_the_datas_habit_says_what_a_comma_is():
 def test_text_is_compared_without_space_around():
     assert is_match("text", "Yes.", " Yes.\n")
     assert not is_match("text", "Yes.", "yes.")
+
+
+@pytest.mark.parametrize(
+    ("reference", "reply", "right"),
+    [
+        ("5", "x = 5", True),
+        ("x=5", "x = 5", True),
+        ("x=5", "y=5", False),
+        ("x=5", "x=6", False),
+        ("(1, 2)", "(1,2)", True),
+        ("1, 2", "12", False),
+        ("1 2", "12", False),
+        ("B", "(B)", True),
+        ("9:05", "09:05", True),
+        ("9:05", "9:50", False),
+        ("5 am", "5 pm", False),
+        ("\\sqrt{2}", "\\sqrt2", True),
+        ("\\sqrt{2}", "2", False),
+        ("2\\pi", "2", False),
+        ("yes", "\\text{Yes}", True),
+        ("1 million", "1", False),
+        ("1,000,000", "1 million", True),
+        ("5", "5x", False),
+        ("3", "3!", False),
+        ("2", "2 to 3", False),
+    ],
+)
+def test_final_answers_that_are_no_plain_numbers(reference, reply, right):
+    assert is_match("final_answer", f"#### {reference}", f"So:\n#### {reply}") is right
+    assert is_match("final_answer", f"#### {reply}", f"#### {reference}") is right
+    assert is_match("final_answer", f"#### {reply}", f"#### {reply}")

@@ -141,3 +141,17 @@ def test_a_label_that_is_a_class_is_no_judgement_and_named(tmp_path):
     assert formatted.card["notes"] == [
         "rows: the column 'label' is neither true nor false, so nothing reads it (4 rows)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("column", "line"),
+    [("is_safe", "kto_tag"), ("good", "kto_tag"), ("is_toxic", "mask"), ("rejected_by_qa", "mask"), ("is_bad", "mask")],
+)
+def test_the_line_for_a_judgement_leaves_out_what_it_disapproves_of(column, line):
+    row = {"question": "q", "answer": "a", column: True}
+    with pytest.raises(Rejected, match=f"columns: {{{line}: {column}}}"):
+        read(row)
+    bad = {**row, column: line == "mask"}
+    with pytest.raises(Undesired):
+        read(bad, columns={line: column})
+    assert read({**row, column: line != "mask"}, columns={line: column})["messages"][1]["content"] == "a"

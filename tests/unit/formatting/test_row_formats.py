@@ -482,3 +482,47 @@ def test_preferences_of_openai_are_read_by_columns():
         read(row)
     names = {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}
     assert messages_of(row, "preference", names) == [user("q"), reply("a")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({"text": ["a", "a"], "answer_start": [1, 2]}, "a"),
+        ([{"text": "a", "answer_start": 1}], "a"),
+        (["a"], "a"),
+        ([{"text": "a"}, {"text": "b"}], "ab"),  # parts of one text
+        ("a", "a"),
+    ],
+)
+def test_a_list_of_possible_answers_is_one_where_all_are_alike(answers, expected):
+    assert messages_of({"context": "c", "question": "q", "answers": answers}) == [user("c\n\nq"), reply(expected)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        (["a", "b"], "several answers to choose from"),
+        ({"text": ["a", "b"], "answer_start": [1, 2]}, r'several answers.*`completion: "\{….text.0\}"` takes that one'),
+        ([{"text": "a", "score": 3}, {"text": "b", "score": 1}], "several answers"),
+        ({"text": [], "answer_start": []}, "content is empty"),
+    ],
+)
+def test_answers_that_differ_or_are_none_are_refused(answers, reason):
+    with pytest.raises(Rejected, match=reason):
+        read({"question": "q", "answers": answers})
+
+
+CALLS = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]
+
+
+@pytest.mark.parametrize("answers", [json.dumps(CALLS), CALLS, json.dumps(CALLS[0])])
+def test_a_reply_that_is_calls_beside_tools_calls_them(answers):
+    row = {"query": "q", "answers": answers, "tools": json.dumps([{"name": "f"}, {"name": "g"}])}
+    expected = [call("f", {"x": 1}), call("g", {})] if answers != json.dumps(CALLS[0]) else [call("f", {"x": 1})]
+    assert messages_of(row) == [user("q"), reply("", tool_calls=expected)]
+
+
+def test_json_without_tools_or_that_is_no_call_stays_a_text():
+    assert messages_of({"query": "q", "answers": json.dumps(CALLS)})[1] == reply(json.dumps(CALLS))
+    row = {"query": "q", "answers": '[{"a": 1}]', "tools": [{"name": "f"}]}
+    assert messages_of(row)[1] == reply('[{"a": 1}]')

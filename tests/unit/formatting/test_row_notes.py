@@ -74,3 +74,33 @@ def test_calls_of_tools_that_are_nowhere_and_without_results_are_noted():
     assert noted([calls, user("r"), reply("a")], tools=[{"name": "f"}]) == unanswered
     two = reply("", tool_calls=[call("f", {}), call("f", {"x": 1})])
     assert noted([two, result("r"), reply("a")], tools=[{"name": "f"}]) == unanswered
+
+
+CALL_TEXT = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
+def test_calls_that_stand_in_the_text_of_replies_are_said():
+    talk = read({"messages": [user("q"), reply(CALL_TEXT)]})
+    assert notes_of_calls(talk) == [
+        "replies call tools in their text, which is learnt as it stands, whatever the model's own way is"
+    ]
+    assert notes_of_calls(read({"messages": [user("q"), reply('{"name": "Bob", "age": 3}')]})) == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answers": {"text": ["a"], "answer_start": [3]}},
+        {"question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s"]]}},
+        {"question": "q", "answer": "a", "table": {"header": ["h"], "rows": [["c"]]}},
+    ],
+)
+def test_of_objects_whose_texts_are_read_none_is_said_to_be_json(row):
+    assert list(notes_of(row, format_of(row))) == []
+
+
+def test_a_column_of_which_a_part_is_read_is_no_part_of_the_prompt():
+    row = {"input": {"messages": [user("q")]}, "output": "a"}
+    source = format_of(row, columns={"prompt": "input.messages", "completion": "output"})
+    assert not any("part of the prompt" in note for note in column_notes(source, Counter({tuple(row): 1}), []))
+    assert list(notes_of(row, source)) == []

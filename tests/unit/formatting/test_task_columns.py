@@ -3,7 +3,7 @@
 import pytest
 
 from adder.formatting.rejected import Rejected
-from adder.formatting.task_columns import NO_OPTIONS, labelled
+from adder.formatting.task_columns import NO_OPTIONS, document_text, labelled
 from format_stage import read, reply, system, user
 
 
@@ -132,3 +132,18 @@ def test_a_number_is_refused_only_where_an_option_has_it():
         read(row)
     assert read({**row, "answer": "7"})["messages"][-1] == reply("7")
     assert read({"question": "1 + 1", "distractors": ["x"], "answer": "2"})["messages"][-1] == reply("2")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ([["a", "b"], [1, None]], "a | b\n1 | "),
+        ({"header": ["a"], "rows": [["x"], ["y"]], "name": "t"}, "t\na\nx\ny"),
+        ({"title": ["t", "u"], "sentences": [["A.", " B."], ["C."]]}, "t\nA. B.\n\nu\nC."),
+        ({"is_selected": [0, 1], "passage_text": ["p", "q"]}, "p\n\nq"),
+        ([{"idx": 0, "title": "t", "paragraph_text": "p"}], "t\np"),
+        ({"text": ["a", "b"], "other": ["c"]}, '{"text": ["a", "b"], "other": ["c"]}'),
+    ],
+)
+def test_tables_and_documents_side_by_side_are_written_as_people_read_them(value, text):
+    assert document_text(value, "context") == text

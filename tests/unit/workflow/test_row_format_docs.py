@@ -4,7 +4,7 @@ import pytest
 
 from adder.formatting.row_formats import ROW_FORMATS
 from adder.workflow import row_format_docs
-from adder.workflow.row_format_docs import COLUMNS, FORMS, ITSELF, NAMED, REFUSED, TEMPLATE, Form, read
+from adder.workflow.row_format_docs import COLUMNS, FORMS, ITSELF, NAMED, REFUSED, TEMPLATE, VALUES, Form, read
 
 
 def test_every_row_format_has_a_row():
@@ -20,15 +20,16 @@ def test_a_form_is_read_as_the_table_says(form):
         assert isinstance(became, str) and len(became.split()) > 2
         return
     assert not isinstance(became, str), became
-    said = {message["role"]: message["content"] for message in became.get("messages", []) if message["role"] != "tool"}
+    messages = [message for message in became.get("messages", []) if message["role"] != "tool"]
+    said = {message["role"]: message["content"] or message.get("tool_calls") for message in messages}
     asked = became.get("text") or said["user"]
-    assert ("Q" in asked or "T" in asked) and (not said or said["assistant"] != "")
+    assert ("Q" in asked or "T" in asked) and (not said or said["assistant"])
     if form.settings:  # and not without them
         assert isinstance(read(Form(form.row, REFUSED)), str) or "system" in form.settings
 
 
 def test_every_row_format_and_every_way_has_a_form():
-    assert {form.how for form in FORMS} == {ITSELF, COLUMNS, NAMED, TEMPLATE, REFUSED}
+    assert {form.how for form in FORMS} == {ITSELF, COLUMNS, NAMED, TEMPLATE, VALUES, REFUSED}
     known = [set(form.row) for form in FORMS if form.how in (ITSELF, NAMED)]
     missing = [
         name for name, form in ROW_FORMATS.items() if not any(there.issuperset(form.known_by) for there in known)

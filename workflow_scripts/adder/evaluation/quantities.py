@@ -15,7 +15,13 @@ SPACES = "[ \u00a0\u2009\u202f'’]"
 PLAIN = re.compile(r"\d+(?:[.,]\d+)?|[.,]\d+")
 POWER = re.compile(r"^(.+?)(?:[eE]([+-]?\d+)|\s*(?:[×x*·]|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*\{?([+-]?\d+)\}?)$")
 FRACTION = re.compile(r"^(?:(\d+)\s+)?(\d+)\s*[/\u2044]\s*(\d+)$")
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+LATEX_SIGN = re.compile(r"\\([$%#&_])")
+LATEX_SPACE = re.compile(r"\\[,;:! ]|\\(?:left|right)(?![a-zA-Z])|~")
+LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
+POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+SUPERSCRIPT = re.compile(r"10([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
+CODE = re.compile(r"^(?:us\$|usd|eur|gbp|inr)\s*(?=[-+\d.])", re.IGNORECASE)
 VULGAR = {
     "½": " 1/2",
     "⅓": " 1/3",
@@ -39,15 +45,36 @@ CURRENCIES = {
     "euro": "€",
     "gbp": "£",
 }
+SCALES = {
+    **dict.fromkeys(("thousand", "tausend"), 10**3),
+    **dict.fromkeys(("million", "millions", "mio", "millionen", "mn"), 10**6),
+    **dict.fromkeys(("billion", "billions", "bn", "milliarde", "milliarden"), 10**9),
+    **dict.fromkeys(("trillion", "trillions"), 10**12),
+    **{"hundred": 100, "dozen": 12},
+}
+# Letters that stand behind a number as no unit, but as an unknown, i or e; and endings of ordinals.
+NO_UNIT = re.compile(r"[abceijnpqrxyzπ](\W.*|\^.*)?|st|nd|rd|th")
 WRAPPED = re.compile(r"^(?:\*\*|__|`|\\\(|\\\[|\\boxed\{|=)+\s*|\s*(?:\*\*|__|`|\\\)|\\\]|\})+$")
 NUMBER_WORDS = re.compile(r"\d[\d.,]*\d|\d")
 # A number, and behind it a unit: letters, signs of degrees and percent, powers such as m² and km/h.
 PARTS = re.compile(
-    r"^([+\-−–]?)\s*([$€£¥₹]?)\s*([+\-−–]?)\s*(\d.*?|[.,]\d.*?)\s*([%‰°µμ]?[^\W\d_][^\d,;:]*(?:[²³]|\^?[23])?|[%‰°$€£¥₹])?[.!]?$"
+    r"^([+\-−–]?)\s*([$€£¥₹]?)\s*([+\-−–]?)\s*(\d.*?|[.,]\d.*?)\s*([%‰°µμ]?[^\W\d_][^\d,;:]*(?:[²³]|\^[23]|(?<=\w)[23])?|[%‰°$€£¥₹])?\.?$"
 )
 UNIT_WORDS = re.compile(r"^[^\W\d_]")
 # What comes to the same unit, by hand as far as people write such.
-SAME_UNITS = {"percent": "%", "per cent": "%", "prozent": "%", "metres": "m", "meters": "m", "metre": "m", "meter": "m"}
+SAME_UNITS = {
+    **dict.fromkeys(("percent", "per cent", "prozent"), "%"),
+    **dict.fromkeys(("metres", "meters", "metre", "meter"), "m"),
+    **dict.fromkeys(("kilometres", "kilometers", "kilometre", "kilometer"), "km"),
+    **dict.fromkeys(("centimetres", "centimeters", "centimetre", "centimeter"), "cm"),
+    **dict.fromkeys(("kilograms", "kilogram"), "kg"),
+    **dict.fromkeys(("grams", "gram"), "g"),
+    **dict.fromkeys(("litres", "liters", "litre", "liter"), "l"),
+    **dict.fromkeys(("minutes", "minute", "mins"), "min"),
+    **dict.fromkeys(("seconds", "second", "secs", "sec"), "s"),
+    **dict.fromkeys(("hours", "hour", "hrs", "hr"), "h"),
+    **dict.fromkeys(("degrees", "degree"), "°"),
+}
 
 
 class Quantity(NamedTuple):
@@ -73,7 +100,10 @@ def habit(texts: Iterable[str]) -> Decimal:
 
 def parse_quantity(text: str, decimal: Decimal = "point") -> Quantity | None:
     """The number that a text is, with its unit, or None. `decimal`: how an ambiguous 1,234 or 1.234 is read."""
-    found = LATEX_FRACTION.sub(r" \1/\2", text.strip())
+    found = LATEX_FRACTION.sub(lambda part: f" {part[1] or part[2]}/{part[3] or part[4]}", without_latex(text).strip())
+    found = SUPERSCRIPT.sub(lambda part: f"10^{part[1].translate(POWERS)}", found)
+    found = CODE.sub(lambda part: CURRENCIES.get(part[0].strip().lower(), "$"), found)
+    found = re.sub(r"^([-+−–])\s+(?=\d)", r"\1", found)
     for sign, fraction in VULGAR.items():
         found = found.replace(sign, fraction)
     found = WRAPPED.sub("", WRAPPED.sub("", found.strip())).strip()
@@ -88,11 +118,21 @@ def parse_quantity(text: str, decimal: Decimal = "point") -> Quantity | None:
         unit = ""
     else:
         value = _value(number.strip(), decimal)
-    if value is None or (minus and minus_too):
+    if value is None or (minus and minus_too) or NO_UNIT.fullmatch(unit.strip(" .").lower()):
         return None
+    scale, _, rest = unit.strip(" .").partition(" ")
+    if scale.lower() in SCALES:
+        value, unit = value * SCALES[scale.lower()], rest
+    elif unit == "k":
+        value, unit = value * 1000, ""
     if (minus or minus_too) and (minus or minus_too) != "+":
         value = -value
     return Quantity(value, _unit(currency or unit.strip()))
+
+
+def without_latex(text: str) -> str:
+    """A text without what LaTeX needs only to set it: `\\text{}`, thin spaces, the backslash before a sign."""
+    return LATEX_SIGN.sub(r"\1", LATEX_SPACE.sub(" ", LATEX_TEXT.sub(r"\1", text)))
 
 
 def same_quantity(one: Quantity, other: Quantity) -> bool:

@@ -10,10 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Never
 
-from adder.evaluation.quantities import Decimal, habit, parse_quantity, same_quantity
+from adder.evaluation.quantities import Decimal, habit, parse_quantity, same_quantity, without_latex
 
 # What stands behind the four signs of a worked answer in GSM8K's form.
 FINAL_ANSWER = re.compile(r"####(?!#)[^\S\n]*(\S[^\n]*)")
+NAMED = re.compile(r"^\s*[A-Za-z]\w?\s*=\s*")  # x = before a number
+SPACE_BESIDE_SIGN = re.compile(r"\s*([^\w\s])\s*")
+LETTER = re.compile(r"^\((\w)\)$")  # (a) of several choices
+ROOT = re.compile(r"(\\sqrt)(\d)")
+CLOCK = re.compile(r"^0(?=\d:\d\d)")
 LONGEST_ANSWER = 40  # characters; a heading of Markdown begins like a final answer, and is mostly longer
 
 JsonObject = dict[str, Any]
@@ -58,6 +63,8 @@ def final_answer(text: str) -> str | None:
 
 def same_answer(decimal: Decimal, one: str, other: str) -> bool:
     """Whether two final answers are one: the same number where both are numbers, else the same text but for case."""
+    if ("=" in one) != ("=" in other):  # what is asked for has a name in one of them
+        one, other = NAMED.sub("", one), NAMED.sub("", other)
     numbers = parse_quantity(one, decimal), parse_quantity(other, decimal)
     if numbers[0] and numbers[1]:
         return same_quantity(numbers[0], numbers[1])
@@ -65,7 +72,10 @@ def same_answer(decimal: Decimal, one: str, other: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .*")
+    """A text as it is compared: spaces count between words and numbers only, and signs around all of it don't."""
+    plain = SPACE_BESIDE_SIGN.sub(r"\1", " ".join(without_latex(text).casefold().split())).strip(" .*$")
+    plain = LETTER.sub(r"\1", plain)
+    return CLOCK.sub("", ROOT.sub(r"\1{\2}", plain))
 
 
 def _are_answers(decimal: Decimal, references: Sequence[str]) -> bool:
