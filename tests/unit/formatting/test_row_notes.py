@@ -87,12 +87,20 @@ def test_calls_that_stand_in_the_text_of_replies_are_said():
     assert notes_of_calls(read({"messages": [user("q"), reply('{"name": "Bob", "age": 3}')]})) == []
 
 
+@pytest.mark.parametrize("marked", ["### Human: q\n### Assistant:", "<s>[INST] q [/INST]", "<|im_start|>user\nq"])
+def test_marks_of_a_template_within_a_prompt_are_said(marked):
+    (note,) = notes_of_calls(read({"prompt": marked, "completion": "a"}))
+    assert note.startswith("messages have the marks of a chat template in their text")
+    assert notes_of_calls(read({"prompt": "# Human rights", "completion": "a"})) == []
+
+
 @pytest.mark.parametrize(
     "row",
     [
         {"question": "q", "answers": {"text": ["a"], "answer_start": [3]}},
         {"question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s"]]}},
         {"question": "q", "answer": "a", "table": {"header": ["h"], "rows": [["c"]]}},
+        {"question": "q", "answer": {"name": "f", "arguments": {}}, "tools": [{"name": "f"}]},
     ],
 )
 def test_of_objects_whose_texts_are_read_none_is_said_to_be_json(row):

@@ -147,3 +147,9 @@ def test_a_number_is_refused_only_where_an_option_has_it():
 )
 def test_tables_and_documents_side_by_side_are_written_as_people_read_them(value, text):
     assert document_text(value, "context") == text
+
+
+def test_options_that_are_objects_are_shown_by_their_own_label():
+    assert labelled([{"id": "x", "text": "1"}, {"text": "2"}, {"label": 3, "text": "c"}], "options") == [
+        ("x", "1"), ("B", "2"), ("3", "c"),
+    ]  # fmt: skip

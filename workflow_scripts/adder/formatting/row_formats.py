@@ -303,20 +303,23 @@ def _replies(row: Row, column: str) -> list[Message]:
         return read_messages(value, column)
     if isinstance(value, list) and any(map(is_other_part, value)):
         return read_messages([{"role": "assistant", "content": value}], column)
-    calls = _calls_in(value, row) if isinstance(value, str) else value
+    calls = _calls_in(value, row) if isinstance(value, str | dict) else value
     if is_calls(calls):
         return read_messages([{"role": "assistant", "content": "", "tool_calls": calls}], column)
     return [_reply({**row, column: only_answer(value)} if isinstance(value, list | dict) else row, column)]
 
 
-def _calls_in(text: str, row: Row) -> list[Any] | None:
-    """The tool calls that a reply's text is, as JSON, where the row has tools to call; None for other texts."""
-    if text.lstrip()[:1] not in ("[", "{") or row.keys().isdisjoint(TOOLS) or not any(row.get(name) for name in TOOLS):
+def _calls_in(value: str | dict[str, Any], row: Row) -> list[Any] | None:
+    """The tool calls that a reply is, also as JSON text, where the row has tools to call; None for other replies."""
+    if row.keys().isdisjoint(TOOLS) or not any(row.get(name) for name in TOOLS):
         return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    if isinstance(value, str):
+        if value.lstrip()[:1] not in ("[", "{"):
+            return None
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
     calls = [value] if isinstance(value, dict) else value
     return calls if is_calls(calls) else None
 

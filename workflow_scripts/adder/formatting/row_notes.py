@@ -25,6 +25,8 @@ NO_MESSAGES = frozenset((*TASK_COLUMNS, *TOOLS))  # lists of objects in these ar
 CALL_IN_TEXT = re.compile(
     r"""<\|?(tool_?call|function_?call)|\[TOOL_CALLS\]|\{\s*"name"\s*:[^{}]*"(arguments|parameters)"\s*:"""
 )
+TEMPLATE_MARKS = ("<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "### Human:", "### Response:")
+MARKED = "messages have the marks of a chat template in their text, and the model's own are put around them"
 CALLS_IN_TEXT = "replies call tools in their text, which is learnt as it stands, whatever the model's own way is"
 MOST_NOTED = 12  # columns that one line names
 MOST_NOTES = 200  # of a block; keys that are data would be without end
@@ -52,7 +54,7 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
             found.update(_of_messages(value) if api_messages.is_messages(value) else _of_parts(value))
         elif may_be_messages and is_message(value):
             found.update(_of_messages([value]))
-        elif canonical in form.texts and isinstance(value, AS_JSON) and not _has_text(value, canonical, form):
+        elif canonical in form.texts and isinstance(value, AS_JSON) and not _has_text(value, canonical, form, row):
             found.add(f"'{name}' is {json_type(value)}, written as JSON")
     for key in () if row.keys().isdisjoint(_ROW_MARKS) else row.keys() & _ROW_MARKS:
         if (
@@ -65,18 +67,24 @@ def notes_of(row: Row, source: SourceFormat) -> Iterator[str]:
     yield from found
 
 
-def _has_text(value: Any, canonical: str, form: RowFormat) -> bool:
-    """Whether of an object or a list its own texts are read: of documents, and of a list of possible answers."""
+def _has_text(value: Any, canonical: str, form: RowFormat, row: Row) -> bool:
+    """Whether of an object or a list its own texts are read: of documents, of possible answers, and of a tool call."""
     if canonical in CONTEXTS:
         return not document_text(value, canonical).startswith("{")
-    return canonical == form.known_by[-1] and isinstance(only_answer(value), str)
+    if canonical != form.known_by[-1]:
+        return False
+    return isinstance(only_answer(value), str) or (
+        api_messages.is_calls([value]) and any(row.get(name) for name in TOOLS)
+    )
 
 
 def notes_of_calls(conversation: Conversation) -> list[str]:
-    """What is to be known of a conversation's tool calls: of tools that aren't there, and without their results."""
+    """What is to be known of a conversation's text and tool calls: of tools that aren't there, and without results."""
     messages = conversation.get("messages", [])
     called = [(place, message["tool_calls"]) for place, message in enumerate(messages) if "tool_calls" in message]
     found: list[str] = [] if called or not any(map(_calls_in_text, messages)) else [CALLS_IN_TEXT]
+    if any(mark in message["content"] for message in messages for mark in TEMPLATE_MARKS):
+        found.append(MARKED)
     if not called:
         return found
     tools = {tool["function"]["name"] for tool in conversation.get("tools", [])}

@@ -26,6 +26,7 @@ TEXTS = (
     *("text", "content", "contents", "page_content", "passage", "passage_text", "body", "document", "sentences"),
     *("snippet", "snippets"),
 )
+OPTION_LABELS = ("label", "id", "key", "letter")  # of an option that is an object
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL = re.compile(r"\(?([A-Za-z]|\d{1,2})\)?[.):]?")  # a reply that names an option and says nothing else
 # Columns that hold options, of which nothing is read.
@@ -149,8 +150,9 @@ def labelled(options: Any, where: str) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for number, option in enumerate(options):
         label = LETTERS[number] if number < len(LETTERS) else str(number + 1)
-        if isinstance(option, dict) and {"label", "text"} <= option.keys():
-            label, option = str(option["label"]), option["text"]
+        if isinstance(option, dict) and "text" in option:
+            name = next((option[key] for key in OPTION_LABELS if isinstance(option.get(key), str | int)), label)
+            label, option = str(name), option["text"]
         pairs.append((label, as_text(option, where)))
     return pairs
 
