@@ -317,10 +317,12 @@ def _calls_in(value: str | dict[str, Any], row: Row) -> list[Any] | None:
         if value.lstrip()[:1] not in ("[", "{"):
             return None
         try:
-            value = json.loads(value)
+            read = json.loads(value)
         except (ValueError, RecursionError):
             return None
-    calls = [value] if isinstance(value, dict) else value
+    else:
+        read = value
+    calls = [read] if isinstance(read, dict) else read
     return calls if is_calls(calls) else None
 
 
