@@ -90,3 +90,12 @@ def test_the_plan_says_what_computes(inputs, tmp_path):
     plan = read_json(tmp_path / "out" / "plan.json")
     assert plan["machine"]["value"] == "CPU" and plan["machine"]["reason"].startswith("the CPU computes, in ")
     assert "kernels" not in plan
+
+
+def test_a_cpu_adds_lora_within_the_base_s_matmul_in_bf16_and_has_no_fp8(inputs, tmp_path):
+    train_small(inputs, tmp_path / "out", compute_dtype="bfloat16", lora_dropout=0)
+    plan = read_json(tmp_path / "out" / "plan.json")
+    assert plan["lora_products"]["value"] == "folded" and plan["frozen_products"]["value"] == "bfloat16"
+    assert plan["nf4_values"]["value"] == "dequantised once"
+    with pytest.raises(UserError, match=r"train\.frozen_products: 'fp8' needs a GPU"):
+        train_small(inputs, tmp_path / "fp8", frozen_products="fp8")

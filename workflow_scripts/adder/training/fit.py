@@ -26,6 +26,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from adder.core import hardware, precision, text_model
 from adder.core.choice import Choice, ChoiceRecord
+from adder.core.errors import UserError
 from adder.core.files import write_json, write_jsonl
 from adder.core.machine import graphics_cards
 from adder.core.progress import Progress
@@ -111,7 +112,9 @@ class TrainingPlan:
             "frozen_products": self.matmuls and self.matmuls.frozen_products,
             "lora_products": self.matmuls and self.matmuls.lora_products,
         }
-        if self.matmuls is not None and self.matmuls.lora_products.value != "PEFT":
+        if self.matmuls is not None and any(
+            done["held"] is not None for done in self.matmuls.lora_products.alternatives
+        ):
             found["nf4_values"] = None  # fusing chose anew, and says what
         return {name: choice for name, choice in found.items() if choice is not None}
 
@@ -166,8 +169,8 @@ def fit(job: TrainJob, progress: Progress) -> None:
     if settings.method != "full":
         assert isinstance(model, PeftModel)
         lora.initialise(model, packs, settings)
-        if job.device == "cuda" and not sharded:
-            matmuls = _fuse_lora(model, dtype, settings, packs, earlier)
+        if not sharded:
+            matmuls = _fuse_lora(job, model, dtype, packs, earlier)
             matmuls = _check_fused(model, matmuls, packs, dtype, progress)
     if settings.neftune_noise_alpha:
         add_noise(model, settings.neftune_noise_alpha)
@@ -268,10 +271,14 @@ def _earlier_start(folder: Path) -> EarlierStart:
 
 
 def _fuse_lora(
-    model: PeftModel, dtype: str, settings: TrainSettings, packs: PackedExamples, earlier: EarlierStart
+    job: TrainJob, model: PeftModel, dtype: str, packs: PackedExamples, earlier: EarlierStart
 ) -> MatmulChoices:
     """As base_precision.attach_fused_lora; every rank takes what the main one found."""
-    wanted, kept = settings.frozen_products, earlier.step and earlier.step.frozen_products
+    wanted, kept = job.settings.frozen_products, earlier.step and earlier.step.frozen_products
+    if job.device == "cpu":
+        if wanted == "fp8":
+            raise UserError("train.frozen_products: 'fp8' needs a GPU; use 'bf16' or 'auto'")
+        return MatmulChoices(Choice(dtype, "as all matmuls on this CPU"), fused_lora.attach_on_cpu(model, dtype))
     choices = collectives.call_on_main(base_precision.attach_fused_lora, model, dtype, wanted, packs, kept)
     if collectives.is_main():
         return choices

@@ -276,7 +276,11 @@ class LinearGroup:
 
     def buffer(self, tokens: int) -> torch.Tensor:
         """Memory for [x | x·Aᵀ], (tokens, width), strided; its first `inputs` columns are the caller's to fill."""
-        return torch.empty(tokens, self.stride, dtype=self.dtype, device=self.a.device)[:, : self.width]
+        memory = torch.empty(tokens, self.stride, dtype=self.dtype, device=self.a.device)
+        if memory.device.type == "cpu":
+            # oneDNN's bf16 matmul (AMX) reads a row on to its next block of columns: NaN there would come out as NaN.
+            memory[:, self.inputs :] = 0
+        return memory[:, : self.width]
 
     def low_rank_into(self, x: torch.Tensor, seeds: list[int] | None, out: torch.Tensor) -> None:
         """Write x·Aᵀ into `out`, (tokens, rank), both strided; with dropout by `seeds`."""
