@@ -53,4 +53,5 @@ rule all:
     """Everything that the configuration stands for, but uploads."""
     input:
         rules.merged_model.input,
-        rules.compare.input,
+        f"{RESULTS}/compare.html",
+        f"{RESULTS}/compare.csv",

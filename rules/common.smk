@@ -3,12 +3,17 @@
 
 import contextlib
 import errno
+import gc
 import os
 import signal
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import SharedFSUsage
+
+# What parsing and Snakemake's graph make stays: of a thousand runs a fifth of the time went into looking through it.
+gc.set_threshold(200_000, 50, 50)
 
 HERE = Path(str(workflow.current_basedir)).parent
 try:
@@ -25,7 +30,7 @@ from adder.core.file_digests import FileDigests, canonical
 from adder.core.files import read_json
 from adder.core.display.text import printable
 from adder.workflow import config_file, library_versions, requests, run_folder, slurm_job, slurm_queue, stage_graph
-from adder.workflow import unfinished_runs
+from adder.workflow import snakemake_options, unfinished_runs
 from adder.workflow import settings as adder_settings
 from adder.workflow.code_digest import closure
 from adder.workflow.stages import SPECS
@@ -89,10 +94,17 @@ RUNTIME = next(iter(SETTINGS.values())).runtime
 RESULTS = RUNTIME.results
 # Where that is, under the prefix that an importing workflow may give; Snakemake puts it before inputs and outputs only.
 PLACE = Path(str(workflow.modifier.modify_path(f"{RESULTS}/.lock"))).parent
+if workflow.is_main_process:
+    with told_in_one_sentence():
+        shared = workflow.storage_settings
+        snakemake_options.refuse(
+            sys.argv[1:],
+            shared.default_storage_provider,
+            SharedFSUsage.INPUT_OUTPUT in shared.shared_fs_usage,
+            PLACE,
+        )
 # Each stage once, by its folder, however many runs share it; and a run that it is of.
-STAGES = {
-    folder: stage for stages in RUNS.values() for last in stages.values() for folder, stage in last.family().items()
-}
+STAGES = {stage.folder: stage for stages in RUNS.values() for stage in stages.values()}
 terminal_plan.announce(RUNS, PLACE)
 # Beside what Snakemake remembers: what isn't as it was made, or is of other things than the configuration's.
 if workflow.is_main_process:
@@ -105,6 +117,17 @@ RUN_OF = {stage.folder: run for run, stages in RUNS.items() for stage in stages.
 GUARDED = [run for run, settings in SETTINGS.items() if any(t.max_drop is not None for t in settings.evaluate.tasks)]
 # More than any machine has: Snakemake scales it down to the cores that it is given.
 ALL_CORES = 1024
+
+
+def records_of(stages):
+    """The records of stages by name. Of a stage and what it is made from the last one will do: a graph of a thousand
+    runs is half as large."""
+    return {name: f"{RESULTS}/{stage.folder}/stage.json" for name, stage in stage_graph.nearest(stages).items()}
+
+
+def folders_of(stages):
+    """The folders of stages below the results by name, as text that is equal for equal stages."""
+    return canonical({name: stage.folder for name, stage in stages.items()})
 
 
 wildcard_constraints:

@@ -20,6 +20,8 @@ rule link_run:
     localrule: True
     conda:
         "../envs/adder.yaml"
+    params:
+        stages=lambda wildcards: folders_of(shown_stages(wildcards.run)),
     message:
         "Putting the results of run '{wildcards.run}' into their place"
     script:

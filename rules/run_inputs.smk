@@ -8,8 +8,7 @@ def shown_stages(run):
 
 def finished(wildcards):
     """Input function: the records of what a run's folder is made of, and the request for it."""
-    stages = {name: f"{RESULTS}/{stage.folder}/stage.json" for name, stage in shown_stages(wildcards.run).items()}
-    return {**stages, "request": f"{RESULTS}/cache/requests/{wildcards.run}.json"}
+    return {**records_of(shown_stages(wildcards.run)), "request": f"{RESULTS}/cache/requests/{wildcards.run}.json"}
 
 
 def to_be_pushed(wildcards):

@@ -18,10 +18,17 @@ def parents(spec):
 
     def records(wildcards):
         stage = stage_of(spec, wildcards)
-        above = {parent: f"{RESULTS}/{above.folder}/stage.json" for parent, above in stage.parents.items()}
-        return {**above, "request": f"{RESULTS}/cache/requests/{requests.stage_request(stage)}.json"}
+        return {
+            **records_of(stage.parents),
+            "request": f"{RESULTS}/cache/requests/{requests.stage_request(stage)}.json",
+        }
 
     return records
+
+
+def folders(spec):
+    """Parameter function: the folders of a stage's parents below the results, by name, as text."""
+    return lambda wildcards: folders_of(stage_of(spec, wildcards).parents)
 
 
 def parameters(spec):
@@ -49,10 +56,12 @@ def cores(spec):
 
 
 def gpus(spec):
-    """The resources of stages that use GPUs."""
-    number = spec.gpus(RUNTIME)
-    # A training has the GPUs of one node.
-    return {"gpu": number, "nodes": 1} if number else {}
+    """The resources of stages that use GPUs or several nodes."""
+    number, nodes = spec.gpus(RUNTIME), spec.nodes(RUNTIME)
+    if nodes == 1:
+        return {"gpu": number, "nodes": 1} if number else {}
+    # `gpu` would be the number on all nodes together, however they share it.
+    return {"nodes": nodes, **({"gres": f"gpu:{number}"} if number else {"tasks": nodes})}
 
 
 for spec in SPECS.values():
@@ -79,6 +88,7 @@ for spec in SPECS.values():
             mem_mb=memory(spec),
         params:
             stage=parameters(spec),
+            inputs=folders(spec),
         message:
             spec.message
         script:

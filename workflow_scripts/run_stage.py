@@ -17,7 +17,7 @@ execute(
     json.loads(snakemake.params.stage),
     # Read from the configuration, not from params: what concerns the machine is no reason to run anything.
     runtime=snakemake.config.get("runtime"),
-    inputs={parent: Path(path).parent for parent, path in snakemake.input.items() if parent != "request"},
+    inputs={parent: record.parents[3] / folder for parent, folder in json.loads(snakemake.params.inputs).items()},
     results=record.parents[3],
     key=snakemake.wildcards.key,
     log=Path(snakemake.log[0]),

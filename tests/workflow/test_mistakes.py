@@ -108,3 +108,9 @@ def test_what_may_not_be_read_or_written_is_named_in_one_sentence(untouched, tin
     finally:
         place.chmod(mode)
     assert Path(name).name in line and "Permission denied; give yourself the right to it" in line
+
+
+def test_an_option_that_would_do_something_else_than_it_says_is_refused(untouched):
+    untouched.configure()
+    (line,) = told(untouched, "--delete-all-output")
+    assert line.startswith("adder: --delete-all-output: would remove the records of the stages and leave their data")

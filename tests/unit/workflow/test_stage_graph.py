@@ -6,10 +6,18 @@ import json
 import pytest
 
 from adder.core.errors import UserError
-from adder.core.file_digests import FileDigests
-from adder.workflow import library_versions
+from adder.core.file_digests import FileDigests, canonical
+from adder.workflow import library_versions, stage_graph
 from adder.workflow.settings import load, merged, resolved
-from adder.workflow.stage_graph import Stage, parameter_count, refuse_impossible, stages_of_run
+from adder.workflow.stage_graph import (
+    Stage,
+    known_model,
+    nearest,
+    parameter_count,
+    refuse_impossible,
+    runs_of,
+    stages_of_run,
+)
 from adder.workflow.stages import SPECS
 
 STAGES = [
@@ -223,7 +231,7 @@ def test_a_gguf_file_that_cannot_be_written_is_refused_before_anything_runs(proj
         asked = merged(config, {"export": {"gguf": gguf}})
         run, stages = load(asked)["default"], stages_of(project, asked)
         with pytest.raises(UserError, match="GPT2LMHeadModel") if refused else contextlib.nullcontext():
-            refuse_impossible("default", run, stages, project, project)
+            refuse_impossible("default", stages.values(), known_model(run, stages, project, project))
 
 
 def test_what_is_no_causal_language_model_is_refused_before_anything_runs(project):
@@ -232,7 +240,65 @@ def test_what_is_no_causal_language_model_is_refused_before_anything_runs(projec
     config = {"model": {"source": "model"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
     run, stages = load(config)["default"], stages_of(project, config)
     with pytest.raises(UserError, match=r"model is BertForMaskedLM; Adder trains causal language models.*run default"):
-        refuse_impossible("default", run, stages, project, project)
+        refuse_impossible("default", stages.values(), known_model(run, stages, project, project))
+
+
+SWEEP = {
+    "a": {"train": {"learning_rate": 2e-4}},
+    "b": None,
+    "c": {"train": {"learning_rate": 2e-4}, "merge": {"base": "original"}},
+    "d": {"data": {"heldout": {"size": 3}}, "train": {"effective_batch_size": 1}},
+    "e": {"train": {"method": "full"}, "evaluate": {"tasks": [{"name": "arc_easy"}]}},
+    "f": {"train": {"effective_batch_size": 1}, "lengths": {"reshuffle": True}, "export": {"gguf": "off"}},
+}
+
+
+def test_runs_of_a_sweep_are_what_each_is_alone_and_share_what_is_equal(project, monkeypatch):
+    monkeypatch.chdir(project)
+    base = {"model": {"source": "wheel:x==1"}, "data": {"sources": [{"path": "rows.jsonl"}]}, "train": {"lora_r": 4}}
+    config = merged(base, EVERYTHING) | {"runs": SWEEP}
+    (project / "task.yaml").write_text("task: mine\n")
+    together = runs_of(config)
+    for run, (settings, stages) in together.items():
+        alone = stages_of_run(run, load(config)[run], resolved(settings, config, run), FileDigests.of_results(project))
+        assert {name: (stage.key, stage.parameters()) for name, stage in stages.items()} == {
+            name: (stage.key, stage.parameters()) for name, stage in alone.items()
+        }
+    objects = {id(stage): stage.folder for run in together.values() for stage in run.stages.values()}
+    assert together["a"].stages["train"] is together["c"].stages["train"]
+    assert together["a"].stages["evaluate_base"] is together["b"].stages["evaluate_base"]
+    shared = sum(len(run.stages) for run in together.values()) - len(objects)
+    assert shared >= len(SWEEP)  # whatever the stages are: the base's at least
+
+
+def test_a_stages_parameters_are_canonical_json_of_all_that_decides_it(project):
+    for stage in stages_of(project, {"model": {"source": "m"}, "data": {"sources": [{"path": "rows.jsonl"}]}}).values():
+        told = {"settings": stage.settings.model_dump(mode="json"), "identity": stage.identity, "versions": {}}
+        assert stage.parameters() == canonical(told)
+
+
+def test_what_is_made_last_of_some_stages_is_made_from_all_others(project):
+    (project / "task.yaml").write_text("task: mine\n")
+    stages = stages_of(
+        project, merged({"model": {"source": "m"}, "data": {"sources": [{"path": "rows.jsonl"}]}}, EVERYTHING)
+    )
+    for stage in stages.values():
+        last = nearest(stage.parents)
+        covered = {folder for one in last.values() for folder in (one.folder, *one.ancestors)}
+        assert {parent.folder for parent in stage.parents.values()} <= covered
+        assert all(one.folder not in other.ancestors for one in last.values() for other in last.values())
+    # However many stages a run has, its report waits for those that nothing else is made from.
+    tasks = {f"task_{model}_{number}" for model in ("base", "tuned") for number in (0, 1)}
+    assert set(nearest(stages["report"].parents)) == {"judge", "isolation"} | tasks
+
+
+def test_the_hub_is_asked_for_a_model_once_however_many_runs_there_are(project, monkeypatch):
+    monkeypatch.chdir(project)
+    asked = []
+    monkeypatch.setattr(stage_graph, "folder_with_config", asked.append)
+    rates = {f"r{n}": {"train": {"learning_rate": 1e-5 * n}} for n in range(1, 6)}
+    runs_of({"model": {"source": "me/mine"}, "data": {"sources": [{"path": "rows.jsonl"}]}, "runs": rates})
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("content", ["", '{"parameters": ', "null\n", "[]", "{}"])

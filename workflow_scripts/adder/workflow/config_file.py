@@ -16,9 +16,10 @@ def read(file: str | Path) -> dict[str, Any]:
     Raises UserError: not there, not YAML or a key twice in one mapping (with line and column), without keys.
     """
     try:
-        text = _as_yaml(Path(file).read_text(encoding="utf-8"))
-        _refuse_doubles(file, yaml.compose(text, Loader=yaml.SafeLoader))
-        content = yaml.safe_load(text)
+        loader = yaml.SafeLoader(_as_yaml(Path(file).read_text(encoding="utf-8")))
+        root = loader.get_single_node()
+        _refuse_doubles(file, root)
+        content = None if root is None else loader.construct_document(root)
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror}); give a YAML file with settings") from None
     except UnicodeDecodeError:

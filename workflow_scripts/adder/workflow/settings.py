@@ -55,6 +55,22 @@ class Settings(Section):
         return self
 
 
+class ValidSections:
+    """Sections that were valid once, by their text: the thousand runs of a sweep have most of theirs in common."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[object, str], Section] = {}
+
+    def settings(self, given: dict[str, Any]) -> Settings:
+        """Settings of which equal sections are the same objects. Raises ValidationError."""
+        names = [*given, *(name for name in Settings.model_fields if name not in given)]
+        texts = {name: (name, repr(given[name]) if name in given else "") for name in names}
+        known = {name: self.known[text] for name, text in texts.items() if text in self.known}
+        made = Settings.model_validate(given | known)
+        self.known |= {text: getattr(made, name) for name, text in texts.items()}
+        return made
+
+
 class Config(Settings):
     """The whole YAML file: the settings, and named runs that override some of them."""
 
@@ -70,7 +86,7 @@ def load(config: dict[str, Any]) -> dict[str, Settings]:
     if not isinstance(runs, dict):
         raise UserError(f"runs: expected names with overrides, found {type(runs).__name__}")
     problems: dict[str, None] = {}  # a mistake in the common part is one mistake, however many runs share it
-    loaded = {}
+    loaded, sections = {}, ValidSections()
     for name, override in runs.items():
         problems.update(dict.fromkeys(_name_problems(name)))
         if override is not None and not isinstance(override, dict):
@@ -79,7 +95,7 @@ def load(config: dict[str, Any]) -> dict[str, Settings]:
         if override and "runtime" in override:
             problems[f"runs.{name}.runtime: belongs to the machine, not to a run; move it to the top level"] = None
         try:
-            loaded[name] = Settings.model_validate(_of_run(base, override or {}))
+            loaded[name] = sections.settings(_of_run(base, override or {}))
             problems.update(dict.fromkeys(_unknown_row_formats(loaded[name].data)))
         except ValidationError as error:
             problems.update(dict.fromkeys(_sentences(error.errors(), base, override or {}, name)))
@@ -109,14 +125,31 @@ def merged(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def resolved(settings: Settings, config: dict[str, Any], run: str) -> list[ResolvedSetting]:
-    """List every setting that a run has use for, its origin being "default", "config" or "run"."""
+Rows = dict[tuple[int, str], list[ResolvedSetting]]
+"""Those of a section, by its id and the text of what the run itself sets of it."""
+
+
+def resolved(settings: Settings, config: dict[str, Any], run: str, known: Rows | None = None) -> list[ResolvedSetting]:
+    """List every setting that a run has use for, its origin being "default", "config" or "run".
+
+    known: what was listed of other runs of the same configuration, which is added to.
+    """
     override = (config.get("runs") or {}).get(run) or {}
+    known = {} if known is None else known
+    unused = {f"train.{key}" for key in LORA_KEYS} if settings.train.method == "full" else set[str]()
+    rows: list[ResolvedSetting] = []
+    for name in Settings.model_fields:
+        section = getattr(settings, name)
+        key = (id(section), repr(override.get(name)))
+        if key not in known:
+            known[key] = _of_section(name, section, override, config)
+        rows += known[key]
+    return [row for row in rows if row.key not in unused]
+
+
+def _of_section(name: str, section: Section, override: dict[str, Any], config: dict[str, Any]) -> list[ResolvedSetting]:
     rows = []
-    unused = {f"train.{key}" for key in LORA_KEYS} if settings.train.method == "full" else {}
-    for key, value in _leaves(settings.model_dump(mode="json")):
-        if key in unused:
-            continue
+    for key, value in _leaves({name: section.model_dump(mode="json")}):
         path = key.split(".")
         origin = "run" if _has(override, path) else "config" if _has(config, path) else "default"
         rows.append(ResolvedSetting(key=key, value=value, origin=origin))

@@ -43,3 +43,10 @@ def test_the_line_of_the_cost_plot_joins_the_runs_that_no_cheaper_one_beats():
     ]
     assert [one.name for one in plots._front(points, lower_is_better=False)] == ["a", "c"]
     assert [one.name for one in plots._front(points, lower_is_better=True)] == ["a", "b"]
+
+
+def test_curves_of_very_many_runs_are_drawn_once():
+    for count, lines in ((plots.MANY, 2), (plots.MANY + 1, 1)):
+        series = [plots.RunCurve(f"r{n}", "rest", n, [(0, 1.0), (1, 0.5)]) for n in range(count)]
+        drawn = plots.overlay(series, "step", str, "loss")
+        assert drawn.count("<polyline") == lines * count and drawn.count('class="hit"') == 2 * count

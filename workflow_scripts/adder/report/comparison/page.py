@@ -81,6 +81,7 @@ def build_view(found: Comparison) -> View:
         "sentence": sentence(found),
         "advice": advice(found),
         "several": several,
+        "many": len(runs) > plots.MANY,
         "metric": {"name": score.label, "better": score.better},
         "paired": found.paired,
         "legend": [{"run": place, "kind": kind(place), "name": run.name} for place, run in enumerate(runs)],

@@ -13,6 +13,9 @@ from adder.report.formatting import in_words
 from adder.report.plots import WIDTH, Box, Show, log_ticks, needs_log, svg, thin, ticks, usual_top
 
 MAX_TARGETS = 1500  # points of a plot that answer to the pointer; more would only make the page heavy
+# Of more runs the curves lie on one another: their points answer to the pointer, and lines of their own for it would
+# only double the page.
+MANY = 100
 AXIS_STEP = 130  # between the axes of parallel coordinates: room for a setting's name
 MAX_NAMED = 8  # runs that have their name beside their dot; of more only those that no cheaper one beats
 LINE = 11  # height of a line of labels
@@ -95,7 +98,7 @@ def overlay(series: Sequence[RunCurve], x_name: str, show: Show, label: str, dot
     most = max(2, MAX_TARGETS // len(series))
     for one in reversed(series):
         places = [(box.x(x), box.y(y)) for x, y in one.points]
-        lines = _lines(places)
+        lines = _lines(places, len(series) > MANY)
         for (x, y), (cx, cy) in thin(list(zip(one.points, places, strict=True)), most):
             text = escape(f"{one.name} · {x_name} {x:,g} · {show(y)}")
             lines += [
@@ -140,7 +143,7 @@ def parallel(axes: Sequence[Axis], runs: Sequence[RunLine], label: str) -> str:
         dots = [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
         title = escape(f"{one.name}: {one.title}")
         read = f'<text class="read middle" x="{width / 2:g}" y="{bottom + 24}">{title}</text>'
-        drawn = "".join([f"<title>{title}</title>", *_lines(points), *dots, read])
+        drawn = "".join([f"<title>{title}</title>", *_lines(points, len(runs) > MANY), *dots, read])
         marks.append(_run(one, [f'<g class="hit">{drawn}</g>']))
     # The axes' numbers stand above the lines, which would cross them out.
     return svg(width, bottom + 34, label, [*marks, *drawn_axes], "plot broad" if width > WIDTH else "plot")
@@ -248,10 +251,11 @@ def _names(points: Sequence[RunPoint], box: Box) -> list[str]:
     return marks
 
 
-def _lines(places: Sequence[tuple[float, float]]) -> list[str]:
-    """A run's curve, and a wide one that can't be seen for the pointer."""
+def _lines(places: Sequence[tuple[float, float]], many: bool) -> list[str]:
+    """A run's curve, and a wide one that can't be seen for the pointer, if it isn't one of many."""
     points = _points(places)
-    return [f'<polyline class="wide" points="{points}"/><polyline class="curve" points="{points}"/>']
+    wide = [] if many else [f'<polyline class="wide" points="{points}"/>']
+    return [*wide, f'<polyline class="curve" points="{points}"/>']
 
 
 def _points(places: Sequence[tuple[float, float]]) -> str:

@@ -65,13 +65,15 @@ def announce(runs: Mapping[str, Mapping[str, Stage]], results: Path) -> None:
 
 def planned_stages(runs: Mapping[str, Mapping[str, Stage]]) -> dict[str, PlannedStage]:
     """All stages of the runs by their folder, each once."""
-    stages: dict[str, PlannedStage] = {}
+    first: dict[str, tuple[str, Stage]] = {}
+    of_runs: dict[str, list[str]] = {}
     for run, own in runs.items():
         for name, stage in own.items():
-            before = stages[stage.folder].runs if stage.folder in stages else ()
-            known = stages[stage.folder].name if stage.folder in stages else name
-            stages[stage.folder] = PlannedStage(stage.spec, stage, known, (*before, run))
-    return stages
+            first.setdefault(stage.folder, (name, stage))
+            of_runs.setdefault(stage.folder, []).append(run)
+    return {
+        folder: PlannedStage(stage.spec, stage, name, tuple(of_runs[folder])) for folder, (name, stage) in first.items()
+    }
 
 
 def begin(outputs: Iterable[str], at_once: int) -> None:
