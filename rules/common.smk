@@ -101,7 +101,7 @@ if workflow.is_main_process:
             sys.argv[1:],
             shared.default_storage_provider,
             SharedFSUsage.INPUT_OUTPUT in shared.shared_fs_usage,
-            PLACE,
+            Path(RESULTS),
         )
 # Each stage once, by its folder, however many runs share it; and a run that it is of.
 STAGES = {stage.folder: stage for stages in RUNS.values() for stage in stages.values()}
