@@ -45,9 +45,9 @@ def test_what_the_image_holds_makes_the_workflow_ready(tmp_path):
     (work / "model").mkdir(parents=True)
     (work / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (work / "my.yaml").write_text("model: {source: model}\ndata: {sources: [{path: rows.jsonl}]}\n")
-    command = ["-m", "snakemake", "merged_model", "-n", "--snakefile", image / "Snakefile", "--configfile", "my.yaml"]
+    command = ["-m", "snakemake", "merged_model", "-n", "--logger-adder-plain", "--configfile", "my.yaml"]
     done = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, *command, "--snakefile", image / "Snakefile"],
         cwd=work,
         env=os.environ | {"PYTHONPATH": str(image / "workflow_scripts")},
         capture_output=True,
