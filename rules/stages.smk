@@ -56,12 +56,10 @@ def cores(spec):
 
 
 def gpus(spec):
-    """The resources of stages that use GPUs or several nodes."""
-    number, nodes = spec.gpus(RUNTIME), spec.nodes(RUNTIME)
-    if nodes == 1:
-        return {"gpu": number, "nodes": 1} if number else {}
-    # `gpu` would be the number on all nodes together, however they share it.
-    return {"nodes": nodes, **({"gres": f"gpu:{number}"} if number else {"tasks": nodes})}
+    """The resources of stages that use GPUs."""
+    number = spec.gpus(RUNTIME)
+    # A training has the GPUs of one node.
+    return {"gpu": number, "nodes": 1} if number else {}
 
 
 for spec in SPECS.values():
