@@ -26,6 +26,7 @@ LEFT_OUT = {
     "adder.core.file_digests": "remembers digests; how they are made is in core.files",
     "adder.core.file_lock": "keeps two processes from the same file",
     "adder.core.hardware": "measures the machine; what dtype follows from it is in core.precision",
+    "adder.core.machine.energy": "measures what a stage used, beside it",
     "adder.core.opened_files": "tells which files a user's code opened",
     "adder.core.parallel": "runs the same function over batches, with results in order",
     "adder.core.progress": "shows what is going on",
