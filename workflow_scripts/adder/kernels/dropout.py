@@ -96,7 +96,7 @@ def dropout_matmul(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, out: t
     if not runs_kernels(x, "dropout"):
         return _dropout_matmul_by_torch(x, a, seed, p, out)
     (rows, width), rank = x.shape, a.shape[0]
-    tile = tiles.dropout_tiles(tiles.card_of(x.device), rank).matmul
+    tile = tiles.dropout_tiles(rank).matmul
     _dropout_matmul[(triton.cdiv(rows, tile.block_m),)](
         x,
         x.stride(0),
@@ -132,7 +132,7 @@ def dropout_matmul_grad_a(grad: torch.Tensor, x: torch.Tensor, seed: int, p: flo
     if not runs_kernels(x, "dropout"):
         return _dropout_matmul_grad_a_by_torch(grad, x, seed, p)
     (rows, width), rank = x.shape, grad.shape[1]
-    tile = tiles.dropout_tiles(tiles.card_of(x.device), rank).grad_a
+    tile = tiles.dropout_tiles(rank).grad_a
     # Split K (here the rows) to fill the card with programs; their sums are added in a fixed order.
     rows_per_split = max(256, triton.cdiv(triton.cdiv(rows, 16), tile.block_m) * tile.block_m)
     splits = triton.cdiv(rows, rows_per_split)
@@ -175,7 +175,7 @@ def add_dropout_matmul_grad_x(total: torch.Tensor, grad: torch.Tensor, a: torch.
     if not runs_kernels(total, "dropout"):
         return _add_dropout_matmul_grad_x_by_torch(total, grad, a, seed, p)
     (rows, width), rank = total.shape, a.shape[0]
-    tile = tiles.dropout_tiles(tiles.card_of(total.device), rank).grad_x
+    tile = tiles.dropout_tiles(rank).grad_x
     _add_dropout_matmul_grad_x[(triton.cdiv(rows, tile.block_m), triton.cdiv(width, tile.block_n))](
         total,
         total.stride(0),

@@ -276,7 +276,7 @@ def _swiglu_backward_by_kernel(
     d_down_low_rank, down_a = down or (None, None)
     low_ranks = (d_down_low_rank, gate_low_rank, up_low_rank)
     ranks = [matrix.shape[-1] if matrix is not None else 0 for matrix in low_ranks]
-    tile = tiles.swiglu_backward_tile(tiles.card_of(gate_up.device), max(ranks))
+    tile = tiles.swiglu_backward_tile(max(ranks))
     splits = max(1, min(SPLITS, rows // 256))
     rows_per_split = triton.cdiv(triton.cdiv(rows, splits), tile.block_m) * tile.block_m
     d_gate_up = torch.empty_like(gate_up)

@@ -167,14 +167,13 @@ def lora_swiglu_fp8_tile(rank: int) -> Tile:
     return Tile(16, 128 if rank <= 16 else 64, 4, 3)
 
 
-def swiglu_backward_tile(card: Card, rank: int) -> Tile:
+def swiglu_backward_tile(rank: int) -> Tile:
     """The tile of swiglu.swiglu_backward, narrower with large ranks.
 
     Of 13 settings on an H100 good for all: with and without deferred LoRA, with dropout, at ranks 16 and 64. The three
     sums of ranks above 128 need the registers of more warps where they stand there beside the matmuls' inputs.
     """
-    warps = 8 if rank > 128 and not has_warpgroups(card) else 4
-    return Tile(32, 64 if rank <= 64 else 32, warps, 2)
+    return Tile(32, 64 if rank <= 64 else 32, 8 if rank > 128 else 4, 2)
 
 
 class DropoutTiles(NamedTuple):
@@ -185,9 +184,9 @@ class DropoutTiles(NamedTuple):
     grad_x: Tile
 
 
-def dropout_tiles(card: Card, rank: int) -> DropoutTiles:
+def dropout_tiles(rank: int) -> DropoutTiles:
     """The tiles of dropout's matmuls; large ranks' sums as swiglu_backward_tile's."""
-    warps = 8 if rank > 128 and not has_warpgroups(card) else 4
+    warps = 8 if rank > 128 else 4
     return DropoutTiles(Tile(64, 64, warps, 3), Tile(64, 128, warps, 3), Tile(64, 128, 4, 3))
 
 

@@ -10,7 +10,7 @@ GIB = 2**30
 GB = 10**9
 # What a run was made on, and what benchmarks/cards.py compiles the kernels for (benchmarks/results/cards.json).
 RUN_ON = ("H100", "H200")
-COMPILED_FOR = ("7.5", "8.6", "12.0")
+COMPILED_FOR = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # QLoRA as counted here: tokens a micro-batch, every layer computed anew in backward, LoRA's rank on all projections.
 TOKENS, RANK = 2048, 16
 # CUDA's context and kernels, and the gaps that an allocator leaves, GiB.
