@@ -24,6 +24,7 @@ from adder.core.section import Section
 from adder.core.stage_spec import Context
 from adder.workflow import prune, stage_runner
 from adder.workflow.stage_graph import Stage
+from adder.workflow.stages import SPECS
 from damaged_files import DAMAGES
 
 
@@ -577,6 +578,89 @@ def test_files_that_come_go_or_return_while_they_are_read_are_noticed(
         execute(tmp_path, {}, identity=identity(None, "", FileDigests(tmp_path / "elsewhere.json", tmp_path)))
     assert "changed while being read; start the workflow again" in capfd.readouterr().err
     assert not (tmp_path / "results" / "stages" / "format" / "k").exists()
+
+
+# What settings may name: the stage and its settings, what is there, and which file somebody exchanges.
+ROWS, TASK = {"rows.jsonl": "{}"}, {"tasks/own.yaml": "task: own\ndoc_to_text: !function helper.ask\n"}
+NAMED = {
+    "rows": ("data", {"sources": [{"path": "rows.jsonl"}]}, ROWS, "rows.jsonl"),
+    "rows of a pattern": ("data", {"sources": [{"path": "*.jsonl"}]}, ROWS | {"b.jsonl": ""}, "b.jsonl"),
+    "rows of a folder": ("data", {"sources": [{"path": "all/*.jsonl"}]}, {"all/rows.jsonl": "{}"}, "all/rows.jsonl"),
+    "held-out rows": (
+        "data",
+        {"sources": [{"path": "rows.jsonl"}], "heldout_sources": [{"path": "other.jsonl"}]},
+        ROWS | {"other.jsonl": "{}"},
+        "other.jsonl",
+    ),
+    "test rows": (
+        "data",
+        {"sources": [{"path": "rows.jsonl"}], "tests": [{"path": "test.jsonl"}]},
+        ROWS | {"test.jsonl": "{}"},
+        "test.jsonl",
+    ),
+    "a converter": (
+        "data",
+        {"sources": [{"path": "rows.jsonl", "convert": "mine.py"}]},
+        ROWS | {"mine.py": "rows = 1"},
+        "mine.py",
+    ),
+    "what a converter imports": (
+        "data",
+        {"sources": [{"path": "rows.jsonl", "convert": "mine.py"}]},
+        ROWS | {"mine.py": "import helper", "helper.py": ""},
+        "helper.py",
+    ),
+    "a model": ("model", {"source": "./base"}, {"base/config.json": "{}"}, "base/config.json"),
+    "a GGUF file": ("model", {"source": "base.gguf"}, {"base.gguf": "GGUF"}, "base.gguf"),
+    "an adapter": (
+        "model",
+        {"source": "./base", "adapter": "./lora"},
+        {"base/config.json": "{}", "lora/adapter_config.json": "{}", "lora/adapter_model.safetensors": "1"},
+        "lora/adapter_model.safetensors",
+    ),
+    "a chat template": ("tokenize", {"chat_template": "./own.jinja"}, {"own.jinja": "{{ messages }}"}, "own.jinja"),
+    "a task": ("task", {"path": "tasks/own.yaml"}, TASK | {"tasks/helper.py": ""}, "tasks/own.yaml"),
+    "a task's code": ("task", {"path": "tasks/own.yaml"}, TASK | {"tasks/helper.py": ""}, "tasks/helper.py"),
+}
+
+
+@pytest.mark.parametrize("when", ["before the stage", "while it reads", "there and back"])
+@pytest.mark.parametrize("what", NAMED)
+def test_whatever_settings_name_is_read_as_what_its_key_stands_for(module, tmp_path, monkeypatch, capfd, what, when):
+    name, given, files, changing = NAMED[what]
+    monkeypatch.chdir(tmp_path)
+    for file, text in files.items():
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(text)
+    spec = dataclasses.replace(SPECS[name], run="adder.fake")
+    monkeypatch.setitem(stage_runner.SPECS, name, spec)
+    settings = spec.settings.model_validate(given)
+    identity = spec.identity(settings, spec.section, FileDigests(tmp_path / "elsewhere.json", tmp_path))
+
+    def exchange(text: str) -> None:
+        (tmp_path / "new").write_text(text)
+        (tmp_path / "new").replace(changing)
+
+    def run(settings, inputs: dict[str, Path], out: Path, context: Context) -> dict[str, int]:
+        module.runs += 1
+        if when != "before the stage":
+            exchange("another: text")
+            Path(changing).read_text()
+        if when == "there and back":
+            exchange(files[changing])
+        (out / "result.txt").write_text("made of another")
+        return {}
+
+    module.run = run
+    if when == "before the stage":
+        exchange("another: text")
+    with pytest.raises(SystemExit):
+        execute(tmp_path, {}, name=name, settings=settings.model_dump(mode="json"), identity=identity)
+    said = capfd.readouterr().err
+    assert ("changed since the workflow began" if when == "before the stage" else "changed while being read") in said
+    assert Path(changing).name in said or Path(changing).parent.name in said
+    assert not (tmp_path / "results" / "stages" / name / "k").exists()
+    assert module.runs == (when != "before the stage")
 
 
 @pytest.mark.parametrize("content", ["two", "one"])
