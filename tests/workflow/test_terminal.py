@@ -87,7 +87,7 @@ def test_a_sweep_of_which_one_run_fails_is_compared_without_it(project):
 
 
 def test_ctrl_c_twice_ends_it_in_a_sentence(project):
-    project.configure({"train": {"seed": 7}})
+    project.configure({"train": {"seed": 7, "epochs": 100}})  # long enough to be stopped, on any machine
     terminal, pressed = in_terminal(project, "merged_model"), []
 
     def press(shown: Terminal) -> None:
@@ -95,7 +95,7 @@ def test_ctrl_c_twice_ends_it_in_a_sentence(project):
             shown.press("\x03")
             pressed.append("Ctrl-C")
 
-    assert terminal.run(press) != 0 and len(pressed) == 2
+    assert terminal.run(press) != 0 and len(pressed) == 2, terminal.raw
     lines = [line for line in terminal.screen() if line]
     assert lines[-1].startswith("Stopped") and lines[-1].endswith("the same command goes on from here.")
     assert "Traceback" not in terminal.raw
