@@ -81,7 +81,7 @@ def attach(
     detach(model)
     base: AnyModule = model.get_base_model()
     dtype = next(p.dtype for p in base.parameters() if p.is_floating_point() and not p.requires_grad)
-    layers: list[AnyModule] = [m for m in base.modules() if isinstance(m, LoraLayer)]
+    layers = _lora_layers(base)
     device = next(base.parameters()).device
     elements = sum(m.in_features * m.out_features for m in _four_bit(layers))
     if precision == "fp8":
@@ -121,6 +121,10 @@ def _set_replacements(model: AnyModule, replacements: list[Replacement]) -> None
 
 def _groups(model: PeftModel) -> list[LinearGroup]:
     return [group for item in _replacements(model) for group in item.groups]
+
+
+def _lora_layers(base: AnyModule) -> list[AnyModule]:
+    return [module for module in base.modules() if isinstance(module, LoraLayer)]
 
 
 def _four_bit(layers: list[AnyModule]) -> list[AnyModule]:
@@ -173,7 +177,7 @@ def attach_on_cpu(model: PeftModel, dtype: str) -> Choice[str, FusionSummary]:
     less time (SmolLM2-135M, one core with AMX). In fp32 there is nothing to gain. Dropout stays with PEFT, since the
     mask that kernels hash is slow to make on a CPU.
     """
-    layers: list[AnyModule] = [m for m in model.get_base_model().modules() if isinstance(m, LoraLayer)]
+    layers = _lora_layers(model.get_base_model())
     if dtype != "bfloat16":
         return Choice("PEFT", f"on a CPU fused LoRA serves bf16, not {dtype}")
     if _four_bit(layers):
