@@ -16,10 +16,8 @@ from adder.formatting.similarity.words import prompt_words
 ALIKE = 0.9  # of the replies are one text, or a few, where the references are more varied than that
 FEWER = 5  # times as few texts as the references have
 FEWEST_ALIKE = 5  # replies of which that can be said
-NEARLY, TYPICAL = (
-    0.8,
-    30,
-)  # of a text's words are the most typical one's; texts that this is found among, or twice as many
+NEARLY = 0.8  # of a text's words are the most typical one's
+TYPICAL = 30  # texts that this one is found among, or twice as many
 TURNS = 4  # how often a stretch must come again to be a circle, the last time perhaps in part
 LONG, LONG_TURNS = 100, 3  # characters of a stretch that need not come again so often
 DIGITS, WORDS = re.compile(r"\d+"), re.compile(r"\w+")

@@ -16,14 +16,7 @@ from typing import Any, NamedTuple
 
 from adder.core.errors import UserError
 from adder.data.field_template import nested
-from adder.formatting.api_messages import (
-    ROLE_KEYS,
-    is_calls,
-    is_messages,
-    is_other_part,
-    is_said,
-    text_of_parts,
-)
+from adder.formatting.api_messages import ROLE_KEYS, is_calls, is_messages, is_other_part, is_said, text_of_parts
 from adder.formatting.column_names import ASKS, canonical_names, is_lone_text, line_for, pair_readings
 from adder.formatting.conversation import Conversation, Message
 from adder.formatting.marks import JUDGEMENTS, ROW_MARKS, disapproves, doubtful, is_undesired, refuse_lists
